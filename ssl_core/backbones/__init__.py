@@ -1,0 +1,1 @@
+"""Networks from MONAI (and nnU-Net's residual encoder) behind one feature-pyramid contract."""

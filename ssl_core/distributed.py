@@ -1,0 +1,83 @@
+"""Every collective of the project, given to methods and the engine as one small object.
+
+The gather is differentiable: its backward pass sums the gradients that all ranks send to a slice, so that "local anchors
+against gathered keys", averaged over ranks, has the gradient of one rank on the joined batch.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+from torch import Tensor
+
+
+class Collectives(Protocol):
+    """What a method may do across ranks."""
+
+    rank: int
+    world: int
+
+    def gather(self, x_B: Tensor) -> Tensor:
+        """Concatenate along axis 0 over ranks, in rank order; differentiable; equal local shapes."""
+        ...
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean over ranks; differentiable."""
+        ...
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over ranks; differentiable."""
+        ...
+
+
+class Single:
+    """One rank."""
+
+    rank = 0
+    world = 1
+
+    def gather(self, x_B: Tensor) -> Tensor:
+        """The input."""
+        return x_B
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The input."""
+        return x
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The input."""
+        return x
+
+
+class ProcessGroup:
+    """The default `torch.distributed` group."""
+
+    def __init__(self) -> None:
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+
+    def gather(self, x_B: Tensor) -> Tensor:
+        """Concatenate along axis 0 in rank order."""
+        if x_B.dtype.is_floating_point and torch.is_grad_enabled() and x_B.requires_grad:
+            return torch.cat(dist_nn.all_gather(x_B.contiguous()))
+        parts = [torch.empty_like(x_B) for _ in range(self.world)]
+        dist.all_gather(parts, x_B.contiguous())
+        return torch.cat(parts)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean over ranks."""
+        return self.sum(x) / self.world
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over ranks."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            summed: Tensor = dist_nn.all_reduce(x.contiguous())
+            return summed
+        out = x.detach().clone()
+        dist.all_reduce(out)
+        return out
+
+
+def current() -> Collectives:
+    """The process group when one is up, else one rank."""
+    return ProcessGroup() if dist.is_available() and dist.is_initialized() else Single()

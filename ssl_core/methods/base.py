@@ -1,0 +1,121 @@
+"""The one contract of every self-supervised method.
+
+A method is one file: a frozen config, the views it wants, named loss terms, what happens after a step, and the encoder
+to export. Randomness and collectives come in through the `StepContext`, so that a method runs on one CPU in a test
+and cannot forget to gather.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+
+from torch import Tensor, nn
+
+from ssl_core.backbones.base import Backbone
+from ssl_core.config import Config
+from ssl_core.distributed import Collectives, Single
+from ssl_core.views import ViewBatch, ViewSpec
+from storage.errors import ConfigError
+
+
+class MethodConfig(Config):
+    """Base of a method's settings. Every field carries a description that names its source or says "our choice"."""
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a method is given besides the views.
+
+    Attributes:
+        step: Optimizer step, counted from 0.
+        max_steps: Steps of the whole run.
+        seed: Seed of the run; draw with `numpy.random.Philox` keyed by (seed, sample index), never from a global.
+        collectives: Differentiable gathers and reductions over ranks; `Single()` on one rank.
+    """
+
+    step: int
+    max_steps: int
+    seed: int = 0
+    collectives: Collectives = field(default_factory=Single)
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Named, already weighted scalar terms; their sum is optimised and each is logged.
+
+    Each term is a mean over the global batch in this sense: averaged over ranks with equal local batches it equals
+    the value of one rank on the joined batch. `monitors` are logged and carry no gradient.
+    """
+
+    terms: Mapping[str, Tensor]
+    monitors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def total(self) -> Tensor:
+        """Sum of the terms."""
+        values = list(self.terms.values())
+        total = values[0]
+        for value in values[1:]:
+            total = total + value
+        return total
+
+
+@runtime_checkable
+class Method(Protocol):
+    """An `nn.Module` with these members; built as `Kind(config, backbone)`.
+
+    Contract (see `ssl_core.testing.MethodContract`): finite loss for a batch of one and more; every trainable
+    parameter gets a gradient and no target parameter does; permuting the batch leaves the loss unchanged; two ranks
+    give the gradients of one; a resumed run is bitwise equal; the encoder loads into the stock network completely.
+    """
+
+    Config: ClassVar[type[MethodConfig]]
+
+    @classmethod
+    def view_spec(cls, config: Any) -> ViewSpec:
+        """The views that `forward` expects."""
+        ...
+
+    def __call__(self, views: ViewBatch, ctx: StepContext) -> LossTerms:
+        """Loss terms of a batch."""
+        ...
+
+    def after_step(self, ctx: StepContext) -> None:
+        """Called after each optimizer step: moving averages, queues."""
+        ...
+
+    def encoder(self) -> Backbone:
+        """What is exported."""
+        ...
+
+
+M = TypeVar("M", bound=type[nn.Module])
+_REGISTRY: dict[str, type[nn.Module]] = {}
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Class decorator: makes a method known under `name`, with its nested `Config`."""
+
+    def add(kind: M) -> M:
+        if name in _REGISTRY:
+            raise ValueError(f"method {name!r} is registered twice")
+        _REGISTRY[name] = kind
+        return kind
+
+    return add
+
+
+def method_names() -> list[str]:
+    """Names of all registered methods, sorted."""
+    return sorted(_REGISTRY)
+
+
+def method_class(name: str) -> Any:
+    """The class registered under `name`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in _REGISTRY:
+        raise ConfigError(f"method {name!r}", expected="one of " + ", ".join(method_names()), found=repr(name))
+    return _REGISTRY[name]

@@ -1,0 +1,125 @@
+"""Views: pixels that know where they came from.
+
+Axes: B batch, C channels, D H W voxels (inferior-superior, posterior-anterior, left-right).
+Geometry uses edge coordinates: voxel i covers [i, i+1), so the centre of voxel i is i + 0.5. Every position is
+ordered (D, H, W). A view's geometry is the affine map from its own edge coordinates (in view voxels) to edge
+coordinates of the volume it was cut from (in volume voxels), so flips, scale, rotation and crop are one thing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class View:
+    """One view of each of B samples.
+
+    Attributes:
+        image_BCDHW: Normalised intensities after spatial and intensity transforms.
+        to_volume_B34: float64; view edge coordinates (view voxels) to volume edge coordinates (volume voxels).
+        position_B3: Centre of the view as a fraction of the volume's shape, in [0, 1] where the centre is inside.
+        clean_BCDHW: After the spatial and before the intensity transforms; present when the role asks for it.
+        valid_B1DHW: 1 where the view shows voxels of the volume, 0 where it shows padding.
+        maps: Integer maps carried through the same spatial transform with nearest sampling (labels, super-pixels).
+    """
+
+    image_BCDHW: Tensor
+    to_volume_B34: Tensor
+    position_B3: Tensor
+    valid_B1DHW: Tensor
+    clean_BCDHW: Tensor | None = None
+    maps: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def size_DHW(self) -> tuple[int, int, int]:
+        """Voxels of the view along D, H, W."""
+        d, h, w = self.image_BCDHW.shape[2:]
+        return int(d), int(h), int(w)
+
+
+@dataclass(frozen=True)
+class ViewBatch:
+    """All views of a batch, by role.
+
+    Attributes:
+        roles: For each role of the `ViewSpec`, its `count` views in order.
+        volume_B: Index of each sample's volume in the manifest, int64.
+        sample_B: Global index of each sample in the stream, int64; identifies a sample whatever the batch split.
+        spacing_B3: Voxel spacing of each sample's volume, mm, (D, H, W), float64.
+        shape_B3: Voxels of each sample's volume, (D, H, W), float64.
+    """
+
+    roles: Mapping[str, tuple[View, ...]]
+    volume_B: Tensor
+    sample_B: Tensor
+    spacing_B3: Tensor
+    shape_B3: Tensor
+
+    def __len__(self) -> int:
+        return int(self.volume_B.shape[0])
+
+
+@dataclass(frozen=True)
+class RoleSpec:
+    """What a method wants from one role of view.
+
+    Attributes:
+        name: Role name, unique in the spec.
+        count: Views of this role in a sample.
+        size_DHW: Voxels of the view.
+        scale: Lowest and highest ratio of the box cut from the volume to the view, drawn once a view for H and W.
+        scale_depth: Whether D is scaled too.
+        flip: Probability of a flip along each of D, H, W.
+        rotate_degrees: Largest rotation about the D axis, in either direction.
+        min_overlap: Least intersection over union of this role's boxes with the first view of the role `overlaps`
+            (with each other when `overlaps` is empty). 0 places boxes independently.
+        overlaps: Another role to overlap with.
+        inside_union: Whether boxes lie inside the bounding box of the union of the views of role `overlaps`.
+        share_spatial: Whether all views of the role use the same flips and scale (their boxes still differ).
+        offset_vox: When set, later views are the first box shifted along D by a whole number of voxels drawn from this
+            closed range, either sign; for slice and sub-volume pairs.
+        intensity: Name of the intensity augmentation (`none`, `light`, `strong`, `genesis`).
+        keep_clean: Whether `View.clean_BCDHW` is kept.
+    """
+
+    name: str
+    count: int
+    size_DHW: tuple[int, int, int]
+    scale: tuple[float, float] = (1.0, 1.0)
+    scale_depth: bool = False
+    flip: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    rotate_degrees: float = 0.0
+    min_overlap: float = 0.0
+    overlaps: str = ""
+    inside_union: bool = False
+    share_spatial: bool = False
+    offset_vox: tuple[int, int] | None = None
+    intensity: str = "light"
+    keep_clean: bool = False
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """All roles of a method and the integer maps it needs.
+
+    `host_size_DHW` is the crop that the stream must read so that every view of a sample lies inside it.
+    """
+
+    roles: tuple[RoleSpec, ...]
+    maps: tuple[str, ...] = ()
+
+    @property
+    def host_size_DHW(self) -> tuple[int, int, int]:
+        """Smallest crop that holds every view at its largest scale and least overlap, in volume voxels."""
+        from ssl_core.placement import host_size
+
+        return host_size(self)
+
+
+def centre_of(to_volume_B34: Tensor, size_DHW: tuple[int, int, int]) -> Tensor:
+    """Volume edge coordinates of the views' centres, (B, 3), float64."""
+    middle = torch.tensor(size_DHW, dtype=torch.float64, device=to_volume_B34.device) / 2
+    return to_volume_B34[:, :, :3] @ middle + to_volume_B34[:, :, 3]
