@@ -1,0 +1,91 @@
+"""The same physical points in two views, and in the feature maps made of them.
+
+Points are edge coordinates of a view, in view voxels, ordered (D, H, W). Feature k of a level with stride s and offset
+o sees around the input coordinate s k + o; assuming the middle of its cell instead mis-registers flipped views by up
+to a whole cell (see `Level`).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ssl_core.backbones.base import Level
+from ssl_core.views import View
+
+
+def shared_points(view_a: View, view_b: View, points_DHW: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """A grid of points in the region that two views of the same volume share.
+
+    The region is the intersection of the views' bounding boxes in the volume, which is the shared box itself unless a
+    view is rotated; the points are the centres of a `points_DHW` grid of cells in it.
+
+    Returns:
+        points_a_BM3 and points_b_BM3, edge coordinates in each view, float64, and valid_BM, whether the point lies
+        inside both views. Without a shared region all points of a sample are invalid; coordinates stay finite.
+    """
+    low_a, high_a = bounds(view_a)
+    low_b, high_b = bounds(view_b)
+    low, high = torch.maximum(low_a, low_b), torch.minimum(high_a, high_b)
+    side = (high - low).clamp_min(0)
+    fraction_M3 = cell_centres(points_DHW, low.device)
+    points_BM3 = low[:, None] + side[:, None] * fraction_M3
+    points_a, points_b = to_view(view_a, points_BM3), to_view(view_b, points_BM3)
+    shared_B = (side > 0).all(dim=1)
+    return points_a, points_b, inside(view_a, points_a) & inside(view_b, points_b) & shared_B[:, None]
+
+
+def sample_features(feature_BCdhw: Tensor, level: Level, points_BM3: Tensor) -> tuple[Tensor, Tensor]:
+    """Trilinear values of a feature map at points of the view that it was made of.
+
+    Args:
+        feature_BCdhw: Map of one level, any float dtype; interpolated in at least float32.
+        level: Gives the input coordinate of every feature.
+        points_BM3: Edge coordinates in the view, view voxels.
+
+    Returns:
+        values_BMC, and inside_BM: whether the point lies between feature centres along every axis. Values outside are
+        clamped to the border and must be masked out, not averaged.
+    """
+    size = torch.tensor(feature_BCdhw.shape[2:], dtype=torch.float64, device=points_BM3.device)
+    stride = torch.tensor(level.stride_DHW, dtype=torch.float64, device=points_BM3.device)
+    offset = torch.tensor(level.offset_DHW, dtype=torch.float64, device=points_BM3.device)
+    k_BM3 = (points_BM3.to(torch.float64) - offset) / stride
+    # A hair of slack: points computed to lie on the outermost centre must not fall out by rounding.
+    inside_BM = ((k_BM3 >= -1e-6) & (k_BM3 <= size - 1 + 1e-6)).all(dim=2)
+    feature = feature_BCdhw if feature_BCdhw.dtype == torch.float64 else feature_BCdhw.float()
+    grid = ((2 * k_BM3 + 1) / size - 1).flip(-1).to(feature.dtype)[:, :, None, None, :]
+    with torch.autocast(feature.device.type, enabled=False):
+        values = functional.grid_sample(feature, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return values[..., 0, 0].transpose(1, 2), inside_BM
+
+
+def to_view(view: View, points_BM3: Tensor) -> Tensor:
+    """Volume edge coordinates to edge coordinates of a view, (B, M, 3)."""
+    linear_B33, shift_B3 = view.to_volume_B34[:, :, :3], view.to_volume_B34[:, :, 3]
+    return (points_BM3 - shift_B3[:, None]) @ torch.linalg.inv(linear_B33).transpose(1, 2)
+
+
+def to_volume(view: View, points_BM3: Tensor) -> Tensor:
+    """Edge coordinates of a view to volume edge coordinates, (B, M, 3)."""
+    linear_B33, shift_B3 = view.to_volume_B34[:, :, :3], view.to_volume_B34[:, :, 3]
+    return points_BM3.to(linear_B33.dtype) @ linear_B33.transpose(1, 2) + shift_B3[:, None]
+
+
+def inside(view: View, points_BM3: Tensor) -> Tensor:
+    """Whether points (edge coordinates of the view) lie in it, (B, M)."""
+    size = torch.tensor(view.size_DHW, dtype=points_BM3.dtype, device=points_BM3.device)
+    return ((points_BM3 >= 0) & (points_BM3 <= size)).all(dim=2)
+
+
+def bounds(view: View) -> tuple[Tensor, Tensor]:
+    """Lower and upper corner of the view's bounding box in the volume, edge coordinates, (B, 3) each."""
+    size = torch.tensor(view.size_DHW, dtype=torch.float64, device=view.to_volume_B34.device)
+    sides = view.to_volume_B34[:, :, :3] * size
+    low = view.to_volume_B34[:, :, 3] + sides.clamp_max(0).sum(2)
+    return low, low + sides.abs().sum(2)
+
+
+def cell_centres(points_DHW: tuple[int, int, int], device: torch.device) -> Tensor:
+    """Centres of a grid of cells that divides the unit cube, (M, 3), float64, in the order of a flattened map."""
+    axes = [(torch.arange(n, dtype=torch.float64, device=device) + 0.5) / n for n in points_DHW]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)

@@ -1,0 +1,1 @@
+"""Batched, seeded, device-side transforms of views."""

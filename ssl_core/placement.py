@@ -1,0 +1,377 @@
+"""Where views are cut: boxes inside the host crop, drawn on the host in float64, a function of (seed, sample, role).
+
+A box is the parallelepiped that a view shows: a linear map (scale, rotation about D in millimetres) of the view's
+voxels, and the lower corner of its bounding box in volume voxels. All steps are vectorised over the batch, and no
+sample's draw depends on another's.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssl_core.augment.draws import uniforms
+from ssl_core.views import RoleSpec, ViewSpec
+from storage.errors import ConfigError
+
+F64 = NDArray[np.float64]
+
+ATTEMPTS = 32  # our choice; at the tightest overlap we use (0.5) fewer than 1 in 1000 draws reach the fallback
+MOST_SHIFT = 0.5  # our choice: boxes placed freely part by half a side at most, or host crops would grow eightfold
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """The box of one view of each of B samples.
+
+    Attributes:
+        size_DHW: Voxels of the view.
+        linear_B33: View voxels to volume voxels, without flips.
+        low_B3: Lower corner of the bounding box, volume edge coordinates.
+    """
+
+    size_DHW: tuple[int, int, int]
+    linear_B33: F64
+    low_B3: F64
+
+    @property
+    def extent_B3(self) -> F64:
+        """Sides of the bounding boxes, volume voxels."""
+        return _extent(self.linear_B33, self.size_DHW)
+
+    @property
+    def centre_B3(self) -> F64:
+        """Centres, volume edge coordinates."""
+        return self.low_B3 + self.extent_B3 / 2
+
+    def where(self, mask_B: NDArray[np.bool_], other: "Boxes") -> "Boxes":
+        """`self` where the mask is set, else `other`."""
+        return Boxes(
+            self.size_DHW,
+            np.where(mask_B[:, None, None], self.linear_B33, other.linear_B33),
+            np.where(mask_B[:, None], self.low_B3, other.low_B3),
+        )
+
+
+def host_size(spec: ViewSpec) -> tuple[int, int, int]:
+    """Crop that holds every box that `draw` may choose, volume voxels.
+
+    Two boxes with sides a and b that keep at least the intersection over union v need a + b - f min(a, b) voxels along
+    an axis, f = (2v / (1 + v))^(1/3): the share of the overlap that each axis keeps when all lose alike.
+
+    Raises:
+        ConfigError: the roles contradict each other.
+    """
+    check(spec)
+    roles = {role.name: role for role in spec.roles}
+    need = np.zeros(3)
+    for role in spec.roles:
+        box = _largest(role)
+        if role.offset_vox is not None and role.count > 1:
+            box = box + np.array([role.offset_vox[1] * (1 if role.count == 2 else 2), 0, 0])
+            need = np.maximum(need, box)
+            continue
+        need = np.maximum(need, box)
+        if role.inside_union:
+            continue
+        other = _largest(roles[role.overlaps]) if role.overlaps else box
+        if role.count > 1 or role.overlaps:
+            overlap = role.min_overlap
+            kept = max((2 * overlap / (1 + overlap)) ** (1 / 3), 1 - MOST_SHIFT)
+            need = np.maximum(need, box + other - kept * np.minimum(box, other))
+    d, h, w = (int(x) for x in np.ceil(need - 1e-9))
+    return d, h, w
+
+
+def check(spec: ViewSpec) -> None:
+    """Refuse roles that contradict themselves or each other.
+
+    Raises:
+        ConfigError: names the role and the field.
+    """
+    names = [role.name for role in spec.roles]
+    if not names or len(set(names)) != len(names):
+        raise ConfigError("view roles", expected="one or more roles with unique names", found=str(names))
+    roles = {role.name: role for role in spec.roles}
+    for role in spec.roles:
+        thing = f"view role {role.name!r}"
+        low, high = role.scale
+        if role.count < 1 or min(role.size_DHW) < 1:
+            raise ConfigError(thing, expected="count and size of at least 1", found=f"{role.count}, {role.size_DHW}")
+        if not 0 < low <= high:
+            raise ConfigError(f"{thing}: scale", expected="0 < lowest <= highest", found=str(role.scale))
+        if not 0 <= role.min_overlap <= 1:
+            raise ConfigError(f"{thing}: min_overlap", expected="a value in [0, 1]", found=str(role.min_overlap))
+        if role.offset_vox is not None:
+            offset = role.offset_vox
+            nearest, furthest = offset
+            if not 0 <= nearest <= furthest:
+                raise ConfigError(
+                    f"{thing}: offset_vox", expected="0 <= nearest <= furthest", found=str(role.offset_vox)
+                )
+            if role.overlaps or role.min_overlap or role.inside_union:
+                raise ConfigError(
+                    thing, expected="offset_vox without overlap conditions", found="both", remedy="drop one of them"
+                )
+        if role.inside_union and not role.overlaps:
+            raise ConfigError(f"{thing}: inside_union", expected="a role in `overlaps`", found="none")
+        if role.overlaps:
+            _check_other(role, roles)
+
+
+def draw(
+    spec: ViewSpec,
+    *,
+    seed: int,
+    sample_B: NDArray[np.int64],
+    start_B3: NDArray[np.int64],
+    host_DHW: tuple[int, int, int],
+    shape_B3: F64,
+    spacing_B3: F64,
+) -> dict[str, F64]:
+    """Affine maps (count, B, 3, 4), float64, of every view of each role: view edge to volume edge coordinates.
+
+    Boxes lie inside the host crop [start, start + host), and inside the volume [0, shape) along every axis where it is
+    long enough; along a shorter axis they cover it.
+
+    Args:
+        spec: Roles to place.
+        seed: Seed of the run.
+        sample_B: Global sample indices, the only thing besides the seed that the randomness depends on.
+        start_B3: First voxel of the host crops; may be negative.
+        host_DHW: Size of the host crops, at least `host_size(spec)`.
+        shape_B3: Volume shapes, voxels.
+        spacing_B3: Voxel spacing, mm; rotations are rigid in millimetres.
+
+    Raises:
+        ConfigError: the host crop is too small, or the roles contradict each other.
+    """
+    need = host_size(spec)
+    if any(have < want for have, want in zip(host_DHW, need, strict=True)):
+        raise ConfigError(
+            "host crop", expected=f"at least {need} voxels", found=str(tuple(host_DHW)), remedy="read host_size(spec)"
+        )
+    start, shape = np.asarray(start_B3, np.float64), np.asarray(shape_B3, np.float64)
+    place = _Placer(seed, np.asarray(sample_B, np.int64), start, start + np.array(host_DHW, np.float64), shape,
+                    np.asarray(spacing_B3, np.float64))  # fmt: skip
+    boxes: dict[str, list[Boxes]] = {}
+    pending = list(spec.roles)
+    while pending:
+        role = next(r for r in pending if not r.overlaps or r.overlaps in boxes)
+        pending.remove(role)
+        boxes[role.name] = place.role(role, boxes.get(role.overlaps, []))
+    return {role.name: np.stack(place.affines(role, boxes[role.name])) for role in spec.roles}
+
+
+@dataclass(frozen=True)
+class _Placer:
+    seed: int
+    sample_B: NDArray[np.int64]
+    host_low_B3: F64
+    host_high_B3: F64
+    shape_B3: F64
+    spacing_B3: F64
+
+    def role(self, role: RoleSpec, others: list[Boxes]) -> list[Boxes]:
+        if role.offset_vox is not None:
+            return self._shifted(role, role.offset_vox)
+        low, high = self.host_low_B3, self.host_high_B3
+        if role.inside_union:
+            low = np.min([box.low_B3 for box in others], axis=0)
+            high = np.max([box.low_B3 + box.extent_B3 for box in others], axis=0)
+        placed: list[Boxes] = []
+        for view in range(role.count):
+            anchors = others[:1] if role.overlaps else placed
+            placed.append(self._one(role, view, anchors, low, high))
+        return placed
+
+    def _one(self, role: RoleSpec, view: int, anchors: list[Boxes], low_B3: F64, high_B3: F64) -> Boxes:
+        chosen: Boxes | None = None
+        open_B = np.ones(len(self.sample_B), bool)
+        for attempt in range(ATTEMPTS if role.min_overlap > 0 and anchors else 1):
+            box = self._candidate(role, view, attempt, low_B3, high_B3)
+            chosen = box if chosen is None else box.where(open_B, chosen)
+            if role.min_overlap > 0:
+                open_B = _unmet(role, chosen, anchors)
+                if not open_B.any():
+                    return chosen
+        assert chosen is not None
+        if role.min_overlap > 0 and anchors:
+            chosen = self._fallback(role, anchors[0], low_B3, high_B3).where(open_B, chosen)
+        return chosen
+
+    def _candidate(self, role: RoleSpec, view: int, attempt: int, low_B3: F64, high_B3: F64) -> Boxes:
+        form = 0 if role.share_spatial else view
+        # Shared scale and angle stay the same over the attempts as well, or the views of a role would part.
+        shape_B2 = self._uniforms(role, "shape", form, 0 if role.share_spatial else attempt, count=2)
+        lowest, highest = role.scale
+        scale_B = lowest + (highest - lowest) * shape_B2[:, 0]
+        angle_B = np.deg2rad(role.rotate_degrees) * (2 * shape_B2[:, 1] - 1)
+        room_B3 = high_B3 - low_B3 + 1e-9
+        linear = self._linear(role, scale_B, angle_B)
+        tight_B = (_extent(linear, role.size_DHW) > room_B3).any(1)
+        if tight_B.any():  # anisotropic rotation, or a narrow union: give up the rotation, then the scale
+            angle_B = np.where(tight_B, 0.0, angle_B)
+            linear = self._linear(role, scale_B, angle_B)
+            tight_B = (_extent(linear, role.size_DHW) > room_B3).any(1)
+            linear = self._linear(role, np.where(tight_B, lowest, scale_B), angle_B)
+        return Boxes(role.size_DHW, linear, self._corner(role, view, attempt, linear, low_B3, high_B3))
+
+    def _corner(
+        self,
+        role: RoleSpec,
+        view: int,
+        attempt: int,
+        linear_B33: F64,
+        low_B3: F64,
+        high_B3: F64,
+        extra: float | F64 = 0.0,
+    ) -> F64:
+        extent = _extent(linear_B33, role.size_DHW)
+        extent[:, 0] += extra
+        first, last = _corners(extent, low_B3, high_B3, self.shape_B3)
+        u = self._uniforms(role, "corner", view, attempt, count=3)
+        # Whole voxels where the axis is neither scaled nor turned, so that those views need no interpolation.
+        whole = (extent == np.round(extent)) & (first == np.round(first)) & (last == np.round(last))
+        return np.where(whole, first + np.floor(u * (last - first + 1)), first + u * (last - first))
+
+    def _shifted(self, role: RoleSpec, offset_vox: tuple[int, int]) -> list[Boxes]:
+        nearest, furthest = offset_vox
+        later = role.count - 1
+        u = self._uniforms(role, "shift", 0, 0, count=max(2 * later, 1))
+        size = nearest + np.floor(u[:, :later] * (furthest - nearest + 1))
+        shift = np.concatenate([np.zeros((len(u), 1)), np.where(u[:, later : 2 * later] < 0.5, -size, size)], axis=1)
+        form = self._candidate(role, 0, 0, self.host_low_B3, self.host_high_B3).linear_B33
+        span = shift.max(1) - shift.min(1)
+        low = self._corner(role, 0, 0, form, self.host_low_B3, self.host_high_B3, extra=span)
+        low[:, 0] -= shift.min(1)
+        steps = [low + np.stack([s, 0 * s, 0 * s], axis=1) for s in shift.T]
+        return [Boxes(role.size_DHW, form, step) for step in steps]
+
+    def _fallback(self, role: RoleSpec, anchor: Boxes, low_B3: F64, high_B3: F64) -> Boxes:
+        """The anchor's own box when the sizes agree, else the best concentric one."""
+        if role.size_DHW == anchor.size_DHW:
+            return anchor
+        flat = np.zeros(len(self.sample_B))
+        best: Boxes | None = None
+        for scale in np.linspace(*role.scale, 9):
+            linear = self._linear(role, flat + scale, flat)
+            extent = _extent(linear, role.size_DHW)
+            low = np.clip(anchor.centre_B3 - extent / 2, low_B3, np.maximum(low_B3, high_B3 - extent))
+            box = Boxes(role.size_DHW, linear, low)
+            best = box if best is None else box.where(iou(box, anchor) > iou(best, anchor), best)
+        assert best is not None
+        return best
+
+    def _linear(self, role: RoleSpec, scale_B: F64, angle_B: F64) -> F64:
+        linear = np.zeros((len(scale_B), 3, 3))
+        ratio = self.spacing_B3[:, 2] / self.spacing_B3[:, 1]
+        linear[:, 0, 0] = scale_B if role.scale_depth else 1.0
+        linear[:, 1, 1] = linear[:, 2, 2] = scale_B * np.cos(angle_B)
+        linear[:, 1, 2] = -scale_B * np.sin(angle_B) * ratio
+        linear[:, 2, 1] = scale_B * np.sin(angle_B) / ratio
+        return linear
+
+    def affines(self, role: RoleSpec, boxes: list[Boxes]) -> list[F64]:
+        maps = []
+        for view, box in enumerate(boxes):
+            u = self._uniforms(role, "flip", 0 if role.share_spatial else view, 0, count=3)
+            sign_B3 = np.where(u < np.array(role.flip), -1.0, 1.0)
+            linear = box.linear_B33 * sign_B3[:, None, :]
+            shift = box.centre_B3 - linear @ (np.array(role.size_DHW, np.float64) / 2)
+            maps.append(np.concatenate([linear, shift[:, :, None]], axis=2))
+        return maps
+
+    def _uniforms(self, role: RoleSpec, what: str, view: int, attempt: int, *, count: int) -> F64:
+        return uniforms(self.seed, self.sample_B, ("place", role.name, what, view, attempt), count)
+
+
+def iou(a: Boxes, b: Boxes) -> F64:
+    """Intersection over union of two boxes of each sample, (B,); exact for boxes rotated about D."""
+    low = np.maximum(a.low_B3, b.low_B3)
+    high = np.minimum(a.low_B3 + a.extent_B3, b.low_B3 + b.extent_B3)
+    side = np.maximum(high - low, 0)
+    plane = side[:, 1] * side[:, 2]
+    turned = (a.linear_B33[:, 1, 2] != 0) | (b.linear_B33[:, 1, 2] != 0)
+    for i in np.flatnonzero(turned & (plane > 0)):
+        plane[i] = _area(_clip(_footprint(a, int(i)), _footprint(b, int(i))))
+    both = side[:, 0] * plane
+    volume = [np.abs(np.linalg.det(box.linear_B33)) * np.prod(box.size_DHW) for box in (a, b)]
+    return np.asarray(both / (volume[0] + volume[1] - both))
+
+
+def _unmet(role: RoleSpec, box: Boxes, anchors: list[Boxes]) -> NDArray[np.bool_]:
+    unmet = np.zeros(len(box.low_B3), bool)
+    for anchor in anchors:
+        unmet |= iou(box, anchor) < role.min_overlap
+    return unmet
+
+
+def _extent(linear_B33: F64, size_DHW: tuple[int, int, int]) -> F64:
+    return np.asarray(np.abs(linear_B33) @ np.array(size_DHW, np.float64))
+
+
+def _corners(extent_B3: F64, low_B3: F64, high_B3: F64, shape_B3: F64) -> tuple[F64, F64]:
+    """First and last lower corner of a box inside [low, high) that stays in, or else covers, the volume [0, shape)."""
+    a, b = np.clip(0.0, low_B3, high_B3), np.clip(shape_B3, low_B3, high_B3)
+    most = np.maximum(high_B3 - extent_B3, low_B3)
+    first = np.clip(np.minimum(a, b - extent_B3), low_B3, most)
+    last = np.clip(np.maximum(a, b - extent_B3), low_B3, most)
+    return first, last
+
+
+def _largest(role: RoleSpec) -> F64:
+    """Sides of the bounding box at the largest scale and the worst angle, volume voxels of equal H and W spacing."""
+    d, h, w = (float(x) for x in role.size_DHW)
+    angle = np.linspace(0, np.deg2rad(min(role.rotate_degrees, 90.0)), 181)
+    high = role.scale[1]
+    return np.array([
+        d * (high if role.scale_depth else 1.0),
+        high * float(np.max(np.cos(angle) * h + np.sin(angle) * w)),
+        high * float(np.max(np.sin(angle) * h + np.cos(angle) * w)),
+    ])  # fmt: skip
+
+
+def _check_other(role: RoleSpec, roles: dict[str, RoleSpec]) -> None:
+    thing = f"view role {role.name!r}"
+    seen, name = {role.name}, role.overlaps
+    while name:
+        if name in seen or name not in roles:
+            raise ConfigError(f"{thing}: overlaps", expected="another role, without a circle", found=repr(name))
+        seen.add(name)
+        name = roles[name].overlaps
+
+
+def _footprint(box: Boxes, i: int) -> list[tuple[float, float]]:
+    """Corners in (H, W), counter-clockwise for positive determinants."""
+    m = box.linear_B33[i, 1:, 1:]
+    h, w = box.size_DHW[1] / 2, box.size_DHW[2] / 2
+    ch, cw = box.centre_B3[i, 1:]
+    signs = ((-1, -1), (1, -1), (1, 1), (-1, 1))
+    return [(ch + m[0, 0] * s * h + m[0, 1] * t * w, cw + m[1, 0] * s * h + m[1, 1] * t * w) for s, t in signs]
+
+
+def _clip(subject: list[tuple[float, float]], window: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Intersection of two convex polygons (Sutherland-Hodgman)."""
+    for (x0, y0), (x1, y1) in zip(window, window[1:] + window[:1], strict=True):
+
+        def side(p: tuple[float, float], x0: float = x0, y0: float = y0, x1: float = x1, y1: float = y1) -> float:
+            return (x1 - x0) * (p[1] - y0) - (y1 - y0) * (p[0] - x0)
+
+        out: list[tuple[float, float]] = []
+        for p, q in zip(subject, subject[1:] + subject[:1], strict=True):
+            a, b = side(p), side(q)
+            if a >= 0:
+                out.append(p)
+            if (a >= 0) != (b >= 0):
+                t = a / (a - b)
+                out.append((p[0] + t * (q[0] - p[0]), p[1] + t * (q[1] - p[1])))
+        subject = out
+        if not subject:
+            break
+    return subject
+
+
+def _area(polygon: list[tuple[float, float]]) -> float:
+    pairs = zip(polygon, polygon[1:] + polygon[:1], strict=True)
+    return abs(sum(a[0] * b[1] - b[0] * a[1] for a, b in pairs)) / 2
