@@ -12,6 +12,8 @@ units share it:
 numpy only: the file is shipped inside model bundles, where nothing else of this project is installed.
 """
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -22,7 +24,10 @@ FOREGROUND_FRACTION = 0.05
 """Share of the robust intensity range below which a voxel counts as background."""
 
 
-def foreground_mask(values: npt.NDArray[np.generic]) -> npt.NDArray[np.bool_]:
+Values = npt.NDArray[np.floating[Any]] | npt.NDArray[np.integer[Any]]
+
+
+def foreground_mask(values: Values) -> npt.NDArray[np.bool_]:
     """Which voxels are foreground; same shape as `values`.
 
     Raises:
@@ -34,11 +39,11 @@ def foreground_mask(values: npt.NDArray[np.generic]) -> npt.NDArray[np.bool_]:
         raise ValueError("no finite value")
     low, high = np.percentile(known, [0.5, 99.5])
     with np.errstate(invalid="ignore"):
-        above = finite & (values > float(low) + FOREGROUND_FRACTION * (float(high) - float(low)))
+        above: npt.NDArray[np.bool_] = finite & (values > float(low) + FOREGROUND_FRACTION * (float(high) - float(low)))
     return above if above.any() else finite
 
 
-def foreground_stats(values: npt.NDArray[np.generic]) -> dict[str, float]:
+def foreground_stats(values: Values) -> dict[str, float]:
     """Statistics of the foreground of one channel, with the keys of `STATS_ORDER`.
 
     Args:
@@ -54,7 +59,7 @@ def foreground_stats(values: npt.NDArray[np.generic]) -> dict[str, float]:
 
 
 def foreground_box(mask_DHW: npt.NDArray[np.bool_]) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Smallest box holding every true voxel, as (first, one past last) along D, H, W; the whole array if none is true."""
+    """Smallest box of every true voxel, as (first, one past last) along D, H, W; the whole array if none is true."""
     bounds = []
     for axis in range(3):
         others = tuple(a for a in range(3) if a != axis)

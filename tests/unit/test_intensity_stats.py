@@ -6,7 +6,7 @@ from storage.intensity_stats import STATS_ORDER, foreground_box, foreground_mask
 
 def _head(seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    values = rng.normal(0, 1, (20, 24, 22))
+    values = rng.uniform(0, 1, (20, 24, 22))
     values[5:15, 6:18, 4:16] += 100
     return values
 
