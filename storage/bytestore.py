@@ -1,0 +1,317 @@
+"""Named bytes behind one small interface: local files, memory, S3, HTTP, and whatever fsspec knows.
+
+Keys are relative to the URL that opened the store, separated by `/`, without a leading slash. Stores are thread-safe and
+survive pickling (they reopen by URL), and must not be carried through `fork`.
+"""
+
+import os
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import unquote, urlsplit
+
+from storage.errors import ConfigError, CorruptChunk, NotFound, StoreError
+from storage.retry import RetryPolicy
+
+
+class ByteStore(Protocol):
+    """What every backend offers.
+
+    Every method raises `NotFound` for a missing object, `CorruptChunk` for an object shorter than the range asked for,
+    and `StoreError` for anything else that is still wrong after retries; each names the full key.
+    """
+
+    url: str
+
+    def get(self, key: str) -> bytes:
+        """The whole object."""
+
+    def get_range(self, key: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of the object, all of them or an error."""
+
+    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Several ranges of one object, fetched concurrently where that helps, in the order asked."""
+
+    def get_suffix(self, key: str, n: int) -> bytes:
+        """The last n bytes, or the whole object where it is shorter."""
+
+    def put(self, key: str, data: bytes, if_absent: bool = False) -> bool:
+        """Write the object in one atomic step; False if `if_absent` and another object is there already."""
+
+    def head(self, key: str) -> int:
+        """The object's size in bytes."""
+
+    def exists(self, key: str) -> bool:
+        """Whether the object is there."""
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """Keys that start with `prefix` (a plain string prefix), sorted."""
+
+    def delete(self, key: str) -> None:
+        """Remove the object; a missing one is no error."""
+
+
+def open_store(url: str, policy: RetryPolicy | None = None) -> ByteStore:
+    """Open `s3://`, `file://` (or a plain path), `memory://`, `http(s)://` (read-only) or another fsspec URL.
+
+    Credentials and endpoints come from the ordinary AWS environment, never from the URL.
+
+    Raises:
+        ConfigError: the URL is malformed, carries credentials, or names an unknown scheme.
+    """
+    policy = policy or RetryPolicy.from_environment()
+    parts = urlsplit(url)
+    if "@" in parts.netloc:
+        clean = url.replace(parts.netloc.rpartition("@")[0] + "@", "")
+        raise ConfigError(clean, expected="a URL without credentials", found="a user or password in it")
+    if not parts.scheme or "://" not in url:
+        return FileStore(Path(url))
+    if parts.scheme == "file":
+        if parts.netloc not in ("", "localhost"):
+            raise ConfigError(url, expected="file:///absolute/path", found=f"host {parts.netloc!r}")
+        return FileStore(Path(unquote(parts.path)))
+    if parts.scheme == "memory":
+        return MemoryStore(url)
+    if parts.scheme == "s3":
+        from storage.objectstore import open_s3  # imported when used: obstore and botocore cost start-up time
+
+        return open_s3(url, policy)
+    if parts.scheme in ("http", "https"):
+        from storage.objectstore import open_http
+
+        return open_http(url, policy)
+    from storage.fsspecstore import FsspecStore
+
+    return FsspecStore(url, policy)
+
+
+def join(url: str, *parts: str) -> str:
+    """`url` with path parts appended, one slash between them.
+
+    >>> join("s3://bucket/a/", "b", "c")
+    's3://bucket/a/b/c'
+    """
+    head = url if url.endswith("://") else url.rstrip("/")
+    tail = "/".join(p.strip("/") for p in parts if p.strip("/"))
+    if not tail:
+        return head
+    return head + tail if head.endswith("://") else f"{head}/{tail}"
+
+
+def check_key(key: str) -> str:
+    """Refuse keys that would leave the store or mean different things to different backends.
+
+    Raises:
+        ConfigError: empty, absolute, or with an empty, `.` or `..` part.
+    """
+    if not key or any(part in ("", ".", "..") for part in key.split("/")) or "\\" in key or "\0" in key:
+        raise ConfigError(f"key {key!r}", expected="parts joined by single slashes, none empty, '.' or '..'", found=key)
+    return key
+
+
+def check_range(thing: str, start: int, stop: int) -> None:
+    """Refuse a negative or reversed range."""
+    if not 0 <= start <= stop:
+        raise ConfigError(thing, expected="0 <= start <= stop", found=f"[{start}, {stop})")
+
+
+def short(thing: str, start: int, stop: int, size: int | None = None) -> CorruptChunk:
+    """The error for an object that ends before the range does."""
+    found = "fewer" if size is None else f"an object of {size} bytes"
+    return CorruptChunk(thing, expected=f"bytes [{start}, {stop})", found=found, remedy="the object is truncated")
+
+
+class FileStore:
+    """A local directory. Writes go through a temporary file and a rename, so readers see whole objects only."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser().absolute()
+        self.url = self.root.as_uri()
+
+    def _path(self, key: str) -> Path:
+        return self.root / check_key(key)
+
+    def _open(self, key: str) -> int:
+        path = self._path(key)
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise NotFound(join(self.url, key), expected="an object", found="none") from error
+        except OSError as error:
+            raise StoreError(join(self.url, key), expected="a readable file", found=str(error.strerror)) from error
+
+    def _pread(self, fd: int, key: str, start: int, stop: int) -> bytes:
+        parts: list[bytes] = []
+        at = start
+        while at < stop:
+            try:
+                part = os.pread(fd, stop - at, at)
+            except OSError as error:
+                raise StoreError(join(self.url, key), expected="a readable file", found=str(error.strerror)) from error
+            if not part:
+                raise short(join(self.url, key), start, stop, at)
+            parts.append(part)
+            at += len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def get(self, key: str) -> bytes:
+        """See `ByteStore`."""
+        fd = self._open(key)
+        try:
+            return self._pread(fd, key, 0, os.fstat(fd).st_size)
+        finally:
+            os.close(fd)
+
+    def get_range(self, key: str, start: int, stop: int) -> bytes:
+        """See `ByteStore`."""
+        return self.get_ranges(key, [(start, stop)])[0]
+
+    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """See `ByteStore`. Read one after another: the page cache needs no concurrency."""
+        for start, stop in ranges:
+            check_range(join(self.url, key), start, stop)
+        fd = self._open(key)
+        try:
+            return [self._pread(fd, key, start, stop) for start, stop in ranges]
+        finally:
+            os.close(fd)
+
+    def get_suffix(self, key: str, n: int) -> bytes:
+        """See `ByteStore`."""
+        fd = self._open(key)
+        try:
+            size = os.fstat(fd).st_size
+            return self._pread(fd, key, max(0, size - n), size)
+        finally:
+            os.close(fd)
+
+    def put(self, key: str, data: bytes, if_absent: bool = False) -> bool:
+        """See `ByteStore`."""
+        path = self._path(key)
+        temporary = ""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd, temporary = tempfile.mkstemp(prefix=".put-", dir=path.parent)
+            with os.fdopen(fd, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            if if_absent:
+                try:
+                    os.link(temporary, path)
+                except FileExistsError:
+                    return False
+            else:
+                os.replace(temporary, path)
+                temporary = ""
+            return True
+        except OSError as error:
+            raise StoreError(
+                join(self.url, key), expected="a writable directory with room", found=str(error.strerror)
+            ) from error
+        finally:
+            if temporary:
+                with suppress(OSError):
+                    os.unlink(temporary)
+
+    def head(self, key: str) -> int:
+        """See `ByteStore`."""
+        fd = self._open(key)
+        try:
+            return os.fstat(fd).st_size
+        finally:
+            os.close(fd)
+
+    def exists(self, key: str) -> bool:
+        """See `ByteStore`."""
+        return self._path(key).is_file()
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """See `ByteStore`."""
+        folder = prefix.rpartition("/")[0]
+        top = self.root / folder if folder else self.root
+        keys: list[str] = []
+        for here, _, names in os.walk(top):
+            base = os.path.relpath(here, self.root)
+            base = "" if base == "." else base.replace(os.sep, "/") + "/"
+            keys += [base + name for name in names if not name.startswith(".put-") and (base + name).startswith(prefix)]
+        return iter(sorted(keys))
+
+    def delete(self, key: str) -> None:
+        """See `ByteStore`."""
+        try:
+            self._path(key).unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreError(join(self.url, key), expected="a file to delete", found=str(error.strerror)) from error
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return FileStore, (self.root,)
+
+
+_MEMORY: dict[str, bytes] = {}
+_MEMORY_LOCK = threading.Lock()
+
+
+class MemoryStore:
+    """Objects of this process; equal URLs see the same objects. For tests and notebooks."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/") if not url.endswith("://") else url
+        self._prefix = self.url.removesuffix("/") + "/"
+
+    def get(self, key: str) -> bytes:
+        """See `ByteStore`."""
+        data = _MEMORY.get(self._prefix + check_key(key))
+        if data is None:
+            raise NotFound(join(self.url, key), expected="an object", found="none")
+        return data
+
+    def get_range(self, key: str, start: int, stop: int) -> bytes:
+        """See `ByteStore`."""
+        check_range(join(self.url, key), start, stop)
+        data = self.get(key)
+        if stop > len(data):
+            raise short(join(self.url, key), start, stop, len(data))
+        return data[start:stop]
+
+    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """See `ByteStore`."""
+        return [self.get_range(key, start, stop) for start, stop in ranges]
+
+    def get_suffix(self, key: str, n: int) -> bytes:
+        """See `ByteStore`."""
+        data = self.get(key)
+        return data[max(0, len(data) - n) :]
+
+    def put(self, key: str, data: bytes, if_absent: bool = False) -> bool:
+        """See `ByteStore`."""
+        full = self._prefix + check_key(key)
+        with _MEMORY_LOCK:
+            if if_absent and full in _MEMORY:
+                return False
+            _MEMORY[full] = bytes(data)
+        return True
+
+    def head(self, key: str) -> int:
+        """See `ByteStore`."""
+        return len(self.get(key))
+
+    def exists(self, key: str) -> bool:
+        """See `ByteStore`."""
+        return self._prefix + check_key(key) in _MEMORY
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """See `ByteStore`."""
+        full = self._prefix + prefix
+        with _MEMORY_LOCK:
+            keys = [key for key in _MEMORY if key.startswith(full)]
+        return iter(sorted(key[len(self._prefix) :] for key in keys))
+
+    def delete(self, key: str) -> None:
+        """See `ByteStore`."""
+        with _MEMORY_LOCK:
+            _MEMORY.pop(self._prefix + check_key(key), None)

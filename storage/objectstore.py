@@ -1,0 +1,245 @@
+"""S3 and HTTP through obstore, with our own retries, deadline and messages."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import obstore
+from obstore import exceptions
+from obstore.store import HTTPStore, S3Store
+
+from storage.bytestore import check_key, check_range, join, short
+from storage.errors import ConfigError, NotFound, StoreError
+from storage.retry import RetryPolicy, Transient, retry
+
+T = TypeVar("T")
+IN_FLIGHT = 16  # ranges of one `get_ranges` call in flight; beyond it loopback and real S3 gained nothing
+
+
+def open_s3(url: str, policy: RetryPolicy) -> "ObjectStore":
+    """Open `s3://bucket/prefix` with the endpoint, region and credentials of botocore's default session.
+
+    Raises:
+        ConfigError: no bucket in the URL, or no credentials anywhere botocore looks.
+    """
+    import botocore.session
+    from botocore.exceptions import BotoCoreError
+
+    parts = urlsplit(url)
+    if not parts.netloc:
+        raise ConfigError(url, expected="s3://bucket/prefix", found="no bucket")
+    session = botocore.session.get_session()
+    try:
+        credentials = session.get_credentials()
+        endpoint = _endpoint(session)
+        region = session.get_config_variable("region") or "us-east-1"
+    except BotoCoreError as error:
+        raise ConfigError("the AWS configuration", expected="a readable profile", found=str(error)) from error
+    if credentials is None:
+        raise ConfigError(
+            url,
+            expected="credentials in the AWS environment",
+            found="none",
+            remedy="set AWS_SHARED_CREDENTIALS_FILE and AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        )
+
+    def provide() -> dict[str, Any]:
+        frozen = credentials.get_frozen_credentials()  # botocore refreshes it where it expires
+        return {
+            "access_key_id": frozen.access_key,
+            "secret_access_key": frozen.secret_key,
+            "token": frozen.token,
+            "expires_at": getattr(credentials, "_expiry_time", None),
+        }
+
+    options: dict[str, Any] = {"region": region, "virtual_hosted_style_request": endpoint is None}
+    if endpoint is not None:
+        options["endpoint"] = endpoint
+    store = S3Store(
+        parts.netloc,
+        prefix=parts.path.strip("/") or None,
+        client_options=_client(policy, allow_http=bool(endpoint and endpoint.startswith("http://"))),
+        retry_config=_NO_RETRIES,
+        credential_provider=provide,
+        **options,
+    )
+    return ObjectStore(url.rstrip("/"), store, policy, where=endpoint or "AWS S3")
+
+
+def open_http(url: str, policy: RetryPolicy) -> "ObjectStore":
+    """Open a read-only store below an `http(s)://` URL."""
+    store = HTTPStore.from_url(
+        url.rstrip("/"), client_options=_client(policy, allow_http=True), retry_config=_NO_RETRIES
+    )
+    return ObjectStore(url.rstrip("/"), store, policy, where=url, read_only=True)
+
+
+_NO_RETRIES = {"max_retries": 0, "retry_timeout": timedelta(seconds=1)}
+
+
+def _client(policy: RetryPolicy, *, allow_http: bool) -> dict[str, Any]:
+    return {
+        "timeout": timedelta(seconds=policy.attempt_s),
+        "connect_timeout": timedelta(seconds=min(policy.connect_s, policy.attempt_s)),
+        "allow_http": allow_http,
+    }
+
+
+def _endpoint(session: Any) -> str | None:
+    """AWS_ENDPOINT_URL_S3, then AWS_ENDPOINT_URL, then the profile, in botocore's own order."""
+    client_like = session.get_component("config_store")
+    import os
+
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        if os.environ.get(name):
+            return os.environ[name].rstrip("/")
+    found = client_like.get_config_variable("endpoint_url")
+    return str(found).rstrip("/") if found else None
+
+
+class ObjectStore:
+    """An obstore store behind `ByteStore`."""
+
+    def __init__(self, url: str, store: Any, policy: RetryPolicy, *, where: str, read_only: bool = False) -> None:
+        self.url = url
+        self._store, self._policy, self._where, self._read_only = store, policy, where, read_only
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        from storage.bytestore import open_store
+
+        return open_store, (self.url, self._policy)
+
+    def _call(self, key: str, attempt: Callable[[], T]) -> T:
+        thing = join(self.url, key)
+
+        def once() -> T:
+            try:
+                return attempt()
+            except (NotFound, Transient):
+                raise
+            except (exceptions.NotFoundError, FileNotFoundError) as error:
+                raise NotFound(thing, expected="an object", found="none") from error
+            except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
+                raise StoreError(
+                    thing,
+                    expected=f"access at {self._where}",
+                    found=f"refused: {_reason(error)}",
+                    remedy="check the credentials of the AWS environment and the rights of that key",
+                ) from error
+            except exceptions.BaseError as error:
+                reason = _reason(error)
+                if _is_final(error):
+                    raise StoreError(thing, expected=f"an answer of {self._where}", found=reason) from error
+                raise Transient(reason) from error
+
+        return retry(once, self._policy, thing)
+
+    def _writable(self, key: str) -> None:
+        if self._read_only:
+            raise StoreError(join(self.url, key), expected="a writable store", found="a read-only http(s) URL")
+
+    def get(self, key: str) -> bytes:
+        """See `ByteStore`."""
+        check_key(key)
+        return self._call(key, lambda: bytes(obstore.get(self._store, key).bytes()))
+
+    def get_range(self, key: str, start: int, stop: int) -> bytes:
+        """See `ByteStore`."""
+        check_key(key)
+        check_range(join(self.url, key), start, stop)
+        if start == stop:
+            return b""
+
+        def attempt() -> bytes:
+            return bytes(obstore.get_range(self._store, key, start=start, end=stop))
+
+        data = self._call(key, attempt)
+        if len(data) != stop - start:
+            raise short(join(self.url, key), start, stop, start + len(data))
+        return data
+
+    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """See `ByteStore`."""
+        if len(ranges) <= 1:
+            return [self.get_range(key, start, stop) for start, stop in ranges]
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="ranges")
+        return list(self._pool.map(lambda r: self.get_range(key, r[0], r[1]), ranges))
+
+    def get_suffix(self, key: str, n: int) -> bytes:
+        """See `ByteStore`."""
+        check_key(key)
+        return self._call(key, lambda: bytes(obstore.get(self._store, key, options={"range": {"suffix": n}}).bytes()))
+
+    def put(self, key: str, data: bytes, if_absent: bool = False) -> bool:
+        """See `ByteStore`."""
+        check_key(key)
+        self._writable(key)
+        tries = 0
+
+        def attempt() -> bool:
+            nonlocal tries
+            tries += 1
+            try:
+                # One request, so that the object appears whole or not at all.
+                obstore.put(
+                    self._store, key, data, use_multipart=False, mode="create" if if_absent else "overwrite"
+                )
+            except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
+                # After a lost answer the object may be ours.
+                return tries > 1 and bytes(obstore.get(self._store, key).bytes()) == data
+            return True
+
+        return self._call(key, attempt)
+
+    def head(self, key: str) -> int:
+        """See `ByteStore`."""
+        check_key(key)
+        return int(self._call(key, lambda: obstore.head(self._store, key)["size"]))
+
+    def exists(self, key: str) -> bool:
+        """See `ByteStore`."""
+        try:
+            self.head(key)
+        except NotFound:
+            return False
+        return True
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """See `ByteStore`."""
+        # obstore lists by whole path parts; the rest of a prefix is matched here.
+        folder = prefix.rpartition("/")[0]
+
+        def attempt() -> list[str]:
+            return [m["path"] for batch in obstore.list(self._store, folder or None) for m in batch]
+
+        return iter(sorted(k for k in self._call(prefix or ".", attempt) if k.startswith(prefix)))
+
+    def delete(self, key: str) -> None:
+        """See `ByteStore`."""
+        check_key(key)
+        self._writable(key)
+        try:
+            self._call(key, lambda: obstore.delete(self._store, key))
+        except NotFound:
+            return
+
+
+def _reason(error: BaseException) -> str:
+    """obstore's message without its dump of nested Rust structures."""
+    text = str(error).split("\n\nDebug source:")[0]
+    return " ".join(text.split())[:300]
+
+
+def _is_final(error: exceptions.BaseError) -> bool:
+    """Whether repeating the request cannot help."""
+    if isinstance(error, (exceptions.InvalidPathError, exceptions.NotSupportedError)):
+        return True
+    text = str(error)
+    return any(f"status {code}" in text or f"{code} " in text[:200] for code in (400, 405, 411, 412, 413, 416, 501))
