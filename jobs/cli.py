@@ -1,0 +1,53 @@
+"""The command line. Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 refused input."""
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+
+from jobs.commands import bench, data, demo, models, stack, submit, train
+from storage.errors import TomoscaleError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole grammar; every verb that is listed works."""
+    top = argparse.ArgumentParser(
+        prog="tomoscale",
+        description="Self-supervised pre-training for CT and MR volumes: Zarr on object storage, Ray, MLflow.",
+        epilog="Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 refused input.",
+    )
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for group in (demo, stack, data, train, models, submit, bench):
+        group.add(verbs)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    arguments = parser().parse_args(argv)
+    try:
+        code: int | None = arguments.run(arguments)
+        return code or 0
+    except TomoscaleError as error:
+        print(f"tomoscale: {error}", file=sys.stderr)
+        if os.environ.get("TOMOSCALE_TRACEBACK"):
+            traceback.print_exc()
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("tomoscale: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away, as with `| head`; nothing is wrong.
+        sys.stderr.close()
+        return 0
+
+
+def _terminated(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Verb groups of the command line, one file each."""

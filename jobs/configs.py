@@ -1,0 +1,169 @@
+"""The configurations of the jobs: what a YAML file given to `tomoscale` may say.
+
+Every model is frozen and closed to unknown keys; `tomoscale plan CONFIG` prints the resolved form.
+"""
+
+from typing import Any, Self
+
+from pydantic import Field, field_validator, model_validator
+
+import ssl_core.methods  # noqa: F401  registers the methods that `method.name` may name
+from ssl_core.config import Config, parse, resolved
+from ssl_core.engine import EngineConfig
+from ssl_core.finetune import FinetuneConfig
+from ssl_core.intensity import IntensityPolicy
+from ssl_core.methods.base import MethodConfig, method_class
+from storage.errors import ConfigError
+
+
+class BackboneConfig(Config):
+    """Which network, and the arguments that build it."""
+
+    name: str = Field("basic_unet", description="registered backbone name")
+    arguments: dict[str, Any] = Field(
+        default_factory=lambda: {"features": [16, 16, 32, 64, 128, 16]}, description="keyword arguments of the backbone"
+    )
+
+
+class StreamConfig(Config):
+    """How crops are drawn from the store."""
+
+    split: str = Field("train", description="split of the manifest to read")
+    global_batch: int = Field(8, ge=1, description="samples of one optimizer step, all ranks together")
+    lanes: int = Field(64, ge=1, description="fixed sub-sequences of the order; a multiple of every world size")
+    crops_per_visit: int = Field(2, ge=1, description="crops cut at each visit of a volume")
+    foreground: float = Field(0.8, ge=0, le=1, description="probability that a crop is centred in the foreground box")
+    prefetch: int = Field(3, ge=1, description="batches read ahead")
+    threads: int = Field(2, ge=1, description="reading threads of a rank")
+    cache_gib: float = Field(0, ge=0, description="bounded on-disk cache of a node, shared by its ranks; 0 is none")
+
+
+class ClusterConfig(Config):
+    """What a job asks of the cluster."""
+
+    workers: int = Field(2, ge=1, description="training workers")
+    min_workers: int | None = Field(None, ge=1, description="elastic lower bound; the job runs with what there is")
+    cpus_per_worker: float = Field(1, gt=0, description="logical CPUs of a worker")
+    gpu: bool = Field(False, description="one GPU a worker")
+    max_failures: int = Field(5, ge=-1, description="worker-group restarts before the job fails; -1 is no limit")
+
+
+class PretrainConfig(Config):
+    """A pre-training job.
+
+    The same name continues the same job: its checkpoints, its MLflow run and its place in the stream.
+    """
+
+    name: str = Field(description="name of the job; the same name resumes", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    data: str = Field(description="URL of an ingested store, such as s3://volumes/hippocampus")
+    fingerprint: str | None = Field(None, description="manifest to pin; the latest when empty")
+    source: str | None = Field(
+        None, description="folder to ingest when the store has no manifest yet, or `simulated` for the embedded cohort"
+    )
+    runs: str = Field("s3://runs", description="URL below which checkpoints are written")
+    experiment: str = Field("tomoscale", description="MLflow experiment")
+    model: str | None = Field(None, description="registered model name; the job's name when empty")
+    method: dict[str, Any] = Field(default_factory=lambda: {"name": "pgl"}, description="method name and its settings")
+    backbone: BackboneConfig = BackboneConfig()
+    intensity: IntensityPolicy = IntensityPolicy()
+    stream: StreamConfig = StreamConfig()
+    engine: EngineConfig = EngineConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @field_validator("method")
+    @classmethod
+    def _resolve_method(cls, value: dict[str, Any]) -> dict[str, Any]:
+        settings = dict(value)
+        name = settings.pop("name", None)
+        if not isinstance(name, str):
+            raise ConfigError("method.name", expected="the name of a method", found=repr(name))
+        return {"name": name, **resolved(parse(method_class(name).Config, settings, f"method {name}"))}
+
+    @model_validator(mode="after")
+    def _check_ranks(self) -> Self:
+        world = self.cluster.workers
+        if self.stream.global_batch % world or self.stream.lanes % world:
+            raise ValueError(
+                f"stream.global_batch ({self.stream.global_batch}) and stream.lanes ({self.stream.lanes}) to be multiples"
+                f" of cluster.workers ({world})"
+            )
+        return self
+
+    @property
+    def method_name(self) -> str:
+        """Registered name of the method."""
+        return str(self.method["name"])
+
+    @property
+    def method_config(self) -> MethodConfig:
+        """The method's own settings."""
+        settings = {k: v for k, v in self.method.items() if k != "name"}
+        config: MethodConfig = parse(method_class(self.method_name).Config, settings, f"method {self.method_name}")
+        return config
+
+    @property
+    def model_name(self) -> str:
+        """Name under which the encoder is registered."""
+        return self.model or self.name
+
+
+class LabelledConfig(Config):
+    """Which labelled subjects a fine-tuning sees; subject-level splits of the manifest throughout."""
+
+    data: str = Field(description="URL of an ingested store with labels")
+    fingerprint: str | None = Field(None, description="manifest to pin; the latest when empty")
+    label: str = Field("labels", description="name of the label map")
+    subjects: int = Field(8, ge=2, description="labelled training subjects to use, drawn by `subjects_seed`")
+    subjects_seed: int = Field(0, description="seed of that draw")
+    inner: int = Field(2, ge=1, description="of those, subjects held out as the inner split that steers the search")
+    test_limit: int | None = Field(None, ge=1, description="most test subjects to evaluate; all when empty")
+
+
+class SearchSpace(Config):
+    """Ranges of the search; a pair is drawn log-uniformly, a list of choices uniformly."""
+
+    lr: tuple[float, float] = (3e-4, 1e-2)
+    encoder_lr_scale: tuple[float, ...] = (0.1, 0.3, 1.0)
+
+
+class TuneConfig(Config):
+    """A search over fine-tuning settings with early stopping on each epoch's metric."""
+
+    name: str = Field(description="name of the search; the same name resumes", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    runs: str = Field("s3://runs", description="URL below which the search's state is written")
+    experiment: str = Field("tomoscale", description="MLflow experiment")
+    encoders: tuple[str, ...] = Field(description="model URIs to start from, or `none`; a dimension of the search")
+    labelled: LabelledConfig
+    finetune: FinetuneConfig = FinetuneConfig()
+    space: SearchSpace = SearchSpace()
+    trials: int = Field(6, ge=1, description="trials in all")
+    concurrent: int = Field(2, ge=1, description="trials at a time")
+    cpus_per_trial: float = Field(1, gt=0, description="logical CPUs of a trial")
+    gpus_per_trial: float = Field(0, ge=0, description="GPUs of a trial")
+    grace_epochs: int = Field(1, ge=1, description="ASHA: epochs before a trial may be stopped")
+    reduction: int = Field(2, ge=2, description="ASHA: one in this many goes on at each rung")
+    seed: int = Field(0, description="seed of the searcher")
+
+
+class FinetuneJobConfig(Config):
+    """Fine-tuning from each start with each seed, evaluated per case on the held-out split."""
+
+    name: str = Field(description="name of the job", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    runs: str = Field("s3://runs", description="URL below which results are written")
+    experiment: str = Field("tomoscale", description="MLflow experiment")
+    starts: dict[str, str] = Field(description="name of a start to a model URI, or `none` for random weights")
+    labelled: LabelledConfig
+    finetune: FinetuneConfig = FinetuneConfig()
+    seeds: tuple[int, ...] = Field((0, 1, 2), description="seeds of each start")
+    concurrent: int = Field(2, ge=1, description="trainings at a time")
+    cpus_per_run: float = Field(1, gt=0, description="logical CPUs of a training")
+    gpus_per_run: float = Field(0, ge=0, description="GPUs of a training")
+    model: str | None = Field(None, description="registered name of the segmenter; the job's name when empty")
+    register_start: str | None = Field(None, description="start whose first seed is registered; the first when empty")
+    nsd_tolerance_mm: float = Field(1.0, gt=0, description="tolerance of the normalised surface Dice")
+
+    @model_validator(mode="after")
+    def _check_start(self) -> Self:
+        if self.register_start is not None and self.register_start not in self.starts:
+            raise ValueError(f"register_start to be one of {sorted(self.starts)}")
+        return self

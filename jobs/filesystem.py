@@ -1,0 +1,50 @@
+"""The file system that Ray writes checkpoints and state through.
+
+A store outage of seconds must not kill a run. Ray's controller treats a failed write as fatal, and pyarrow drops the retry
+strategy when it pickles an S3 file system on the way to the controller and the workers; this one keeps it. It holds
+no credentials: every node resolves its own from the ordinary AWS environment.
+"""
+
+import os
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow.fs as pa_fs
+
+from storage.errors import ConfigError
+
+_ATTEMPTS = 14  # capped exponential back-off of the AWS SDK: about two minutes of outage
+
+
+class RetryingS3FileSystem(pa_fs.S3FileSystem):  # type: ignore[misc]
+    """pyarrow's S3 file system, with retries that survive pickling and the endpoint taken from the environment."""
+
+    def __init__(self) -> None:
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        options: dict[str, Any] = {"region": os.environ.get("AWS_REGION", "us-east-1")}
+        if endpoint:
+            parts = urlsplit(endpoint)
+            options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
+        super().__init__(
+            retry_strategy=pa_fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
+            connect_timeout=5,
+            request_timeout=30,
+            **options,
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RetryingS3FileSystem, ()
+
+
+def storage_for(url: str) -> tuple[str, pa_fs.FileSystem]:
+    """Path and file system for Ray's `storage_path` and `storage_filesystem`.
+
+    Raises:
+        ConfigError: neither an s3:// nor a file:// URL nor an absolute path.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "s3":
+        return f"{parts.netloc}{parts.path}".rstrip("/"), RetryingS3FileSystem()
+    if parts.scheme == "file" or url.startswith("/"):
+        return (parts.path if parts.scheme else url).rstrip("/"), pa_fs.LocalFileSystem()
+    raise ConfigError(f"runs URL {url!r}", expected="s3://bucket/prefix, file:///path or an absolute path", found=url)

@@ -1,0 +1,28 @@
+"""Connecting a driver to its cluster."""
+
+import logging
+import os
+
+import ray
+
+from storage.errors import StackError
+
+
+def connect() -> None:
+    """Join the cluster of this job; with no cluster configured, say so rather than start a private one.
+
+    Raises:
+        StackError: there is no cluster, or it does not answer.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(address="auto", logging_level=logging.WARNING, log_to_driver=True)
+    except (ConnectionError, TimeoutError, RuntimeError) as error:
+        raise StackError(
+            "Ray",
+            expected="a running cluster",
+            found=" ".join(str(error).split())[:200],
+            remedy="submit with `tomoscale ... --address URL` or `ray job submit`, or start one with `tomoscale up`",
+        ) from error

@@ -1,0 +1,218 @@
+"""Tracking with MLflow that can neither block a training step nor lose or double a point.
+
+One logical job is one MLflow run, found again by tag, so that a restarted job continues it. Points go out in order, in
+batches, from a thread; the same points are journaled in every checkpoint, and the driver fills in what is missing
+when training ends. What the server already has is asked, never assumed, so each point is there exactly once.
+"""
+
+import os
+import queue
+import subprocess
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from storage.errors import StackError
+
+SENTINEL = "step"  # logged with every point; its history says which points the server has
+_BATCH = 900  # MLflow takes at most 1000 metrics in one request
+_MAX_PAUSE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Metrics of one step: names to values, and when they were measured (ms since the epoch)."""
+
+    step: int
+    metrics: Mapping[str, float]
+    time_ms: int
+
+    def to_json(self) -> list[Any]:
+        """As a short JSON list, for the journal."""
+        return [self.step, self.time_ms, dict(self.metrics)]
+
+    @staticmethod
+    def from_json(item: list[Any]) -> "Point":
+        """Inverse of `to_json`."""
+        return Point(int(item[0]), {str(k): float(v) for k, v in item[2].items()}, int(item[1]))
+
+
+def point(step: int, metrics: Mapping[str, float]) -> Point:
+    """A point measured now."""
+    return Point(step, {**metrics, SENTINEL: float(step)}, int(time.time() * 1000))
+
+
+def client() -> Any:
+    """An MLflow client whose calls fail in seconds when the server is away.
+
+    Raises:
+        StackError: no server is configured, or it does not answer or let us in.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow  # imported late: it takes seconds, and most commands do not need it
+    from mlflow.exceptions import MlflowException
+
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri:
+        raise StackError(
+            "MLFLOW_TRACKING_URI", expected="the address of an MLflow server", found="nothing", remedy=_REMEDY
+        )
+    api = mlflow.MlflowClient()
+    try:
+        api.search_experiments(max_results=1)
+    except MlflowException as error:
+        found = " ".join(str(error).split())[:200]
+        raise StackError(f"MLflow at {uri}", expected="an answer", found=found, remedy=_REMEDY) from error
+    return api
+
+
+_REMEDY = "start the local stack with `tomoscale up`, or set MLFLOW_TRACKING_URI and its credentials"
+
+
+def open_run(
+    api: Any,
+    experiment: str,
+    name: str,
+    kind: str,
+    *,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    parent: str | None = None,
+) -> str:
+    """The run id of a logical job: found by its tags when it exists, else created. Sets it running.
+
+    Params are logged once; a restarted job with other settings keeps the first ones and tags the change.
+    """
+    found = api.get_experiment_by_name(experiment)
+    experiment_id = found.experiment_id if found else api.create_experiment(experiment)
+    identity = {"tomoscale.job": name, "tomoscale.kind": kind}
+    query = " and ".join(f"tags.`{k}` = '{v}'" for k, v in identity.items())
+    runs = api.search_runs([experiment_id], query, max_results=1)
+    all_tags = {**identity, **_code_tags(), **tags}
+    if parent:
+        all_tags["mlflow.parentRunId"] = parent
+    if runs:
+        run_id: str = runs[0].info.run_id
+        api.update_run(run_id, status="RUNNING")
+        for key, value in all_tags.items():
+            api.set_tag(run_id, key, value)
+        return run_id
+    from mlflow.entities import Param
+
+    run = api.create_run(experiment_id, tags=all_tags, run_name=name)
+    flat = [Param(k, str(v)[:5000]) for k, v in flatten(params).items()]
+    for start in range(0, len(flat), 100):
+        api.log_batch(run.info.run_id, params=flat[start : start + 100])
+    return str(run.info.run_id)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def steps_on_server(api: Any, run_id: str) -> set[int]:
+    """Steps whose points the server has."""
+    return {int(metric.step) for metric in api.get_metric_history(run_id, SENTINEL)}
+
+
+def send(api: Any, run_id: str, points: Iterable[Point]) -> None:
+    """Log points in order; each request is atomic on the server and holds whole points."""
+    from mlflow.entities import Metric
+
+    batch: list[Any] = []
+    for item in points:
+        metrics = [Metric(k, v, item.time_ms, item.step) for k, v in item.metrics.items()]
+        if len(batch) + len(metrics) > _BATCH:
+            api.log_batch(run_id, metrics=batch)
+            batch = []
+        batch += metrics
+    if batch:
+        api.log_batch(run_id, metrics=batch)
+
+
+def backfill(api: Any, run_id: str, journal: Iterable[Point]) -> int:
+    """Send the points of the journal that the server lacks; returns how many."""
+    known = steps_on_server(api, run_id)
+    missing = [item for item in journal if item.step not in known]
+    send(api, run_id, missing)
+    return len(missing)
+
+
+class Sender:
+    """Sends points from a thread; `put` never blocks and never raises.
+
+    While the server is away points wait here (and in the journal of the checkpoints); after any failed request the
+    server is asked what it has before anything is sent again.
+    """
+
+    def __init__(self, run_id: str) -> None:
+        self._run_id = run_id
+        self._queue: queue.SimpleQueue[Point | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="mlflow-sender", daemon=True)
+        self._thread.start()
+
+    def put(self, item: Point) -> None:
+        """Hand over a point."""
+        self._queue.put(item)
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Send what is waiting, for at most `timeout_s`; the journal keeps the rest for the driver."""
+        self._queue.put(None)
+        self._thread.join(timeout_s)
+
+    def _work(self) -> None:
+        api: Any = None
+        known: set[int] | None = None
+        waiting: list[Point] = []
+        closing, pause = False, 0.5
+        while not (closing and not waiting):
+            if not closing:
+                item = self._queue.get()
+                while item is not None:
+                    waiting.append(item)
+                    try:
+                        item = self._queue.get_nowait()
+                    except queue.Empty:
+                        break
+                closing = item is None
+            try:
+                api = api or client()
+                known = steps_on_server(api, self._run_id) if known is None else known
+                fresh = [p for p in waiting if p.step not in known]
+                send(api, self._run_id, fresh)
+                known |= {p.step for p in fresh}
+                waiting, pause = [], 0.5
+            except Exception as error:  # noqa: BLE001  whatever the network did, training goes on
+                known = None
+                print(f"MLflow did not take metrics ({type(error).__name__}); they wait in the journal", flush=True)
+                if closing:
+                    return
+                time.sleep(pause)
+                pause = min(_MAX_PAUSE_S, 2 * pause)
+
+
+def _code_tags() -> dict[str, str]:
+    from importlib.metadata import version
+
+    tags = {"tomoscale.version": version("tomoscale")}
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return tags
+    if head.returncode == 0:
+        tags["mlflow.source.git.commit"] = head.stdout.strip()
+    return tags
