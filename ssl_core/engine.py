@@ -1,0 +1,485 @@
+"""One training loop for every method.
+
+The engine knows nothing of Ray or MLflow: it is given `report` and `save`. It draws nothing from global random state
+that it has not seeded itself, so its whole state is the method's tensors, the optimizer's and one integer.
+
+Gradients are averaged with one all-reduce over one flat buffer rather than with `DistributedDataParallel`: DDP lays
+its buckets out anew after the first step, so that with more than two ranks a resumed run adds in another order than
+the undisturbed one and differs in the last bit; it also overlaps poorly with losses that gather in their own forward
+pass. The price is that communication does not overlap with the backward pass.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from ssl_core import determinism
+from ssl_core.config import Config, digest
+from ssl_core.distributed import Collectives, Single
+from ssl_core.methods.base import Method, StepContext
+from ssl_core.schedule import cosine, warmup_cosine
+from ssl_core.views import View, ViewBatch
+from storage.errors import ConfigError, TomoscaleError
+
+_OPERATIONAL = ("checkpoint_every", "log_every", "probe_every", "compile")
+
+
+class EngineConfig(Config):
+    """How a method is trained."""
+
+    steps: int = Field(1000, ge=1, description="Optimizer steps of the whole run")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with momentum and coupled decay")
+    lr: float = Field(1e-3, gt=0, description="Learning rate at the end of the warm-up; not scaled by the batch")
+    final_lr: float = Field(0.0, ge=0, description="Learning rate of the last step, reached on half a cosine")
+    warmup_steps: int = Field(50, ge=0, description="Steps over which the learning rate rises linearly")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's two decay rates")
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum")
+    weight_decay: float = Field(1e-2, ge=0, description="Decay of weight matrices and kernels; never biases and norms")
+    final_weight_decay: float | None = Field(
+        None, ge=0, description="Decay of the last step, on half a cosine; unset: constant"
+    )
+    clip: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 does not clip")
+    accumulate: int = Field(
+        1, ge=1, description="Parts that a rank's batch is cut into, one forward and backward pass each"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = Field(
+        "auto", description="auto: bf16 autocast on CUDA devices that have it, else fp32; fp64 is for tests"
+    )
+    channels_last: bool = Field(False, description="Kernels and activations in channels_last_3d order")
+    compile: bool = Field(False, description="Run the method's forward pass through torch.compile")
+    deterministic: bool = Field(True, description="Deterministic kernels where torch has them; slower on CUDA")
+    seed: int = Field(0, ge=0, description="Seed of everything drawn inside a step")
+    log_every: int = Field(10, ge=1, description="Steps between reports")
+    checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints")
+    probe_every: int = Field(100, ge=0, description="Steps between collapse probes; 0 never")
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> "EngineConfig":
+        if self.warmup_steps >= self.steps and self.steps > 1:
+            raise ValueError(f"warmup_steps below steps ({self.steps}), not {self.warmup_steps}")
+        return self
+
+    def digest(self) -> str:
+        """Digest of the settings that change the result; how often to log or save is not among them."""
+        plain = {name: type(self).model_fields[name].default for name in _OPERATIONAL}
+        return digest(self.model_copy(update=plain))
+
+
+class NonFiniteError(TomoscaleError):
+    """A loss or a gradient is infinite or not a number. Nothing has been saved from that step."""
+
+
+class Engine:
+    """A method, its optimizer and how far they are.
+
+    Args:
+        method: An `nn.Module` that meets `ssl_core.methods.base.Method`; moved to `device` in place.
+        config: Settings.
+        collectives: `ssl_core.distributed.current()` in a job. Rank 0's initial weights go to all ranks.
+        device: Where to train.
+
+    Attributes:
+        step_done: Optimizer steps done so far.
+        dtype: Floating type in which views are wanted (float64 under `fp64`, else float32).
+        stopping: Whether any rank has asked to stop; the same on all ranks.
+    """
+
+    def __init__(
+        self,
+        method: nn.Module,
+        config: EngineConfig,
+        *,
+        collectives: Collectives | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.method, self.config, self.device = method, config, torch.device(device)
+        self.collectives: Collectives = collectives if collectives is not None else Single()
+        self.step_done = 0
+        self.stopping = False
+        determinism.apply(config.deterministic)
+        self.precision = _precision(config.precision, self.device)
+        self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
+        layout = {"memory_format": torch.channels_last_3d} if config.channels_last else {}
+        method.to(device=self.device, dtype=self.dtype)
+        for parameter in method.parameters() if layout else ():
+            if parameter.dim() == 5:
+                parameter.data = parameter.data.contiguous(**layout)
+        method.train()
+        self._named = {n: p for n, p in method.named_parameters() if p.requires_grad}
+        if not self._named:
+            raise ConfigError("method", expected="trainable parameters", found="none")
+        self._statistics = [
+            tensor
+            for module in method.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            for tensor in (module.running_mean, module.running_var)
+            if tensor is not None
+        ]
+        self._share_initial_weights()
+        self._pending: list[_Verdict] = []
+        self._grads = _FlatGradients(list(self._named.values()))
+        self.optimizer = _optimizer(self._named, config, self.device)
+        name_of = {id(p): n for n, p in self._named.items()}
+        # The optimizer numbers its parameters by group; a checkpoint names them.
+        self._optimizer_names = [name_of[id(p)] for g in self.optimizer.param_groups for p in g["params"]]
+        if config.compile:
+            method.compile()
+
+    def step(self, views: ViewBatch, *, stop: bool = False) -> dict[str, float]:
+        """One optimizer step on this rank's part of the batch.
+
+        Args:
+            views: Views on the engine's device; their number is a multiple of `accumulate` and equal on all ranks.
+            stop: Whether this rank wants to stop; see `stopping`.
+
+        Returns:
+            Means over ranks when the step is logged, otherwise nothing, which saves a wait for the device: `loss`,
+            `loss/<term>`, `monitor/<name>`, `grad_norm` (before clipping), `lr`, `weight_decay`.
+
+        Raises:
+            NonFiniteError: names the step, the rank and the samples.
+        """
+        config = self.config
+        ctx = StepContext(self.step_done, config.steps, config.seed, self.collectives)
+        lr, decay = self._apply_schedule()
+        self._grads.zero()
+        values: dict[str, Tensor] = {}
+        parts = _split(views, config.accumulate)
+        finite: list[Tensor] = []
+        for index, part in enumerate(parts):
+            determinism.seed_step(config.seed, self.step_done, self.collectives.rank, index)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                terms = self.method(part, ctx)
+            total = terms.total
+            (total / len(parts)).backward()
+            finite.append(torch.isfinite(total.detach()) & torch.isfinite(self._grads.norm()))
+            named = {"loss": total, **{f"loss/{k}": v for k, v in terms.terms.items()}}
+            for name, value in (named | {f"monitor/{k}": v for k, v in terms.monitors.items()}).items():
+                share = value.detach().double() / len(parts)
+                values[name] = values[name] + share if name in values else share
+        self._grads.average(self.collectives, vote=stop)
+        norm = self._grads.norm()
+        self._pending.append(_Verdict(self.step_done, parts, torch.stack(finite), norm, self._grads.votes()))
+        self._settle(wait=self.device.type == "cpu")
+        if config.clip:
+            self._grads.scale(torch.clamp(config.clip / (norm + 1e-6), max=1.0))
+        self.optimizer.step()
+        cast(Method, self.method).after_step(ctx)
+        self._average_statistics()
+        self.step_done += 1
+        if not self.log_due():
+            return {}
+        self._settle(wait=True)
+        means = self.collectives.mean(torch.stack(list(values.values()))).tolist()
+        return dict(zip(values, means, strict=True)) | {"grad_norm": float(norm), "lr": lr, "weight_decay": decay}
+
+    def log_due(self) -> bool:
+        """Whether the step just done is one to report: the first, the last and every `log_every`-th."""
+        done = self.step_done
+        return done == 1 or done == self.config.steps or done % self.config.log_every == 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a run needs to go on: nested dicts for `ssl_core.checkpoint.save`.
+
+        Tensors are the live ones: write or copy them before the next step. The same on every rank.
+        """
+        self._settle(wait=True)  # never hand out what a bad step has made
+        names = self._optimizer_names
+        packed = self.optimizer.state_dict()["state"]
+        return {
+            "method": dict(self.method.state_dict()),
+            "optimizer": {names[i]: dict(entry) for i, entry in sorted(packed.items())},
+            "engine": {"step": self.step_done, "config_digest": self.config.digest()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, allow_change: bool = False) -> None:
+        """Go on from a state, bit for bit.
+
+        Args:
+            state: As from `state_dict` or `ssl_core.checkpoint.load`.
+            allow_change: Accept a state of another `EngineConfig`, for example with more steps.
+
+        Raises:
+            ConfigError: another configuration, another method or other shapes.
+        """
+        mine, theirs = self.config.digest(), state["engine"]["config_digest"]
+        if mine != theirs and not allow_change:
+            raise ConfigError(
+                "checkpoint's engine settings",
+                expected=f"digest {mine}, as in this run",
+                found=theirs,
+                remedy="start a new run under another name, or allow the change explicitly",
+            )
+        own = self.method.state_dict()
+        _require_same_tensors("method", own, state["method"])
+        optimizer_names = list(state["optimizer"])
+        if optimizer_names and sorted(optimizer_names) != sorted(self._named):
+            raise ConfigError("checkpoint's optimizer", expected="state of the same parameters", found="others")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state["method"][name])
+        packed = self.optimizer.state_dict()
+        packed["state"] = {
+            i: {k: _like(v, self._named[name]) for k, v in state["optimizer"][name].items()}
+            for i, name in enumerate(self._optimizer_names)
+            if optimizer_names
+        }
+        self.optimizer.load_state_dict(packed)
+        self.step_done = int(state["engine"]["step"])
+
+    def _apply_schedule(self) -> tuple[float, float]:
+        c, s = self.config, self.step_done
+        lr = warmup_cosine(s, steps=c.steps, warmup=c.warmup_steps, peak=c.lr, final=c.final_lr)
+        end = c.weight_decay if c.final_weight_decay is None else c.final_weight_decay
+        decay = cosine(s, steps=c.steps, start=c.weight_decay, end=end)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = decay if group["decays"] else 0.0
+        return lr, decay
+
+    def _settle(self, wait: bool) -> None:
+        """Look at the verdicts that have reached the host; with `wait`, at all of them.
+
+        On CUDA a step's verdict is read one step later, so that the host need not wait for the device. The averaged
+        gradient is the same on all ranks, so that all come to the same verdict at the same time and may gather.
+        """
+        while len(self._pending) > (0 if wait else 1):
+            verdict = self._pending.pop(0)
+            norm, votes = verdict.read()
+            self.stopping = self.stopping or votes > 0
+            if not math.isfinite(norm):
+                self._pending.clear()
+                raise self._non_finite(verdict)
+
+    def _non_finite(self, verdict: "_Verdict") -> "NonFiniteError":
+        good = verdict.finite.tolist()
+        bad = good.index(False) if False in good else -1
+        sample_B = torch.cat([p.sample_B for p in verdict.parts]).to(self.device)
+        marks_B = torch.zeros_like(sample_B)
+        if bad >= 0:
+            size = len(verdict.parts[bad])
+            marks_B[bad * size : (bad + 1) * size] = 1
+        samples = self.collectives.gather(sample_B).tolist()
+        marks = self.collectives.gather(marks_B).tolist()
+        ids = [i for i, mark in zip(samples, marks, strict=True) if mark]
+        where = f"samples {ids}" if ids else f"the sum over ranks, samples {samples}"
+        return NonFiniteError(
+            f"step {verdict.step + 1}",
+            expected="a finite loss and gradient",
+            found=f"infinity or not-a-number in {where}",
+            remedy="look at these samples with `tomoscale data show`, lower `lr` or `clip`, or use precision fp32; "
+            "the last checkpoint is from before",
+        )
+
+    def _share_initial_weights(self) -> None:
+        if self.collectives.world == 1:
+            return
+        with torch.no_grad():
+            for tensor in self.method.state_dict().values():
+                wide = tensor.long() if tensor.dtype == torch.bool else tensor
+                kept = wide if self.collectives.rank == 0 else torch.zeros_like(wide)
+                tensor.copy_(self.collectives.sum(kept))
+
+    def _average_statistics(self) -> None:
+        """Average batch norms' running statistics, which each rank gathers from its own samples."""
+        if self.collectives.world == 1 or not self._statistics:
+            return
+        mean = self.collectives.mean(torch.cat([t.flatten() for t in self._statistics]))
+        for tensor, part in zip(self._statistics, mean.split([t.numel() for t in self._statistics]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+class _FlatGradients:
+    """Every gradient is a view of one buffer: zeroing, averaging, norm and clipping are each one call.
+
+    A parameter without a gradient in a step counts as one with zeros, whatever the number of ranks. One more element
+    carries the ranks' votes to stop, so that they need no message of their own.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        total = sum(p.numel() for p in parameters)
+        self._buffer = torch.zeros(total + 1, dtype=parameters[0].dtype, device=parameters[0].device)
+        self._flat = self._buffer[:total]
+        offset = 0
+        for p in parameters:
+            # Same strides as the parameter, or fused optimizers fall back to slower code.
+            p.grad = self._flat.as_strided(p.shape, p.stride(), self._flat.storage_offset() + offset)
+            offset += p.numel()
+
+    def zero(self) -> None:
+        self._buffer.zero_()
+
+    def average(self, collectives: Collectives, vote: bool) -> None:
+        if vote:
+            self._buffer[-1] = 1.0
+        if collectives.world > 1:
+            self._buffer.copy_(collectives.mean(self._buffer))
+
+    def norm(self) -> Tensor:
+        return torch.linalg.vector_norm(self._flat)
+
+    def votes(self) -> Tensor:
+        return self._buffer[-1].clone()
+
+    def scale(self, factor: Tensor) -> None:
+        self._flat.mul_(factor)
+
+
+class _Verdict:
+    """Whether a step was sound and whether a rank wants to stop, on the way from the device to the host."""
+
+    def __init__(self, step: int, parts: list[ViewBatch], finite: Tensor, norm: Tensor, votes: Tensor) -> None:
+        self.step, self.parts, self.finite = step, parts, finite
+        both = torch.stack([norm, votes])
+        self._event: torch.cuda.Event | None = None
+        if both.device.type == "cuda":
+            self._host = torch.empty(2, dtype=both.dtype, pin_memory=True)
+            self._host.copy_(both, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = both
+
+    def read(self) -> tuple[float, float]:
+        if self._event is not None:
+            self._event.synchronize()
+        norm, votes = self._host.tolist()
+        return norm, votes
+
+
+Batch = ViewBatch | tuple[ViewBatch, float]
+
+
+def fit(
+    engine: Engine,
+    batches: Iterable[Batch],
+    *,
+    report: Callable[[int, dict[str, float]], None],
+    save: Callable[[int, dict[str, Any]], None],
+    stop: Callable[[], bool] | None = None,
+    probe: Callable[[Engine, ViewBatch], dict[str, float]] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> int:
+    """Train from `engine.step_done` to `engine.config.steps`.
+
+    Args:
+        engine: Fresh or with a loaded state.
+        batches: This rank's views, on the engine's device, from the sample at which the engine stands: sample number
+            `engine.step_done * global_batch`. With each the seconds spent waiting for data, where the source knows
+            them; otherwise the whole time to get the next item counts as waiting.
+        report: Called on every rank with the number of steps done and metrics: those of `Engine.step`, the probe's,
+            `time/step_s`, `time/wait_share` (0 to 1, mean over ranks) and `time/samples_per_s` (all ranks together)
+            since the last report.
+        save: Called on every rank with the number of steps done and `Engine.state_dict()`, every
+            `checkpoint_every` steps, at the end and before an early end. The state is live: write it before returning.
+        stop: Asked before each step; when it answers True on any rank, all ranks end after the same step.
+        probe: Called every `probe_every` steps; returns metrics.
+        clock: Seconds from a fixed point.
+
+    Returns:
+        Steps done: `engine.config.steps`, or fewer when stopped.
+
+    Raises:
+        NonFiniteError: see `Engine.step`.
+        TomoscaleError: `batches` ended early.
+    """
+    config = engine.config
+    source = iter(batches)
+    began, waited, samples, steps = clock(), 0.0, 0, 0
+    while engine.step_done < config.steps and not engine.stopping:
+        asked = clock()
+        item = next(source, None)
+        if item is None:
+            raise TomoscaleError(
+                "batches", expected=f"{config.steps} steps of them", found=f"the end after step {engine.step_done}"
+            )
+        views, wait = item if isinstance(item, tuple) else (item, clock() - asked)
+        metrics = engine.step(views, stop=stop is not None and stop())
+        done = engine.step_done
+        waited, samples, steps = waited + wait, samples + len(views), steps + 1
+        if probe is not None and config.probe_every and done % config.probe_every == 0:
+            metrics = metrics | probe(engine, views)
+        if engine.log_due():
+            now = clock()
+            spent = max(now - began, 1e-9)
+            share = torch.tensor(waited / spent, dtype=torch.float64, device=engine.device)
+            metrics["time/wait_share"] = float(engine.collectives.mean(share))
+            metrics["time/step_s"] = spent / steps
+            metrics["time/samples_per_s"] = samples * engine.collectives.world / spent
+            began, waited, samples, steps = now, 0.0, 0, 0
+        if metrics:
+            report(done, metrics)
+        if done % config.checkpoint_every == 0 or done == config.steps or engine.stopping:
+            save(done, engine.state_dict())
+    return engine.step_done
+
+
+def _precision(wanted: str, device: torch.device) -> str:
+    if wanted != "auto":
+        return wanted
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def _optimizer(named: Mapping[str, nn.Parameter], config: EngineConfig, device: torch.device) -> torch.optim.Optimizer:
+    # Decaying biases and norms' scales pulls them to zero for no gain; kernels have more than one axis.
+    kernels = [p for p in named.values() if p.dim() > 1]
+    others = [p for p in named.values() if p.dim() <= 1]
+    groups = [{"params": kernels, "decays": True}, {"params": others, "decays": False}]
+    groups = [g for g in groups if g["params"]]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+
+
+def _split(views: ViewBatch, parts: int) -> list[ViewBatch]:
+    """Consecutive equal parts of a batch."""
+    if parts == 1:
+        return [views]
+    size, rest = divmod(len(views), parts)
+    if rest or not size:
+        raise ConfigError("accumulate", expected=f"a divisor of the rank's batch of {len(views)}", found=str(parts))
+    return [_cut(views, slice(i * size, (i + 1) * size)) for i in range(parts)]
+
+
+T = TypeVar("T")
+
+
+def _cut(value: T, part: slice) -> T:
+    """The same nesting with every tensor cut along its first axis."""
+    cut: Any = value
+    if isinstance(value, Tensor):
+        cut = value[part]
+    elif isinstance(value, View | ViewBatch):
+        fields = {f.name: _cut(getattr(value, f.name), part) for f in dataclasses.fields(value)}
+        cut = dataclasses.replace(value, **fields)
+    elif isinstance(value, tuple):
+        cut = tuple(_cut(v, part) for v in value)
+    elif isinstance(value, Mapping):
+        cut = {k: _cut(v, part) for k, v in value.items()}
+    return cut
+
+
+def _require_same_tensors(what: str, own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    for name in sorted(own.keys() | other.keys()):
+        mine = "none" if name not in own else f"{tuple(own[name].shape)} {own[name].dtype}"
+        theirs = "none" if name not in other else f"{tuple(other[name].shape)} {other[name].dtype}"
+        if mine != theirs:
+            raise ConfigError(
+                f"checkpoint's {what} tensor {name!r}",
+                expected=mine,
+                found=theirs,
+                remedy="resume with the method and network that wrote it",
+            )
+
+
+def _like(value: Any, parameter: nn.Parameter) -> Any:
+    """Optimizer state in the parameter's memory order."""
+    if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() > 1:
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    return value
