@@ -45,8 +45,13 @@ class Backbone(Protocol):
     levels: tuple[Level, ...]
     decoder_levels: tuple[Level, ...]
 
-    def features(self, x_BCDHW: Tensor) -> list[Tensor]:
-        """Encoder maps, finest first, shapes (B, levels[i].channels, D/stride, H/stride, W/stride)."""
+    def features(self, x_BCDHW: Tensor, upto: int | None = None) -> list[Tensor]:
+        """Encoder maps, finest first, shapes (B, levels[i].channels, D/stride, H/stride, W/stride).
+
+        Args:
+            x_BCDHW: Input; a 2-D network sees every slice along D on its own.
+            upto: Deepest level wanted; all when `None`.
+        """
         ...
 
     def decode(self, features: list[Tensor], skips: bool = True) -> list[Tensor]:
@@ -59,6 +64,14 @@ class Backbone(Protocol):
 
     def encoder_keys(self) -> list[str]:
         """Names in `net.state_dict()` that belong to the encoder."""
+        ...
+
+    def level_keys(self, level: int) -> list[str]:
+        """Names in `net.state_dict()` that the map of one encoder level depends on."""
+        ...
+
+    def decoder_keys(self) -> list[str]:
+        """Names in `net.state_dict()` that `decode` uses, the output layer not among them."""
         ...
 
     def multiple_DHW(self) -> tuple[int, int, int]:

@@ -5,21 +5,44 @@ to export. Randomness and collectives come in through the `StepContext`, so that
 and cannot forget to gather.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_core.backbones.base import Backbone
 from ssl_core.config import Config
 from ssl_core.distributed import Collectives, Single
-from ssl_core.views import ViewBatch, ViewSpec
+from ssl_core.views import RoleSpec, View, ViewBatch, ViewSpec
 from storage.errors import ConfigError
 
 
 class MethodConfig(Config):
     """Base of a method's settings. Every field carries a description that names its source or says "our choice"."""
+
+
+class Crops(Config):
+    """The crops that a method compares, and how they are augmented."""
+
+    size_DHW: tuple[int, int, int] = Field((64, 64, 64), description="Voxels of a view along D, H, W; our choice")
+    scale: tuple[float, float] = Field(
+        (1.0, 1.0), description="Lowest and highest ratio of the box cut from the volume to the view"
+    )
+    scale_depth: bool = Field(False, description="Whether D is scaled too; our choice, as sibling code scales H and W")
+    flip: tuple[float, float, float] = Field((0.5, 0.5, 0.5), description="Probability of a flip along D, H, W")
+    rotate_degrees: float = Field(0.0, ge=0, le=180, description="Largest rotation about D; our choice")
+    min_overlap: float = Field(
+        0.0, ge=0, le=1, description="Least intersection over union of the boxes; 0 places them independently"
+    )
+    intensity: Literal["none", "light", "strong", "genesis"] = Field(
+        "light", description="Named list of intensity changes; our choice"
+    )
+
+    def role(self, name: str, count: int, **changes: Any) -> RoleSpec:
+        """A role of views with these settings."""
+        return RoleSpec(**({"name": name, "count": count} | self.model_dump() | changes))
 
 
 @dataclass(frozen=True)
@@ -31,12 +54,15 @@ class StepContext:
         max_steps: Steps of the whole run.
         seed: Seed of the run; draw with `numpy.random.Philox` keyed by (seed, sample index), never from a global.
         collectives: Differentiable gathers and reductions over ranks; `Single()` on one rank.
+        memo: Encoder maps made so far in this forward pass, so that objectives composed over shared views do not make
+            them twice; see `encode`. `None` outside such a composition.
     """
 
     step: int
     max_steps: int
     seed: int = 0
     collectives: Collectives = field(default_factory=Single)
+    memo: dict[tuple[int, int], list[Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +113,26 @@ class Method(Protocol):
     def encoder(self) -> Backbone:
         """What is exported."""
         ...
+
+
+def encode(backbone: Backbone, view: View, ctx: StepContext, upto: int | None = None) -> list[Tensor]:
+    """Encoder maps of a view, finest first; made once when objectives share the view and the backbone.
+
+    The memo keys on identity, which is safe because the composition that opened it holds views and backbone.
+    """
+    if ctx.memo is None:
+        return backbone.features(view.image_BCDHW, upto)
+    key = (id(backbone), id(view))
+    if key not in ctx.memo:
+        ctx.memo[key] = backbone.features(view.image_BCDHW)
+    return ctx.memo[key]
+
+
+def train_only(backbone: Backbone, keys: Iterable[str]) -> None:
+    """Let gradients reach these names of `backbone.net` and no others, so that unused weights are left as they are."""
+    wanted = set(keys)
+    for name, parameter in backbone.net.named_parameters():
+        parameter.requires_grad_(name in wanted)
 
 
 M = TypeVar("M", bound=type[nn.Module])

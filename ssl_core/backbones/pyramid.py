@@ -1,0 +1,173 @@
+"""One class for every backbone; what differs between networks is data and four functions.
+
+A 2-D network works on volumes too: slices along D are folded into the batch, so that its maps have stride 1 and one
+feature a slice along D, and every method runs on it unchanged.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssl_core.backbones.base import Level
+from ssl_core.norm import globalise
+from storage.errors import ConfigError
+
+Triple = tuple[int, int, int]
+Offset = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the features of one level lie, along the network's own 2 or 3 axes.
+
+    Attributes:
+        stride: Input voxels between neighbouring features.
+        offset: Centre of feature 0 in input edge coordinates; `None` where only a measurement can tell.
+    """
+
+    stride: tuple[int, ...]
+    offset: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How to see a stock network as a pyramid.
+
+    Attributes:
+        make: The stock network from its arguments.
+        geometry: Levels of the encoder from the arguments, finest first.
+        encode: Maps of the levels up to and including the given one.
+        decode: Decoder maps, coarsest first, from encoder maps.
+        level_prefixes: State dict prefixes that a level's map depends on.
+        encoder_prefixes: State dict prefixes of the whole encoder.
+        decoder_prefixes: State dict prefixes that `decode` uses.
+        slim: Arguments of a narrow network with the same geometry, for measuring.
+    """
+
+    make: Callable[..., nn.Module]
+    geometry: Callable[[dict[str, Any]], list[Geometry]]
+    encode: Callable[[Any, Tensor, int], list[Tensor]]
+    decode: Callable[[Any, list[Tensor]], list[Tensor]]
+    level_prefixes: Callable[[Any, int], list[str]]
+    encoder_prefixes: Callable[[Any], list[str]]
+    decoder_prefixes: Callable[[Any], list[str]]
+    slim: Callable[[dict[str, Any]], dict[str, Any]]
+
+
+class Pyramid(nn.Module):
+    """A stock network behind the `Backbone` contract.
+
+    Args:
+        name: Registered name.
+        architecture: See `Architecture`.
+        arguments: Keyword arguments of the stock class.
+        offsets: Measured offsets of the levels, used where the geometry does not know them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        architecture: Architecture,
+        arguments: dict[str, Any],
+        offsets: Sequence[tuple[float, ...]],
+    ) -> None:
+        super().__init__()
+        self.name, self.arguments = name, copy.deepcopy(arguments)
+        self.dims = int(arguments.get("spatial_dims", 3))
+        self._architecture = architecture
+        self.net = globalise(architecture.make(**arguments))
+        self._strides = [self._triple(g.stride, 1) for g in architecture.geometry(arguments)]
+        self.levels, self.decoder_levels = self._describe(offsets)
+
+    def features(self, x_BCDHW: Tensor, upto: int | None = None) -> list[Tensor]:
+        """See `Backbone.features`.
+
+        Raises:
+            ConfigError: the size is not a multiple of the deepest stride wanted, or too small for instance norm.
+        """
+        last = len(self.levels) - 1 if upto is None else upto
+        self._check(x_BCDHW, last)
+        depth = x_BCDHW.shape[2]
+        return [self._unfold(f, depth) for f in self._architecture.encode(self.net, self._fold(x_BCDHW), last)]
+
+    def decode(self, features: list[Tensor], skips: bool = True) -> list[Tensor]:
+        """See `Backbone.decode`."""
+        depth = features[0].shape[2]
+        kept = features if skips else [torch.zeros_like(f) for f in features[:-1]] + features[-1:]
+        maps = self._architecture.decode(self.net, [self._fold(f) for f in kept])
+        return [self._unfold(f, depth) for f in maps]
+
+    def logits(self, x_BCDHW: Tensor) -> Tensor:
+        """See `Backbone.logits`."""
+        self._check(x_BCDHW, len(self.levels) - 1)
+        return self._unfold(self.net(self._fold(x_BCDHW)), x_BCDHW.shape[2])
+
+    def encoder_keys(self) -> list[str]:
+        """See `Backbone.encoder_keys`."""
+        return self._keys(self._architecture.encoder_prefixes(self.net))
+
+    def level_keys(self, level: int) -> list[str]:
+        """See `Backbone.level_keys`."""
+        return self._keys(self._architecture.level_prefixes(self.net, level))
+
+    def decoder_keys(self) -> list[str]:
+        """See `Backbone.decoder_keys`."""
+        return self._keys(self._architecture.decoder_prefixes(self.net))
+
+    def multiple_DHW(self) -> Triple:
+        """See `Backbone.multiple_DHW`."""
+        return self._strides[-1]
+
+    def _keys(self, prefixes: list[str]) -> list[str]:
+        return [k for k in self.net.state_dict() if any(k == p or k.startswith(p + ".") for p in prefixes)]
+
+    def _triple(self, values: tuple[Any, ...], first: Any) -> Any:
+        return values if len(values) == 3 else (first, *values)
+
+    def _fold(self, x: Tensor) -> Tensor:
+        return x if self.dims == 3 else x.transpose(1, 2).flatten(0, 1)
+
+    def _unfold(self, x: Tensor, depth: int) -> Tensor:
+        return x if self.dims == 3 else x.unflatten(0, (-1, depth)).transpose(1, 2)
+
+    def _check(self, x: Tensor, last: int) -> None:
+        size, stride = tuple(x.shape[2:]), self._strides[last]
+        if any(n % s or n == 0 for n, s in zip(size, stride, strict=True)):
+            raise ConfigError(
+                f"input of backbone {self.name!r}", expected=f"sizes that are multiples of {stride}", found=str(size)
+            )
+        positions = [n // s for n, s in zip(size, stride, strict=True)][3 - self.dims :]
+        instance = any(isinstance(m, nn.modules.instancenorm._InstanceNorm) for m in self.net.modules())
+        if self.training and instance and max(positions) == 1:
+            raise ConfigError(
+                f"input of backbone {self.name!r}",
+                expected="more than one position at the deepest level, which instance norm needs in training",
+                found=f"{size} with a deepest stride of {stride}",
+                remedy="use larger views, fewer levels, or group norm",
+            )
+
+    def _describe(self, offsets: Sequence[tuple[float, ...]]) -> tuple[tuple[Level, ...], tuple[Level, ...]]:
+        """Channels and decoder strides from a pass without data on the meta device."""
+        twin = copy.deepcopy(self.net).to("meta").eval()
+        size = [2 * s for s in self._strides[-1][3 - self.dims :]]
+        first = next(iter(self.net.parameters())).dtype
+        channels = int(self.arguments.get("in_channels", 1))
+        with torch.no_grad():
+            x = torch.empty((1, channels, *size), device="meta", dtype=first)
+            maps = self._architecture.encode(twin, x, len(self._strides) - 1)
+            decoded = self._architecture.decode(twin, maps)
+        levels = tuple(
+            Level(int(f.shape[1]), s, self._triple(tuple(o), 0.5))
+            for f, s, o in zip(maps, self._strides, offsets, strict=True)
+        )
+        by_size = {tuple(f.shape[2:]): level for f, level in zip(maps, levels, strict=True)}
+        # A decoder map lies where the encoder map of its resolution lies: stock decoders add or concatenate the two.
+        decoder = tuple(
+            Level(int(f.shape[1]), by_size[tuple(f.shape[2:])].stride_DHW, by_size[tuple(f.shape[2:])].offset_DHW)
+            for f in decoded
+        )
+        return levels, decoder

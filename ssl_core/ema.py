@@ -1,0 +1,32 @@
+"""Moving averages of weights: targets that follow and are never trained."""
+
+import copy
+import math
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def target_of(online: M) -> M:
+    """A copy that takes no gradient. In training mode its norms use their own batch's statistics, as BYOL's do."""
+    return copy.deepcopy(online).requires_grad_(False)
+
+
+@torch.no_grad()
+def follow(target: nn.Module, online: nn.Module, momentum: float) -> None:
+    """target <- momentum * target + (1 - momentum) * online, over all parameters.
+
+    Buffers are left alone: the target gathers running statistics from its own passes, which are of its own weights.
+    """
+    old, new = list(target.parameters()), list(online.parameters())
+    torch._foreach_mul_(old, momentum)
+    torch._foreach_add_(old, new, alpha=1 - momentum)
+
+
+def momentum_at(step: int, max_steps: int, start: float) -> float:
+    """Cosine from `start` at step 0 to 1 at `max_steps`: 1 - (1 - start) (1 + cos(pi k / K)) / 2 (BYOL, 2006.07733)."""
+    done = min(step / max(max_steps, 1), 1.0)
+    return 1 - (1 - start) * (1 + math.cos(math.pi * done)) / 2

@@ -1,0 +1,35 @@
+"""Projection and prediction heads: stacks of linear layers on vectors (B, C) or, as 1x1x1 convolutions, on maps."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import nn
+
+from ssl_core.norm import GlobalBatchNorm
+
+Norm = Literal["batch", "group", "none"]
+
+
+def head(widths: Sequence[int], *, dense: bool = False, norm: Norm = "batch", last_norm: bool = False) -> nn.Sequential:
+    """Linear, norm, ReLU and so on; the last layer is bare linear, with a norm without scale when `last_norm`.
+
+    Args:
+        widths: Input, hidden and output channels; two for a single layer.
+        dense: 1x1x1 convolutions on (B, C, D, H, W) instead of linear layers on (B, C).
+        norm: Batch norm over the global batch, group norm in groups of about 8 channels, or none.
+        last_norm: Whether the output is normalised too.
+    """
+    layers: list[nn.Module] = []
+    for i, (inner, outer) in enumerate(zip(widths, widths[1:], strict=False)):
+        last = i == len(widths) - 2
+        normed = norm != "none" and (not last or last_norm)
+        bias = not (normed and norm == "batch")  # batch norm takes it away again
+        layers.append(nn.Conv3d(inner, outer, 1, bias=bias) if dense else nn.Linear(inner, outer, bias=bias))
+        if normed and norm == "batch":
+            layers.append(GlobalBatchNorm(outer, affine=not last))
+        elif normed:
+            groups = max(g for g in range(1, max(outer // 8, 1) + 1) if outer % g == 0)
+            layers.append(nn.GroupNorm(groups, outer))
+        if not last:
+            layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers)

@@ -1,0 +1,43 @@
+"""Contrast of each anchor's positive against all other keys."""
+
+import torch
+from torch import Tensor
+
+from ssl_core.losses.cosine import unit, wide
+
+
+def nt_xent(
+    anchor_NE: Tensor, key_KE: Tensor, positive_N: Tensor, itself_N: Tensor | None, temperature: float
+) -> Tensor:
+    """Mean over anchors of -log(exp(s_p / t) / sum over keys but the anchor itself of exp(s / t)), s the cosine.
+
+    SimCLR (2002.05709), eq. 1, when anchors are this rank's views and keys all ranks' views.
+
+    Args:
+        anchor_NE: Embeddings, normalised here.
+        key_KE: Embeddings, normalised here.
+        positive_N: Index of each anchor's positive among the keys.
+        itself_N: Index of each anchor among the keys, left out of the sum; `None` when anchors are no keys.
+        temperature: t.
+    """
+    logits_NK = unit(anchor_NE, 1) @ unit(key_KE, 1).t() / temperature
+    if itself_N is not None:
+        index_K = torch.arange(logits_NK.shape[1], device=logits_NK.device)
+        logits_NK = logits_NK.masked_fill(index_K == itself_N[:, None], float("-inf"))
+    positive = logits_NK.gather(1, positive_N[:, None])[:, 0]
+    return (torch.logsumexp(logits_NK, dim=1) - positive).mean()
+
+
+def queue_nce(query_BE: Tensor, key_BE: Tensor, queue_KE: Tensor, temperature: float) -> Tensor:
+    """Mean of -log(exp(q k / t) / (exp(q k / t) + sum over the queue of exp(q n / t))); MoCo (1911.05722), eq. 1.
+
+    Args:
+        query_BE: Embeddings, normalised here.
+        key_BE: Positives, normalised here.
+        queue_KE: Unit negatives.
+        temperature: t.
+    """
+    query, key = unit(query_BE, 1), unit(key_BE, 1)
+    positive = (query * key).sum(1, keepdim=True)
+    logits = torch.cat([positive, query @ wide(queue_KE).t()], dim=1) / temperature
+    return (torch.logsumexp(logits, dim=1) - logits[:, 0]).mean()
