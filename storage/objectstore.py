@@ -188,9 +188,7 @@ class ObjectStore:
             tries += 1
             try:
                 # One request, so that the object appears whole or not at all.
-                obstore.put(
-                    self._store, key, data, use_multipart=False, mode="create" if if_absent else "overwrite"
-                )
+                obstore.put(self._store, key, data, use_multipart=False, mode="create" if if_absent else "overwrite")
             except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
                 # After a lost answer the object may be ours.
                 return tries > 1 and bytes(obstore.get(self._store, key).bytes()) == data

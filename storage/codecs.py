@@ -1,0 +1,153 @@
+"""Zarr v3 codec chains of one chunk: array <-> stored bytes.
+
+Read: any order of transposes, `bytes`, and then blosc, zstd, gzip and crc32c in any order, which is what stock zarr-python
+writes in sharded arrays. Written: bytes (little endian), blosc (zstd, bitshuffle), crc32c.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+from numcodecs import blosc, gzip, zstd
+
+Array = npt.NDArray[Any]
+Buffer = bytes | memoryview
+BLOSC_LEVEL = 3
+
+
+class Damaged(ValueError):
+    """Bytes that do not decode to what the metadata promise; the caller adds the volume and the key."""
+
+
+class UnknownCodec(ValueError):
+    """A codec, or a setting of one, that this reader does not know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A parsed codec list.
+
+    Args:
+        order: Axis order of the stored chunk (a transpose), None for C order.
+        dtype: Stored dtype, byte order included.
+        steps: Names of the bytes-to-bytes codecs in writing order.
+    """
+
+    order: tuple[int, ...] | None
+    dtype: np.dtype[Any]
+    steps: tuple[str, ...]
+
+    def decode(self, raw: Buffer, shape: tuple[int, ...]) -> Array:
+        """Stored bytes to an array of `shape`, read-only where no copy was needed.
+
+        Raises:
+            Damaged: checksum, compressed stream or size is wrong.
+        """
+        data: Any = raw
+        for step in reversed(self.steps):
+            if step == "crc32c":
+                data = strip_crc32c(data)
+                continue
+            try:
+                if step == "blosc":
+                    data = _unblosc(data, math.prod(shape) * self.dtype.itemsize)
+                elif step == "zstd":
+                    data = zstd.decompress(data)
+                else:
+                    data = gzip.GZip().decode(data)
+            except (RuntimeError, ValueError, EOFError, OSError) as error:
+                raise Damaged(f"{step} cannot decode it: {error}") from error
+        expected = math.prod(shape) * self.dtype.itemsize
+        if len(data) != expected:
+            raise Damaged(f"{len(data)} decoded bytes where {expected} belong")
+        flat: Array = np.frombuffer(data, dtype=self.dtype)
+        if self.order is None:
+            return flat.reshape(shape)
+        stored = tuple(shape[axis] for axis in self.order)
+        return flat.reshape(stored).transpose(np.argsort(self.order))
+
+
+def parse_chain(codecs: Sequence[dict[str, Any]], dtype: np.dtype[Any], ndim: int) -> Chain:
+    """Read the `codecs` list of Zarr v3 metadata.
+
+    Raises:
+        UnknownCodec: names the codec or the setting.
+    """
+    order: tuple[int, ...] | None = None
+    steps: list[str] = []
+    stored: np.dtype[Any] | None = None
+    for codec in codecs:
+        name = str(codec.get("name"))
+        settings = codec.get("configuration") or {}
+        if name == "transpose" and stored is None:
+            axes = tuple(int(a) for a in settings["order"])
+            before = order or tuple(range(ndim))
+            order = tuple(before[a] for a in axes)
+        elif name == "bytes" and stored is None:
+            stored = dtype.newbyteorder(">" if settings.get("endian") == "big" else "<")
+        elif name in ("blosc", "zstd", "gzip", "crc32c") and stored is not None:
+            steps.append(name)
+        else:
+            raise UnknownCodec(f"codec {name!r}; known are transpose, bytes, blosc, zstd, gzip, crc32c")
+    if stored is None:
+        raise UnknownCodec("a codec list without 'bytes'")
+    return Chain(order, stored, tuple(steps))
+
+
+def default_codecs(dtype: np.dtype[Any]) -> list[dict[str, Any]]:
+    """The codec list this project writes, as Zarr v3 metadata."""
+    settings = {
+        "typesize": dtype.itemsize,
+        "cname": "zstd",
+        "clevel": BLOSC_LEVEL,
+        "shuffle": "bitshuffle",
+        "blocksize": 0,
+    }
+    return [
+        {"name": "bytes", "configuration": {"endian": "little"}},
+        {"name": "blosc", "configuration": settings},
+        {"name": "crc32c"},
+    ]
+
+
+def encode_default(chunk: Array) -> bytes:
+    """One chunk through `default_codecs`."""
+    little = np.ascontiguousarray(chunk, dtype=chunk.dtype.newbyteorder("<"))
+    packed = blosc.compress(little.reshape(-1), b"zstd", BLOSC_LEVEL, blosc.BITSHUFFLE)
+    return append_crc32c(bytes(packed))
+
+
+def append_crc32c(data: bytes) -> bytes:
+    """Data followed by its CRC32C, little endian."""
+    return data + int(google_crc32c.value(data)).to_bytes(4, "little")
+
+
+def strip_crc32c(data: Buffer) -> memoryview:
+    """Data without its trailing CRC32C.
+
+    Raises:
+        Damaged: the checksum does not match.
+    """
+    view = memoryview(data)
+    if len(view) < 4:
+        raise Damaged(f"{len(view)} bytes where a checksum alone takes 4")
+    body, tail = view[:-4], view[-4:]
+    if int(google_crc32c.value(bytes(body))) != int.from_bytes(tail, "little"):
+        raise Damaged("the CRC32C does not match")
+    return body
+
+
+def _unblosc(data: Buffer, expected: int) -> bytes:
+    # The header's sizes are checked first: the decoder trusts them.
+    if len(data) < 16:
+        raise Damaged(f"{len(data)} bytes where a blosc header alone takes 16")
+    view = memoryview(data)
+    unpacked, packed = int.from_bytes(view[4:8], "little"), int.from_bytes(view[12:16], "little")
+    if unpacked != expected or packed != len(view):
+        raise Damaged(f"a blosc frame of {packed} bytes for {unpacked}, where {len(view)} for {expected} belong")
+    out: bytes = blosc.decompress(data)
+    return out

@@ -1,0 +1,426 @@
+"""The list of volumes with their facts: one row a volume in `manifest-<fingerprint>.parquet`.
+
+A volume that is not in the manifest does not exist. The object `latest` holds the fingerprint of the manifest to use; it is
+replaced in one step after the manifest itself is in place, so that readers see the old or the new one.
+
+A manifest of a million volumes opens by its footer alone: rows are read in groups when a record is asked for, and what
+`select` needs (split and label names of every row) travels compressed in the footer.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage.bytestore import ByteStore, open_store
+from storage.errors import ConfigError, CorruptChunk, NotFound, StoreError
+
+Triple = tuple[int, int, int]
+POINTER = "latest"
+ROWS_PER_GROUP = 1024
+WHOLE_BYTES = 8 << 20  # a manifest up to this size is fetched in one request
+GROUPS_KEPT = 64
+FORMAT = "1"
+
+
+@dataclass(frozen=True, slots=True)
+class LabelRecord:
+    """Facts of one label array. Background (0) is not listed.
+
+    Args:
+        name: Key below `labels/`.
+        values: Label values present, ascending.
+        voxels: Voxels of each value.
+        boxes: Per value ((first D, H, W), (one past last D, H, W)).
+        points: Per value up to 64 voxel positions (D, H, W), drawn by a seed made of the content.
+        dtype: Stored dtype; empty where it has to be read from the array.
+    """
+
+    name: str
+    values: tuple[int, ...] = ()
+    voxels: tuple[int, ...] = ()
+    boxes: tuple[tuple[Triple, Triple], ...] = ()
+    points: tuple[tuple[Triple, ...], ...] = ()
+    dtype: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeRecord:
+    """Facts of one volume; see DESIGN section 3.
+
+    Args:
+        spacing_mm: Along D, H, W.
+        affine: Row-major 4x4; maps (w, h, d, 1) voxel centres to RAS+ mm.
+        orientation: Axis codes found in the source, for example "LAS".
+        dtype: Stored dtype; value = stored * scale + offset.
+        foreground_lo, foreground_hi: Box of the foreground, D, H, W, one past the last.
+        stats: Statistics of foreground values (after scale and offset); keys of `STATS_ORDER`.
+        codecs: "default" where the arrays are in the project's own encoding, so that readers need not ask; else empty.
+    """
+
+    volume_id: str
+    subject: str
+    study: str
+    split: str
+    modality: str
+    shape_DHW: Triple
+    channels: int
+    spacing_mm: tuple[float, float, float]
+    affine: tuple[float, ...]
+    orientation: str
+    dtype: str
+    scale: float
+    offset: float
+    foreground_lo: Triple
+    foreground_hi: Triple
+    stats: dict[str, float]
+    labels: tuple[LabelRecord, ...]
+    source: str
+    source_sha256: str
+    content_sha256: str
+    reader: str
+    policy: str
+    notes: tuple[str, ...]
+    chunk_DHW: Triple
+    shard_DHW: Triple
+    codecs: str = field(default="")
+
+    def label(self, name: str) -> LabelRecord:
+        """The facts of one label.
+
+        Raises:
+            NotFound: the volume has no such label; lists those it has.
+        """
+        for record in self.labels:
+            if record.name == name:
+                return record
+        raise NotFound(
+            f"label {name!r} of volume {self.volume_id}",
+            expected="a label of that name",
+            found=", ".join(record.name for record in self.labels) or "no labels",
+        )
+
+
+_I3, _F = pa.list_(pa.int32()), pa.float64()
+_LABEL = pa.struct(
+    [
+        ("name", pa.string()),
+        ("values", pa.list_(pa.int64())),
+        ("voxels", pa.list_(pa.int64())),
+        ("boxes", pa.list_(pa.list_(pa.int32()))),
+        ("points", pa.list_(pa.list_(pa.int32()))),
+        ("dtype", pa.string()),
+    ]
+)
+_TYPES: dict[str, pa.DataType] = {
+    **dict.fromkeys(("volume_id", "subject", "study", "split", "modality", "orientation", "dtype"), pa.string()),
+    **dict.fromkeys(("source", "source_sha256", "content_sha256", "reader", "policy", "codecs"), pa.string()),
+    **dict.fromkeys(("shape_DHW", "foreground_lo", "foreground_hi", "chunk_DHW", "shard_DHW"), _I3),
+    **dict.fromkeys(("spacing_mm", "affine"), pa.list_(_F)),
+    **dict.fromkeys(("scale", "offset"), _F),
+    "channels": pa.int32(),
+    "stats": pa.list_(pa.struct([("name", pa.string()), ("value", _F)])),
+    "labels": pa.list_(_LABEL),
+    "notes": pa.list_(pa.string()),
+}
+_FIELDS = tuple(VolumeRecord.__dataclass_fields__)
+_SCHEMA = pa.schema([(name, _TYPES[name]) for name in _FIELDS])
+
+
+class Manifest:
+    """A published or newly made list of volumes, in order of `volume_id`."""
+
+    def __init__(self, data: "pa.NativeFile | io.BytesIO | pa.PythonFile", thing: str) -> None:
+        """Use `open`, `from_records` or `from_bytes`."""
+        self._thing = thing
+        try:
+            self._file = pq.ParquetFile(data, page_checksum_verification=True, pre_buffer=True)
+            meta = {k.decode(): v for k, v in (self._file.schema_arrow.metadata or {}).items()}
+            self.fingerprint: str = meta["tomoscale.fingerprint"].decode()
+            self.dataset: dict[str, Any] = json.loads(meta["tomoscale.dataset"])
+            self._split_codes, self._splits = _unpack(meta["tomoscale.splits"])
+            self._label_codes, self._label_sets = _unpack(meta["tomoscale.labels"])
+            self._first: list[str] = json.loads(meta["tomoscale.first"])
+        except (pa.ArrowException, OSError, KeyError, ValueError, zlib.error) as error:
+            raise CorruptChunk(
+                thing, expected="a manifest in parquet", found=f"{type(error).__name__}: {str(error)[:200]}"
+            ) from error
+        self._rows = int(self._file.metadata.num_rows)
+        self._groups: OrderedDict[int, pa.Table] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_records(cls, records: Iterable[VolumeRecord], dataset: Mapping[str, Any] | None = None) -> "Manifest":
+        """Make a manifest; the order of `records` does not matter.
+
+        Args:
+            dataset: JSON-able facts of the whole data set, its name among them.
+
+        Raises:
+            ConfigError: two records share a volume_id.
+        """
+        ordered = sorted(records, key=lambda record: record.volume_id)
+        for one, two in zip(ordered, ordered[1:], strict=False):
+            if one.volume_id == two.volume_id:
+                raise ConfigError(f"volume {one.volume_id}", expected="one record", found="two")
+        return cls.from_bytes(_to_parquet(ordered, dict(dataset or {})), "a new manifest")
+
+    @classmethod
+    def from_bytes(cls, data: bytes, thing: str = "manifest") -> "Manifest":
+        """Open the bytes of a manifest file."""
+        manifest = cls(io.BytesIO(data), thing)
+        manifest._bytes = data
+        return manifest
+
+    _bytes: bytes | None = None
+
+    @classmethod
+    def open(cls, url: str | ByteStore, fingerprint: str | None = None) -> "Manifest":
+        """Open the published manifest of a store, or an earlier one by its fingerprint.
+
+        Raises:
+            NotFound: nothing is published there, or not that fingerprint.
+            CorruptChunk: the manifest is damaged or is not the one its name says.
+        """
+        store = open_store(url) if isinstance(url, str) else url
+        if fingerprint is None:
+            try:
+                fingerprint = store.get(POINTER).decode("ascii", "replace").strip()
+            except NotFound as error:
+                raise NotFound(
+                    f"{store.url}",
+                    expected="a published data set",
+                    found="no object 'latest'",
+                    remedy="ingest into it first",
+                ) from error
+            if not fingerprint or not fingerprint.isalnum():
+                raise CorruptChunk(f"{store.url}/{POINTER}", expected="a fingerprint", found=repr(fingerprint[:40]))
+        key = manifest_key(fingerprint)
+        thing = f"{store.url}/{key}"
+        size = store.head(key)
+        if size <= WHOLE_BYTES:
+            manifest = cls.from_bytes(store.get(key), thing)
+        else:
+            manifest = cls(pa.PythonFile(_Remote(store, key, size), mode="r"), thing)
+        if manifest.fingerprint != fingerprint:
+            raise CorruptChunk(thing, expected=f"fingerprint {fingerprint}", found=manifest.fingerprint)
+        return manifest
+
+    def write(self, store: ByteStore) -> str:
+        """Publish: the manifest first, then the pointer. Returns the fingerprint."""
+        key = manifest_key(self.fingerprint)
+        if self._bytes is None:
+            raise StoreError(self._thing, expected="a manifest made by from_records", found="one opened from a store")
+        store.put(key, self._bytes)
+        store.put(POINTER, self.fingerprint.encode())
+        return self.fingerprint
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def record(self, i: int) -> VolumeRecord:
+        """The facts of volume i (negative counts from the end).
+
+        Raises:
+            IndexError: no such row.
+            CorruptChunk: the row's group is damaged.
+        """
+        row = i + self._rows if i < 0 else int(i)
+        if not 0 <= row < self._rows:
+            raise IndexError(f"record {i} of {self._rows}")
+        table = self._group(row // ROWS_PER_GROUP)
+        return _from_row(table.slice(row % ROWS_PER_GROUP, 1).to_pylist()[0])
+
+    def records(self) -> Iterable[VolumeRecord]:
+        """Every record in order."""
+        for i in range(self._rows):
+            yield self.record(i)
+
+    def index_of(self, volume_id: str) -> int:
+        """The row of a volume.
+
+        Raises:
+            NotFound: no such volume.
+        """
+        low, high = 0, len(self._first)
+        while low < high:
+            middle = (low + high) // 2
+            if self._first[middle] <= volume_id:
+                low = middle + 1
+            else:
+                high = middle
+        if low:
+            ids = self._group(low - 1).column("volume_id").to_pylist()
+            if volume_id in ids:
+                return (low - 1) * ROWS_PER_GROUP + ids.index(volume_id)
+        raise NotFound(f"volume {volume_id}", expected=f"a volume of {self._thing}", found="none of that name")
+
+    def select(self, split: str | None = None, labelled: str | None = None) -> npt.NDArray[np.int64]:
+        """Rows of a split, and with a label of that name, ascending."""
+        keep = np.ones(self._rows, dtype=bool)
+        if split is not None:
+            keep &= np.isin(self._split_codes, [i for i, s in enumerate(self._splits) if s == split])
+        if labelled is not None:
+            keep &= np.isin(self._label_codes, [i for i, s in enumerate(self._label_sets) if labelled in s])
+        return np.flatnonzero(keep).astype(np.int64)
+
+    def subjects(self) -> tuple[str, ...]:
+        """The subject of every row."""
+        return tuple(self.column("subject"))
+
+    def column(self, name: str) -> list[Any]:
+        """One field of every record, in order."""
+        try:
+            values: list[Any] = self._file.read(columns=[name]).column(name).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise CorruptChunk(self._thing, expected="readable rows", found=str(error)[:200]) from error
+        return values
+
+    def _group(self, g: int) -> pa.Table:
+        with self._lock:  # a ParquetFile is not safe for concurrent use
+            if g in self._groups:
+                self._groups.move_to_end(g)
+                return self._groups[g]
+            try:
+                table = self._file.read_row_group(g)
+            except (pa.ArrowException, OSError) as error:
+                raise CorruptChunk(self._thing, expected="readable rows", found=str(error)[:200]) from error
+            self._groups[g] = table
+            if len(self._groups) > GROUPS_KEPT:
+                self._groups.popitem(last=False)
+            return table
+
+
+def manifest_key(fingerprint: str) -> str:
+    """Object name of a manifest."""
+    return f"manifest-{fingerprint}.parquet"
+
+
+def fingerprint_of(records: Iterable[VolumeRecord], dataset: Mapping[str, Any]) -> str:
+    """First 32 hex digits of a SHA-256 over the records in order of volume_id, and the data set's facts."""
+    digest = hashlib.sha256(_canonical({"format": FORMAT, "dataset": dict(dataset)}))
+    for record in sorted(records, key=lambda r: r.volume_id):
+        digest.update(b"\n" + _canonical(asdict(record)))
+    return digest.hexdigest()[:32]
+
+
+def _canonical(data: Any) -> bytes:
+    return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _to_parquet(records: list[VolumeRecord], dataset: dict[str, Any]) -> bytes:
+    splits = sorted({r.split for r in records})
+    sets = sorted({tuple(sorted(label.name for label in r.labels)) for r in records})
+    split_code = {s: i for i, s in enumerate(splits)}
+    set_code = {s: i for i, s in enumerate(sets)}
+    meta = {
+        "tomoscale.format": FORMAT,
+        "tomoscale.fingerprint": fingerprint_of(records, dataset),
+        "tomoscale.dataset": _canonical(dataset),
+        "tomoscale.splits": _pack([split_code[r.split] for r in records], splits),
+        "tomoscale.labels": _pack([set_code[tuple(sorted(x.name for x in r.labels))] for r in records], sets),
+        "tomoscale.first": json.dumps([r.volume_id for r in records[::ROWS_PER_GROUP]]),
+    }
+    schema = _SCHEMA.with_metadata(meta)
+    out = io.BytesIO()
+    with pq.ParquetWriter(out, schema, compression="zstd", write_page_checksum=True) as writer:
+        for at in range(0, len(records), ROWS_PER_GROUP):
+            rows = [_to_row(record) for record in records[at : at + ROWS_PER_GROUP]]
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema), row_group_size=ROWS_PER_GROUP)
+    return out.getvalue()
+
+
+def _pack(codes: list[int], names: list[Any]) -> bytes:
+    packed = zlib.compress(np.asarray(codes, dtype="<u4").tobytes(), 6)
+    return _canonical({"names": names, "codes": base64.b64encode(packed).decode()})
+
+
+def _unpack(text: bytes) -> tuple[npt.NDArray[np.uint32], list[Any]]:
+    data = json.loads(text)
+    codes: npt.NDArray[np.uint32] = np.frombuffer(zlib.decompress(base64.b64decode(data["codes"])), dtype="<u4")
+    return codes, list(data["names"])
+
+
+def _to_row(record: VolumeRecord) -> dict[str, Any]:
+    row = {name: getattr(record, name) for name in _FIELDS}
+    row["stats"] = [{"name": k, "value": v} for k, v in sorted(record.stats.items())]
+    row["labels"] = [
+        {
+            "name": label.name,
+            "values": label.values,
+            "voxels": label.voxels,
+            "boxes": [[*lo, *hi] for lo, hi in label.boxes],
+            "points": [[x for point in points for x in point] for points in label.points],
+            "dtype": label.dtype,
+        }
+        for label in record.labels
+    ]
+    return row
+
+
+def _triple(values: list[Any]) -> Any:
+    return tuple(values)
+
+
+def _from_row(row: dict[str, Any]) -> VolumeRecord:
+    row["stats"] = {item["name"]: item["value"] for item in row["stats"]}
+    row["labels"] = tuple(
+        LabelRecord(
+            name=label["name"],
+            values=tuple(label["values"]),
+            voxels=tuple(label["voxels"]),
+            boxes=tuple((_triple(b[:3]), _triple(b[3:])) for b in label["boxes"]),
+            points=tuple(tuple(_triple(p[i : i + 3]) for i in range(0, len(p), 3)) for p in label["points"]),
+            dtype=label["dtype"],
+        )
+        for label in row["labels"]
+    )
+    for name in (
+        "shape_DHW",
+        "foreground_lo",
+        "foreground_hi",
+        "chunk_DHW",
+        "shard_DHW",
+        "spacing_mm",
+        "affine",
+        "notes",
+    ):
+        row[name] = tuple(row[name])
+    return VolumeRecord(**row)
+
+
+class _Remote(io.RawIOBase):
+    """A read-only file over an object, for pyarrow."""
+
+    def __init__(self, store: ByteStore, key: str, size: int) -> None:
+        self._store, self._key, self._size, self._at = store, key, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        stop = self._size if size is None or size < 0 else min(self._size, self._at + size)
+        data = self._store.get_range(self._key, self._at, stop) if stop > self._at else b""
+        self._at += len(data)
+        return data
