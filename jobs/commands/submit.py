@@ -1,0 +1,60 @@
+"""jobs list | status | logs | stop."""
+
+import argparse
+
+from cluster import jobclient
+from jobs.commands.common import add_json, add_state, job_address, use_stack
+from jobs.text import emit, table
+
+
+def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the verbs."""
+    jobs = verbs.add_parser("jobs", help="jobs of the cluster: list, status, logs, stop")
+    actions = jobs.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, help_text, run in (
+        ("list", "all jobs", _list),
+        ("status", "one job", _status),
+        ("logs", "a job's log", _logs),
+        ("stop", "stop a job; it can be submitted again to go on", _stop),
+    ):
+        action = actions.add_parser(name, help=help_text)
+        action.add_argument("--address", metavar="URL", help="job server; the local stack's when empty")
+        add_state(action)
+        if name != "list":
+            action.add_argument("id", help="submission id")
+        if name in ("list", "status"):
+            add_json(action)
+        if name == "logs":
+            action.add_argument("--follow", action="store_true", help="stay until the job ends")
+        action.set_defaults(run=run)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    use_stack(arguments)
+    jobs = jobclient.list_jobs(job_address(arguments))
+    rows = [(j["submission_id"], j["status"], j["started"], j["seconds"], j["entrypoint"]) for j in jobs]
+    emit(jobs, arguments.json, table(("id", "status", "started", "seconds", "entrypoint"), rows))
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    use_stack(arguments)
+    job = jobclient.details(job_address(arguments), arguments.id)
+    emit(job, arguments.json, "\n".join(f"{k}: {v}" for k, v in job.items()))
+    return 0
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    use_stack(arguments)
+    address = job_address(arguments)
+    if arguments.follow:
+        return 0 if jobclient.follow(address, arguments.id, print)["status"] == "SUCCEEDED" else 1
+    print(jobclient.logs(address, arguments.id), end="")
+    return 0
+
+
+def _stop(arguments: argparse.Namespace) -> int:
+    use_stack(arguments)
+    jobclient.stop(job_address(arguments), arguments.id)
+    print(f"stopped {arguments.id}")
+    return 0

@@ -1,0 +1,89 @@
+"""What every `python -m jobs.NAME CONFIG [key=value ...]` shares: arguments, errors, data that must exist."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ssl_core.config import Config
+from ssl_core.config import load as load_config
+from storage.bytestore import join, open_store
+from storage.errors import NotFound, TomoscaleError
+from storage.manifest import Manifest
+
+C = TypeVar("C", bound=Config)
+
+
+def load(kind: type[C], argv: Sequence[str], program: str) -> C:
+    """The configuration named on a job's command line."""
+    usage = argparse.ArgumentParser(prog=f"python -m {program}")
+    usage.add_argument("config", help="YAML file")
+    usage.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
+    arguments = usage.parse_args(argv)
+    return load_config(kind, Path(arguments.config), arguments.overrides)
+
+
+def guarded(main: Callable[[Sequence[str]], int]) -> int:
+    """Run a job's main; errors of ours become one line and an exit code."""
+    try:
+        return main(sys.argv[1:])
+    except TomoscaleError as error:
+        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
+
+
+def ensure_data(data: str, source: str | None) -> None:
+    """Ingest `source` when the store at `data` has no manifest yet.
+
+    Raises:
+        NotFound: there is no manifest and no source to make it from.
+    """
+    try:
+        Manifest.open(data)
+    except NotFound as error:
+        if source is None:
+            raise NotFound(
+                f"manifest of {data}",
+                expected="an ingested store",
+                found="none",
+                remedy=f"ingest first: tomoscale data ingest FOLDER {data}",
+            ) from error
+        from jobs.ingest import ingest
+
+        ingest(source, data)
+
+
+def end_run(api: Any, run_id: str, status: str, tries: int = 6) -> None:
+    """Set the final status of a run, through a server outage of half a minute; never raises."""
+    from mlflow.exceptions import MlflowException
+
+    for attempt in range(tries):
+        try:
+            api.set_terminated(run_id, status)
+        except MlflowException as error:
+            print(f"MLflow did not take the status {status} ({type(error).__name__})", flush=True)
+            if attempt + 1 < tries:
+                time.sleep(5)
+        else:
+            return
+
+
+def write_result(runs: str, name: str, result: dict[str, Any]) -> None:
+    """Write `<runs>/<name>/result.json`."""
+    open_store(join(runs, name)).put("result.json", json.dumps(result).encode())
+
+
+def read_result(runs: str, name: str) -> dict[str, Any]:
+    """What a job of that name wrote last.
+
+    Raises:
+        NotFound: it has written nothing.
+    """
+    result: dict[str, Any] = json.loads(open_store(join(runs, name)).get("result.json"))
+    return result

@@ -1,0 +1,55 @@
+"""Which labelled subjects train, which steer the search and which are only ever tested."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jobs.configs import LabelledConfig
+from storage.errors import RefusedInput
+from storage.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """Manifest indices by use; no subject appears in two of them."""
+
+    train: tuple[int, ...]
+    inner: tuple[int, ...]
+    test: tuple[int, ...]
+
+
+def draw(manifest: Manifest, config: LabelledConfig) -> Subjects:
+    """Draw labelled subjects from the manifest's train split; test volumes come from its test split.
+
+    Raises:
+        RefusedInput: fewer labelled subjects than asked for, or none to test on.
+    """
+    labelled = manifest.select(split="train", labelled=config.label)
+    by_subject: dict[str, list[int]] = {}
+    for index in labelled.tolist():
+        by_subject.setdefault(manifest.record(index).subject, []).append(index)
+    names = sorted(by_subject)
+    if len(names) < config.subjects or config.inner >= config.subjects:
+        raise RefusedInput(
+            f"labelled subjects of {config.data}",
+            expected=f"{config.subjects} with label {config.label!r} in the train split, {config.inner} of them inner",
+            found=str(len(names)),
+            remedy="lower labelled.subjects or ingest more labelled volumes",
+        )
+    order = np.random.Generator(np.random.Philox(key=config.subjects_seed)).permutation(len(names))
+    chosen = [names[i] for i in order[: config.subjects]]
+    inner, train = chosen[: config.inner], chosen[config.inner :]
+    test = manifest.select(split="test", labelled=config.label).tolist()
+    if not test:
+        raise RefusedInput(
+            f"test split of {config.data}",
+            expected=f"volumes with label {config.label!r}",
+            found="none",
+            remedy="ingest with a larger test fraction",
+        )
+    limit = len(test) if config.test_limit is None else config.test_limit
+    return Subjects(
+        train=tuple(i for name in train for i in by_subject[name]),
+        inner=tuple(i for name in inner for i in by_subject[name]),
+        test=tuple(test[:limit]),
+    )

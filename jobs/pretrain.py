@@ -1,0 +1,171 @@
+"""Pre-training as a Ray job: `python -m jobs.pretrain CONFIG [key=value ...]`.
+
+The same name continues the same job after any death: of a worker (Ray Train restarts the group from the last checkpoint),
+of the driver (submit again) or of the store (writes are retried for minutes, and the controller is started again).
+"""
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jobs import entry
+from jobs.configs import PretrainConfig
+from jobs.filesystem import storage_for
+from ssl_core.config import parse, resolved
+from storage.errors import StackError
+
+_CONTROLLER_TRIES = 5
+
+
+def train_loop(payload: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    from jobs.pretrain_loop import Hooks, run
+    from jobs.tracking import Sender
+
+    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    config = parse(PretrainConfig, payload["config"])
+    context = ray.train.get_context()
+    sender = Sender(payload["run_id"]) if context.get_world_rank() == 0 else None
+
+    def publish(step: int, directory: Path | None, metrics: dict[str, float]) -> None:
+        held = None if directory is None else ray.train.Checkpoint.from_directory(str(directory))
+        ray.train.report({"step": step, **metrics}, checkpoint=held, checkpoint_dir_name=f"step-{step:08d}")
+
+    hooks = Hooks(
+        publish=publish,
+        on_point=sender.put if sender else lambda _point: None,
+        say=lambda line: print(line, flush=True),
+    )
+    device = ray.train.torch.get_device()
+    cache_dir = Path(tempfile.gettempdir()) / f"tomoscale-cache-{os.getuid()}"
+    held = ray.train.get_checkpoint()
+    if held is None:
+        run(config, hooks, restore=None, device=device, cache_dir=cache_dir)
+    else:
+        with held.as_directory() as folder:
+            run(config, hooks, restore=Path(folder), device=device, cache_dir=cache_dir)
+    if sender is not None:
+        sender.close()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Driver: data, run, training, registration."""
+    config = entry.load(PretrainConfig, argv, "jobs.pretrain")
+    from jobs import tracking
+    from jobs.ray_session import connect
+
+    connect()
+    api = tracking.client()
+    entry.ensure_data(config.data, config.source)
+    from jobs.pretrain_loop import open_manifest
+
+    manifest = open_manifest(config)
+    run_id = tracking.open_run(
+        api,
+        config.experiment,
+        config.name,
+        "pretrain",
+        params=resolved(config),
+        tags={"tomoscale.data": config.data, "tomoscale.fingerprint": manifest.fingerprint},
+    )
+    pinned = config.model_copy(update={"fingerprint": manifest.fingerprint})
+    print(f"pre-training {config.name}: {config.method_name} on {len(manifest)} volumes of {config.data}", flush=True)
+    print(f"MLflow run {run_id}", flush=True)
+    began = time.monotonic()
+    try:
+        with fit(pinned, run_id).as_directory() as directory:
+            version = _complete(api, pinned, run_id, Path(directory))
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        entry.end_run(api, run_id, status)
+        raise
+    entry.end_run(api, run_id, "FINISHED")
+    print(f"registered models:/{pinned.model_name}/{version} @candidate after {time.monotonic() - began:.0f} s", flush=True)
+    return 0
+
+
+def fit(config: PretrainConfig, run_id: str) -> Any:
+    """Train with Ray Train until done; returns the last checkpoint.
+
+    A controller that dies of its storage is started again under the same name, with growing pauses.
+
+    Raises:
+        StackError: training failed for good; carries the first line of the cause.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
+
+    path, filesystem = storage_for(config.runs)
+    need = config.cluster
+    workers: Any = need.workers if need.min_workers is None else (need.min_workers, need.workers)
+    for attempt in range(_CONTROLLER_TRIES):
+        trainer = TorchTrainer(
+            train_loop,
+            train_loop_config={"config": resolved(config), "run_id": run_id},
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=need.gpu,
+                resources_per_worker={"CPU": need.cpus_per_worker, **({"GPU": 1} if need.gpu else {})},
+            ),
+            run_config=RunConfig(
+                name=config.name,
+                storage_path=path,
+                storage_filesystem=filesystem,
+                failure_config=FailureConfig(max_failures=need.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+            ),
+        )
+        try:
+            result = trainer.fit()
+        except ControllerError as error:
+            pause = min(60, 5 * 2**attempt)
+            print(f"the training controller failed ({_first(error)}); again in {pause} s", flush=True)
+            time.sleep(pause)
+            continue
+        except TrainingFailedError as error:
+            raise StackError(
+                f"pre-training {config.name}",
+                expected="all steps",
+                found=_first(error),
+                remedy="the cause is in the log above; submit again under the same name to go on from the last checkpoint",
+            ) from error
+        return result.checkpoint
+    raise StackError(
+        f"pre-training {config.name}",
+        expected=f"a working store at {config.runs}",
+        found=f"{_CONTROLLER_TRIES} failures of the controller",
+        remedy="submit again under the same name when the store is back",
+    )
+
+
+def _complete(api: Any, config: PretrainConfig, run_id: str, directory: Path) -> str:
+    """Fill gaps in the metrics, export the encoder and register it."""
+    from jobs import registry, tracking
+    from jobs.pretrain_loop import JOURNAL
+    from jobs.tracking import Point
+    from ssl_core import checkpoint
+
+    meta = checkpoint.read_meta(directory)
+    sent = tracking.backfill(api, run_id, [Point.from_json(item) for item in meta[JOURNAL]])
+    if sent:
+        print(f"sent {sent} points that MLflow had missed", flush=True)
+    api.set_tag(run_id, "tomoscale.samples", meta["samples"])
+    return registry.register_encoder(config, directory, run_id=run_id)
+
+
+def _first(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(entry.guarded(main))

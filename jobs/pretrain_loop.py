@@ -1,0 +1,222 @@
+"""The pre-training loop of one rank, the same under Ray Train, under `torchrun` and in a test.
+
+It knows streams, methods and the engine; who starts the ranks, where a checkpoint goes and who hears of metrics is
+handed in.
+"""
+
+import hashlib
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from jobs.configs import PretrainConfig
+from jobs.tracking import Point, point
+from ssl_core import checkpoint
+from ssl_core.backbones.registry import build
+from ssl_core.config import digest
+from ssl_core.distributed import Collectives, current
+from ssl_core.engine import Engine, fit
+from ssl_core.make_views import make_views
+from ssl_core.methods.base import method_class
+from ssl_core.probes import probe
+from ssl_core.views import ViewBatch
+from storage.cache import NodeCache
+from storage.errors import ConfigError
+from storage.manifest import Manifest
+from storage.stream import CropStream, HostBatch, StreamSpec
+from storage.volumes import VolumeStore
+
+JOURNAL = "journal"
+
+
+@dataclass
+class SampleRecord:
+    """A digest of every sample consumed so far, in global order: index, volume, place and voxels.
+
+    Equal digests mean that two runs have learned from the same voxels in the same order, whatever the number of ranks.
+    """
+
+    value: str = hashlib.sha256(b"tomoscale").hexdigest()
+
+    def add(self, batch: HostBatch, collectives: Collectives) -> None:
+        """Extend by one global batch; a collective call."""
+        local = np.empty((len(batch.sample_B), 6), dtype=np.int64)
+        local[:, 0], local[:, 1], local[:, 2:5] = batch.sample_B, batch.volume_B, batch.start_B3
+        local[:, 5] = [zlib.crc32(np.ascontiguousarray(crop).data) for crop in batch.image_BCDHW]
+        rows = collectives.gather(torch.from_numpy(local)).numpy()
+        rows = rows[np.argsort(rows[:, 0], kind="stable")]
+        self.value = hashlib.sha256(self.value.encode() + rows.astype("<i8").tobytes()).hexdigest()
+
+
+@dataclass
+class Hooks:
+    """What the surroundings of a loop provide.
+
+    Attributes:
+        publish: Called on every rank with the steps done, the checkpoint's directory (rank 0 only) and the metrics.
+        on_point: Called on rank 0 with each new point.
+        say: Called on rank 0 with a line for the log.
+        stop: Asked before each step.
+        on_step: Called on every rank after each step.
+    """
+
+    publish: Callable[[int, Path | None, dict[str, float]], None]
+    on_point: Callable[[Point], None] = lambda _point: None
+    say: Callable[[str], None] = lambda _line: None
+    stop: Callable[[], bool] | None = None
+    on_step: Callable[[int], None] | None = None
+    last: dict[str, float] = field(default_factory=dict)
+
+
+def open_manifest(config: PretrainConfig) -> Manifest:
+    """The manifest that the job reads, checked to have volumes of its split."""
+    manifest = Manifest.open(config.data, config.fingerprint)
+    if not len(manifest.select(split=config.stream.split)):
+        raise ConfigError(
+            f"stream.split {config.stream.split!r}",
+            expected=f"a split with volumes in {config.data}",
+            found="none",
+            remedy="`tomoscale data show URL` lists the splits",
+        )
+    return manifest
+
+
+def identity(config: PretrainConfig, manifest: Manifest) -> dict[str, str]:
+    """What a checkpoint must agree with to be resumed: everything that changes the result."""
+    neutral = {"runs": "", "experiment": "", "cluster": {}, "name": "n", "source": None, "model": None, "fingerprint": None}
+    plain = config.model_copy(update={"engine": type(config.engine)(), "cluster": type(config.cluster)()})
+    kept = plain.model_copy(update={k: v for k, v in neutral.items() if k != "cluster"})
+    return {
+        "config_digest": f"{digest(kept)}-{config.engine.digest()}",
+        "fingerprint": manifest.fingerprint,
+    }
+
+
+def build_engine(config: PretrainConfig, device: torch.device) -> Engine:
+    """Network, method and optimizer, initialised from the seed alone."""
+    torch.manual_seed(config.engine.seed)
+    backbone = build(config.backbone.name, **config.backbone.arguments)
+    method = method_class(config.method_name)(config.method_config, backbone)
+    return Engine(method, config.engine, collectives=current(), device=device)
+
+
+def stream_spec(config: PretrainConfig) -> StreamSpec:
+    """The stream that the method's views need."""
+    views = method_class(config.method_name).view_spec(config.method_config)
+    return StreamSpec(
+        seed=config.engine.seed,
+        global_batch=config.stream.global_batch,
+        crop_DHW=views.host_size_DHW,
+        lanes=config.stream.lanes,
+        crops_per_visit=config.stream.crops_per_visit,
+        split=config.stream.split,
+        foreground=config.stream.foreground,
+    )
+
+
+def run(
+    config: PretrainConfig, hooks: Hooks, *, restore: Path | None, device: torch.device, cache_dir: Path | None = None
+) -> dict[str, Any]:
+    """Train to the last step, from a checkpoint when there is one.
+
+    Args:
+        config: The job.
+        hooks: What the surroundings provide.
+        restore: Directory of a checkpoint.
+        device: Where to train.
+        cache_dir: Folder of the node's crop cache; used when the configuration gives it room.
+
+    Returns:
+        `steps` done, the `samples` digest, and the last metrics.
+    """
+    collectives = current()
+    manifest = open_manifest(config)
+    who = identity(config, manifest)
+    engine = build_engine(config, device)
+    record, journal = SampleRecord(), list[Point]()
+    if restore is not None:
+        state, meta = checkpoint.load(restore)
+        checkpoint.require_same(meta, **who)
+        engine.load_state_dict(state)
+        record.value = meta["samples"]
+        journal = [Point.from_json(item) for item in meta[JOURNAL]]
+        if collectives.rank == 0:
+            hooks.say(f"resumed at step {engine.step_done}")
+    cache = None
+    if config.stream.cache_gib and cache_dir is not None:
+        cache = NodeCache(cache_dir, int(config.stream.cache_gib * 2**30))
+    store = VolumeStore(config.data, manifest, cache=cache)
+    spec = stream_spec(config)
+    stream = CropStream(
+        store,
+        spec,
+        rank=collectives.rank,
+        world=collectives.world,
+        start=engine.step_done * spec.global_batch,
+        prefetch=config.stream.prefetch,
+        threads=config.stream.threads,
+    )
+    view_spec = method_class(config.method_name).view_spec(config.method_config)
+
+    def batches() -> Iterator[tuple[ViewBatch, float]]:
+        for batch in stream:
+            record.add(batch, collectives)
+            views = make_views(
+                batch, view_spec, seed=config.engine.seed, policy=config.intensity, device=device, dtype=engine.dtype
+            )
+            yield views, batch.wait_s
+
+    def report(step: int, metrics: dict[str, float]) -> None:
+        hooks.last = metrics
+        if collectives.rank:
+            return
+        item = point(step, metrics)
+        journal.append(item)
+        hooks.on_point(item)
+        hooks.say(_line(step, config.engine.steps, metrics))
+
+    def save(step: int, state: dict[str, Any]) -> None:
+        if collectives.rank:
+            hooks.publish(step, None, hooks.last)
+            return
+        facts = {
+            **who,
+            "step": step,
+            "stream": {"seed": spec.seed, "next": step * spec.global_batch},
+            "samples": record.value,
+            JOURNAL: [item.to_json() for item in journal],
+        }
+        with tempfile.TemporaryDirectory(prefix="tomoscale-") as folder:
+            directory = checkpoint.save(Path(folder) / "checkpoint", state, facts)
+            hooks.publish(step, directory, hooks.last)
+
+    try:
+        steps = fit(
+            engine, _stepwise(batches(), engine, hooks), report=report, save=save, stop=hooks.stop, probe=probe
+        )
+    finally:
+        stream.close()
+        store.close()
+    return {"steps": steps, "samples": record.value, **hooks.last}
+
+
+def _stepwise(batches: Iterator[Any], engine: Engine, hooks: Hooks) -> Iterator[Any]:
+    for item in batches:
+        if hooks.on_step is not None:
+            hooks.on_step(engine.step_done)
+        yield item
+
+
+def _line(step: int, steps: int, metrics: dict[str, float]) -> str:
+    terms = "".join(f"  {k.removeprefix('loss/')} {v:.4f}" for k, v in metrics.items() if k.startswith("loss/"))
+    return (
+        f"step {step}/{steps}  loss {metrics.get('loss', float('nan')):.4f}{terms}"
+        f"  {metrics.get('time/samples_per_s', 0):.2f} samples/s"
+        f"  data wait {100 * metrics.get('time/wait_share', 0):.1f} %"
+    )

@@ -1,0 +1,171 @@
+"""Search of fine-tuning settings as a Ray job: `python -m jobs.tune CONFIG [key=value ...]`.
+
+Every epoch's inner-split metric reaches ASHA, so that trials really stop early; the encoder to start from is one more
+dimension of the search. A trial is one task with its own resources and no nested workers, so that trials cannot wait
+for each other's CPUs. The search is written to the store and goes on after the driver's death, under the same name.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from jobs import entry
+from jobs.configs import TuneConfig
+from ssl_core.config import parse, resolved
+
+METRIC = "inner_dice"
+
+
+def trial(settings: dict[str, Any], payload: dict[str, Any]) -> None:
+    """One trial: fine-tune with `settings`, reporting each epoch."""
+    from ray import tune
+
+    from jobs.finetune import train_once
+
+    config = parse(TuneConfig, payload["config"])
+    changes = {k: settings[k] for k in ("lr", "encoder_lr_scale")}
+    train_once(
+        config.labelled,
+        config.finetune.model_copy(update=changes),
+        start=settings["encoder"],
+        seed=config.seed,
+        on_epoch=lambda epoch, metrics: tune.report({"epoch": epoch, **metrics}),
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Driver: search, log trials to MLflow as child runs, write `result.json`."""
+    config = entry.load(TuneConfig, argv, "jobs.tune")
+    from jobs import tracking
+    from jobs.ray_session import connect
+
+    connect()
+    api = tracking.client()
+    run_id = tracking.open_run(api, config.experiment, config.name, "tune", params=resolved(config), tags={})
+    print(f"search {config.name}: {config.trials} trials, {config.concurrent} at a time; MLflow run {run_id}", flush=True)
+    began = time.monotonic()
+    try:
+        results = search(config)
+        summary = _summarise(config, results)
+        _log(api, config, run_id, summary, results)
+    except BaseException as error:
+        entry.end_run(api, run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    entry.write_result(config.runs, config.name, {**summary, "run_id": run_id, "seconds": time.monotonic() - began})
+    entry.end_run(api, run_id, "FINISHED")
+    print(f"best: {summary['chosen']}", flush=True)
+    return 0
+
+
+def search(config: TuneConfig) -> Any:
+    """Run or continue the search; returns Ray Tune's result grid.
+
+    Raises:
+        StackError: no trial came to a result.
+    """
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search import ConcurrencyLimiter
+    from ray.tune.search.optuna import OptunaSearch
+
+    from jobs.filesystem import storage_for
+
+    path, filesystem = storage_for(config.runs)
+    place = f"{path}/{config.name}"
+    function = tune.with_resources(
+        tune.with_parameters(trial, payload={"config": resolved(config)}),
+        {"CPU": config.cpus_per_trial, "GPU": config.gpus_per_trial},
+    )
+    if tune.Tuner.can_restore(place, storage_filesystem=filesystem):
+        print(f"continuing the search at {place}", flush=True)
+        tuner = tune.Tuner.restore(
+            place, function, resume_errored=True, resume_unfinished=True, storage_filesystem=filesystem
+        )
+        return tuner.fit()
+    space = {
+        "lr": tune.loguniform(*config.space.lr),
+        "encoder_lr_scale": tune.choice(list(config.space.encoder_lr_scale)),
+        "encoder": tune.choice(list(config.encoders)),
+    }
+    searcher = ConcurrencyLimiter(OptunaSearch(metric=METRIC, mode="max", seed=config.seed), config.concurrent)
+    tuner = tune.Tuner(
+        function,
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            metric=METRIC,
+            mode="max",
+            num_samples=config.trials,
+            max_concurrent_trials=config.concurrent,
+            search_alg=searcher,
+            scheduler=ASHAScheduler(
+                time_attr="epoch",
+                max_t=config.finetune.epochs,
+                grace_period=config.grace_epochs,
+                reduction_factor=config.reduction,
+            ),
+        ),
+        run_config=tune.RunConfig(
+            name=config.name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=tune.FailureConfig(max_failures=2),
+            verbose=0,
+        ),
+    )
+    return tuner.fit()
+
+
+def _summarise(config: TuneConfig, results: Any) -> dict[str, Any]:
+    from storage.errors import StackError
+
+    trials = []
+    for number, result in enumerate(results):
+        frame = result.metrics_dataframe
+        scores = [] if frame is None or METRIC not in frame else [float(v) for v in frame[METRIC]]
+        trials.append(
+            {
+                "trial": number,
+                **{k: result.config[k] for k in ("encoder", "lr", "encoder_lr_scale")},
+                "epochs": len(scores),
+                "scores": scores,
+                "best": max(scores) if scores else None,
+                "last": scores[-1] if scores else None,
+                "stopped_early": bool(scores) and len(scores) < config.finetune.epochs and result.error is None,
+                "status": "error" if result.error is not None else "done",
+            }
+        )
+    finished = [t for t in trials if t["best"] is not None]
+    if not finished:
+        error = next((str(r.error).strip().splitlines()[-1] for r in results if r.error is not None), "no metric")
+        raise StackError(f"search {config.name}", expected="at least one trial with a metric", found=error)
+    # The last epoch, not the best one: a training of the same length is what will be run with these settings.
+    complete = [t for t in finished if not t["stopped_early"]] or finished
+    best = max(complete, key=lambda t: t["last"])
+    chosen = {k: best[k] for k in ("encoder", "lr", "encoder_lr_scale")}
+    text = f"trial {best['trial']}, lr {best['lr']:.2e}, encoder lr x {best['encoder_lr_scale']:g}, inner Dice {best['last']:.3f}"
+    return {"trials": trials, "best": chosen, "chosen": text, "epochs": config.finetune.epochs}
+
+
+def _log(api: Any, config: TuneConfig, run_id: str, summary: dict[str, Any], results: Any) -> None:
+    from jobs import tracking
+
+    for item in summary["trials"]:
+        child = tracking.open_run(
+            api,
+            config.experiment,
+            f"{config.name}-{item['trial']}",
+            "trial",
+            params={k: item[k] for k in ("encoder", "lr", "encoder_lr_scale")},
+            tags={"tomoscale.stopped_early": str(item["stopped_early"])},
+            parent=run_id,
+        )
+        points = [tracking.point(i + 1, {METRIC: score}) for i, score in enumerate(item["scores"])]
+        tracking.backfill(api, child, points)
+        entry.end_run(api, child, "FINISHED" if item["status"] == "done" else "FAILED")
+    api.set_tag(run_id, "tomoscale.best", json.dumps(summary["best"]))
+
+
+if __name__ == "__main__":
+    sys.exit(entry.guarded(main))
