@@ -2,26 +2,29 @@
 
 import copy
 import math
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M")
 
 
 def target_of(online: M) -> M:
     """A copy that takes no gradient. In training mode its norms use their own batch's statistics, as BYOL's do."""
-    return copy.deepcopy(online).requires_grad_(False)
+    target = copy.deepcopy(online)
+    cast(nn.Module, target).requires_grad_(False)
+    return target
 
 
 @torch.no_grad()
-def follow(target: nn.Module, online: nn.Module, momentum: float) -> None:
+def follow(target: M, online: M, momentum: float) -> None:
     """target <- momentum * target + (1 - momentum) * online, over all parameters.
 
     Buffers are left alone: the target gathers running statistics from its own passes, which are of its own weights.
     """
-    old, new = list(target.parameters()), list(online.parameters())
+    old: list[Tensor] = list(cast(nn.Module, target).parameters())
+    new: list[Tensor] = list(cast(nn.Module, online).parameters())
     torch._foreach_mul_(old, momentum)
     torch._foreach_add_(old, new, alpha=1 - momentum)
 

@@ -1,5 +1,6 @@
 """Projection and prediction heads: stacks of linear layers on vectors (B, C) or, as 1x1x1 convolutions, on maps."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -20,7 +21,7 @@ def head(widths: Sequence[int], *, dense: bool = False, norm: Norm = "batch", la
         last_norm: Whether the output is normalised too.
     """
     layers: list[nn.Module] = []
-    for i, (inner, outer) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (inner, outer) in enumerate(itertools.pairwise(widths)):
         last = i == len(widths) - 2
         normed = norm != "none" and (not last or last_norm)
         bias = not (normed and norm == "batch")  # batch norm takes it away again

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from monai.networks.nets import BasicUNet
+from monai.networks.nets.basic_unet import BasicUNet
 from torch import Tensor
 
 from ssl_core.backbones.pyramid import Architecture, Geometry

@@ -26,23 +26,28 @@ class MethodConfig(Config):
 class Crops(Config):
     """The crops that a method compares, and how they are augmented."""
 
-    size_DHW: tuple[int, int, int] = Field((64, 64, 64), description="Voxels of a view along D, H, W; our choice")
-    scale: tuple[float, float] = Field(
-        (1.0, 1.0), description="Lowest and highest ratio of the box cut from the volume to the view"
+    size_DHW: tuple[int, int, int] = Field(
+        default=(64, 64, 64), description="Voxels of a view along D, H, W; our choice"
     )
-    scale_depth: bool = Field(False, description="Whether D is scaled too; our choice, as sibling code scales H and W")
-    flip: tuple[float, float, float] = Field((0.5, 0.5, 0.5), description="Probability of a flip along D, H, W")
-    rotate_degrees: float = Field(0.0, ge=0, le=180, description="Largest rotation about D; our choice")
+    scale: tuple[float, float] = Field(
+        default=(1.0, 1.0), description="Lowest and highest ratio of the box cut from the volume to the view"
+    )
+    scale_depth: bool = Field(
+        default=False, description="Whether D is scaled too; our choice, as sibling code scales H and W"
+    )
+    flip: tuple[float, float, float] = Field(default=(0.5, 0.5, 0.5), description="Probability of a flip along D, H, W")
+    rotate_degrees: float = Field(default=0.0, ge=0, le=180, description="Largest rotation about D; our choice")
     min_overlap: float = Field(
-        0.0, ge=0, le=1, description="Least intersection over union of the boxes; 0 places them independently"
+        default=0.0, ge=0, le=1, description="Least intersection over union of the boxes; 0 places them independently"
     )
     intensity: Literal["none", "light", "strong", "genesis"] = Field(
-        "light", description="Named list of intensity changes; our choice"
+        default="light", description="Named list of intensity changes; our choice"
     )
 
     def role(self, name: str, count: int, **changes: Any) -> RoleSpec:
         """A role of views with these settings."""
-        return RoleSpec(**({"name": name, "count": count} | self.model_dump() | changes))
+        settings: dict[str, Any] = {"name": name, "count": count} | self.model_dump() | changes
+        return RoleSpec(**settings)
 
 
 @dataclass(frozen=True)

@@ -68,19 +68,24 @@ class PGL(nn.Module):
         """Settings of PGL."""
 
         crops: Crops = Field(
-            Crops(scale=(1.1, 1.4), min_overlap=0.1),
+            default=Crops(scale=(1.1, 1.4), min_overlap=0.1),
             description="Views; 110 to 140 % boxes, 10 % overlap and flips with probability 1/2 as re-implemented",
         )
         feature_level: int | None = Field(
-            None, ge=0, description="Encoder level compared; unset: deepest with 6 positions in-plane, our choice"
+            default=None,
+            ge=0,
+            description="Encoder level compared; unset: deepest with 6 positions in-plane, our choice",
         )
-        hidden: int = Field(1024, ge=1, description="Hidden width of projector and predictor; our choice")
-        out: int = Field(256, ge=1, description="Embedding width; BYOL's 256")
-        norm: Norm = Field("batch", description="Norm in the heads, over the global batch and positions; BYOL")
+        hidden: int = Field(default=1024, ge=1, description="Hidden width of projector and predictor; our choice")
+        out: int = Field(default=256, ge=1, description="Embedding width; BYOL's 256")
+        norm: Norm = Field(default="batch", description="Norm in the heads, over the global batch and positions; BYOL")
         ema_start: float = Field(
-            0.99, ge=0, le=1, description="Momentum at step 0, cosine to 1; our choice for short runs (BYOL: 0.996)"
+            default=0.99,
+            ge=0,
+            le=1,
+            description="Momentum at step 0, cosine to 1; our choice for short runs (BYOL: 0.996)",
         )
-        w_global: float = Field(0.0, ge=0, description="Weight of BYOL's loss on pooled features; our choice")
+        w_global: float = Field(default=0.0, ge=0, description="Weight of BYOL's loss on pooled features; our choice")
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__()

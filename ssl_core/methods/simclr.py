@@ -44,16 +44,19 @@ class SimCLR(nn.Module):
         """Settings of SimCLR."""
 
         crops: Crops = Field(
-            Crops(min_overlap=0.3), description="Views; overlap our choice (nnssl: half along each axis)"
+            default=Crops(min_overlap=0.3), description="Views; overlap our choice (nnssl: half along each axis)"
         )
-        temperature: float = Field(0.5, gt=0, description="t; nnssl's SimCLR trainer")
+        temperature: float = Field(default=0.5, gt=0, description="t; nnssl's SimCLR trainer")
         pool: Literal["all", "last"] = Field(
-            "all", description="Average-pooled maps of all encoder levels, concatenated (nnssl), or of the deepest"
+            default="all",
+            description="Average-pooled maps of all encoder levels, concatenated (nnssl), or of the deepest",
         )
-        hidden: int = Field(512, ge=1, description="Width of the head's hidden layers; our choice (nnssl: 2048)")
-        out: int = Field(128, ge=1, description="Embedding width; SimCLR's 128")
-        layers: int = Field(3, ge=1, description="Layers of the head; nnssl's 3")
-        norm: Norm = Field("batch", description="Norm in the head, over the global batch; SimCLR")
+        hidden: int = Field(
+            default=512, ge=1, description="Width of the head's hidden layers; our choice (nnssl: 2048)"
+        )
+        out: int = Field(default=128, ge=1, description="Embedding width; SimCLR's 128")
+        layers: int = Field(default=3, ge=1, description="Layers of the head; nnssl's 3")
+        norm: Norm = Field(default="batch", description="Norm in the head, over the global batch; SimCLR")
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__()
