@@ -1,0 +1,312 @@
+"""Bundles: a directory with everything that using a model takes, and nothing that executes on being read but code.
+
+```
+bundle.json           format, kind, name, lineage, metrics, SHA-256 of every other file
+weights.safetensors   tensors under the stock network's own names
+architecture.json     stock class and arguments, backbone name and arguments, levels, names of the encoder's tensors
+preprocess.json       axes, spacing, intensity policy, channels, window, label values and names
+MODEL_CARD.md         for people
+tomoscale_portable/   the code of `ssl_core.portable`, as it was when the bundle was written
+```
+
+A bundle is written only if the portable code, reading the files back, computes what the backbone computes.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import ssl_core.portable as portable
+import storage.errors
+import storage.intensity_stats
+from ssl_core.backbones import Backbone, build
+from ssl_core.backbones.registry import ARCHITECTURES
+from ssl_core.intensity import IntensityPolicy
+from ssl_core.portable import network as portable_network
+from ssl_core.portable.predictor import FORMAT, Predictor, check_bundle
+from ssl_core.portable.preprocess import Preprocess
+from ssl_core.portable.safetensors import read_safetensors
+from storage.errors import ConfigError, RefusedInput
+
+CODE = "tomoscale_portable"
+"""Import name of the portable code inside a bundle."""
+
+_BORROWED = {"errors.py": storage.errors, "intensity_stats.py": storage.intensity_stats}
+
+
+@dataclass(frozen=True)
+class BundleFacts:
+    """What a bundle says beyond weights and architecture.
+
+    Attributes:
+        name: What the model is called in its card.
+        patch_DHW: Window for prediction, voxels; a multiple of the network's stride.
+        intensity: Policy the network was trained with.
+        labels: (value, name) of each class, background first; empty for an encoder.
+        spacing_mm: (D, H, W) of training where volumes are resampled at prediction too; None keeps their own.
+        lineage: Data fingerprint, configuration digest, parent model version, run id and the like.
+        metrics: Figures for the card, with the split they come from in their names.
+        notes: Lines for the card: data, licence, limits.
+    """
+
+    name: str
+    patch_DHW: tuple[int, int, int]
+    intensity: IntensityPolicy
+    labels: tuple[tuple[int, str], ...] = ()
+    spacing_mm: tuple[float, float, float] | None = None
+    lineage: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+def write_bundle(
+    target: str | os.PathLike[str], kind: Literal["encoder", "segmenter"], backbone: Backbone, facts: BundleFacts
+) -> Path:
+    """Write a bundle directory, whole or not at all.
+
+    Args:
+        target: Directory to create; must not exist.
+        kind: `encoder` keeps the encoder's tensors only.
+        backbone: In any mode, on any device; left as it is.
+        facts: The rest.
+
+    Raises:
+        ConfigError: the target exists, the network is not one that MONAI alone can rebuild, labels do not fit the
+            number of output channels, or the portable code computes something else.
+    """
+    path = Path(target)
+    if path.exists():
+        raise ConfigError(str(path), expected="a new directory", found="one that exists", remedy="choose another name")
+    outputs = int(_stock_arguments(backbone).get("out_channels", 0))
+    if kind == "segmenter" and len(facts.labels) != outputs:
+        raise ConfigError(f"bundle {facts.name}", expected=f"{outputs} labels", found=str(facts.labels))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        _write(work, kind, backbone, facts)
+        _check(work, kind, backbone)
+        work.chmod(0o755)
+        os.rename(work, path)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return path
+
+
+def load_backbone(bundle: str | os.PathLike[str], **changes: Any) -> Backbone:
+    """The backbone of a bundle, ready to train further; a segmenter whole, an encoder with a fresh decoder.
+
+    Args:
+        bundle: Directory.
+        **changes: Arguments to change, such as `out_channels`; then only the encoder is loaded.
+
+    Raises:
+        RefusedInput: a damaged bundle, or tensors that do not match one by one.
+    """
+    root = Path(bundle)
+    card = check_bundle(root)
+    architecture = json.loads((root / "architecture.json").read_text(encoding="utf-8"))
+    backbone = build(architecture["backbone"], **{**architecture["backbone_arguments"], **changes})
+    keys: list[str] | None = None
+    weights = read_safetensors(root / "weights.safetensors")
+    if card["kind"] == "encoder" or changes:
+        keys = architecture["encoder_keys"]
+        if set(keys) != set(backbone.encoder_keys()):
+            raise RefusedInput(str(root), expected="the encoder of " + architecture["backbone"], found="other tensors")
+        weights = {key: weights[key] for key in keys if key in weights}
+    portable_network.load(str(root / "weights.safetensors"), backbone.net, weights, keys)
+    return backbone
+
+
+def fingerprint(bundle: str | os.PathLike[str]) -> str:
+    """SHA-256 of `bundle.json`, which holds the digests of all other files."""
+    return hashlib.sha256((Path(bundle) / "bundle.json").read_bytes()).hexdigest()
+
+
+def _write(work: Path, kind: str, backbone: Backbone, facts: BundleFacts) -> None:
+    keys = backbone.encoder_keys()
+    state = backbone.net.state_dict()
+    kept = keys if kind == "encoder" else list(state)
+    tensors = {key: state[key].detach().cpu().contiguous().clone() for key in kept}
+    save_file(tensors, work / "weights.safetensors")
+    arguments = _stock_arguments(backbone)
+    architecture = {
+        "class": f"monai.networks.nets.{type(backbone.net).__name__}",
+        "arguments": arguments,
+        "backbone": backbone.name,
+        "backbone_arguments": backbone.arguments,
+        "levels": [
+            {"module": module, "channels": level.channels, "stride": level.stride_DHW, "offset": level.offset_DHW}
+            for level, module in zip(backbone.levels, _level_modules(backbone), strict=True)
+        ],
+        "encoder_keys": keys,
+    }
+    plan = Preprocess(
+        channels=int(arguments.get("in_channels", 1)),
+        spacing_mm=facts.spacing_mm,
+        intensity=facts.intensity.model_dump(mode="json"),
+        patch_DHW=facts.patch_DHW,
+        labels=facts.labels,
+    )
+    _dump(work / "architecture.json", architecture)
+    _dump(work / "preprocess.json", plan.dump())
+    (work / "MODEL_CARD.md").write_text(_card(kind, backbone, facts, tensors), encoding="utf-8")
+    source = Path(portable.__file__).parent
+    (work / CODE).mkdir()
+    for file in sorted(source.glob("*.py")):
+        borrowed = _BORROWED.get(file.name)
+        shutil.copyfile(str(borrowed.__file__) if borrowed else file, work / CODE / file.name)
+    files = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file())
+    card = {
+        "format": FORMAT,
+        "kind": kind,
+        "name": facts.name,
+        "lineage": dict(facts.lineage),
+        "metrics": dict(facts.metrics),
+        "files": {name: hashlib.sha256((work / name).read_bytes()).hexdigest() for name in files},
+    }
+    _dump(work / "bundle.json", card)
+
+
+def _check(work: Path, kind: str, backbone: Backbone) -> None:
+    """The files, read back by the portable code, compute what the backbone computes."""
+    predictor = Predictor(work, "cpu")
+    parameter = next(backbone.net.parameters())
+    size = [2 * m if m > 1 else 4 for m in backbone.multiple_DHW()]
+    x_BCDHW = torch.randn(1, predictor.plan.channels, *size, generator=torch.Generator().manual_seed(0))
+    if any(p % m for p, m in zip(predictor.plan.patch_DHW, backbone.multiple_DHW(), strict=True)):
+        raise ConfigError(
+            "patch_DHW", expected=f"multiples of {backbone.multiple_DHW()}", found=str(predictor.plan.patch_DHW)
+        )
+    training = backbone.net.training
+    backbone.net.eval()
+    try:
+        with torch.no_grad():
+            there = x_BCDHW.to(parameter.device, parameter.dtype)
+            if kind == "segmenter":
+                pairs = [(backbone.logits(there), predictor.forward(x_BCDHW))]
+            else:
+                modules = [entry["module"] for entry in predictor.architecture["levels"]]
+                named = [i for i, module in enumerate(modules) if module]
+                maps = backbone.features(there)
+                found = portable_network.feature_maps(
+                    predictor.network, predictor.dims, [modules[i] for i in named], x_BCDHW
+                )
+                pairs = [(maps[i], f) for i, f in zip(named, found, strict=True)]
+    finally:
+        backbone.net.train(training)
+    for wanted, got in pairs:
+        if not torch.allclose(wanted.cpu().float(), got, rtol=1e-3, atol=1e-4):
+            raise ConfigError(
+                f"backbone {backbone.name!r}",
+                expected="a network that its stock class computes alike",
+                found=f"a difference of {float((wanted.cpu().float() - got).abs().max()):.2g}",
+            )
+
+
+def _stock_arguments(backbone: Backbone) -> dict[str, Any]:
+    """Arguments of the stock class, with the defaults that the registered builder adds."""
+    parameters = inspect.signature(ARCHITECTURES[backbone.name].make).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    return {**defaults, **backbone.arguments}
+
+
+def _level_modules(backbone: Backbone) -> list[str]:
+    """Name of the sub-module whose output each encoder level is, outermost first; empty where there is none."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                outputs[name] = output
+
+        return hook
+
+    handles = [m.register_forward_hook(keep(name)) for name, m in backbone.net.named_modules() if name]
+    training, parameter = backbone.net.training, next(backbone.net.parameters())
+    backbone.net.eval()
+    try:
+        with torch.no_grad():
+            size = [2 * m if m > 1 else 2 for m in backbone.multiple_DHW()]
+            channels = int(_stock_arguments(backbone).get("in_channels", 1))
+            x = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))
+            maps = backbone.features(x.to(parameter.device, parameter.dtype))
+    finally:
+        backbone.net.train(training)
+        for handle in handles:
+            handle.remove()
+    found = []
+    for level in maps:
+        same = [n for n, o in outputs.items() if o.data_ptr() == level.data_ptr() and o.numel() == level.numel()]
+        found.append(min(same, key=lambda n: (n.count("."), n)) if same else "")
+    return found
+
+
+def _dump(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _card(kind: str, backbone: Backbone, facts: BundleFacts, tensors: Mapping[str, Tensor]) -> str:
+    count = sum(t.numel() for t in tensors.values())
+    verb = "mask" if kind == "segmenter" else "features"
+    spacing = "each volume's own" if facts.spacing_mm is None else f"resampled to {facts.spacing_mm} mm (D, H, W)"
+    lines = [
+        f"# {facts.name}",
+        "",
+        f"A {kind} for 3-D medical volumes: `{type(backbone.net).__name__}` of MONAI, {len(tensors)} tensors, "
+        f"{count:,} values.",
+        "",
+        "## Use",
+        "",
+        "From a registry, with mlflow, torch and monai installed and nothing else:",
+        "",
+        "```python",
+        "import mlflow",
+        f'{verb} = mlflow.pyfunc.load_model("models:/{facts.name}@candidate").predict("volume.nii.gz")',
+        "```",
+        "",
+    ]
+    if kind == "segmenter":
+        lines += [
+            "From this directory, with torch and monai installed:",
+            "",
+            "```bash",
+            f"python -m {CODE} . volume.nii.gz mask.nii.gz",
+            "```",
+            "",
+        ]
+    lines += [
+        "## Input",
+        "",
+        f"- channels: {int(_stock_arguments(backbone).get('in_channels', 1))}; axes are brought to RAS+ and back",
+        f"- spacing: {spacing}",
+        f"- intensity policy: {facts.intensity.kind}",
+        f"- window: {facts.patch_DHW} voxels (D, H, W)",
+        "",
+    ]
+    if facts.labels:
+        lines += ["## Labels", "", *(f"- {value}: {name}" for value, name in facts.labels), ""]
+    if facts.metrics:
+        lines += ["## Figures", "", *(f"- {key}: {value:.4g}" for key, value in facts.metrics.items()), ""]
+    if facts.lineage:
+        lines += ["## Lineage", "", *(f"- {key}: `{value}`" for key, value in facts.lineage.items()), ""]
+    lines += [
+        "## Limits",
+        "",
+        "Made for research. Not a medical device; not validated for clinical use. Expect it to fail on scanners,",
+        "sequences and anatomy that differ from its training data.",
+        *(f"{note}" for note in facts.notes),
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,28 @@
+"""`python -m tomoscale_portable BUNDLE INPUT.nii.gz OUTPUT.nii.gz`: prediction without the project or a registry."""
+
+import argparse
+import sys
+
+from .errors import TomoscaleError
+from .predictor import Predictor
+
+
+def main() -> int:
+    """Predict one file; exit codes as everywhere in the project."""
+    parser = argparse.ArgumentParser(prog="tomoscale_portable", description=__doc__)
+    parser.add_argument("bundle")
+    parser.add_argument("input")
+    parser.add_argument("output")
+    parser.add_argument("--device", default=None)
+    given = parser.parse_args()
+    try:
+        mask = Predictor(given.bundle, given.device).predict_file(given.input, given.output)
+    except TomoscaleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"{given.output}: {mask.shape}, {int((mask != 0).sum())} voxels labelled")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

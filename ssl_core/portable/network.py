@@ -1,0 +1,109 @@
+"""`architecture.json` and weights to a stock MONAI network, nothing renamed and nothing left over."""
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import RefusedInput
+
+ALLOWED = tuple(f"monai.networks.nets.{name}" for name in ("BasicUNet", "UNet", "DynUNet", "SegResNet", "SwinUNETR"))
+"""The only classes that an `architecture.json` may name."""
+
+
+def build(name: str, architecture: dict[str, Any]) -> nn.Module:
+    """The stock network, with fresh weights; the caller's random state is left as it was.
+
+    Raises:
+        RefusedInput: a class outside `ALLOWED`, or arguments that the class does not take.
+    """
+    kind = architecture.get("class")
+    if kind not in ALLOWED:
+        raise RefusedInput(
+            name, expected="one of " + ", ".join(ALLOWED), found=repr(kind), remedy="use a bundle of a known network"
+        )
+    module, _, attribute = str(kind).rpartition(".")
+    stock = getattr(importlib.import_module(module), attribute)
+    arguments = {key: _frozen(value) for key, value in architecture["arguments"].items()}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            network: nn.Module = stock(**arguments)
+    except (TypeError, ValueError) as error:
+        raise RefusedInput(name, expected=f"arguments of {kind}", found=str(error)) from error
+    return network.eval()
+
+
+def load(name: str, network: nn.Module, weights: dict[str, Tensor], keys: list[str] | None) -> None:
+    """Copy `weights` into `network`.
+
+    Args:
+        name: What the message names.
+        network: Built by `build`.
+        weights: Must be exactly `keys`, or the whole state when `keys` is None.
+        keys: The encoder's names in the stock network's state.
+
+    Raises:
+        RefusedInput: a name missing or left over, another shape or another dtype.
+    """
+    state = network.state_dict()
+    wanted = set(state if keys is None else keys)
+    wrong = sorted(wanted ^ set(weights)) + sorted(wanted - set(state))
+    wrong += sorted(
+        key
+        for key in wanted & set(weights) & set(state)
+        if (weights[key].shape, weights[key].dtype) != (state[key].shape, state[key].dtype)
+    )
+    if wrong:
+        raise RefusedInput(
+            name,
+            expected=f"{len(wanted)} tensors of the stock network, by name, shape and dtype",
+            found=f"{len(wrong)} that do not match: " + ", ".join(wrong[:5]),
+            remedy="the bundle is damaged or of another version; pull it again",
+        )
+    network.load_state_dict({**state, **weights}, strict=True)
+
+
+def logits(network: nn.Module, dims: int, x_BCDHW: Tensor) -> Tensor:
+    """The stock network's output, (B, K, D, H, W); a 2-D network (`dims` 2) sees each slice along D by itself."""
+    if dims == 3:
+        return network(x_BCDHW)
+    return _unfold(network(_fold(x_BCDHW)), x_BCDHW)
+
+
+def feature_maps(network: nn.Module, dims: int, modules: list[str], x_BCDHW: Tensor) -> list[Tensor]:
+    """Outputs of the named sub-modules in one forward pass of the stock network, in the given order."""
+    maps: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            maps[name] = output
+
+        return hook
+
+    handles = [network.get_submodule(name).register_forward_hook(keep(name)) for name in modules]
+    try:
+        network(x_BCDHW if dims == 3 else _fold(x_BCDHW))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [maps[name] if dims == 3 else _unfold(maps[name], x_BCDHW) for name in modules]
+
+
+def _fold(x_BCDHW: Tensor) -> Tensor:
+    """Slices along D into the batch, (B * D, C, H, W)."""
+    return x_BCDHW.transpose(1, 2).flatten(0, 1)
+
+
+def _unfold(x: Tensor, like_BCDHW: Tensor) -> Tensor:
+    """Back to (B, C, D, H, W)."""
+    return x.unflatten(0, (like_BCDHW.shape[0], like_BCDHW.shape[2])).transpose(1, 2)
+
+
+def _frozen(value: Any) -> Any:
+    """JSON lists to the tuples that MONAI's arguments are."""
+    if isinstance(value, list):
+        return tuple(_frozen(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _frozen(item) for key, item in value.items()}
+    return value

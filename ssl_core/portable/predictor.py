@@ -1,0 +1,214 @@
+"""A bundle directory to a function from volumes to masks or features."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .errors import ConfigError, RefusedInput
+from .geometry import Frame, frame_of, resample_nearest
+from .network import build, feature_maps, load, logits
+from .nifti import Nifti, read_nifti, write_nifti
+from .preprocess import Preprocess, prepare
+from .safetensors import read_safetensors
+from .windows import slide, slide_features
+
+FORMAT = "tomoscale-bundle/1"
+
+
+class Predictor:
+    """A model that takes raw volumes.
+
+    Args:
+        bundle: Directory written by `ssl_core.bundle.write_bundle`, or pulled from a registry.
+        device: `cpu`, `cuda`, `cuda:1`; None takes the accelerator when there is one.
+
+    Attributes:
+        kind: `segmenter` or `encoder`.
+        plan: The preprocessing.
+        card: The object of `bundle.json`.
+
+    Raises:
+        RefusedInput: a file is missing, does not match its digest, or names something unknown.
+    """
+
+    def __init__(self, bundle: str | os.PathLike[str], device: str | None = None) -> None:
+        root = Path(bundle)
+        self.card = check_bundle(root)
+        self.kind: str = self.card["kind"]
+        self.plan = Preprocess.parse(str(root / "preprocess.json"), _json(root / "preprocess.json"))
+        self.architecture = _json(root / "architecture.json")
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        name = str(root / "weights.safetensors")
+        network = build(str(root / "architecture.json"), self.architecture)
+        keys = self.architecture["encoder_keys"] if self.kind == "encoder" else None
+        load(name, network, read_safetensors(name), keys)
+        self.network = network.to(self.device)
+        self.dims = int(self.architecture["arguments"].get("spatial_dims", 3))
+
+    def forward(self, x_BCDHW: Tensor) -> Tensor:
+        """Logits of a batch of windows, (B, K, D, H, W)."""
+        return logits(self.network, self.dims, x_BCDHW)
+
+    def predict(
+        self, source: str | os.PathLike[str] | NDArray[Any], affine: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
+        """Mask of one volume, in the grid of the input.
+
+        Args:
+            source: A `.nii` or `.nii.gz` file, or an array (I, J, K) or (I, J, K, C) in file order.
+            affine: (4, 4) of an array; voxel-centre indices to RAS+ mm.
+
+        Returns:
+            (I, J, K) of the label values in `preprocess.json`, uint8 where they fit, else int32.
+
+        Raises:
+            RefusedInput: the volume cannot be read or has another number of channels.
+            ConfigError: the bundle holds an encoder, or an array came without its affine.
+        """
+        return self._predict(*_volume(source, affine))
+
+    def predict_file(self, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> NDArray[Any]:
+        """Mask of a file, also written as NIfTI with the geometry fields of the input; returns the mask."""
+        image = read_nifti(source)
+        mask = self._predict(str(source), image.array, image.affine)
+        write_nifti(target, mask, image.affine, like=image)
+        return mask
+
+    def features(
+        self,
+        source: str | os.PathLike[str] | NDArray[Any],
+        affine: NDArray[Any] | None = None,
+        level: int = -1,
+    ) -> NDArray[np.float32]:
+        """Features of one volume on the canonical grid.
+
+        Args:
+            source: As for `predict`.
+            affine: As for `predict`.
+            level: Level of the pyramid, 0 the finest.
+
+        Returns:
+            (E, D/stride, H/stride, W/stride); feature k lies at voxels k * stride onwards of the canonical volume
+            (after the resampling of `preprocess.json`, if any).
+        """
+        name, array, matrix = _volume(source, affine)
+        values, frame = self._canonical(name, array, matrix)
+        image, air = prepare(values, frame.spacing_mm, self.plan)
+        entry = self.architecture["levels"][level]
+        if not entry["module"]:
+            raise ConfigError(
+                f"level {level}",
+                expected="a level that is the output of a module of the stock network",
+                found="one that the project computes outside of it",
+                remedy="load the encoder with `ssl_core.bundle.load_backbone`",
+            )
+        stride = (int(entry["stride"][0]), int(entry["stride"][1]), int(entry["stride"][2]))
+
+        def one_level(x_BCDHW: Tensor) -> Tensor:
+            return feature_maps(self.network, self.dims, [entry["module"]], x_BCDHW)[0]
+
+        found = slide_features(one_level, image, air, self.plan.patch_DHW, stride_DHW=stride, device=self.device)
+        return found.numpy()
+
+    def segment(
+        self,
+        values_CDHW: NDArray[Any],
+        spacing_mm: tuple[float, float, float],
+        stats: dict[str, float] | None = None,
+    ) -> NDArray[Any]:
+        """Mask (D, H, W) of a canonical volume of values; what `predict` does between reading and re-orienting.
+
+        Args:
+            values_CDHW: Intensities after scale and offset.
+            spacing_mm: (D, H, W).
+            stats: Recorded foreground statistics; None computes them.
+        """
+        if self.kind != "segmenter":
+            raise ConfigError(
+                "predict", expected="a segmenter bundle", found=f"an {self.kind} bundle", remedy="use `features`"
+            )
+        image, air = prepare(values_CDHW, spacing_mm, self.plan, stats)
+        found = slide(self.forward, image, air, self.plan.patch_DHW, device=self.device)
+        classes = resample_nearest(found.argmax(0).numpy(), values_CDHW.shape[1:])
+        values = [value for value, _ in self.plan.labels]
+        return np.array(values, np.uint8 if max(values) < 256 else np.int32)[classes]
+
+    def _predict(self, name: str, array: NDArray[Any], affine: NDArray[Any]) -> NDArray[Any]:
+        values, frame = self._canonical(name, array, affine)
+        return frame.to_file(self.segment(values, frame.spacing_mm))
+
+    def _canonical(self, name: str, array: NDArray[Any], affine: NDArray[Any]) -> tuple[NDArray[Any], Frame]:
+        """(C, D, H, W) values of a volume in file order, and its frame."""
+        channels = array.shape[3] if array.ndim == 4 else 1
+        if array.ndim not in (3, 4) or channels != self.plan.channels:
+            raise RefusedInput(
+                name,
+                expected=f"a volume of {self.plan.channels} channel(s), (I, J, K) or (I, J, K, C)",
+                found=f"shape {array.shape}",
+                remedy="give one volume of a series, or use a model of as many channels",
+            )
+        if not np.isfinite(array).all():
+            raise RefusedInput(
+                name, expected="finite voxels", found="NaN or infinity", remedy="replace them before predicting"
+            )
+        i, j, k = array.shape[:3]
+        frame = frame_of(name, (i, j, k), affine)
+        volumes = [array] if array.ndim == 3 else [array[..., c] for c in range(channels)]
+        return np.stack([frame.to_canonical(volume) for volume in volumes]), frame
+
+
+def check_bundle(root: Path) -> dict[str, Any]:
+    """The object of `bundle.json`, after every listed file was found to match its SHA-256.
+
+    Raises:
+        RefusedInput: not a bundle, a file missing, changed, or one that the list does not know.
+    """
+    card = _json(root / "bundle.json")
+    if card.get("format") != FORMAT or card.get("kind") not in ("segmenter", "encoder"):
+        raise RefusedInput(str(root / "bundle.json"), expected=f"format {FORMAT}", found=repr(card.get("format")))
+    listed = dict(card["files"])
+    for name, digest in listed.items():
+        path = root / name
+        found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
+        if found != digest:
+            raise RefusedInput(str(path), expected=f"SHA-256 {digest}", found=found, remedy="pull the bundle again")
+    needed = {"weights.safetensors", "architecture.json", "preprocess.json"}
+    if not needed <= set(listed):
+        raise RefusedInput(
+            str(root / "bundle.json"),
+            expected="digests of " + ", ".join(sorted(needed)),
+            found=", ".join(sorted(listed)),
+        )
+    return card
+
+
+def _volume(
+    source: str | os.PathLike[str] | NDArray[Any], affine: NDArray[Any] | None
+) -> tuple[str, NDArray[Any], NDArray[Any]]:
+    if isinstance(source, np.ndarray):
+        if affine is None:
+            raise ConfigError(
+                "array", expected="its affine (voxel-centre indices to RAS+ mm)", found="none", remedy="give affine="
+            )
+        return "array", source, affine
+    image: Nifti = read_nifti(source)
+    return str(source), image.array, image.affine
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RefusedInput(
+            str(path), expected="a bundle's JSON file", found=str(error), remedy="pull it again"
+        ) from error
+    if not isinstance(data, dict):
+        raise RefusedInput(str(path), expected="a JSON object", found=type(data).__name__)
+    return data

@@ -1,0 +1,129 @@
+"""`preprocess.json`: from the values of a canonical volume to what the network was trained on."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import RefusedInput
+from .geometry import resample_linear, resampled_shape
+from .intensity_stats import foreground_stats
+
+AXES = "DHW, D inferior to superior, H posterior to anterior, W left to right"
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What happens between a file and the network.
+
+    Attributes:
+        channels: Input channels.
+        spacing_mm: (D, H, W) that volumes are resampled to; None keeps each volume's own.
+        intensity: `kind` and the constants of the policy; see `constants`.
+        patch_DHW: Sliding window, voxels.
+        labels: (value in the mask, name) of each class; class 0 is the background.
+    """
+
+    channels: int
+    spacing_mm: tuple[float, float, float] | None
+    intensity: dict[str, Any]
+    patch_DHW: tuple[int, int, int]
+    labels: tuple[tuple[int, str], ...]
+
+    @classmethod
+    def parse(cls, name: str, data: dict[str, Any]) -> "Preprocess":
+        """Read the JSON object of `preprocess.json`.
+
+        Raises:
+            RefusedInput: another axis convention, an unknown policy or a missing key.
+        """
+        try:
+            if data["axes"] != AXES:
+                raise ValueError(f"axes {data['axes']!r}")
+            spacing, patch = data["spacing_mm"], data["patch_DHW"]
+            result = cls(
+                channels=int(data["channels"]),
+                spacing_mm=None if spacing is None else (float(spacing[0]), float(spacing[1]), float(spacing[2])),
+                intensity=dict(data["intensity"]),
+                patch_DHW=(int(patch[0]), int(patch[1]), int(patch[2])),
+                labels=tuple((int(entry["value"]), str(entry["name"])) for entry in data["labels"]),
+            )
+            constants(result.intensity, dict.fromkeys(("min", "max", "mean", "std", "p0_5", "p99_5"), 0.0))
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise RefusedInput(
+                name,
+                expected="a preprocessing that this version knows",
+                found=str(error),
+                remedy="pull the bundle again",
+            ) from error
+        return result
+
+    def dump(self) -> dict[str, Any]:
+        """The JSON object of `preprocess.json`."""
+        return {
+            "axes": AXES,
+            "channels": self.channels,
+            "spacing_mm": None if self.spacing_mm is None else list(self.spacing_mm),
+            "intensity": self.intensity,
+            "patch_DHW": list(self.patch_DHW),
+            "labels": [{"value": value, "name": name} for value, name in self.labels],
+        }
+
+
+def constants(policy: dict[str, Any], stats: dict[str, float]) -> tuple[float, float, float, float]:
+    """`(low, high, centre, spread)` of y = (clip(x, low, high) - centre) / spread for one volume.
+
+    The same rules as `ssl_core.intensity.constants`, which training uses; a test holds the two together.
+
+    Raises:
+        ValueError: an unknown policy.
+    """
+    inf, kind = math.inf, policy["kind"]
+    if kind == "none":
+        return -inf, inf, 0.0, 1.0
+    if kind == "ct":
+        return float(policy["low"]), float(policy["high"]), float(policy["mean"]), float(policy["std"])
+    if kind == "unit":
+        low, high, centre, spread = stats["p0_5"], stats["p99_5"], stats["p0_5"], stats["p99_5"] - stats["p0_5"]
+    elif kind == "percentile":
+        low, high, centre, spread = stats["p0_5"], stats["p99_5"], stats["mean"], stats["std"]
+    elif kind == "zscore":
+        low, high, centre, spread = -inf, inf, stats["mean"], stats["std"]
+    else:
+        raise ValueError(f"intensity policy {kind!r}")
+    return low, high, centre, spread if spread > 1e-7 * max(1.0, abs(centre)) else 1.0
+
+
+def apply(values: NDArray[Any], table: tuple[float, float, float, float]) -> NDArray[np.float32]:
+    """The formula of `constants`, in float32."""
+    low, high, centre, spread = (np.float32(c) for c in table)
+    return np.asarray((values.astype(np.float32).clip(low, high) - centre) / spread, np.float32)
+
+
+def prepare(
+    values_CDHW: NDArray[Any],
+    spacing_mm: tuple[float, float, float],
+    plan: Preprocess,
+    stats: dict[str, float] | None = None,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Resample and normalise a canonical volume.
+
+    Args:
+        values_CDHW: Intensities after scale and offset.
+        spacing_mm: (D, H, W) of `values_CDHW`.
+        plan: The bundle's preprocessing.
+        stats: Foreground statistics as ingest records them, over all channels of the resampled volume; None computes
+            them from the volume.
+
+    Returns:
+        The network's input (C, D, H, W), and the value of "air", with which crops are padded beyond the volume, (C,).
+    """
+    if plan.spacing_mm is not None:
+        shape = resampled_shape(values_CDHW.shape[1:], spacing_mm, plan.spacing_mm)
+        values_CDHW = np.stack([resample_linear(channel, shape) for channel in values_CDHW])
+    found = foreground_stats(values_CDHW) if stats is None else stats
+    table = constants(plan.intensity, found)
+    air = apply(np.full(values_CDHW.shape[0], found["min"]), table)
+    return apply(values_CDHW, table), air
