@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ssl_core.augment import elastic
 from ssl_core.backbones.base import Level
 from ssl_core.views import View
+
+INVERSE_STEPS = 24
+"""The elastic displacement contracts by one half at worst, so 24 steps leave less than 1e-6 of it."""
 
 
 def shared_points(view_a: View, view_b: View, points_DHW: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,13 +66,25 @@ def sample_features(feature_BCdhw: Tensor, level: Level, points_BM3: Tensor) -> 
 def to_view(view: View, points_BM3: Tensor) -> Tensor:
     """Volume edge coordinates to edge coordinates of a view, (B, M, 3)."""
     linear_B33, shift_B3 = view.to_volume_B34[:, :, :3], view.to_volume_B34[:, :, 3]
-    return (points_BM3 - shift_B3[:, None]) @ torch.linalg.inv(linear_B33).transpose(1, 2)
+    # `inv_ex` does not check for singular maps, and so does not wait for the device.
+    inverse_B33 = torch.linalg.inv_ex(linear_B33).inverse
+    flat_BM3 = (points_BM3 - shift_B3[:, None]) @ inverse_B33.transpose(1, 2)
+    if view.elastic is None:
+        return flat_BM3
+    found = flat_BM3
+    for _ in range(INVERSE_STEPS):
+        found = flat_BM3 - elastic.displacement(view.elastic.control_B3abc, found, view.elastic.spacing_vox)
+    return found
 
 
 def to_volume(view: View, points_BM3: Tensor) -> Tensor:
-    """Edge coordinates of a view to volume edge coordinates, (B, M, 3)."""
+    """Edge coordinates of a view to volume edge coordinates, (B, M, 3), float64."""
     linear_B33, shift_B3 = view.to_volume_B34[:, :, :3], view.to_volume_B34[:, :, 3]
-    return points_BM3.to(linear_B33.dtype) @ linear_B33.transpose(1, 2) + shift_B3[:, None]
+    points_BM3 = points_BM3.to(linear_B33.dtype)
+    if view.elastic is not None:
+        moved = elastic.displacement(view.elastic.control_B3abc, points_BM3, view.elastic.spacing_vox)
+        points_BM3 = points_BM3 + moved
+    return points_BM3 @ linear_B33.transpose(1, 2) + shift_B3[:, None]
 
 
 def inside(view: View, points_BM3: Tensor) -> Tensor:

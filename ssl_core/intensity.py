@@ -14,9 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_core.config import Config
-
-STATS = ("min", "max", "mean", "std", "p0_5", "p99_5")
-"""Columns of `HostBatch.stats_BS`, in order."""
+from storage.intensity_stats import STATS_ORDER
 
 
 class IntensityPolicy(Config):
@@ -69,14 +67,14 @@ def normalise(
         image_BCDHW: Stored values, any real dtype.
         scale_B: value = stored * scale + offset.
         offset_B: See `scale_B`.
-        stats_BS: Foreground statistics of each sample's volume, columns as in `STATS`.
+        stats_BS: Foreground statistics of each sample's volume, columns in `STATS_ORDER`.
         policy: What to do.
         dtype: float32 or float64.
 
     Returns:
         (B, C, D, H, W) of `dtype`.
     """
-    rows = [constants(policy, dict(zip(STATS, map(float, row), strict=True))) for row in stats_BS]
+    rows = [constants(policy, dict(zip(STATS_ORDER, map(float, row), strict=True))) for row in stats_BS]
     table = np.concatenate([np.stack([scale_B, offset_B], 1).astype(np.float64), np.array(rows, np.float64)], axis=1)
     columns = torch.from_numpy(table).to(image_BCDHW.device, dtype).T.reshape(6, -1, 1, 1, 1, 1)
     scale, offset, low, high, centre, spread = columns

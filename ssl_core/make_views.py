@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssl_core import placement
-from ssl_core.augment import presets, spatial
+from ssl_core.augment import elastic, presets, spatial
 from ssl_core.intensity import IntensityPolicy, normalise
-from ssl_core.views import View, ViewBatch, ViewSpec
+from ssl_core.views import Elastic, RoleSpec, View, ViewBatch, ViewSpec, centre_of
 from storage.errors import ConfigError
 
 
@@ -71,11 +71,11 @@ def make_views(
     work = torch.float64 if dtype == torch.float64 else torch.float32
     d, h, w = batch.image_BCDHW.shape[2:]
     host_DHW = (int(d), int(h), int(w))
-    shape_B3 = np.asarray(batch.shape_B3, np.float64)
+    shape_B3, sample_B = np.asarray(batch.shape_B3, np.float64), np.asarray(batch.sample_B, np.int64)
     placed = placement.draw(
         spec,
         seed=seed,
-        sample_B=batch.sample_B,
+        sample_B=sample_B,
         start_B3=batch.start_B3,
         host_DHW=host_DHW,
         shape_B3=shape_B3,
@@ -83,37 +83,47 @@ def make_views(
     )
     stored = _to_device(batch.image_BCDHW, device)
     host = normalise(stored, batch.scale_B, batch.offset_B, batch.stats_BS, policy, work)
-    host_maps = {name: _to_device(array, device).to(torch.int64) for name, array in _maps(batch, spec, maps).items()}
+    host_maps = {name: _to_device(array, device) for name, array in _maps(batch, spec, maps).items()}
     shape_on_device = torch.from_numpy(shape_B3).to(device)
     roles: dict[str, tuple[View, ...]] = {}
     for role in spec.roles:
-        affine = placed[role.name]
-        grid = spatial.grids(affine, batch.start_B3, host_DHW, role.size_DHW, device, work)
-        clean = spatial.linear(host, grid)
-        valid = spatial.inside(grid, batch.start_B3, host_DHW, shape_B3).to(dtype).unsqueeze(2)
-        carried = {name: spatial.nearest(array, grid) for name, array in host_maps.items()}
-        image = presets.augment(clean, role.intensity, seed=seed, sample_B=np.asarray(batch.sample_B), role=role.name)
+        affine, size = placed[role.name], role.size_DHW
         to_volume = torch.from_numpy(affine).to(device)
-        middle = torch.tensor(role.size_DHW, dtype=torch.float64, device=device) / 2
-        position = (to_volume[..., :3] @ middle + to_volume[..., 3]) / shape_on_device
+        position = spatial.positions(affine, batch.start_B3, size, device)
+        deformed: list[Elastic | None] = [None] * role.count
+        if role.elastic_vox > 0:
+            deformed = [_elastic(role, v, seed, batch.sample_B, device) for v in range(role.count)]
+            moved = [elastic.dense(e.control_B3abc, size, e.spacing_vox) for e in deformed if e is not None]
+            position = spatial.deform(position, to_volume, torch.stack(moved))
+        clean = spatial.linear(host, position, size)
+        valid = spatial.inside(position, batch.start_B3, shape_B3, size).to(dtype).unsqueeze(2)
+        carried = {name: spatial.nearest(array, position, size).to(torch.int64) for name, array in host_maps.items()}
+        image = presets.augment(clean, role.intensity, seed=seed, sample_B=sample_B, role=role.name).to(dtype)
+        clean = clean.to(dtype)
         roles[role.name] = tuple(
             View(
-                image_BCDHW=image[v].to(dtype),
+                image_BCDHW=image[v],
                 to_volume_B34=to_volume[v],
-                position_B3=position[v],
+                position_B3=centre_of(to_volume[v], size) / shape_on_device,
                 valid_B1DHW=valid[v],
-                clean_BCDHW=clean[v].to(dtype) if role.keep_clean else None,
+                clean_BCDHW=clean[v] if role.keep_clean else None,
                 maps={name: array[v] for name, array in carried.items()},
+                elastic=deformed[v],
             )
             for v in range(role.count)
         )
     return ViewBatch(
         roles=roles,
         volume_B=torch.from_numpy(np.asarray(batch.volume_B, np.int64)).to(device),
-        sample_B=torch.from_numpy(np.asarray(batch.sample_B, np.int64)).to(device),
+        sample_B=torch.from_numpy(sample_B).to(device),
         spacing_B3=torch.from_numpy(np.asarray(batch.spacing_B3, np.float64)).to(device),
         shape_B3=shape_on_device,
     )
+
+
+def _elastic(role: RoleSpec, view: int, seed: int, sample_B: NDArray[np.int64], device: torch.device) -> Elastic:
+    control = elastic.draw(role.elastic_vox, role.size_DHW, seed=seed, sample_B=sample_B, purpose=(role.name, view))
+    return Elastic(torch.from_numpy(control).to(device), elastic.spacing_vox(role.elastic_vox))
 
 
 def _maps(batch: HostCrops, spec: ViewSpec, maps: Mapping[str, NDArray[Any]] | None) -> dict[str, NDArray[Any]]:

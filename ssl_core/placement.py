@@ -67,18 +67,19 @@ def host_size(spec: ViewSpec) -> tuple[int, int, int]:
     need = np.zeros(3)
     for role in spec.roles:
         box = _largest(role)
+        margin = 2 * _margin(role)
         if role.offset_vox is not None and role.count > 1:
             box = box + np.array([role.offset_vox[1] * (1 if role.count == 2 else 2), 0, 0])
-            need = np.maximum(need, box)
+            need = np.maximum(need, box + margin)
             continue
-        need = np.maximum(need, box)
+        need = np.maximum(need, box + margin)
         if role.inside_union:
             continue
         other = _largest(roles[role.overlaps]) if role.overlaps else box
         if role.count > 1 or role.overlaps:
             overlap = role.min_overlap
             kept = max((2 * overlap / (1 + overlap)) ** (1 / 3), 1 - MOST_SHIFT)
-            need = np.maximum(need, box + other - kept * np.minimum(box, other))
+            need = np.maximum(need, box + other - kept * np.minimum(box, other) + margin)
     d, h, w = (int(x) for x in np.ceil(need - 1e-9))
     return d, h, w
 
@@ -102,6 +103,11 @@ def check(spec: ViewSpec) -> None:
             raise ConfigError(f"{thing}: scale", expected="0 < lowest <= highest", found=str(role.scale))
         if not 0 <= role.min_overlap <= 1:
             raise ConfigError(f"{thing}: min_overlap", expected="a value in [0, 1]", found=str(role.min_overlap))
+        if min(role.flip) < 0 or max(role.flip) > 1:
+            raise ConfigError(f"{thing}: flip", expected="probabilities", found=str(role.flip))
+        if not 0 <= role.rotate_degrees <= 180 or role.elastic_vox < 0:
+            found = f"{role.rotate_degrees}, {role.elastic_vox}"
+            raise ConfigError(thing, expected="rotation in [0, 180] degrees and no negative elastic_vox", found=found)
         if role.offset_vox is not None:
             offset = role.offset_vox
             nearest, furthest = offset
@@ -172,33 +178,40 @@ class _Placer:
     shape_B3: F64
     spacing_B3: F64
 
+    @property
+    def ratio_B(self) -> F64:
+        """Spacing along W over spacing along H."""
+        return np.asarray(self.spacing_B3[:, 2] / self.spacing_B3[:, 1])
+
     def role(self, role: RoleSpec, others: list[Boxes]) -> list[Boxes]:
         if role.offset_vox is not None:
             return self._shifted(role, role.offset_vox)
-        low, high = self.host_low_B3, self.host_high_B3
+        low, high = self._host(role)
         if role.inside_union:
-            low = np.min([box.low_B3 for box in others], axis=0)
-            high = np.max([box.low_B3 + box.extent_B3 for box in others], axis=0)
+            low = np.maximum(low, np.min([box.low_B3 for box in others], axis=0))
+            high = np.minimum(high, np.max([box.low_B3 + box.extent_B3 for box in others], axis=0))
         placed: list[Boxes] = []
         for view in range(role.count):
             anchors = others[:1] if role.overlaps else placed
             placed.append(self._one(role, view, anchors, low, high))
         return placed
 
+    def _host(self, role: RoleSpec) -> tuple[F64, F64]:
+        margin = _margin(role)
+        return self.host_low_B3 + margin, self.host_high_B3 - margin
+
     def _one(self, role: RoleSpec, view: int, anchors: list[Boxes], low_B3: F64, high_B3: F64) -> Boxes:
-        chosen: Boxes | None = None
-        open_B = np.ones(len(self.sample_B), bool)
-        for attempt in range(ATTEMPTS if role.min_overlap > 0 and anchors else 1):
-            box = self._candidate(role, view, attempt, low_B3, high_B3)
-            chosen = box if chosen is None else box.where(open_B, chosen)
-            if role.min_overlap > 0:
-                open_B = _unmet(role, chosen, anchors)
-                if not open_B.any():
-                    return chosen
-        assert chosen is not None
-        if role.min_overlap > 0 and anchors:
-            chosen = self._fallback(role, anchors[0], low_B3, high_B3).where(open_B, chosen)
-        return chosen
+        chosen = self._candidate(role, view, 0, low_B3, high_B3)
+        if role.min_overlap == 0 or not anchors:
+            return chosen
+        for attempt in range(1, ATTEMPTS):
+            open_B = _unmet(role, chosen, anchors)
+            if not open_B.any():
+                return chosen
+            chosen = self._candidate(role, view, attempt, low_B3, high_B3).where(open_B, chosen)
+        open_B = _unmet(role, chosen, anchors)
+        last = concentric(role, anchors[0], low_B3, high_B3, self.ratio_B) if role.overlaps else anchors[0]
+        return last.where(open_B, chosen)
 
     def _candidate(self, role: RoleSpec, view: int, attempt: int, low_B3: F64, high_B3: F64) -> Boxes:
         form = 0 if role.share_spatial else view
@@ -208,13 +221,13 @@ class _Placer:
         scale_B = lowest + (highest - lowest) * shape_B2[:, 0]
         angle_B = np.deg2rad(role.rotate_degrees) * (2 * shape_B2[:, 1] - 1)
         room_B3 = high_B3 - low_B3 + 1e-9
-        linear = self._linear(role, scale_B, angle_B)
+        linear = _linear(role, scale_B, angle_B, self.ratio_B)
         tight_B = (_extent(linear, role.size_DHW) > room_B3).any(1)
         if tight_B.any():  # anisotropic rotation, or a narrow union: give up the rotation, then the scale
             angle_B = np.where(tight_B, 0.0, angle_B)
-            linear = self._linear(role, scale_B, angle_B)
+            linear = _linear(role, scale_B, angle_B, self.ratio_B)
             tight_B = (_extent(linear, role.size_DHW) > room_B3).any(1)
-            linear = self._linear(role, np.where(tight_B, lowest, scale_B), angle_B)
+            linear = _linear(role, np.where(tight_B, lowest, scale_B), angle_B, self.ratio_B)
         return Boxes(role.size_DHW, linear, self._corner(role, view, attempt, linear, low_B3, high_B3))
 
     def _corner(
@@ -233,7 +246,9 @@ class _Placer:
         u = self._uniforms(role, "corner", view, attempt, count=3)
         # Whole voxels where the axis is neither scaled nor turned, so that those views need no interpolation.
         whole = (extent == np.round(extent)) & (first == np.round(first)) & (last == np.round(last))
-        return np.where(whole, first + np.floor(u * (last - first + 1)), first + u * (last - first))
+        low = np.where(whole, first + np.floor(u * (last - first + 1)), first + u * (last - first))
+        least, most = self._host(role)
+        return np.asarray(np.clip(low, least, np.maximum(least, most - extent)))
 
     def _shifted(self, role: RoleSpec, offset_vox: tuple[int, int]) -> list[Boxes]:
         nearest, furthest = offset_vox
@@ -241,36 +256,12 @@ class _Placer:
         u = self._uniforms(role, "shift", 0, 0, count=max(2 * later, 1))
         size = nearest + np.floor(u[:, :later] * (furthest - nearest + 1))
         shift = np.concatenate([np.zeros((len(u), 1)), np.where(u[:, later : 2 * later] < 0.5, -size, size)], axis=1)
-        form = self._candidate(role, 0, 0, self.host_low_B3, self.host_high_B3).linear_B33
+        form = self._candidate(role, 0, 0, *self._host(role)).linear_B33
         span = shift.max(1) - shift.min(1)
-        low = self._corner(role, 0, 0, form, self.host_low_B3, self.host_high_B3, extra=span)
+        low = self._corner(role, 0, 0, form, *self._host(role), extra=span)
         low[:, 0] -= shift.min(1)
         steps = [low + np.stack([s, 0 * s, 0 * s], axis=1) for s in shift.T]
         return [Boxes(role.size_DHW, form, step) for step in steps]
-
-    def _fallback(self, role: RoleSpec, anchor: Boxes, low_B3: F64, high_B3: F64) -> Boxes:
-        """The anchor's own box when the sizes agree, else the best concentric one."""
-        if role.size_DHW == anchor.size_DHW:
-            return anchor
-        flat = np.zeros(len(self.sample_B))
-        best: Boxes | None = None
-        for scale in np.linspace(*role.scale, 9):
-            linear = self._linear(role, flat + scale, flat)
-            extent = _extent(linear, role.size_DHW)
-            low = np.clip(anchor.centre_B3 - extent / 2, low_B3, np.maximum(low_B3, high_B3 - extent))
-            box = Boxes(role.size_DHW, linear, low)
-            best = box if best is None else box.where(iou(box, anchor) > iou(best, anchor), best)
-        assert best is not None
-        return best
-
-    def _linear(self, role: RoleSpec, scale_B: F64, angle_B: F64) -> F64:
-        linear = np.zeros((len(scale_B), 3, 3))
-        ratio = self.spacing_B3[:, 2] / self.spacing_B3[:, 1]
-        linear[:, 0, 0] = scale_B if role.scale_depth else 1.0
-        linear[:, 1, 1] = linear[:, 2, 2] = scale_B * np.cos(angle_B)
-        linear[:, 1, 2] = -scale_B * np.sin(angle_B) * ratio
-        linear[:, 2, 1] = scale_B * np.sin(angle_B) / ratio
-        return linear
 
     def affines(self, role: RoleSpec, boxes: list[Boxes]) -> list[F64]:
         maps = []
@@ -284,6 +275,30 @@ class _Placer:
 
     def _uniforms(self, role: RoleSpec, what: str, view: int, attempt: int, *, count: int) -> F64:
         return uniforms(self.seed, self.sample_B, ("place", role.name, what, view, attempt), count)
+
+
+def concentric(role: RoleSpec, anchor: Boxes, low_B3: F64, high_B3: F64, ratio_B: F64) -> Boxes:
+    """The box of `role` with the largest intersection over union with the anchor, about the anchor's centre.
+
+    It is moved just so far that it lies in [low, high), which cannot lessen the overlap with an anchor that lies there.
+    """
+    lowest, highest = role.scale
+    turn = np.deg2rad(role.rotate_degrees)
+    # The anchor's own scale and angle, so that boxes of one size can agree exactly.
+    area = np.linalg.det(anchor.linear_B33[:, 1:, 1:]) * np.prod(anchor.size_DHW[1:]) / np.prod(role.size_DHW[1:])
+    angle = np.arctan2(anchor.linear_B33[:, 2, 1] * ratio_B, anchor.linear_B33[:, 1, 1])
+    same = np.zeros(len(ratio_B))
+    shapes = [(np.clip(np.sqrt(area), lowest, highest), np.clip(angle, -turn, turn))]
+    shapes += [(same + scale, np.clip(angle, -turn, turn)) for scale in np.linspace(lowest, highest, 9)]
+    best: Boxes | None = None
+    for scale_B, angle_B in shapes:
+        linear = _linear(role, scale_B, angle_B, ratio_B)
+        extent = _extent(linear, role.size_DHW)
+        low = np.clip(anchor.centre_B3 - extent / 2, low_B3, np.maximum(low_B3, high_B3 - extent))
+        box = Boxes(role.size_DHW, linear, low)
+        best = box if best is None else box.where(iou(box, anchor) > iou(best, anchor), best)
+    assert best is not None
+    return best
 
 
 def iou(a: Boxes, b: Boxes) -> F64:
@@ -305,6 +320,15 @@ def _unmet(role: RoleSpec, box: Boxes, anchors: list[Boxes]) -> NDArray[np.bool_
     for anchor in anchors:
         unmet |= iou(box, anchor) < role.min_overlap
     return unmet
+
+
+def _linear(role: RoleSpec, scale_B: F64, angle_B: F64, ratio_B: F64) -> F64:
+    linear = np.zeros((len(scale_B), 3, 3))
+    linear[:, 0, 0] = scale_B if role.scale_depth else 1.0
+    linear[:, 1, 1] = linear[:, 2, 2] = scale_B * np.cos(angle_B)
+    linear[:, 1, 2] = -scale_B * np.sin(angle_B) * ratio_B
+    linear[:, 2, 1] = scale_B * np.sin(angle_B) / ratio_B
+    return linear
 
 
 def _extent(linear_B33: F64, size_DHW: tuple[int, int, int]) -> F64:
@@ -332,6 +356,13 @@ def _largest(role: RoleSpec) -> F64:
     ])  # fmt: skip
 
 
+def _margin(role: RoleSpec) -> F64:
+    """Voxels beyond the box that an elastic deformation may reach."""
+    scale = role.scale[1]
+    plane = scale * (np.sqrt(2) if role.rotate_degrees else 1.0)
+    return np.asarray(np.ceil(role.elastic_vox * np.array([scale if role.scale_depth else 1.0, plane, plane])))
+
+
 def _check_other(role: RoleSpec, roles: dict[str, RoleSpec]) -> None:
     thing = f"view role {role.name!r}"
     seen, name = {role.name}, role.overlaps
@@ -340,6 +371,40 @@ def _check_other(role: RoleSpec, roles: dict[str, RoleSpec]) -> None:
             raise ConfigError(f"{thing}: overlaps", expected="another role, without a circle", found=repr(name))
         seen.add(name)
         name = roles[name].overlaps
+    other = roles[role.overlaps]
+    if role.inside_union:
+        least, room = _upright(role, role.scale[0]).extent_B3[0], _upright(other, other.scale[0]).extent_B3[0]
+        if (least > room).any() or role.elastic_vox > other.elastic_vox:
+            raise ConfigError(
+                f"{thing}: inside_union",
+                expected=f"boxes that fit into the smallest of role {other.name!r} and deform no more than it",
+                found=f"{least.tolist()} voxels in {room.tolist()}",
+            )
+    if role.min_overlap == 0:
+        return
+    if role.share_spatial and role.count > 1 and (role.scale[0] < role.scale[1] or role.rotate_degrees):
+        raise ConfigError(
+            thing,
+            expected="views that may each scale to meet their overlap with another role",
+            found="share_spatial",
+            remedy="drop share_spatial, or fix scale and rotation",
+        )
+    free = np.full((1, 3), 1e9)
+    for scale in np.linspace(*other.scale, 5):
+        anchor = _upright(other, float(scale))
+        found = float(iou(concentric(role, anchor, -free, free, np.ones(1)), anchor)[0])
+        if found < role.min_overlap:
+            raise ConfigError(
+                f"{thing}: min_overlap",
+                expected=f"at most {found:.3f}, which its sizes allow with role {other.name!r} at scale {scale:.3g}",
+                found=str(role.min_overlap),
+            )
+
+
+def _upright(role: RoleSpec, scale: float) -> Boxes:
+    """One box at the origin without rotation."""
+    linear = _linear(role, np.full(1, scale), np.zeros(1), np.ones(1))
+    return Boxes(role.size_DHW, linear, np.zeros((1, 3)))
 
 
 def _footprint(box: Boxes, i: int) -> list[tuple[float, float]]:

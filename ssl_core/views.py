@@ -3,7 +3,8 @@
 Axes: B batch, C channels, D H W voxels (inferior-superior, posterior-anterior, left-right).
 Geometry uses edge coordinates: voxel i covers [i, i+1), so the centre of voxel i is i + 0.5. Every position is
 ordered (D, H, W). A view's geometry is the affine map from its own edge coordinates (in view voxels) to edge
-coordinates of the volume it was cut from (in volume voxels), so flips, scale, rotation and crop are one thing.
+coordinates of the volume it was cut from (in volume voxels), so flips, scale, rotation and crop are one thing. A view
+that was deformed elastically has a displacement besides, applied before the affine map.
 """
 
 from collections.abc import Mapping
@@ -23,7 +24,9 @@ class View:
         position_B3: Centre of the view as a fraction of the volume's shape, in [0, 1] where the centre is inside.
         clean_BCDHW: After the spatial and before the intensity transforms; present when the role asks for it.
         valid_B1DHW: 1 where the view shows voxels of the volume, 0 where it shows padding.
-        maps: Integer maps carried through the same spatial transform with nearest sampling (labels, super-pixels).
+        maps: Integer maps (B, D, H, W), int64, carried through the same transform with nearest sampling (labels,
+            super-pixels); 0 in the padding.
+        elastic: Deformation of the view, where its role asks for one.
     """
 
     image_BCDHW: Tensor
@@ -32,12 +35,26 @@ class View:
     valid_B1DHW: Tensor
     clean_BCDHW: Tensor | None = None
     maps: Mapping[str, Tensor] = field(default_factory=dict)
+    elastic: "Elastic | None" = None
 
     @property
     def size_DHW(self) -> tuple[int, int, int]:
         """Voxels of the view along D, H, W."""
         d, h, w = self.image_BCDHW.shape[2:]
         return int(d), int(h), int(w)
+
+
+@dataclass(frozen=True)
+class Elastic:
+    """A smooth displacement: view point u shows the volume at `to_volume(u + displacement(u))`.
+
+    Attributes:
+        control_B3abc: float64 coefficients of a cubic B-spline, view voxels; evaluated by `ssl_core.augment.elastic`.
+        spacing_vox: Distance of the control points, view voxels.
+    """
+
+    control_B3abc: Tensor
+    spacing_vox: float
 
 
 @dataclass(frozen=True)
@@ -59,6 +76,7 @@ class ViewBatch:
     shape_B3: Tensor
 
     def __len__(self) -> int:
+        """Samples in the batch."""
         return int(self.volume_B.shape[0])
 
 
@@ -73,15 +91,17 @@ class RoleSpec:
         scale: Lowest and highest ratio of the box cut from the volume to the view, drawn once a view for H and W.
         scale_depth: Whether D is scaled too.
         flip: Probability of a flip along each of D, H, W.
-        rotate_degrees: Largest rotation about the D axis, in either direction.
+        rotate_degrees: Largest rotation about the D axis, in either direction, rigid in millimetres.
+        elastic_vox: Largest elastic displacement along each axis, view voxels; 0 for none.
         min_overlap: Least intersection over union of this role's boxes with the first view of the role `overlaps`
-            (with each other when `overlaps` is empty). 0 places boxes independently.
+            (with each other when `overlaps` is empty). 0 places boxes independently in the host crop.
         overlaps: Another role to overlap with.
         inside_union: Whether boxes lie inside the bounding box of the union of the views of role `overlaps`.
-        share_spatial: Whether all views of the role use the same flips and scale (their boxes still differ).
+        share_spatial: Whether all views of the role use the same flips, scale and rotation (their boxes still differ).
         offset_vox: When set, later views are the first box shifted along D by a whole number of voxels drawn from this
-            closed range, either sign; for slice and sub-volume pairs.
-        intensity: Name of the intensity augmentation (`none`, `light`, `strong`, `genesis`).
+            closed range, either sign; for slice and sub-volume pairs. Scale and rotation are then shared as well.
+        intensity: Name of the intensity augmentation, one of `ssl_core.augment.presets.PRESETS` (`none`, `light`,
+            `strong`, `genesis`, `pcrlv2`, `pcrlv2_local`).
         keep_clean: Whether `View.clean_BCDHW` is kept.
     """
 
@@ -92,6 +112,7 @@ class RoleSpec:
     scale_depth: bool = False
     flip: tuple[float, float, float] = (0.0, 0.0, 0.0)
     rotate_degrees: float = 0.0
+    elastic_vox: float = 0.0
     min_overlap: float = 0.0
     overlaps: str = ""
     inside_union: bool = False

@@ -1,4 +1,8 @@
-"""Resampling of host crops into views: one gather for all views of a role."""
+"""Resampling of host crops into views: one gather for all views of a role.
+
+Without elastic deformation every coordinate depends on two axes at most, so positions are computed on the host in
+float64 as small arrays that broadcast; which voxel is nearest and which is padding is then the same on any device.
+"""
 
 import numpy as np
 import torch
@@ -6,59 +10,73 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+F64 = NDArray[np.float64]
+Size = tuple[int, int, int]
 
-def grids(
-    to_volume_VB34: NDArray[np.float64],
-    start_B3: NDArray[np.int64],
-    host_DHW: tuple[int, int, int],
-    size_DHW: tuple[int, int, int],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Sampling positions (V, B, D, H, W, 3) of view voxel centres in the host crop, in [-1, 1] over its edges.
 
-    The last axis is (W, H, D), the reverse of the tensor axes, as `grid_sample` wants it.
+def positions(to_volume_VB34: F64, start_B3: NDArray[np.int64], size_DHW: Size, device: torch.device) -> list[Tensor]:
+    """Host-crop edge coordinates of the view's voxel centres along D, H and W.
+
+    Three float64 tensors that broadcast to (V, B, D, H, W).
     """
-    count, batch = to_volume_VB34.shape[:2]
-    size, host = np.array(size_DHW, np.float64), np.array(host_DHW, np.float64)
-    linear, shift = to_volume_VB34[..., :3], to_volume_VB34[..., 3] - start_B3
-    # view edge coordinate u = (g + 1) size / 2 and host coordinate x = (g' + 1) host / 2, so g' = theta g + t
-    theta = linear * (size / host[:, None])
-    middle = 2 * (linear @ (size / 2) + shift) / host - 1
-    flat = np.concatenate([theta[..., ::-1, ::-1], middle[..., ::-1, None]], axis=-1).reshape(count * batch, 3, 4)
-    matrix = torch.from_numpy(flat).to(device, dtype)
-    grid = functional.affine_grid(matrix, [count * batch, 1, *size_DHW], align_corners=False)
-    return grid.reshape(count, batch, *size_DHW, 3)
+    centres = [np.arange(n) + 0.5 for n in size_DHW]
+    axes = [centres[0][:, None, None], centres[1][:, None], centres[2]]
+    found = []
+    for row in range(3):
+        shift = to_volume_VB34[:, :, row, 3] - start_B3[:, row]
+        total = shift[:, :, None, None, None]
+        for column, axis in enumerate(axes):
+            slope = to_volume_VB34[:, :, row, column]
+            if slope.any():
+                total = total + slope[:, :, None, None, None] * axis
+        found.append(torch.from_numpy(total).to(device))
+    return found
 
 
-def linear(host_BCDHW: Tensor, grid_VBDHW3: Tensor) -> Tensor:
-    """Trilinear sampling of every view, (V, B, C, D, H, W); outside the host crop its border is repeated."""
-    count, batch, d, h, w, _ = grid_VBDHW3.shape
-    # Views side by side along D share one input, which would otherwise be copied for each of them.
-    joined = grid_VBDHW3.transpose(0, 1).reshape(batch, count * d, h, w, 3)
-    out = functional.grid_sample(host_BCDHW, joined, mode="bilinear", padding_mode="border", align_corners=False)
-    return out.reshape(batch, -1, count, d, h, w).permute(2, 0, 1, 3, 4, 5).contiguous()
+def deform(position: list[Tensor], to_volume_VB34: Tensor, displacement_VB3DHW: Tensor) -> list[Tensor]:
+    """Positions after adding a displacement in view voxels, each (V, B, D, H, W)."""
+    moved = torch.einsum("vbij,vbjdhw->vbidhw", to_volume_VB34[..., :3], displacement_VB3DHW)
+    return [axis + moved[:, :, row] for row, axis in enumerate(position)]
 
 
-def nearest(map_BDHW: Tensor, grid_VBDHW3: Tensor) -> Tensor:
-    """The voxel that holds each position, (V, B, D, H, W) of the map's dtype; exact for any integer."""
-    count, batch = grid_VBDHW3.shape[:2]
-    sizes = map_BDHW.shape[1:]
-    index = torch.zeros(grid_VBDHW3.shape[:-1], dtype=torch.int64, device=map_BDHW.device)
-    for axis, n in enumerate(sizes):
-        position = torch.floor((grid_VBDHW3[..., 2 - axis] + 1) * (n / 2)).to(torch.int64)
-        index = index * n + position.clamp_(0, n - 1)
+def linear(host_BCDHW: Tensor, position: list[Tensor], size_DHW: Size) -> Tensor:
+    """Trilinear values of every view, (V, B, C, D, H, W); outside the host crop its border is repeated."""
+    count = position[0].shape[0]
+    batch, channels = host_BCDHW.shape[:2]
+    d, h, w = size_DHW
+    # `grid_sample` wants (W, H, D), the reverse of the tensor axes, in [-1, 1] over the edges.
+    z, y, x = (
+        (p * (2 / n) - 1).to(host_BCDHW.dtype).transpose(0, 1)
+        for p, n in zip(position, host_BCDHW.shape[2:], strict=True)
+    )
+    # H and W mostly do not depend on D: fill one slice, repeat it by plain copies, then write D.
+    slices = host_BCDHW.new_empty(batch, count, max(x.shape[2], y.shape[2]), h, w, 3)
+    slices[..., 0], slices[..., 1] = x, y
+    grid = slices.expand(batch, count, d, h, w, 3).contiguous()
+    grid[..., 2] = z
+    # Views lie side by side along D, so that they share one input, which would otherwise be copied for each of them.
+    grid = grid.reshape(batch, count * d, h, w, 3)
+    out = functional.grid_sample(host_BCDHW, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return out.reshape(batch, channels, count, d, h, w).permute(2, 0, 1, 3, 4, 5).contiguous()
+
+
+def nearest(map_BDHW: Tensor, position: list[Tensor], size_DHW: Size) -> Tensor:
+    """The value of the voxel that holds each position, (V, B, D, H, W), exact for any integer dtype."""
+    count, batch = position[0].shape[:2]
+    strides = (map_BDHW.shape[2] * map_BDHW.shape[3], map_BDHW.shape[3], 1)
+    parts = [
+        torch.floor(x).to(torch.int64).clamp_(0, n - 1) * stride
+        for x, n, stride in zip(position, map_BDHW.shape[1:], strides, strict=True)
+    ]
+    index = (parts[0] + (parts[1] + parts[2])).expand(count, batch, *size_DHW)
     flat = map_BDHW.reshape(1, batch, -1).expand(count, -1, -1)
     return flat.gather(2, index.reshape(count, batch, -1)).reshape(index.shape)
 
 
-def inside(
-    grid_VBDHW3: Tensor, start_B3: NDArray[np.int64], host_DHW: tuple[int, int, int], shape_B3: NDArray[np.float64]
-) -> Tensor:
+def inside(position: list[Tensor], start_B3: NDArray[np.int64], shape_B3: F64, size_DHW: Size) -> Tensor:
     """Whether each position lies in the volume, (V, B, D, H, W) bool."""
-    host = np.array(host_DHW, np.float64)
-    low = 2 * (0 - np.asarray(start_B3, np.float64)) / host - 1
-    high = 2 * (np.asarray(shape_B3, np.float64) - start_B3) / host - 1
-    bounds = torch.from_numpy(np.stack([low, high])[..., ::-1].copy()).to(grid_VBDHW3)
-    a, b = bounds[:, None, :, None, None, None, :]
-    return ((grid_VBDHW3 >= a) & (grid_VBDHW3 < b)).all(dim=-1)
+    bounds = torch.from_numpy(np.stack([0.0 - start_B3, shape_B3 - start_B3])).to(position[0].device)
+    low, high = bounds[..., None, None, None]
+    tests = [(x >= low[:, axis]) & (x < high[:, axis]) for axis, x in enumerate(position)]
+    both = tests[0] & (tests[1] & tests[2])
+    return both.expand(*both.shape[:2], *size_DHW)
