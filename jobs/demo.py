@@ -1,0 +1,282 @@
+"""The main job, end to end on real parts: volumes in, a registered segmenter and a report out."""
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster import stack
+from jobs import entry, presets, report, submit
+from jobs.configs import FinetuneJobConfig, PretrainConfig, TuneConfig
+from jobs.ingest import IngestReport, ingest
+from ssl_core.config import dump_yaml, parse
+from storage import cohort
+from storage.errors import ConfigError
+from storage.manifest import Manifest
+
+LABEL = "labels"
+
+
+@dataclass
+class Demo:
+    """One run of the demo.
+
+    Attributes:
+        out: Folder of the report.
+        state: Folder of the local stack.
+        data: Folder of volumes; the data sets of $TOMOSCALE_DATASETS or the simulated cohort when None.
+        store: URL to ingest to; a bucket of the local stack when None.
+        keep: Whether the stack stays up.
+        say: Hears every line.
+    """
+
+    out: Path
+    state: Path
+    data: Path | None = None
+    store: str | None = None
+    keep: bool = False
+    say: Callable[[str], None] = print
+    timings: dict[str, float] = field(default_factory=dict)
+
+    def run(self) -> Path:
+        """Everything; returns the path of the report."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        running = stack.status(self.state).healthy
+        if running:
+            self.say(f"using the stack that is up in {self.state}")
+        try:
+            with self._stage("stack"):
+                info = stack.up(self.state, progress=self.say)
+            os.environ.update(stack.environment(self.state))
+            return self._work(info.dashboard)
+        finally:
+            if not (self.keep or running):
+                with self._stage("down"):
+                    stack.down(self.state, progress=self.say)
+
+    def _work(self, address: str) -> Path:
+        stamp = datetime.now(UTC).strftime("%m%d-%H%M%S")
+        folder, title, simulated = self._dataset()
+        url = self.store or f"s3://volumes/{title}"
+        with self._stage("ingest"):
+            found = ingest(str(folder), url, say=self.say)
+        configs: dict[str, Any] = {}
+        runs = "s3://runs"
+        pre = parse(PretrainConfig, presets.pretrain(f"demo-{stamp}", url, runs))
+        with self._stage("pre-training"):
+            submit.run(address, "jobs.pretrain", pre, pre.name, show=self.say)
+        configs["pretrain"] = pre
+        encoder = f"models:/{pre.model_name}@candidate"
+        tune = parse(TuneConfig, presets.tune(f"search-{stamp}", url, LABEL, runs, encoder))
+        with self._stage("search"):
+            submit.run(address, "jobs.tune", tune, tune.name, show=self.say)
+        searched = entry.read_result(runs, tune.name)
+        configs["tune"] = tune
+        plan = presets.finetune(f"finetune-{stamp}", url, LABEL, runs, encoder, searched["best"])
+        fine = parse(FinetuneJobConfig, plan)
+        with self._stage("fine-tuning and evaluation"):
+            submit.run(address, "jobs.finetune", fine, fine.name, show=self.say)
+        tuned = entry.read_result(runs, fine.name)
+        configs["finetune"] = fine
+        with self._stage("prediction from the registry"):
+            predicted, previews, captions = self._predict(url, folder, tuned)
+        with self._stage("report"):
+            views, caption = _views_picture(pre)
+        summary = self._summary(title, simulated, url, found, pre, searched, tuned, predicted, configs)
+        page = self.out / "report.html"
+        _write(page, report.render(summary, {"views": views, **previews}, {"views": caption, **captions}))
+        _write(self.out / "summary.json", json.dumps(summary, indent=2, default=str))
+        self.say("")
+        self.say(report.text(summary))
+        if simulated:
+            self.say("\nThese subjects are simulated; the numbers show that the machinery works and nothing more.")
+        self.say(f"\nreport:  {page.resolve()}\nsummary: {(self.out / 'summary.json').resolve()}")
+        return page
+
+    def _dataset(self) -> tuple[Path, str, bool]:
+        """Folder, short name, and whether it is simulated."""
+        datasets = os.environ.get("TOMOSCALE_DATASETS")
+        if self.data is not None:
+            if not self.data.is_dir():
+                raise ConfigError(f"--data {self.data}", expected="a folder of volumes", found="no folder")
+            return self.data, self.data.resolve().name.replace("_", "-").lower(), False
+        if datasets and (Path(datasets) / "msd_hippocampus").is_dir():
+            return Path(datasets) / "msd_hippocampus", "msd-hippocampus", False
+        self.say("no --data and no $TOMOSCALE_DATASETS/msd_hippocampus: making SIMULATED subjects from a head template")
+        with self._stage("simulated cohort"):
+            return cohort.ensure(), "simulated", True
+
+    def _predict(
+        self, url: str, folder: Path, tuned: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, bytes], dict[str, str]]:
+        """Pull the segmenter by alias, predict raw NIfTI files of the best, the median and the worst test case."""
+        import nibabel
+
+        from jobs import registry
+        from ssl_core.picture import overlay_picture
+        from ssl_core.portable import Predictor
+
+        uri = f"models:/{tuned['model']}@candidate"
+        local = registry.pull(uri, self.out / "model")
+        predictor = Predictor(local)
+        manifest = Manifest.open(url)
+        seed = min(c["seed"] for c in tuned["cases"])
+        mine = [c for c in tuned["cases"] if c["start"] == tuned["registered_start"] and c["seed"] == seed]
+        volumes = sorted({c["volume_id"] for c in mine})
+        score = {v: float(np.mean([c["dice"] for c in mine if c["volume_id"] == v])) for v in volumes}
+        ranked = sorted(volumes, key=lambda v: score[v])
+        chosen = {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
+        previews, captions, facts = {}, {}, {}
+        for rank, volume in chosen.items():
+            source = folder / manifest.record(manifest.index_of(volume)).source
+            target = self.out / f"prediction-{rank}.nii.gz"
+            predictor.predict_file(source, target)
+            image, mask = nibabel.load(source), nibabel.load(target)
+            same = image.shape[:3] == mask.shape and bool(np.allclose(image.affine, mask.affine))
+            truth_path = folder / _label_of(source.relative_to(folder))
+            truth = np.asarray(nibabel.load(truth_path).dataobj) if truth_path.is_file() else None
+            name = f"preview-{rank}"
+            previews[name] = overlay_picture(np.asarray(image.dataobj), truth, np.asarray(mask.dataobj))
+            captions[name] = f"{rank} test case of the registered model ({volume}): Dice {score[volume]:.3f}"
+            facts = {"model": uri, "input": str(source), "output": str(target.resolve()), "same_geometry": same}
+            if not same:
+                raise ConfigError(f"{target}", expected=f"the geometry of {source}", found="another")
+        return facts, previews, captions
+
+    def _summary(
+        self,
+        title: str,
+        simulated: bool,
+        url: str,
+        found: IngestReport,
+        pre: PretrainConfig,
+        searched: dict[str, Any],
+        tuned: dict[str, Any],
+        predicted: dict[str, Any],
+        configs: dict[str, Any],
+    ) -> dict[str, Any]:
+        points = _points(pre)
+        late = [m for _, _, m in points if "time/wait_share" in m][1:] or [points[-1][2]]
+        manifest = Manifest.open(url)
+        tracking_uri = os.environ["MLFLOW_TRACKING_URI"]
+        run_id, experiment = _run_of(pre)
+        run_url = f"{tracking_uri}/#/experiments/{experiment}/runs/{run_id}"
+        orphans = [str(o) for o in found.orphans]
+        quarantined = [str(q) for q in found.quarantined]
+        splits = {s: len(manifest.select(split=s)) for s in ("train", "val", "test")}
+        stopped = sum(t["stopped_early"] for t in searched["trials"])
+        starts = {r["start"]: [] for r in tuned["rows"]}
+        for row in tuned["rows"]:
+            starts[row["start"]].append(row["dice_mean"])
+        return {
+            "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "headline": {
+                "volumes ingested": len(manifest),
+                **{f"test Dice, {s}": f"{np.mean(v):.3f}" for s, v in starts.items()},
+                "trials stopped early": f"{stopped} of {len(searched['trials'])}",
+                "minutes in all": f"{sum(self.timings.values()) / 60:.1f}",
+            },
+            "data": {
+                "description": f"{title}: {len(manifest)} volumes" + (", simulated" if simulated else ""),
+                "simulated": simulated,
+                "text": f"{len(manifest)} volumes published to {url}; splits by subject: {splits}.",
+                "notes": orphans + quarantined,
+                "facts": {"store": url, "manifest fingerprint": manifest.fingerprint, **splits},
+            },
+            "pretrain": {
+                "method": pre.method_name,
+                "steps": pre.engine.steps,
+                "global_batch": pre.stream.global_batch,
+                "workers": pre.cluster.workers,
+                "points": points,
+                "samples_per_s": float(np.median([m["time/samples_per_s"] for m in late])),
+                "wait_share": float(np.median([m["time/wait_share"] for m in late])),
+                "run_id": run_id,
+                "run_url": run_url,
+                "model": f"models:/{pre.model_name}@candidate",
+            },
+            "search": searched,
+            "finetune": tuned,
+            "predict": predicted,
+            "timings": self.timings,
+            "links": {"MLflow": tracking_uri, "pre-training run": run_url, "Ray dashboard": os.environ.get("RAY_API_SERVER_ADDRESS", "")},
+            "environment": {
+                "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("tomoscale", "torch", "monai", "ray", "mlflow", "zarr", "numpy")},
+            },
+            "config": "\n---\n".join(f"# {kind}\n{dump_yaml(c)}" for kind, c in configs.items()),
+        }
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        self.say(f"\n== {name}")
+        began = time.monotonic()
+        yield
+        self.timings[name] = time.monotonic() - began
+        self.say(f"   {name}: {self.timings[name]:.1f} s")
+
+
+def _label_of(image: Path) -> Path:
+    """Where the label of an image lies in the common folder layouts."""
+    parts = ["labels" if p == "images" else "labelsTr" if p == "imagesTr" else p for p in image.parts]
+    return Path(*parts)
+
+
+def _run_of(pre: PretrainConfig) -> tuple[str, str]:
+    from jobs import tracking
+
+    api = tracking.client()
+    experiment = api.get_experiment_by_name(pre.experiment).experiment_id
+    runs = api.search_runs([experiment], f"tags.`tomoscale.job` = '{pre.name}'", max_results=1)
+    return runs[0].info.run_id, experiment
+
+
+def _points(pre: PretrainConfig) -> list[list[Any]]:
+    """The metrics of the pre-training run as MLflow has them: [step, ms, metrics]."""
+    from jobs import tracking
+
+    api = tracking.client()
+    run_id, _ = _run_of(pre)
+    by_step: dict[int, list[Any]] = {}
+    for name in api.get_run(run_id).data.metrics:
+        for m in api.get_metric_history(run_id, name):
+            by_step.setdefault(m.step, [m.step, m.timestamp, {}])[2][name] = m.value
+    return [by_step[s] for s in sorted(by_step)]
+
+
+def _views_picture(pre: PretrainConfig) -> tuple[bytes, str]:
+    """Two views of the first sample that the job saw, and what they share."""
+    from jobs.pretrain_loop import stream_spec
+    from ssl_core.make_views import make_views
+    from ssl_core.methods.base import method_class
+    from ssl_core.picture import views_picture
+    from storage.stream import CropStream
+    from storage.volumes import VolumeStore
+
+    manifest = Manifest.open(pre.data)
+    spec = method_class(pre.method_name).view_spec(pre.method_config)
+    store = VolumeStore(pre.data, manifest)
+    with CropStream(store, stream_spec(pre)) as stream:
+        batch = next(iter(stream))
+    views = make_views(batch, spec, seed=pre.engine.seed, policy=pre.intensity)
+    store.close()
+    first, second = views.roles["global"][:2]
+    volume = manifest.record(int(batch.volume_B[0])).volume_id
+    return views_picture(first, second), f"Sample 0 of the stream, volume {volume}, as the method saw it."
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    shutil.move(temporary, path)
