@@ -79,7 +79,8 @@ def phase(lane_B: Int64s, crops_per_visit: int) -> Int64s:
     while crops_per_visit > 1 and rest.any():
         total += rest % crops_per_visit
         rest //= crops_per_visit
-    return total % crops_per_visit
+    phases: Int64s = total % crops_per_visit
+    return phases
 
 
 def places(sample_B: Int64s, *, seed: int, n: int, lanes: int, crops_per_visit: int) -> Places:

@@ -1,0 +1,110 @@
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from storage.bytestore import open_store
+from storage.errors import CorruptChunk, NotFound, StoreError
+from storage.layout import Layout
+from storage.manifest import Manifest
+from storage.stream import CropStream
+from storage.stream_testing import StreamContract
+from storage.volumes import VolumeStore, padding_value, write_volume
+
+SHAPES = [(9, 11, 13), (20, 26, 28), (5, 7, 30), (12, 12, 12), (8, 9, 10), (16, 5, 6)]
+_number = itertools.count()
+
+
+def publish(url: str) -> None:
+    """Six small volumes, sharded, with a label, in split "train", and one in split "test"."""
+    store, rng, records = open_store(url), np.random.default_rng(2), []
+    for i, shape in enumerate([*SHAPES, (8, 8, 8)]):
+        array = rng.integers(-1000, 1000, (1, *shape)).astype(np.int16)
+        label = (rng.random(shape) < 0.05).astype(np.uint8)
+        records.append(
+            write_volume(
+                store,
+                f"vol-{i:02d}",
+                array,
+                spacing_mm=(2.0, 1.0, 1.0 + i),
+                affine=np.eye(4),
+                labels={"organs": label},
+                layout=Layout((4, 4, 4), (8, 8, 8)),
+                scale=0.5 + i,
+                offset=-3.0,
+                subject=f"s{i}",
+                split="train" if i < len(SHAPES) else "test",
+            )
+        )
+    Manifest.from_records(records, {"name": "stream-contract"}).write(store)
+
+
+class StoredStreamContract(StreamContract):
+    """Adds what only a real store can show."""
+
+    url: str
+
+    @pytest.fixture
+    def source(self, url: str) -> Iterator[VolumeStore]:
+        publish(url)
+        with VolumeStore(url, threads=3) as store:
+            yield store
+
+    def test_padding_is_the_stores(self, source: VolumeStore) -> None:
+        spec = replace(self.spec, crop_DHW=(30, 30, 31), foreground=0.0)
+        with CropStream(source, spec) as stream:
+            batch = next(stream)
+        for b in range(len(batch.sample_B)):
+            record = source.manifest.record(int(batch.volume_B[b]))
+            volume = source.read_volume(record.volume_id)
+            d, h, w = -batch.start_B3[b]
+            expected = np.full((1, 30, 30, 31), padding_value(record), np.int16)
+            nd, nh, nw = record.shape_DHW
+            expected[:, d : d + nd, h : h + nh, w : w + nw] = volume
+            assert np.array_equal(batch.image_BCDHW[b], expected)
+
+    def test_labels_follow_their_image(self, source: VolumeStore) -> None:
+        spec = replace(self.spec, crop_DHW=(4, 4, 4), label="organs", class_balance=1.0)
+        with CropStream(source, spec) as stream:
+            batch = next(stream)
+        assert batch.label_BDHW is not None
+        for b in range(len(batch.sample_B)):
+            whole = source.read_volume(source.manifest.record(int(batch.volume_B[b])).volume_id, "organs")
+            d, h, w = batch.start_B3[b]
+            assert np.array_equal(batch.label_BDHW[b], whole[0, d : d + 4, h : h + 4, w : w + 4])
+            assert batch.label_BDHW[b].any()
+
+    @pytest.mark.parametrize("damage", ["deleted", "empty", "flipped"])
+    def test_a_damaged_shard_raises_and_names_volume_and_key(self, source: VolumeStore, url: str, damage: str) -> None:
+        store = open_store(url)
+        keys = [key for key in store.list("volumes/vol-03/0/c/")]
+        assert keys
+        for key in keys:
+            if damage == "deleted":
+                store.delete(key)
+                continue
+            data = bytearray(store.get(key))
+            data[len(data) // 3] ^= 0x10
+            store.put(key, b"" if damage == "empty" else bytes(data))
+        seen: set[int] = set()
+        with CropStream(source, self.spec) as stream, pytest.raises(StoreError) as caught:
+            seen.update(int(v) for batch in stream for v in batch.volume_B)
+        assert isinstance(caught.value, NotFound if damage == "deleted" else CorruptChunk)
+        assert "vol-03" in str(caught.value)
+        assert "volumes/vol-03/0/c/" in str(caught.value)
+        assert source.manifest.index_of("vol-03") not in seen, "no voxel of a damaged volume was handed out"
+
+
+class TestFiles(StoredStreamContract):
+    @pytest.fixture
+    def url(self, tmp_path: Path) -> str:
+        return (tmp_path / "store").as_uri()
+
+
+class TestMemory(StoredStreamContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return f"memory://stream-contract-{next(_number)}"
