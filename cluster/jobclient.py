@@ -1,0 +1,289 @@
+"""Ray jobs over HTTP: submit, list, status, logs, stop; on any cluster with a job server, with a token or without."""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from cluster import state as states
+from storage.errors import StackError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+# Beside .gitignore and Ray's own .git, .venv, venv and __pycache__.
+EXCLUDES = (
+    ".venv*",
+    "*.egg-info",
+    ".mypy_cache",
+    ".ruff_cache",
+    ".pytest_cache",
+    ".hypothesis",
+    ".tomoscale",
+    "demo-out",
+)
+_ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_environment_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class JobInfo:
+    """One submitted job."""
+
+    id: str
+    status: str  # PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED
+    entrypoint: str
+    message: str
+    started: float | None  # seconds since 1970
+    ended: float | None
+    metadata: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def token_for(address: str, state_dir: Path | None = None) -> str:
+    """The token to show to a job server: that of the local stack if the address is its own, else Ray's usual places.
+
+    Only the address that the state file names gets the stack's token; another server must not learn it.
+    """
+    inner = urlsplit(address)
+    state = states.load(state_dir or states.default_dir())
+    entry = state.services.get("ray") if state else None
+    if entry and inner.hostname in ("127.0.0.1", "localhost") and inner.port == entry.ports["dashboard"]:
+        return states.secret(state_dir or states.default_dir(), "ray_token")
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token.strip()
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def cluster_info(address: str, headers: Mapping[str, str] | None = None, **given: Any) -> Any:
+    """Answer Ray's question where `cluster://HOST:PORT` is and with which headers; see `cluster.__init__`."""
+    from ray.dashboard.modules.dashboard_sdk import ClusterInfo
+
+    url = f"http://{address}"
+    sent = dict(headers or {})
+    token = token_for(url)
+    if token and not any(name.lower() == "authorization" for name in sent):
+        sent["Authorization"] = f"Bearer {token}"
+    return ClusterInfo(address=url, cookies=given.get("cookies"), metadata=given.get("metadata"), headers=sent)
+
+
+def submit(
+    address: str,
+    entrypoint: str,
+    *,
+    working_dir: Path | None = None,
+    submission_id: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    env_vars: Mapping[str, str] | None = None,
+    token: str | None = None,
+) -> str:
+    """Submit a job and return its id.
+
+    Args:
+        address: `http(s)://HOST:PORT` or `cluster://HOST:PORT` of the job server.
+        entrypoint: The command line to run.
+        working_dir: A folder to upload and run in; without one the job uses what is installed there.
+        submission_id: The id to give it; refused when there is one of that name.
+        metadata: Shown by the job API: no secrets.
+        env_vars: Shown by the job API: no secrets. The nodes hold credentials.
+        token: Bearer token; by default see `token_for`.
+
+    Raises:
+        StackError: unreachable, refused, or the name is taken.
+    """
+    runtime: dict[str, Any] = {}
+    if working_dir is not None:
+        runtime["working_dir"] = str(working_dir)
+        runtime["excludes"] = list(EXCLUDES)
+    if env_vars:
+        runtime["env_vars"] = dict(env_vars)
+    with _client(address, token) as client:
+        return client.submit_job(
+            entrypoint=entrypoint,
+            submission_id=submission_id,
+            metadata=dict(metadata or {}),
+            runtime_env=runtime,
+        )
+
+
+def list_jobs(address: str, *, token: str | None = None) -> list[JobInfo]:
+    """All submitted jobs, oldest first.
+
+    Raises:
+        StackError: unreachable or refused.
+    """
+    with _client(address, token) as client:
+        jobs = [_info(details) for details in client.list_jobs() if details.submission_id]
+    return sorted(jobs, key=lambda job: job.started or 0.0)
+
+
+def status(address: str, job: str, *, token: str | None = None) -> JobInfo:
+    """One job.
+
+    Raises:
+        StackError: unreachable, refused, or no such job.
+    """
+    with _client(address, token, job) as client:
+        return _info(client.get_job_info(job))
+
+
+def logs(address: str, job: str, *, token: str | None = None) -> str:
+    """What the job has written so far.
+
+    Raises:
+        StackError: unreachable, refused, or no such job.
+    """
+    with _client(address, token, job) as client:
+        return client.get_job_logs(job)
+
+
+def follow(address: str, job: str, *, token: str | None = None, outage_s: float = 60.0) -> Iterator[str]:
+    """Yield what the job writes until it ends, then return; ask `status` how it ended.
+
+    Polls, because Ray's own stream ends without a word when the connection does.
+
+    Args:
+        address: As for `submit`.
+        job: Its id.
+        token: As for `submit`.
+        outage_s: How long the server may be away before this gives up.
+
+    Raises:
+        StackError: unreachable for longer than `outage_s`, refused, or no such job.
+    """
+    seen, pause, last_good = 0, 0.3, time.monotonic()
+    while True:
+        try:
+            with _client(address, token, job) as client:
+                ended = client.get_job_status(job) in ENDED  # before the logs: nothing is written after the end
+                text = client.get_job_logs(job)
+        except StackError as error:
+            if not isinstance(error.__cause__, ConnectionError) or time.monotonic() - last_good > outage_s:
+                raise
+            time.sleep(1.0)
+            continue
+        last_good = time.monotonic()
+        if len(text) > seen:
+            yield text[seen:]
+            seen, pause = len(text), 0.3
+        if ended:
+            return
+        time.sleep(pause)
+        pause = min(2.0, pause * 1.3)
+
+
+def stop(address: str, job: str, *, wait_s: float = 30.0, token: str | None = None) -> JobInfo:
+    """Ask a job to stop and wait for it.
+
+    Raises:
+        StackError: unreachable, refused, no such job, or still running after `wait_s`.
+    """
+    with _client(address, token, job) as client:
+        client.stop_job(job)
+        deadline = time.monotonic() + wait_s
+        while True:
+            found = _info(client.get_job_info(job))
+            if found.status in ENDED:
+                return found
+            if time.monotonic() > deadline:
+                raise StackError(
+                    f"job {job}", expected=f"it to stop within {wait_s:.0f} s", found=found.status, remedy="try again"
+                )
+            time.sleep(0.3)
+
+
+def stop_all(address: str, *, wait_s: float = 10.0, token: str | None = None) -> list[str]:
+    """Stop every job that has not ended; returns the ids of those that were asked.
+
+    Raises:
+        StackError: unreachable or refused.
+    """
+    with _client(address, token) as client:
+        asked = [d.submission_id for d in client.list_jobs() if d.submission_id and d.status not in ENDED]
+        for job in asked:
+            client.stop_job(job)
+        deadline = time.monotonic() + wait_s
+        while time.monotonic() < deadline and any(client.get_job_status(job) not in ENDED for job in asked):
+            time.sleep(0.3)
+    return asked
+
+
+@contextlib.contextmanager
+def _client(address: str, token: str | None, job: str = "") -> "Iterator[JobSubmissionClient]":
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    url = address.replace("cluster://", "http://", 1).rstrip("/")
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise StackError(
+            f"address {address!r}",
+            expected="http://HOST:PORT of a Ray job server",
+            found="another kind of address",
+            remedy="`tomoscale status` prints the one of the local stack",
+        )
+    token = token_for(url) if token is None else token
+    headers = {"Authorization": f"Bearer {token}"} if token else None
+    try:
+        with _addresses_unset():
+            client = JobSubmissionClient(url, headers=headers)
+        yield client
+    except AuthenticationError as error:
+        raise StackError(
+            f"Ray jobs at {url}",
+            expected="a valid token",
+            found="it refused the one it was shown" if token else "that it asks for a token and none was found",
+            remedy="set RAY_AUTH_TOKEN_PATH to the cluster's token file; for the local stack, check TOMOSCALE_STATE",
+        ) from error
+    except (ConnectionError, OSError) as error:
+        raise StackError(
+            f"Ray jobs at {url}",
+            expected="a job server",
+            found=" ".join(str(error).split())[:200],
+            remedy="check the address and the network; `tomoscale up` starts a local one",
+        ) from ConnectionError(str(error))
+    except (RuntimeError, ValueError) as error:
+        text = " ".join(str(error).split())
+        if job and ("does not exist" in text or "404" in text):
+            raise StackError(
+                f"job {job}",
+                expected="a job of this cluster",
+                found="none of that name",
+                remedy="`tomoscale jobs list`",
+            ) from error
+        raise StackError(f"Ray jobs at {url}", expected="the request to be accepted", found=text[:400]) from error
+
+
+@contextlib.contextmanager
+def _addresses_unset() -> Iterator[None]:
+    """Ray lets these variables win over the address that a caller names; here the caller wins."""
+    with _environment_lock:
+        kept = {name: os.environ.pop(name) for name in _ADDRESS_VARIABLES if name in os.environ}
+        try:
+            yield
+        finally:
+            os.environ.update(kept)
+
+
+def _info(details: Any) -> JobInfo:
+    return JobInfo(
+        id=details.submission_id,
+        status=str(getattr(details.status, "value", details.status)),
+        entrypoint=details.entrypoint,
+        message=details.message or "",
+        started=details.start_time / 1000 if details.start_time else None,
+        ended=details.end_time / 1000 if details.end_time else None,
+        metadata=dict(details.metadata or {}),
+    )

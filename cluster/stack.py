@@ -1,0 +1,409 @@
+"""The local stack: S3, MLflow and Ray on loopback, started together, looked at, and stopped exactly as started."""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+
+from cluster import processes, services
+from cluster import state as states
+from cluster.state import State, default_dir
+from storage.errors import StackError
+
+Progress = Callable[[str], None]
+START_TIMEOUT_S = 120.0
+_LEAST_FREE_BYTES = 2 * 1024**3
+_GRACE_S = {"ray": 10.0, "mlflow": 5.0, "s3": 10.0}
+TITLES = {"s3": "S3 (SeaweedFS)", "mlflow": "MLflow", "ray": "Ray"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ServiceInfo:
+    """One server as it was found."""
+
+    name: str
+    url: str
+    pid: int | None
+    healthy: bool
+    detail: str  # why it is not healthy
+    healthy_s: float | None  # seconds that its start took
+    resident_mb: float
+
+
+@dataclasses.dataclass(frozen=True)
+class StackInfo:
+    """The stack as it was found."""
+
+    state_dir: Path
+    services: tuple[ServiceInfo, ...]
+    cpus: int
+
+    @property
+    def running(self) -> bool:
+        """Whether anything runs."""
+        return any(service.pid for service in self.services)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether everything runs and answers."""
+        return bool(self.services) and all(service.healthy for service in self.services)
+
+    def url(self, name: str) -> str:
+        """The address of a service: `s3`, `mlflow` or `ray`."""
+        return next(service.url for service in self.services if service.name == name)
+
+    @property
+    def jobs_address(self) -> str:
+        """What `ray job submit --address` takes from any shell: Ray asks `cluster` for the token of this stack."""
+        return self.url("ray").replace("http://", "cluster://")
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values, without secrets."""
+        return {
+            "state_dir": str(self.state_dir),
+            "running": self.running,
+            "healthy": self.healthy,
+            "cpus": self.cpus,
+            "services": [dataclasses.asdict(service) for service in self.services],
+            "jobs_address": self.jobs_address if self.services else "",
+        }
+
+
+def up(
+    state_dir: Path | None = None,
+    *,
+    s3_port: int = 0,
+    mlflow_port: int = 0,
+    dashboard_port: int = 0,
+    cpus: int | None = None,
+    progress: Progress = lambda line: None,
+) -> StackInfo:
+    """Start what does not run and wait until all of it answers.
+
+    Args:
+        state_dir: Where data, secrets and logs live; `$TOMOSCALE_STATE` or `~/.tomoscale` by default.
+        s3_port: Port of the S3 server; 0 takes the last one, or any that is free.
+        mlflow_port: Port of MLflow; 0 likewise.
+        dashboard_port: Port of Ray's dashboard and job server; 0 likewise.
+        cpus: Logical CPUs that Ray hands out; they are slots, not cores. At least 4 by default, so that a driver, two
+            training workers and a trial fit on a machine with two cores.
+        progress: Receives one line of text at a time.
+
+    Raises:
+        StackError: a port is taken, a program is missing, the disk is full, or a server dies or does not answer in
+            time. Everything that this call started is stopped again.
+    """
+    state_dir = (state_dir or default_dir()).expanduser().absolute()
+    state = states.prepare(state_dir)
+    with states.locked(state_dir):
+        state = states.load(state_dir) or state
+        missing = [name for name in states.SERVICES if not _main(state, name)]
+        if not missing:
+            progress("already running")
+            return _info(state_dir, state)
+        free = shutil.disk_usage(state_dir).free
+        if free < _LEAST_FREE_BYTES:
+            raise StackError(
+                f"disk of {state_dir}",
+                expected=f"{_LEAST_FREE_BYTES / 1e9:.1f} GB free",
+                found=f"{free / 1e9:.1f} GB",
+                remedy=f"free space, or set {states.STATE_VARIABLE} to a path on another disk",
+            )
+        wanted = {"s3": s3_port, "mlflow": mlflow_port, "ray": dashboard_port}
+        try:
+            _start(state_dir, state, missing, wanted, cpus, progress)
+        except BaseException:  # Ctrl-C included: nothing half-started stays
+            progress("stopping what was started")
+            _stop(state_dir, state, missing, lambda line: None)
+            raise
+        return _info(state_dir, state)
+
+
+def _start(
+    state_dir: Path, state: State, missing: list[str], wanted: dict[str, int], cpus: int | None, progress: Progress
+) -> None:
+    began = time.monotonic()
+    services.write_credentials(state_dir)
+    if "ray" in missing:
+        state.cpus = cpus or max(4, os.cpu_count() or 1)
+        _drop_old_sessions(state_dir)
+    for name in missing:
+        # Children of a server that died alone would keep its ports.
+        _end_service(state, name, 5.0)
+        state.services[name] = states.Service(ports=_ports(state, name, wanted[name]))
+        state.ports[name] = state.services[name].ports
+    ports = {name: state.services[name].ports for name in states.SERVICES}
+    servers = [services.server(name, state_dir, state.stack, ports, state.cpus) for name in missing]
+    for server in servers:
+        states.save(state_dir, state)
+        server.log.unlink(missing_ok=True)
+        process = processes.spawn(server.command, server.environment, server.log, server.cwd)
+        entry = state.services[server.name]
+        entry.pid, entry.created = process.pid, process.create_time()
+        states.save(state_dir, state)
+    progress(f"starting {', '.join(TITLES[name] for name in missing)} in {state_dir}")
+    waiting = {server.name: server for server in servers}
+    why: dict[str, str] = {}
+    while waiting:
+        for name, server in list(waiting.items()):
+            entry = state.services[name]
+            if _main(state, name) is None:
+                raise _died(server)
+            why[name] = server.probe()
+            if not why[name]:
+                entry.healthy_s = round(time.monotonic() - began, 1)
+                states.save(state_dir, state)
+                del waiting[name]
+                progress(f"{TITLES[name]} answers after {entry.healthy_s} s")
+        if waiting and time.monotonic() - began > START_TIMEOUT_S:
+            name, server = next(iter(waiting.items()))
+            raise StackError(
+                TITLES[name],
+                expected=f"a good answer within {START_TIMEOUT_S:.0f} s",
+                found=why[name],
+                remedy=f"read {server.log}:\n{_tail(server.log)}",
+            )
+        time.sleep(0.2 if waiting else 0)
+
+
+def _ports(state: State, name: str, wanted: int) -> dict[str, int]:
+    """The wanted port, then those of the last start as far as they are free, then any."""
+    purposes = services.PORTS[name]
+    taken = {port for service in state.services.values() for port in service.ports.values()}
+    last = state.ports.get(name, {})
+    ports: dict[str, int] = {}
+    if wanted:
+        if not processes.port_free(wanted):
+            owner = processes.port_owner(wanted)
+            raise StackError(
+                f"port {wanted} for {TITLES[name]}",
+                expected="a free port",
+                found=f"{owner} listening on it" if owner else "it in use",
+                remedy="end that program, name another port, or leave the choice to tomoscale",
+            )
+        ports[purposes[0]] = wanted
+    for purpose in purposes:
+        port = last.get(purpose, 0)
+        if purpose not in ports and port and port not in ports.values() and processes.port_free(port, "0.0.0.0"):
+            ports[purpose] = port
+    rest = [purpose for purpose in purposes if purpose not in ports]
+    try:
+        ports.update(zip(rest, processes.free_ports(len(rest), taken | set(ports.values())), strict=True))
+    except OSError as error:
+        raise StackError(f"ports for {TITLES[name]}", expected="free ports", found=str(error)) from error
+    return {purpose: ports[purpose] for purpose in purposes}
+
+
+def _died(server: services.Server) -> StackError:
+    return StackError(
+        TITLES[server.name],
+        expected="it to run",
+        found="that it ended while it started",
+        remedy=f"the last lines of {server.log}:\n{_tail(server.log)}",
+    )
+
+
+def _tail(log: Path, lines: int = 15) -> str:
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 16384))
+            text = file.read().decode("utf-8", "replace")
+    except OSError as error:
+        return f"(no log: {error.strerror})"
+    return "\n".join(f"  {line}" for line in text.splitlines()[-lines:]) or "  (the log is empty)"
+
+
+def _main(state: State, name: str) -> psutil.Process | None:
+    entry = state.services.get(name)
+    return processes.same(entry.pid, entry.created) if entry else None
+
+
+def _all(state: State, name: str) -> list[psutil.Process]:
+    """Every process of a service: its recorded main one, the marked ones, their children and sessions."""
+    main = _main(state, name)
+    return processes.family([*processes.marked(state.stack, name), *([main] if main else [])])
+
+
+def _end_service(state: State, name: str, grace_s: float) -> list[psutil.Process]:
+    left: list[psutil.Process] = []
+    for _ in range(3):  # again, because a dying parent may have started a last child
+        found = _all(state, name)
+        if not found:
+            break
+        main = _main(state, name)
+        left = processes.end(found, grace_s, [main] if main else [])
+    return left
+
+
+def down(state_dir: Path | None = None, *, purge: bool = False, progress: Progress = lambda line: None) -> bool:
+    """Stop everything that `up` started from this directory, also after the program that called it was killed.
+
+    Args:
+        state_dir: As for `up`.
+        purge: Remove the data, logs and secrets as well.
+        progress: Receives one line of text at a time.
+
+    Returns:
+        Whether there was anything to stop.
+
+    Raises:
+        StackError: a process does not end, or the state cannot be read.
+    """
+    state_dir = (state_dir or default_dir()).expanduser().absolute()
+    if states.load(state_dir) is None:
+        return False
+    with states.locked(state_dir):
+        state = states.load(state_dir)
+        if state is None:
+            return False
+        stopped = _stop(state_dir, state, list(states.SERVICES), progress)
+        if purge:
+            for name in ("ray", "mlflow", "s3", "logs", "secrets"):
+                shutil.rmtree(state_dir / name, ignore_errors=True)
+            for name in ("state.json", "lock"):
+                (state_dir / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                state_dir.rmdir()  # only when nothing else is in it
+    return stopped
+
+
+def _stop(state_dir: Path, state: State, names: list[str], progress: Progress) -> bool:
+    stopped = False
+    for name in ("ray", "mlflow", "s3"):
+        if name not in names:
+            continue
+        found = _all(state, name)
+        if found and name == "ray":
+            _stop_jobs(state_dir, state, progress)
+        left = _end_service(state, name, _GRACE_S[name])
+        if left:
+            raise StackError(
+                TITLES[name],
+                expected="it to end",
+                found=", ".join(f"pid {process.pid}" for process in left) + " still there after SIGKILL",
+                remedy="look at what holds it with `ps`, then run `tomoscale down` again",
+            )
+        if name == "s3" and name in state.services:
+            services.remove_sockets(state.services[name].ports)
+        if found:
+            stopped = True
+            progress(f"{TITLES[name]} stopped")
+        state.services.pop(name, None)
+        states.save(state_dir, state)
+    return stopped
+
+
+def _stop_jobs(state_dir: Path, state: State, progress: Progress) -> None:
+    """Ask running jobs to end while the server that knows them is there; what does not listen is killed with Ray."""
+    entry = state.services.get("ray")
+    if entry is None or entry.healthy_s is None or _main(state, "ray") is None:
+        return
+    from cluster import jobclient
+
+    try:
+        stopped = jobclient.stop_all(
+            f"http://{services.HOST}:{entry.ports['dashboard']}", token=states.secret(state_dir, "ray_token")
+        )
+    except StackError as error:
+        progress(f"jobs could not be asked to stop: {error.found or error}")
+        return
+    for job in stopped:
+        progress(f"job {job} stopped")
+
+
+def _drop_old_sessions(state_dir: Path) -> None:
+    """Keep Ray's last session, whose logs may be wanted, and no older one."""
+    sessions = sorted(path for path in (state_dir / "ray").glob("session_2*") if path.is_dir())
+    for path in sessions[:-1]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def status(state_dir: Path | None = None) -> StackInfo:
+    """Look at every service; `running` is False where nothing was started.
+
+    Raises:
+        StackError: the state cannot be read.
+    """
+    state_dir = (state_dir or default_dir()).expanduser().absolute()
+    state = states.load(state_dir)
+    return _info(state_dir, state) if state else StackInfo(state_dir, (), 0)
+
+
+def _info(state_dir: Path, state: State) -> StackInfo:
+    found = []
+    probes = {"s3": services.s3_problem, "mlflow": services.mlflow_problem, "ray": services.ray_problem}
+    for name in states.SERVICES:
+        entry = state.services.get(name)
+        if entry is None:
+            continue
+        port = entry.ports[services.PORTS[name][0]]
+        main = _main(state, name)
+        detail = probes[name](state_dir, port) if main else "no process"
+        resident = 0.0
+        for process in processes.family([main]) if main else []:
+            with contextlib.suppress(psutil.Error):
+                resident += process.memory_info().rss / 1e6
+        found.append(
+            ServiceInfo(
+                name,
+                f"http://{services.HOST}:{port}",
+                main.pid if main else None,
+                not detail,
+                detail,
+                entry.healthy_s,
+                round(resident, 1),
+            )
+        )
+    return StackInfo(state_dir, tuple(found), state.cpus)
+
+
+def environment(state_dir: Path | None = None) -> dict[str, str]:
+    """The variables that a client process of the stack needs, secrets included: S3, MLflow, Ray jobs, no telemetry.
+
+    The names in `services.UNSET` must be absent beside them; `client_environ` sees to that.
+
+    Raises:
+        StackError: the stack was not started.
+    """
+    state_dir = (state_dir or default_dir()).expanduser().absolute()
+    state = states.load(state_dir)
+    if state is None or any(name not in state.services for name in states.SERVICES):
+        raise StackError(
+            f"local stack in {state_dir}",
+            expected="it to run",
+            found="nothing started there",
+            remedy="run `tomoscale up`",
+        )
+    return services.client_environment(state_dir, {name: entry.ports for name, entry in state.services.items()})
+
+
+def client_environ(state_dir: Path | None = None) -> dict[str, str]:
+    """A whole environment for a child process: this one's, with `environment` over it and foreign keys taken out."""
+    mine = {key: value for key, value in os.environ.items() if key not in services.UNSET}
+    return mine | environment(state_dir)
+
+
+@contextlib.contextmanager
+def running(
+    state_dir: Path | None = None, *, keep: bool = False, progress: Progress = lambda line: None, **ports: int
+) -> Iterator[StackInfo]:
+    """A stack for the length of a block; one that was already running is used and left running.
+
+    Args:
+        state_dir: As for `up`.
+        keep: Leave it running at the end.
+        progress: As for `up`.
+        ports: The port arguments of `up`.
+    """
+    before = status(state_dir).running
+    info = up(state_dir, progress=progress, **ports)
+    try:
+        yield info
+    finally:
+        if not (keep or before):
+            down(state_dir, progress=progress)
