@@ -97,7 +97,8 @@ def places(sample_B: Int64s, *, seed: int, n: int, lanes: int, crops_per_visit: 
 def owned(first: int, global_batch: int, *, lanes: int, rank: int, world: int) -> Int64s:
     """Global samples of the batch that starts at `first` whose lane rank `rank` of `world` owns, ascending."""
     sample = np.arange(first, first + global_batch, dtype=np.int64)
-    return sample[(sample % lanes) % world == rank]
+    mine: Int64s = sample[(sample % lanes) % world == rank]
+    return mine
 
 
 def check(*, seed: int, lanes: int, global_batch: int, crops_per_visit: int, world: int = 1, rank: int = 0) -> None:

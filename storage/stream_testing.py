@@ -20,7 +20,8 @@ import pytest
 
 from storage.errors import NotFound
 from storage.manifest import Manifest
-from storage.stream import CropSource, CropStream, HostBatch, StreamSpec, select
+from storage.stream import CropSource, CropStream, HostBatch, StreamSpec
+from storage.streamplan import select
 from storage.volumes import Crop
 
 Row = tuple[int, int, tuple[int, ...], int, int]

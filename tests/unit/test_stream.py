@@ -13,8 +13,9 @@ from storage.errors import ConfigError, CorruptChunk, StoreError
 from storage.intensity_stats import STATS_ORDER
 from storage.manifest import LabelRecord, Manifest, VolumeRecord
 from storage.prefetch import ClosedError
-from storage.stream import CropStream, Plan, StreamSpec, select
+from storage.stream import CropStream, StreamSpec
 from storage.stream_testing import Jittery, StreamContract, rows
+from storage.streamplan import Plan, select
 from storage.volumes import Crop
 
 SHAPES = [(9, 11, 13), (20, 6, 8), (5, 7, 30), (12, 12, 12), (8, 9, 10), (16, 5, 6), (10, 10, 7)]
@@ -62,8 +63,9 @@ def record(
     return VolumeRecord(
         volume_id=name, subject=name, study="", split=split, modality="MR", shape_DHW=shape, channels=channels,
         spacing_mm=(3.0, 1.0, 0.5), affine=tuple(np.eye(4).ravel().tolist()), orientation="RAS", dtype=dtype,
-        scale=scale, offset=0.5, foreground_lo=(1, 1, 1), foreground_hi=(4, 4, 5), stats=dict.fromkeys(STATS_ORDER, 2.0),
-        labels=labels, source=name, source_sha256="", content_sha256="", reader="", policy="", notes=(),
+        scale=scale, offset=0.5, foreground_lo=(1, 1, 1), foreground_hi=(4, 4, 5),
+        stats=dict.fromkeys(STATS_ORDER, 2.0), labels=labels,
+        source=name, source_sha256="", content_sha256="", reader="", policy="", notes=(),
         chunk_DHW=(8, 8, 8), shard_DHW=(8, 8, 8),
     )  # fmt: skip
 
