@@ -51,14 +51,14 @@ class Demo:
     def run(self) -> Path:
         """Everything; returns the path of the report."""
         self.out.mkdir(parents=True, exist_ok=True)
-        running = stack.status(self.state).healthy
+        running = stack.status(self.state).running
         if running:
             self.say(f"using the stack that is up in {self.state}")
         try:
             with self._stage("stack"):
                 info = stack.up(self.state, progress=self.say)
             os.environ.update(stack.environment(self.state))
-            return self._work(info.dashboard)
+            return self._work(info.jobs_address)
         finally:
             if not (self.keep or running):
                 with self._stage("down"):

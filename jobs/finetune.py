@@ -54,8 +54,8 @@ def train_once(
     """
     import torch
 
+    from jobs import bundling
     from jobs import labelled as split
-    from jobs import registry
     from ssl_core.finetune import Start, build_segmenter, label_values, train_segmenter
     from storage.manifest import Manifest
     from storage.volumes import VolumeStore
@@ -65,7 +65,7 @@ def train_once(
     manifest = Manifest.open(labelled.data, labelled.fingerprint)
     subjects = split.draw(manifest, labelled)
     store = VolumeStore(labelled.data, manifest)
-    encoder = registry.pull_encoder(like or "" if start == "none" else start)
+    encoder = bundling.pull_encoder(like or "" if start == "none" else start)
     values = label_values(store, subjects.train, labelled.label)
     labels = {value: f"{labelled.label}-{value}" for value in values}
     network = build_segmenter(
@@ -118,12 +118,18 @@ def one(payload: dict[str, Any], start: str, seed: int) -> dict[str, Any]:
             cases.append({**row, "dice": s.dice, "hd95_mm": s.hd95_mm, "nsd": s.nsd})
     version = None
     if start == chosen_start(config) and seed == config.seeds[0]:
-        from jobs import registry
+        from jobs import bundling, registry
 
         with tempfile.TemporaryDirectory(prefix="tomoscale-bundle-") as folder:
-            version = registry.register_segmenter(
-                config, trained, Path(folder), run_id=payload["run_id"], cases=cases, parent=config.starts[start]
+            bundle = bundling.write_segmenter(
+                config,
+                trained,
+                Path(folder) / "bundle",
+                run_id=payload["run_id"],
+                cases=cases,
+                parent=config.starts[start],
             )
+            version = registry.register(bundle, config.model or config.name, run_id=payload["run_id"])
     trained.store.close()
     return {
         "start": start,

@@ -100,7 +100,7 @@ def fit(config: PretrainConfig, run_id: str) -> Any:
     Raises:
         StackError: training failed for good; carries the first line of the cause.
     """
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
@@ -122,6 +122,7 @@ def fit(config: PretrainConfig, run_id: str) -> Any:
                 storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=need.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
+                logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )
         try:
@@ -149,7 +150,7 @@ def fit(config: PretrainConfig, run_id: str) -> Any:
 
 def _complete(api: Any, config: PretrainConfig, run_id: str, directory: Path) -> str:
     """Fill gaps in the metrics, export the encoder and register it."""
-    from jobs import registry, tracking
+    from jobs import bundling, registry, tracking
     from jobs.pretrain_loop import JOURNAL
     from jobs.tracking import Point
     from ssl_core import checkpoint
@@ -159,7 +160,9 @@ def _complete(api: Any, config: PretrainConfig, run_id: str, directory: Path) ->
     if sent:
         print(f"sent {sent} points that MLflow had missed", flush=True)
     api.set_tag(run_id, "tomoscale.samples", meta["samples"])
-    return registry.register_encoder(config, directory, run_id=run_id)
+    with tempfile.TemporaryDirectory(prefix="tomoscale-bundle-") as folder:
+        bundle = bundling.write_encoder(config, directory, Path(folder) / "bundle", run_id=run_id)
+        return registry.register(bundle, config.model_name, run_id=run_id)
 
 
 def _first(error: BaseException) -> str:

@@ -25,6 +25,7 @@ from ssl_core.engine import Engine, fit
 from ssl_core.make_views import make_views
 from ssl_core.methods.base import method_class
 from ssl_core.probes import probe
+from ssl_core.probes import probe
 from ssl_core.views import ViewBatch
 from storage.cache import NodeCache
 from storage.errors import ConfigError
@@ -173,13 +174,16 @@ def run(
             yield views, batch.wait_s
 
     def report(step: int, metrics: dict[str, float]) -> None:
-        hooks.last = metrics
+        hooks.last = {**hooks.last, **metrics}
         if collectives.rank:
             return
         item = point(step, metrics)
         journal.append(item)
         hooks.on_point(item)
-        hooks.say(_line(step, config.engine.steps, metrics))
+        if "loss" in metrics:
+            hooks.say(_line(step, config.engine.steps, metrics))
+        if metrics.get("probe/collapsed"):
+            hooks.say(f"step {step}: COLLAPSE WARNING, {_probes(metrics)}")
 
     def save(step: int, state: dict[str, Any]) -> None:
         if collectives.rank:
@@ -220,3 +224,7 @@ def _line(step: int, steps: int, metrics: dict[str, float]) -> str:
         f"  {metrics.get('time/samples_per_s', 0):.2f} samples/s"
         f"  data wait {100 * metrics.get('time/wait_share', 0):.1f} %"
     )
+
+
+def _probes(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{k.removeprefix('probe/')} {v:.3g}" for k, v in metrics.items() if k.startswith("probe/"))

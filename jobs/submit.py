@@ -5,16 +5,18 @@ directory; credentials stay on the nodes. A driver that was killed is submitted 
 job goes on from its last checkpoint; a job that failed by itself is not.
 """
 
+import re
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from cluster import jobclient
 from ssl_core.config import Config, dump_yaml
 from storage.errors import StackError
 
 _RESUBMISSIONS = 3
+_PREFIX = re.compile(r"\x1b\[\d+m\((?:RayTrainWorker|one|trial)[^)]*\)\x1b\[0m ?")
 
 
 def submit(address: str, module: str, config: Config, name: str) -> str:
@@ -31,7 +33,7 @@ def submit(address: str, module: str, config: Config, name: str) -> str:
         )
 
 
-def run(address: str, module: str, config: Config, name: str, *, show: Any = print) -> None:
+def run(address: str, module: str, config: Config, name: str, *, show: Callable[[str], None] = print) -> None:
     """Submit, follow the log, and submit again when the driver was killed.
 
     Raises:
@@ -41,24 +43,27 @@ def run(address: str, module: str, config: Config, name: str, *, show: Any = pri
         submission = submit(address, module, config, name)
         show(f"job {submission} submitted to {address}")
         try:
-            details = jobclient.follow(address, submission, show)
+            for text in jobclient.follow(address, submission):
+                for line in text.splitlines():
+                    show(_PREFIX.sub("", line))
         except KeyboardInterrupt:
             show(f"detached; the job goes on. Follow it: tomoscale jobs logs {submission} --follow")
             show(f"Stop it: tomoscale jobs stop {submission}")
             raise
-        if details["status"] == "SUCCEEDED":
+        job = jobclient.status(address, submission)
+        if job.status == "SUCCEEDED":
             return
-        if not (details["status"] == "FAILED" and _was_killed(details)) or attempt == _RESUBMISSIONS:
+        if not (job.status == "FAILED" and _was_killed(job.message)) or attempt == _RESUBMISSIONS:
             raise StackError(
                 f"job {submission}",
                 expected="success",
-                found=f"{details['status']}: {' '.join(str(details.get('message')).split())[-300:]}",
+                found=f"{job.status}: {' '.join(job.message.split())[-300:]}",
                 remedy=f"the log is above, and again with: tomoscale jobs logs {submission}",
             )
         show(f"the driver of {submission} was killed; submitting again to go on from the last checkpoint")
 
 
-def _was_killed(details: dict[str, Any]) -> bool:
-    """Whether a signal ended the driver, rather than an error of its own (exit codes 1, 2, 3)."""
-    code = details.get("driver_exit_code")
-    return code is None or code < 0 or code >= 128
+def _was_killed(message: str) -> bool:
+    """Whether a signal ended the driver, or Ray lost it, rather than an error of its own (exit codes 1, 2, 3)."""
+    code = re.search(r"exit code (-?\d+)", message)
+    return code is None or not 0 <= int(code[1]) < 128

@@ -83,7 +83,7 @@ def build_segmenter(name: str, arguments: Mapping[str, Any], classes: int, seed:
         torch.manual_seed(seed)
         network = build(name, **{**arguments, "out_channels": classes})
     if start is not None:
-        load_exact(network.net, dict(start.weights), keys=network.encoder_keys(), name=start.name)
+        load_exact(network.net, start.weights, keys=network.encoder_keys())
     return network
 
 

@@ -5,13 +5,14 @@ import os
 from pathlib import Path
 
 from cluster import stack
+from cluster.state import default_dir
 from storage.errors import StackError
 
 
 def state_dir(arguments: argparse.Namespace) -> Path:
     """The local stack's folder: `--state`, else $TOMOSCALE_STATE, else ~/.tomoscale."""
     chosen = getattr(arguments, "state", None)
-    return Path(chosen) if chosen else stack.default_state_dir()
+    return Path(chosen) if chosen else default_dir()
 
 
 def add_state(parser: argparse.ArgumentParser) -> None:
@@ -26,17 +27,21 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def use_stack(arguments: argparse.Namespace) -> None:
     """Point this process at the local stack, if one is up; what is already set in the environment stays."""
-    for key, value in stack.environment(state_dir(arguments)).items():
-        os.environ.setdefault(key, value)
+    folder = state_dir(arguments)
+    if stack.status(folder).running:
+        for key, value in stack.environment(folder).items():
+            os.environ.setdefault(key, value)
 
 
 def job_address(arguments: argparse.Namespace) -> str:
-    """Where to submit: `--address`, else the local stack, else $RAY_API_SERVER_ADDRESS.
+    """Where to submit: `--address`, else $TOMOSCALE_JOBS_ADDRESS, else the local stack.
 
     Raises:
         StackError: none of them is there.
     """
-    address = getattr(arguments, "address", None) or os.environ.get("RAY_API_SERVER_ADDRESS")
+    info = stack.status(state_dir(arguments))
+    local = info.jobs_address if info.running else None
+    address = getattr(arguments, "address", None) or os.environ.get("TOMOSCALE_JOBS_ADDRESS") or local
     if not address:
         raise StackError(
             "cluster",

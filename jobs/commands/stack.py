@@ -4,7 +4,7 @@ import argparse
 import shlex
 import sys
 
-from cluster import doctor, stack
+from cluster import stack
 from jobs.commands.common import add_json, add_state, state_dir, use_stack
 from jobs.text import emit, table
 
@@ -43,18 +43,19 @@ def _up(arguments: argparse.Namespace) -> int:
         cpus=arguments.cpus,
         progress=_say,
     )
-    print(info.describe())
+    print(_describe(info))
     return 0
 
 
 def _down(arguments: argparse.Namespace) -> int:
-    stack.down(state_dir(arguments), progress=_say, purge=arguments.purge)
+    if not stack.down(state_dir(arguments), progress=_say, purge=arguments.purge):
+        print("nothing was running")
     return 0
 
 
 def _status(arguments: argparse.Namespace) -> int:
     info = stack.status(state_dir(arguments))
-    emit(info.to_json(), arguments.json, info.describe())
+    emit(info.to_json(), arguments.json, _describe(info))
     return 0 if info.healthy else 1
 
 
@@ -65,6 +66,8 @@ def _env(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    from cluster import doctor
+
     use_stack(arguments)
     checks = doctor.run()
     data = [{"check": c.name, "ok": c.ok, "found": c.finding, "remedy": c.remedy} for c in checks]
@@ -75,3 +78,21 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _describe(info: stack.StackInfo) -> str:
+    if not info.services:
+        return f"no stack in {info.state_dir}; start one with `tomoscale up`"
+    rows = [
+        (stack.TITLES[s.name], "up" if s.healthy else s.detail, s.url, s.pid, round(s.resident_mb), s.healthy_s)
+        for s in info.services
+    ]
+    lines = [table(("service", "state", "address", "pid", "MB", "started in s"), rows), f"state: {info.state_dir}"]
+    if info.healthy:
+        lines += [
+            "",
+            "submit a job:        tomoscale pretrain CONFIG",
+            f"or with Ray's own:   ray job submit --address {info.jobs_address} --working-dir . -- python -m jobs.pretrain CONFIG",
+            'use it from a shell: eval "$(tomoscale env)"',
+        ]
+    return "\n".join(lines)

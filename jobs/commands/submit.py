@@ -1,6 +1,7 @@
 """jobs list | status | logs | stop."""
 
 import argparse
+import time
 
 from cluster import jobclient
 from jobs.commands.common import add_json, add_state, job_address, use_stack
@@ -32,14 +33,15 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
 def _list(arguments: argparse.Namespace) -> int:
     use_stack(arguments)
     jobs = jobclient.list_jobs(job_address(arguments))
-    rows = [(j["submission_id"], j["status"], j["started"], j["seconds"], j["entrypoint"]) for j in jobs]
-    emit(jobs, arguments.json, table(("id", "status", "started", "seconds", "entrypoint"), rows))
+    rows = [(j.id, j.status, _clock(j.started), _seconds(j), j.entrypoint) for j in jobs]
+    text = table(("id", "status", "started", "seconds", "entrypoint"), rows)
+    emit([j.to_json() for j in jobs], arguments.json, text)
     return 0
 
 
 def _status(arguments: argparse.Namespace) -> int:
     use_stack(arguments)
-    job = jobclient.details(job_address(arguments), arguments.id)
+    job = jobclient.status(job_address(arguments), arguments.id).to_json()
     emit(job, arguments.json, "\n".join(f"{k}: {v}" for k, v in job.items()))
     return 0
 
@@ -48,7 +50,9 @@ def _logs(arguments: argparse.Namespace) -> int:
     use_stack(arguments)
     address = job_address(arguments)
     if arguments.follow:
-        return 0 if jobclient.follow(address, arguments.id, print)["status"] == "SUCCEEDED" else 1
+        for text in jobclient.follow(address, arguments.id):
+            print(text, end="", flush=True)
+        return 0 if jobclient.status(address, arguments.id).status == "SUCCEEDED" else 1
     print(jobclient.logs(address, arguments.id), end="")
     return 0
 
@@ -58,3 +62,11 @@ def _stop(arguments: argparse.Namespace) -> int:
     jobclient.stop(job_address(arguments), arguments.id)
     print(f"stopped {arguments.id}")
     return 0
+
+
+def _clock(seconds: float | None) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if seconds else "-"
+
+
+def _seconds(job: jobclient.JobInfo) -> int | None:
+    return None if job.started is None else round((job.ended or time.time()) - job.started)
