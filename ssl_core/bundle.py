@@ -29,9 +29,10 @@ from torch import Tensor, nn
 
 import ssl_core.portable as portable
 import storage.errors
+import storage.geometry
 import storage.intensity_stats
 from ssl_core.backbones import Backbone, build
-from ssl_core.backbones.registry import ARCHITECTURES
+from ssl_core.backbones.registry import architecture as architecture_of
 from ssl_core.intensity import IntensityPolicy
 from ssl_core.portable import network as portable_network
 from ssl_core.portable.predictor import FORMAT, Predictor, check_bundle
@@ -42,7 +43,8 @@ from storage.errors import ConfigError, RefusedInput
 CODE = "tomoscale_portable"
 """Import name of the portable code inside a bundle."""
 
-_BORROWED = {"errors.py": storage.errors, "intensity_stats.py": storage.intensity_stats}
+_BORROWED = {"errors.py": storage.errors, "intensity_stats.py": storage.intensity_stats, "grid.py": storage.geometry}
+"""Modules of the portable package that only re-export, and the file that takes their place in a bundle."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,13 @@ def write_bundle(
     path = Path(target)
     if path.exists():
         raise ConfigError(str(path), expected="a new directory", found="one that exists", remedy="choose another name")
+    if _class_of(backbone) not in portable_network.ALLOWED:
+        raise ConfigError(
+            f"bundle {facts.name}",
+            expected="a network that MONAI alone can rebuild: " + ", ".join(portable_network.ALLOWED),
+            found=_class_of(backbone),
+            remedy="choose another backbone; checkpoints of this one are not affected",
+        )
     outputs = int(_stock_arguments(backbone).get("out_channels", 0))
     if kind == "segmenter" and len(facts.labels) != outputs:
         raise ConfigError(f"bundle {facts.name}", expected=f"{outputs} labels", found=str(facts.labels))
@@ -142,7 +151,7 @@ def _write(work: Path, kind: str, backbone: Backbone, facts: BundleFacts) -> Non
     save_file(tensors, work / "weights.safetensors")
     arguments = _stock_arguments(backbone)
     architecture = {
-        "class": f"monai.networks.nets.{type(backbone.net).__name__}",
+        "class": _class_of(backbone),
         "arguments": arguments,
         "backbone": backbone.name,
         "backbone_arguments": backbone.arguments,
@@ -166,7 +175,9 @@ def _write(work: Path, kind: str, backbone: Backbone, facts: BundleFacts) -> Non
     (work / CODE).mkdir()
     for file in sorted(source.glob("*.py")):
         borrowed = _BORROWED.get(file.name)
-        shutil.copyfile(str(borrowed.__file__) if borrowed else file, work / CODE / file.name)
+        text = (Path(str(borrowed.__file__)) if borrowed else file).read_text(encoding="utf-8")
+        text = text.replace("from storage.errors import", "from .errors import")
+        (work / CODE / file.name).write_text(text, encoding="utf-8")
     files = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file())
     card = {
         "format": FORMAT,
@@ -215,10 +226,24 @@ def _check(work: Path, kind: str, backbone: Backbone) -> None:
             )
 
 
+def _class_of(backbone: Backbone) -> str:
+    """Public path of the stock class, where MONAI has it."""
+    kind = type(backbone.net)
+    package = "monai.networks.nets" if kind.__module__.startswith("monai.networks.nets.") else kind.__module__
+    return f"{package}.{kind.__name__}"
+
+
 def _stock_arguments(backbone: Backbone) -> dict[str, Any]:
-    """Arguments of the stock class, with the defaults that the registered builder adds."""
-    parameters = inspect.signature(ARCHITECTURES[backbone.name].make).parameters.values()
+    """Arguments of the stock class, with the defaults that the registered builder adds.
+
+    The defaults are in the builder's signature; a builder that takes keywords only leaves them on the network.
+    """
+    parameters = inspect.signature(architecture_of(backbone.name).make).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    if not defaults:
+        stock = list(inspect.signature(type(backbone.net).__init__).parameters)[1:]
+        plain = (bool, int, float, str, list, tuple)
+        defaults = {k: v for k in stock if isinstance(v := getattr(backbone.net, k, None), plain)}
     return {**defaults, **backbone.arguments}
 
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import ConfigError, RefusedInput
-from .geometry import Frame, frame_of, resample_nearest
+from .geometry import Canonical, back_to_grid, to_canonical
+from .grid import spacing_dhw
 from .network import build, feature_maps, load, logits
 from .nifti import Nifti, read_nifti, write_nifti
 from .preprocess import Preprocess, prepare
@@ -99,8 +100,8 @@ class Predictor:
             (after the resampling of `preprocess.json`, if any).
         """
         name, array, matrix = _volume(source, affine)
-        values, frame = self._canonical(name, array, matrix)
-        image, air = prepare(values, frame.spacing_mm, self.plan)
+        volume = self._canonical(name, array, matrix)
+        image, air = prepare(volume.values_CDHW, volume.affine, self.plan)
         entry = self.architecture["levels"][level]
         if not entry["module"]:
             raise ConfigError(
@@ -118,34 +119,31 @@ class Predictor:
         return found.numpy()
 
     def segment(
-        self,
-        values_CDHW: NDArray[Any],
-        spacing_mm: tuple[float, float, float],
-        stats: dict[str, float] | None = None,
+        self, values_CDHW: NDArray[Any], affine: NDArray[np.float64], stats: dict[str, float] | None = None
     ) -> NDArray[Any]:
         """Mask (D, H, W) of a canonical volume of values; what `predict` does between reading and re-orienting.
 
         Args:
             values_CDHW: Intensities after scale and offset.
-            spacing_mm: (D, H, W).
+            affine: (4, 4); gives the spacing.
             stats: Recorded foreground statistics; None computes them.
         """
         if self.kind != "segmenter":
             raise ConfigError(
                 "predict", expected="a segmenter bundle", found=f"an {self.kind} bundle", remedy="use `features`"
             )
-        image, air = prepare(values_CDHW, spacing_mm, self.plan, stats)
-        found = slide(self.forward, image, air, self.plan.patch_DHW, device=self.device)
-        classes = resample_nearest(found.argmax(0).numpy(), values_CDHW.shape[1:])
+        image, air = prepare(values_CDHW, affine, self.plan, stats)
+        classes = slide(self.forward, image, air, self.plan.patch_DHW, device=self.device).argmax(0).numpy()
+        if self.plan.spacing_mm is not None:
+            classes = back_to_grid(classes, self.plan.spacing_mm, values_CDHW.shape[1:], spacing_dhw(affine))
         values = [value for value, _ in self.plan.labels]
         return np.array(values, np.uint8 if max(values) < 256 else np.int32)[classes]
 
     def _predict(self, name: str, array: NDArray[Any], affine: NDArray[Any]) -> NDArray[Any]:
-        values, frame = self._canonical(name, array, affine)
-        return frame.to_file(self.segment(values, frame.spacing_mm))
+        volume = self._canonical(name, array, affine)
+        return volume.to_file(self.segment(volume.values_CDHW, volume.affine))
 
-    def _canonical(self, name: str, array: NDArray[Any], affine: NDArray[Any]) -> tuple[NDArray[Any], Frame]:
-        """(C, D, H, W) values of a volume in file order, and its frame."""
+    def _canonical(self, name: str, array: NDArray[Any], affine: NDArray[Any]) -> Canonical:
         channels = array.shape[3] if array.ndim == 4 else 1
         if array.ndim not in (3, 4) or channels != self.plan.channels:
             raise RefusedInput(
@@ -158,10 +156,7 @@ class Predictor:
             raise RefusedInput(
                 name, expected="finite voxels", found="NaN or infinity", remedy="replace them before predicting"
             )
-        i, j, k = array.shape[:3]
-        frame = frame_of(name, (i, j, k), affine)
-        volumes = [array] if array.ndim == 3 else [array[..., c] for c in range(channels)]
-        return np.stack([frame.to_canonical(volume) for volume in volumes]), frame
+        return to_canonical(name, array, affine)
 
 
 def check_bundle(root: Path) -> dict[str, Any]:

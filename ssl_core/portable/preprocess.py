@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import RefusedInput
-from .geometry import resample_linear, resampled_shape
+from .grid import resample
 from .intensity_stats import foreground_stats
 
 AXES = "DHW, D inferior to superior, H posterior to anterior, W left to right"
@@ -104,7 +104,7 @@ def apply(values: NDArray[Any], table: tuple[float, float, float, float]) -> NDA
 
 def prepare(
     values_CDHW: NDArray[Any],
-    spacing_mm: tuple[float, float, float],
+    affine: NDArray[np.float64],
     plan: Preprocess,
     stats: dict[str, float] | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -112,7 +112,7 @@ def prepare(
 
     Args:
         values_CDHW: Intensities after scale and offset.
-        spacing_mm: (D, H, W) of `values_CDHW`.
+        affine: (4, 4) of `values_CDHW`.
         plan: The bundle's preprocessing.
         stats: Foreground statistics as ingest records them, over all channels of the resampled volume; None computes
             them from the volume.
@@ -121,8 +121,7 @@ def prepare(
         The network's input (C, D, H, W), and the value of "air", with which crops are padded beyond the volume, (C,).
     """
     if plan.spacing_mm is not None:
-        shape = resampled_shape(values_CDHW.shape[1:], spacing_mm, plan.spacing_mm)
-        values_CDHW = np.stack([resample_linear(channel, shape) for channel in values_CDHW])
+        values_CDHW, _ = resample(values_CDHW, affine, plan.spacing_mm, "linear")
     found = foreground_stats(values_CDHW) if stats is None else stats
     table = constants(plan.intensity, found)
     air = apply(np.full(values_CDHW.shape[0], found["min"]), table)
