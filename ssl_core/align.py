@@ -5,6 +5,8 @@ o sees around the input coordinate s k + o; assuming the middle of its cell inst
 to a whole cell (see `Level`).
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -57,10 +59,31 @@ def sample_features(feature_BCdhw: Tensor, level: Level, points_BM3: Tensor) -> 
     # A hair of slack: points computed to lie on the outermost centre must not fall out by rounding.
     inside_BM = ((k_BM3 >= -1e-6) & (k_BM3 <= size - 1 + 1e-6)).all(dim=2)
     feature = feature_BCdhw if feature_BCdhw.dtype == torch.float64 else feature_BCdhw.float()
+    if feature.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return _gathered(feature, k_BM3), inside_BM
     grid = ((2 * k_BM3 + 1) / size - 1).flip(-1).to(feature.dtype)[:, :, None, None, :]
     with torch.autocast(feature.device.type, enabled=False):
         values = functional.grid_sample(feature, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return values[..., 0, 0].transpose(1, 2), inside_BM
+
+
+def _gathered(feature_BCdhw: Tensor, k_BM3: Tensor) -> Tensor:
+    """The same as `grid_sample` with repeated borders, (B, M, C), by eight gathers.
+
+    On CUDA the backward pass of 3-D `grid_sample` adds in no fixed order; that of `gather` can be told to.
+    """
+    last = torch.tensor(feature_BCdhw.shape[2:], device=k_BM3.device) - 1
+    k = k_BM3.clamp_min(0).minimum(last.to(k_BM3.dtype))
+    low = torch.floor(k).to(torch.int64)
+    share = (k - low).to(feature_BCdhw.dtype)
+    flat = feature_BCdhw.flatten(2)
+    total = torch.zeros((), dtype=flat.dtype, device=flat.device)
+    for corner in itertools.product((0, 1), repeat=3):
+        at = torch.minimum(low + torch.tensor(corner, device=low.device), last)
+        index = (at[..., 0] * feature_BCdhw.shape[3] + at[..., 1]) * feature_BCdhw.shape[4] + at[..., 2]
+        weight = torch.stack([share[..., i] if c else 1 - share[..., i] for i, c in enumerate(corner)]).prod(0)
+        total = total + flat.gather(2, index[:, None].expand(-1, flat.shape[1], -1)) * weight[:, None]
+    return total.transpose(1, 2)
 
 
 def to_view(view: View, points_BM3: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ voxels, and the lower corner of its bounding box in volume voxels. All steps are
 sample's draw depends on another's.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -308,8 +309,8 @@ def iou(a: Boxes, b: Boxes) -> F64:
     side = np.maximum(high - low, 0)
     plane = side[:, 1] * side[:, 2]
     turned = (a.linear_B33[:, 1, 2] != 0) | (b.linear_B33[:, 1, 2] != 0)
-    for i in np.flatnonzero(turned & (plane > 0)):
-        plane[i] = _area(_clip(_footprint(a, int(i)), _footprint(b, int(i))))
+    if turned.any():
+        plane = np.where(turned, _overlap_area(_footprint(a), _footprint(b)), plane)
     both = side[:, 0] * plane
     volume = [np.abs(np.linalg.det(box.linear_B33)) * np.prod(box.size_DHW) for box in (a, b)]
     return np.asarray(both / (volume[0] + volume[1] - both))
@@ -390,8 +391,10 @@ def _check_other(role: RoleSpec, roles: dict[str, RoleSpec]) -> None:
             remedy="drop share_spatial, or fix scale and rotation",
         )
     free = np.full((1, 3), 1e9)
-    for scale in np.linspace(*other.scale, 5):
-        anchor = _upright(other, float(scale))
+    turn = np.deg2rad(other.rotate_degrees)
+    for scale, angle in itertools.product(np.linspace(*other.scale, 5), {0.0, turn / 2, turn}):
+        linear = _linear(other, np.full(1, scale), np.full(1, angle), np.ones(1))
+        anchor = Boxes(other.size_DHW, linear, np.zeros((1, 3)))
         found = float(iou(concentric(role, anchor, -free, free, np.ones(1)), anchor)[0])
         if found < role.min_overlap:
             raise ConfigError(
@@ -407,36 +410,34 @@ def _upright(role: RoleSpec, scale: float) -> Boxes:
     return Boxes(role.size_DHW, linear, np.zeros((1, 3)))
 
 
-def _footprint(box: Boxes, i: int) -> list[tuple[float, float]]:
-    """Corners in (H, W), counter-clockwise for positive determinants."""
-    m = box.linear_B33[i, 1:, 1:]
-    h, w = box.size_DHW[1] / 2, box.size_DHW[2] / 2
-    ch, cw = box.centre_B3[i, 1:]
-    signs = ((-1, -1), (1, -1), (1, 1), (-1, 1))
-    return [(ch + m[0, 0] * s * h + m[0, 1] * t * w, cw + m[1, 0] * s * h + m[1, 1] * t * w) for s, t in signs]
+def _footprint(box: Boxes) -> F64:
+    """Corners in (H, W) in the order that keeps the inside to the left, (B, 4, 2)."""
+    signs = np.array([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
+    half = signs * np.array(box.size_DHW[1:]) / 2
+    return np.asarray(half @ np.swapaxes(box.linear_B33[:, 1:, 1:], 1, 2) + box.centre_B3[:, None, 1:])
 
 
-def _clip(subject: list[tuple[float, float]], window: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Intersection of two convex polygons (Sutherland-Hodgman)."""
-    for (x0, y0), (x1, y1) in zip(window, window[1:] + window[:1], strict=True):
+def _overlap_area(subject_B42: F64, window_B42: F64) -> F64:
+    """Area that two convex quadrilaterals of each sample share (Sutherland-Hodgman, vectorised), (B,).
 
-        def side(p: tuple[float, float], x0: float = x0, y0: float = y0, x1: float = x1, y1: float = y1) -> float:
-            return (x1 - x0) * (p[1] - y0) - (y1 - y0) * (p[0] - x0)
-
-        out: list[tuple[float, float]] = []
-        for p, q in zip(subject, subject[1:] + subject[:1], strict=True):
-            a, b = side(p), side(q)
-            if a >= 0:
-                out.append(p)
-            if (a >= 0) != (b >= 0):
-                t = a / (a - b)
-                out.append((p[0] + t * (q[0] - p[0]), p[1] + t * (q[1] - p[1])))
-        subject = out
-        if not subject:
-            break
-    return subject
-
-
-def _area(polygon: list[tuple[float, float]]) -> float:
-    pairs = zip(polygon, polygon[1:] + polygon[:1], strict=True)
-    return abs(sum(a[0] * b[1] - b[0] * a[1] for a, b in pairs)) / 2
+    Clipping by one side keeps a corner, adds a crossing, both or neither; where there is nothing to add, the corner
+    before is repeated, which leaves the area as it is and the arrays rectangular.
+    """
+    polygon = subject_B42
+    for side in range(4):
+        start, stop = window_B42[:, side], window_B42[:, (side + 1) % 4]
+        along = (stop - start)[:, None]
+        to_corner = polygon - start[:, None]
+        height = along[..., 0] * to_corner[..., 1] - along[..., 1] * to_corner[..., 0]
+        following, height_after = np.roll(polygon, -1, axis=1), np.roll(height, -1, axis=1)
+        inside, crosses = height >= 0, (height >= 0) != (height_after >= 0)
+        share = np.where(crosses, height / np.where(crosses, height - height_after, 1.0), 0.0)
+        crossing = polygon + share[..., None] * (following - polygon)
+        batch, count = inside.shape
+        points = np.stack([polygon, crossing], axis=2).reshape(batch, 2 * count, 2)
+        kept = np.stack([inside, crosses], axis=2).reshape(batch, 2 * count)
+        order = np.maximum.accumulate(np.where(kept, np.arange(2 * count), -1), axis=1)
+        order = np.where(order < 0, order[:, -1:], order)  # before the first kept point comes the last
+        polygon = np.take_along_axis(points, np.maximum(order, 0)[..., None], axis=1)
+    x, y = polygon[..., 0] - polygon[:, :1, 0], polygon[..., 1] - polygon[:, :1, 1]
+    return np.asarray(np.abs((x * np.roll(y, -1, axis=1) - np.roll(x, -1, axis=1) * y).sum(1)) / 2)

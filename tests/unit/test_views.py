@@ -1,0 +1,156 @@
+import numpy as np
+import pytest
+import torch
+
+from ssl_core import align
+from ssl_core.intensity import IntensityPolicy
+from ssl_core.make_views import make_views
+from ssl_core.views import RoleSpec, ViewSpec, centre_of
+from storage.errors import ConfigError
+from tests.unit.crops import AS_STORED, batch_of, coordinates, noise, part
+
+PAIR = RoleSpec("pair", 2, (12, 16, 20), scale=(0.7, 1.3), flip=(0.5, 0.5, 0.5), min_overlap=0.2, keep_clean=True)
+TURNED = RoleSpec("turned", 1, (10, 18, 14), scale=(0.8, 1.2), scale_depth=True, rotate_degrees=35, overlaps="pair")
+WAVY = RoleSpec("wavy", 2, (14, 18, 16), flip=(0.5, 0.5, 0.5), elastic_vox=1.5)
+EVERYTHING = ViewSpec((PAIR, TURNED, WAVY), maps=("label",))
+
+
+def _make(batch, spec, dtype=torch.float32, policy=AS_STORED, seed=0, **more):
+    return make_views(batch, spec, seed=seed, policy=policy, dtype=dtype, **more)
+
+
+def _centres(view):
+    """Edge coordinates of all voxel centres, (B, D*H*W, 3)."""
+    axes = [torch.arange(n, dtype=torch.float64) + 0.5 for n in view.size_DHW]
+    points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(1, -1, 3)
+    return points.expand(len(view.to_volume_B34), -1, -1)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float64, 1e-9)])
+def test_every_voxel_shows_the_place_that_the_geometry_says(dtype, tolerance):
+    spec = ViewSpec(tuple(RoleSpec(**{**vars(r), "intensity": "none"}) for r in EVERYTHING.roles))
+    batch = coordinates(spec, 5, spacing=(3.0, 1.2, 0.9))
+    low = torch.from_numpy(batch.start_B3)[:, None] + 0.5
+    high = low + torch.tensor(spec.host_size_DHW) - 1
+    views = _make(batch, spec, dtype)
+    for view in (v for role in views.roles.values() for v in role):
+        seen = view.image_BCDHW.flatten(2).transpose(1, 2).double()
+        meant = align.to_volume(view, _centres(view))
+        within = ((meant >= low) & (meant <= high)).all(-1)  # half a voxel at the crop's border is repeated
+        assert within.float().mean() > 0.5
+        assert (seen - meant)[within].abs().max() < tolerance
+        assert torch.allclose(align.to_view(view, meant), _centres(view), atol=1e-5)
+        real = ((meant >= 0) & (meant < views.shape_B3[:, None])).all(-1)
+        assert torch.equal(view.valid_B1DHW.flatten(1).bool(), real)
+        middle = align.to_volume(view, torch.tensor(view.size_DHW)[None, None] / 2)[:, 0]
+        if view.elastic is None:
+            assert torch.allclose(view.position_B3 * views.shape_B3, middle)
+            assert torch.allclose(centre_of(view.to_volume_B34, view.size_DHW), middle)
+
+
+def test_maps_show_the_voxel_that_holds_the_place():
+    batch = noise(EVERYTHING, 6)
+    views = _make(batch, EVERYTHING)
+    for view in (v for role in views.roles.values() for v in role):
+        places = align.to_volume(view, _centres(view)).numpy() - batch.start_B3[:, None]
+        index = np.clip(np.floor(places), 0, np.array(EVERYTHING.host_size_DHW) - 1).astype(int)
+        for b in range(6):
+            expected = batch.label_BDHW[b][tuple(index[b].T)]
+            assert view.maps["label"].dtype == torch.int64
+            assert np.array_equal(view.maps["label"][b].flatten().numpy(), expected)
+
+
+def test_large_ids_survive():
+    spec = ViewSpec((PAIR,), maps=("regions",))
+    batch = noise(spec, 2)
+    ids = np.random.default_rng(0).integers(2**24, 2**31 - 1, batch.label_BDHW.shape).astype(np.int32)
+    views = _make(batch, spec, maps={"regions": ids})
+    assert set(views.roles["pair"][0].maps["regions"].unique().tolist()) <= set(ids.ravel().tolist())
+
+
+def test_an_unscaled_view_is_a_flipped_slice():
+    role = RoleSpec("a", 2, (9, 12, 7), flip=(0.5, 0.5, 0.5), intensity="none")
+    spec = ViewSpec((role,), maps=("label",))
+    batch = noise(spec, 8, channels=2)
+    for view in _make(batch, spec, torch.float64).roles["a"]:
+        for b, affine in enumerate(view.to_volume_B34.numpy()):
+            sign = np.diagonal(affine[:, :3])
+            low = (np.where(sign > 0, affine[:, 3], affine[:, 3] - role.size_DHW) - batch.start_B3[b]).astype(int)
+            cut = tuple(slice(o, o + n) for o, n in zip(low, role.size_DHW, strict=True))
+            flipped = [i for i in range(3) if sign[i] < 0]
+            expected = np.flip(batch.image_BCDHW[b][:, *cut], [i + 1 for i in flipped])
+            assert np.allclose(view.image_BCDHW[b].numpy(), expected, atol=1e-9)
+            assert np.array_equal(view.maps["label"][b].numpy(), np.flip(batch.label_BDHW[b][cut], flipped))
+
+
+@pytest.mark.parametrize("preset", ["light", "strong", "genesis", "pcrlv2", "pcrlv2_local"])
+def test_a_sample_looks_alike_in_any_batch(preset):
+    roles = tuple(RoleSpec(**{**vars(r), "intensity": preset}) for r in EVERYTHING.roles)
+    spec = ViewSpec(roles, maps=("label",))
+    batch = noise(spec, 5, channels=2)
+    whole = _make(batch, spec, torch.float64, seed=3)
+    for rows in ([2], [4, 0, 3]):
+        some = _make(part(batch, rows), spec, torch.float64, seed=3)
+        for name, views in some.roles.items():
+            for view, full in zip(views, whole.roles[name], strict=True):
+                assert torch.equal(view.to_volume_B34, full.to_volume_B34[rows])
+                assert torch.equal(view.maps["label"], full.maps["label"][rows])
+                assert torch.allclose(view.image_BCDHW, full.image_BCDHW[rows], rtol=0, atol=1e-9)
+    again = _make(batch, spec, torch.float64, seed=3)
+    other = _make(batch, spec, torch.float64, seed=4)
+    for name, views in whole.roles.items():
+        assert torch.equal(views[0].image_BCDHW, again.roles[name][0].image_BCDHW)
+        assert not torch.equal(views[0].image_BCDHW, other.roles[name][0].image_BCDHW)
+
+
+def test_clean_is_kept_untouched_and_only_on_request():
+    batch = noise(EVERYTHING, 4)
+    views = _make(batch, EVERYTHING)
+    quiet = ViewSpec(tuple(RoleSpec(**{**vars(r), "intensity": "none"}) for r in EVERYTHING.roles), maps=("label",))
+    plain = _make(batch, quiet)
+    for view, expected in zip(views.roles["pair"], plain.roles["pair"], strict=True):
+        assert torch.equal(view.clean_BCDHW, expected.image_BCDHW)
+        assert not torch.equal(view.clean_BCDHW, view.image_BCDHW)
+    assert views.roles["turned"][0].clean_BCDHW is None
+
+
+def test_identity_of_the_batch_and_dtype():
+    batch = noise(EVERYTHING, 3, first=2**40)
+    views = _make(batch, EVERYTHING, torch.bfloat16, IntensityPolicy())
+    assert len(views) == 3
+    assert views.sample_B.tolist() == [2**40, 2**40 + 1, 2**40 + 2]
+    assert views.volume_B.tolist() == [0, 1, 2]
+    assert views.spacing_B3.dtype == views.shape_B3.dtype == torch.float64
+    view = views.roles["pair"][0]
+    assert view.image_BCDHW.dtype == view.clean_BCDHW.dtype == view.valid_B1DHW.dtype == torch.bfloat16
+    assert view.to_volume_B34.dtype == view.position_B3.dtype == torch.float64
+
+
+@pytest.mark.parametrize("value", [0, 7])
+def test_constant_crops_stay_finite(value):
+    for preset in ("light", "strong", "genesis", "pcrlv2"):
+        spec = ViewSpec((RoleSpec("a", 2, (8, 9, 10), scale=(0.8, 1.2), intensity=preset),))
+        image = np.full((8, 1, *spec.host_size_DHW), value, np.int16)
+        batch = batch_of(image, np.zeros((8, 3)), (20, 20, 20))
+        batch.stats_BS = np.tile(np.array([value] * 3 + [0] + [value] * 2, np.float32), (8, 1))
+        for view in _make(batch, spec, policy=IntensityPolicy()).roles["a"]:
+            assert torch.isfinite(view.image_BCDHW).all()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.float16, np.float32])
+def test_stored_dtypes(dtype):
+    spec = ViewSpec((RoleSpec("a", 1, (8, 9, 10), intensity="none"),))
+    image = np.random.default_rng(0).integers(0, 200, (2, 1, 8, 9, 10)).astype(dtype)
+    batch = batch_of(image, np.zeros((2, 3)), (8, 9, 10))
+    batch.scale_B[:], batch.offset_B[:] = 0.5, -3
+    expected = image.astype(np.float32) * 0.5 - 3
+    assert np.allclose(_make(batch, spec).roles["a"][0].image_BCDHW.numpy(), expected, atol=1e-3)
+
+
+def test_wrong_requests_are_named():
+    batch = noise(EVERYTHING, 1)
+    batch.label_BDHW = None
+    with pytest.raises(ConfigError, match="label"):
+        _make(batch, EVERYTHING)
+    with pytest.raises(ConfigError, match="sharp"):
+        _make(batch, ViewSpec((RoleSpec("a", 1, (4, 4, 4), intensity="sharp"),)))
