@@ -94,11 +94,11 @@ def join(url: str, *parts: str) -> str:
     >>> join("s3://bucket/a/", "b", "c")
     's3://bucket/a/b/c'
     """
-    head = url if url.endswith("://") else url.rstrip("/")
+    scheme, mark, rest = url.rpartition("://")
+    rest = rest.rstrip("/")
+    root = scheme + mark + ("/" if scheme in ("", "file") and not rest else "")
     tail = "/".join(p.strip("/") for p in parts if p.strip("/"))
-    if not tail:
-        return head
-    return head + tail if head.endswith("://") else f"{head}/{tail}"
+    return root + "/".join(part for part in (rest, tail) if part)
 
 
 def check_key(key: str) -> str:

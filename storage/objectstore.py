@@ -1,19 +1,24 @@
 """S3 and HTTP through obstore, with our own retries, deadline and messages."""
 
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import obstore
 from obstore import exceptions
 from obstore.store import HTTPStore, S3Store
 
+from storage.aws import resolve
 from storage.bytestore import check_key, check_range, join, short
 from storage.errors import ConfigError, NotFound, StoreError
 from storage.retry import RetryPolicy, Transient, retry
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, RetryConfig, S3Config
 
 T = TypeVar("T")
 IN_FLIGHT = 16  # ranges of one `get_ranges` call in flight; beyond it loopback and real S3 gained nothing
@@ -25,48 +30,28 @@ def open_s3(url: str, policy: RetryPolicy) -> "ObjectStore":
     Raises:
         ConfigError: no bucket in the URL, or no credentials anywhere botocore looks.
     """
-    import botocore.session
-    from botocore.exceptions import BotoCoreError
-
     parts = urlsplit(url)
     if not parts.netloc:
         raise ConfigError(url, expected="s3://bucket/prefix", found="no bucket")
-    session = botocore.session.get_session()
-    try:
-        credentials = session.get_credentials()
-        endpoint = _endpoint(session)
-        region = session.get_config_variable("region") or "us-east-1"
-    except BotoCoreError as error:
-        raise ConfigError("the AWS configuration", expected="a readable profile", found=str(error)) from error
-    if credentials is None:
-        raise ConfigError(
-            url,
-            expected="credentials in the AWS environment",
-            found="none",
-            remedy="set AWS_SHARED_CREDENTIALS_FILE and AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-        )
-
-    def provide() -> dict[str, Any]:
-        frozen = credentials.get_frozen_credentials()  # botocore refreshes it where it expires
-        return {
-            "access_key_id": frozen.access_key,
-            "secret_access_key": frozen.secret_key,
-            "token": frozen.token,
-            "expires_at": getattr(credentials, "_expiry_time", None),
-        }
-
-    options: dict[str, Any] = {"region": region, "virtual_hosted_style_request": endpoint is None}
-    if endpoint is not None:
-        options["endpoint"] = endpoint
+    access = resolve(url)
+    options: "S3Config" = {
+        "region": access.region,
+        "virtual_hosted_style_request": access.endpoint is None,
+        # A refusal inside a bulk answer of status 200 has no error type of its own.
+        "disable_bulk_delete": True,
+    }
+    if access.endpoint is not None:
+        options["endpoint"] = access.endpoint
+    plain = bool(access.endpoint and access.endpoint.startswith("http://"))
     store = S3Store(
         parts.netloc,
         prefix=parts.path.strip("/") or None,
-        client_options=_client(policy, allow_http=bool(endpoint and endpoint.startswith("http://"))),
+        client_options=_client(policy, allow_http=plain),
         retry_config=_NO_RETRIES,
-        credential_provider=provide,
+        credential_provider=access.credential,
         **options,
     )
-    return ObjectStore(url.rstrip("/"), store, policy, where=endpoint or "AWS S3")
+    return ObjectStore(url.rstrip("/"), store, policy, where=access.endpoint or "AWS S3")
 
 
 def open_http(url: str, policy: RetryPolicy) -> "ObjectStore":
@@ -77,27 +62,15 @@ def open_http(url: str, policy: RetryPolicy) -> "ObjectStore":
     return ObjectStore(url.rstrip("/"), store, policy, where=url, read_only=True)
 
 
-_NO_RETRIES = {"max_retries": 0, "retry_timeout": timedelta(seconds=1)}
+_NO_RETRIES: "RetryConfig" = {"max_retries": 0, "retry_timeout": timedelta(seconds=1)}
 
 
-def _client(policy: RetryPolicy, *, allow_http: bool) -> dict[str, Any]:
+def _client(policy: RetryPolicy, *, allow_http: bool) -> "ClientConfig":
     return {
         "timeout": timedelta(seconds=policy.attempt_s),
         "connect_timeout": timedelta(seconds=min(policy.connect_s, policy.attempt_s)),
         "allow_http": allow_http,
     }
-
-
-def _endpoint(session: Any) -> str | None:
-    """AWS_ENDPOINT_URL_S3, then AWS_ENDPOINT_URL, then the profile, in botocore's own order."""
-    client_like = session.get_component("config_store")
-    import os
-
-    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
-        if os.environ.get(name):
-            return os.environ[name].rstrip("/")
-    found = client_like.get_config_variable("endpoint_url")
-    return str(found).rstrip("/") if found else None
 
 
 class ObjectStore:
@@ -120,8 +93,6 @@ class ObjectStore:
         def once() -> T:
             try:
                 return attempt()
-            except (NotFound, Transient):
-                raise
             except (exceptions.NotFoundError, FileNotFoundError) as error:
                 raise NotFound(thing, expected="an object", found="none") from error
             except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
@@ -156,7 +127,12 @@ class ObjectStore:
             return b""
 
         def attempt() -> bytes:
-            return bytes(obstore.get_range(self._store, key, start=start, end=stop))
+            try:
+                return bytes(obstore.get_range(self._store, key, start=start, end=stop))
+            except exceptions.BaseError as error:
+                if _is_beyond(error):  # the object ends before `start`
+                    raise short(join(self.url, key), start, stop) from error
+                raise
 
         data = self._call(key, attempt)
         if len(data) != stop - start:
@@ -175,7 +151,16 @@ class ObjectStore:
     def get_suffix(self, key: str, n: int) -> bytes:
         """See `ByteStore`."""
         check_key(key)
-        return self._call(key, lambda: bytes(obstore.get(self._store, key, options={"range": {"suffix": n}}).bytes()))
+
+        def attempt() -> bytes:
+            try:
+                return bytes(obstore.get(self._store, key, options={"range": {"suffix": n}}).bytes())
+            except exceptions.BaseError as error:
+                if _is_beyond(error):  # an empty object has no last bytes
+                    return b""
+                raise
+
+        return self._call(key, attempt)
 
     def put(self, key: str, data: bytes, if_absent: bool = False) -> bool:
         """See `ByteStore`."""
@@ -235,9 +220,22 @@ def _reason(error: BaseException) -> str:
     return " ".join(text.split())[:300]
 
 
+_STATUS = re.compile(r"non-2xx status code: (\d{3})")
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status in obstore's message; the exception has no field for it."""
+    found = _STATUS.search(str(error))
+    return int(found[1]) if found else None
+
+
+def _is_beyond(error: exceptions.BaseError) -> bool:
+    return _status(error) == 416
+
+
 def _is_final(error: exceptions.BaseError) -> bool:
-    """Whether repeating the request cannot help."""
+    """Whether repeating the request cannot help: a refusal by the server other than "too busy", or misuse of the client."""
     if isinstance(error, (exceptions.InvalidPathError, exceptions.NotSupportedError)):
         return True
-    text = str(error)
-    return any(f"status {code}" in text or f"{code} " in text[:200] for code in (400, 405, 411, 412, 413, 416, 501))
+    status = _status(error)
+    return status is not None and 300 <= status < 500 and status not in (408, 409, 425, 429)

@@ -13,6 +13,7 @@ from typing import TypeVar
 from storage.errors import ConfigError, StoreError
 
 T = TypeVar("T")
+ATTEMPT_S, CONNECT_S = 30.0, 5.0
 
 
 class Transient(Exception):
@@ -32,8 +33,8 @@ class RetryPolicy:
     """
 
     deadline_s: float = 120.0
-    attempt_s: float = 30.0
-    connect_s: float = 5.0
+    attempt_s: float = ATTEMPT_S
+    connect_s: float = CONNECT_S
     first_s: float = 0.1
     cap_s: float = 5.0
 
@@ -61,7 +62,7 @@ class RetryPolicy:
             deadline = 0.0
         if not 0 < deadline < float("inf"):
             raise ConfigError("TOMOSCALE_STORE_DEADLINE_S", expected="a positive number of seconds", found=text)
-        return cls(deadline_s=deadline, attempt_s=min(cls.attempt_s, deadline / 2), connect_s=min(5.0, deadline / 4))
+        return cls(deadline, attempt_s=min(ATTEMPT_S, deadline / 2), connect_s=min(CONNECT_S, deadline / 4))
 
 
 def retry(
@@ -87,9 +88,10 @@ def retry(
         try:
             return attempt()
         except Transient as error:
-            wait = uniform(0.0, min(policy.cap_s, policy.first_s * 2.0 ** min(tries - 1, 30)))
             spent = clock() - start
-            if spent + wait + policy.attempt_s > policy.deadline_s:
+            room = policy.deadline_s - policy.attempt_s - spent
+            wait = min(room, uniform(0.0, min(policy.cap_s, policy.first_s * 2.0 ** min(tries - 1, 30))))
+            if room <= 0:
                 raise StoreError(
                     thing,
                     expected=f"an answer within {policy.deadline_s:g} s",

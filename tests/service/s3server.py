@@ -1,0 +1,169 @@
+"""A real S3 server (SeaweedFS) for tests: on loopback, with credentials, in a temporary directory, ended with the test."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+ADMIN = ("admin-key", "admin-secret-for-tests")
+READER = ("reader-key", "reader-secret-for-tests")
+START_S = 60.0
+# The server is tied to the life of this process, so that a killed test run leaves nothing behind.
+_TIED = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); "
+    "os.getppid() == int(sys.argv[1]) or sys.exit(1); os.execv(sys.argv[2], sys.argv[2:])"
+)
+
+
+class S3Server:
+    """One SeaweedFS server. `stop` and `start` keep data and ports."""
+
+    def __init__(self) -> None:
+        binary = shutil.which("weed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+        if binary is None:
+            raise FileNotFoundError("weed; install the extra 'local'")
+        self._binary = binary
+        self._folder = Path(tempfile.mkdtemp(prefix="s3-"))
+        self._ports = [free_port_pair() for _ in range(4)]
+        self._process: subprocess.Popen[bytes] | None = None
+        self.bucket = "volumes"
+        self.endpoint = f"http://127.0.0.1:{self._ports[3]}"
+        self.environment = {
+            "AWS_ENDPOINT_URL_S3": self.endpoint,
+            "AWS_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": ADMIN[0],
+            "AWS_SECRET_ACCESS_KEY": ADMIN[1],
+        }
+        self.write_identities()
+
+    def write_identities(self, *, admin: bool = True) -> None:
+        """Write the server's credentials; read by it when it starts."""
+        identities = [
+            {
+                "name": "reader",
+                "credentials": [{"accessKey": READER[0], "secretKey": READER[1]}],
+                "actions": [f"Read:{self.bucket}", f"List:{self.bucket}"],
+            }
+        ]
+        if admin:
+            identities.append(
+                {
+                    "name": "admin",
+                    "credentials": [{"accessKey": ADMIN[0], "secretKey": ADMIN[1]}],
+                    "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+                }
+            )
+        (self._folder / "s3.json").write_text(json.dumps({"identities": identities}))
+
+    def start(self) -> None:
+        """Start the server and wait until it takes writes."""
+        assert self._process is None
+        master, volume, filer, s3 = self._ports
+        (self._folder / "data").mkdir(exist_ok=True)
+        (self._folder / "tmp").mkdir(exist_ok=True)
+        command = [
+            *("server", f"-dir={self._folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
+            *(f"-master.port={master}", f"-volume.port={volume}", "-filer", "-filer.disableHttp"),
+            *(f"-filer.port={filer}", "-s3", f"-s3.port={s3}", f"-s3.config={self._folder / 's3.json'}"),
+            *("-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=64", "-volume.max=32"),
+            # A restarted master waits a whole election before it leads again; the default is 10 s.
+            *("-master.telemetry=false", "-master.electionTimeout=1s", "-master.heartbeatInterval=100ms"),
+        ]
+        with (self._folder / "weed.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _TIED, str(os.getpid()), self._binary, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self._folder,
+                env={**os.environ, "TMPDIR": str(self._folder / "tmp"), "HOME": str(self._folder)},
+                start_new_session=True,
+            )
+        self._wait()
+
+    def _wait(self) -> None:
+        client = self.client()
+        end = time.monotonic() + START_S
+        while True:
+            assert self._process is not None
+            if self._process.poll() is not None:
+                raise RuntimeError(f"weed ended with {self._process.returncode}:\n{self.log()}")
+            try:
+                if self.bucket not in [b["Name"] for b in client.list_buckets()["Buckets"]]:
+                    client.create_bucket(Bucket=self.bucket)
+                client.put_object(Bucket=self.bucket, Key="ready", Body=b"ready")
+                client.delete_object(Bucket=self.bucket, Key="ready")
+                return
+            except (ClientError, BotoCoreError):
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.2)
+
+    def client(self):  # type: ignore[no-untyped-def]
+        """A boto3 client with the admin's keys."""
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name="us-east-1",
+            aws_access_key_id=ADMIN[0],
+            aws_secret_access_key=ADMIN[1],
+            config=Config(retries={"max_attempts": 1}, connect_timeout=2, read_timeout=20),
+        )
+
+    def kill(self) -> None:
+        """SIGKILL, as a power cut would."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def stop(self) -> None:
+        """Stop the server; data and ports stay for `start`."""
+        if self._process is None:
+            return
+        self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(10)
+            self._process = None
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def remove(self) -> None:
+        """End everything and delete what it left."""
+        self.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        # The server puts its sockets into the temporary folder of the machine whatever TMPDIR says.
+        for port in (twin for port in self._ports for twin in (port, port + 10000)):
+            for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                left.unlink(missing_ok=True)
+
+    def log(self) -> str:
+        """The last lines the server wrote."""
+        return "\n".join((self._folder / "weed.log").read_text(errors="replace").splitlines()[-30:])
+
+
+def free_port_pair() -> int:
+    """A free port whose gRPC twin, 10000 above, is free as well."""
+    while True:
+        with socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+            # Low enough for the twin, and below the range from which outgoing connections take theirs.
+            port = port % 10000 + 12000
+        with socket.socket() as one, socket.socket() as two:
+            try:
+                one.bind(("127.0.0.1", port))
+                two.bind(("127.0.0.1", port + 10000))
+            except OSError:
+                continue
+            return int(port)

@@ -1,0 +1,72 @@
+"""The store contract on a real S3 server with credentials, and what only S3 has."""
+
+import pickle
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from storage.bytestore import ByteStore, open_store
+from storage.errors import StoreError
+from storage.testing import StoreContract
+from tests.service.s3server import ADMIN, READER, S3Server
+
+pytestmark = pytest.mark.service
+
+
+class TestS3(StoreContract):
+    @pytest.fixture
+    def store(self, s3_environment: S3Server) -> ByteStore:
+        return open_store(f"s3://{s3_environment.bucket}/{uuid.uuid4().hex}")
+
+
+def test_wrong_credentials_are_one_clear_error_at_once(
+    s3_environment: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_store(f"s3://{s3_environment.bucket}/w").put("x", b"-")
+    for key, secret in [(ADMIN[0], "wrong"), ("nobody", "wrong")]:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+        store, began = open_store(f"s3://{s3_environment.bucket}/w"), time.monotonic()
+        for call in (lambda s=store: s.get("x"), lambda s=store: list(s.list()), lambda s=store: s.put("x", b"!")):
+            with pytest.raises(StoreError, match="refused.*403"):
+                call()
+        assert time.monotonic() - began < 2
+
+
+def test_rights_are_per_key(s3_environment: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_store(f"s3://{s3_environment.bucket}/r").put("x", b"-")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", READER[0])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", READER[1])
+    store = open_store(f"s3://{s3_environment.bucket}/r")
+    assert store.get("x") == b"-"
+    for call in (lambda: store.put("x", b"!"), lambda: store.delete("x")):
+        with pytest.raises(StoreError, match="refused"):
+            call()
+    assert store.get("x") == b"-"
+
+
+def test_credentials_and_endpoint_come_from_files(
+    s3_environment: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    open_store(f"s3://{s3_environment.bucket}/f").put("x", b"-")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL_S3", "AWS_REGION"):
+        monkeypatch.delenv(name)
+    (tmp_path / "keys").write_text(f"[lab]\naws_access_key_id={ADMIN[0]}\naws_secret_access_key={ADMIN[1]}\n")
+    (tmp_path / "config").write_text(
+        f"[profile lab]\nregion=eu-west-1\nservices=here\n"
+        f"[services here]\ns3 =\n  endpoint_url={s3_environment.endpoint}\n"
+    )
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "keys"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    assert open_store(f"s3://{s3_environment.bucket}/f").get("x") == b"-"
+
+
+def test_a_pickled_store_holds_no_secret(s3_environment: S3Server) -> None:
+    store = open_store(f"s3://{s3_environment.bucket}/p")
+    store.put("x", b"-")
+    data = pickle.dumps(store)
+    assert ADMIN[1].encode() not in data
+    assert pickle.loads(data).get("x") == b"-"  # noqa: S301

@@ -1,0 +1,160 @@
+"""The store contract for the backends that need no server, and what is theirs alone."""
+
+import os
+import pickle
+import threading
+import uuid
+from contextlib import suppress
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from storage.bytestore import ByteStore, FileStore, join, open_store
+from storage.errors import ConfigError, NotFound, StoreError
+from storage.fsspecstore import FsspecStore
+from storage.retry import RetryPolicy
+from storage.testing import StoreContract
+
+
+class TestFile(StoreContract):
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> ByteStore:
+        return open_store((tmp_path / "a store").as_uri())
+
+
+class TestMemory(StoreContract):
+    @pytest.fixture
+    def store(self) -> ByteStore:
+        return open_store(f"memory://{uuid.uuid4().hex}")
+
+
+class TestFsspec(StoreContract):
+    """fsspec's own local file system stands for all the others."""
+
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> ByteStore:
+        return FsspecStore(f"file://{tmp_path}/x", RetryPolicy(2.0, 1.0))
+
+    def test_equal_urls_see_the_same_objects(self, store: ByteStore) -> None:
+        store.put("part/x", b"here")
+        assert FsspecStore(store.url, RetryPolicy()).get("part/x") == b"here"
+
+    def test_of_many_writers_if_absent_one_wins(self, store: ByteStore) -> None:
+        """Not promised here: fsspec has no conditional write."""
+        assert store.put("lock", b"0", if_absent=True)
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        (("s3://b", "x", "y"), "s3://b/x/y"),
+        (("s3://b/", "/x/", ""), "s3://b/x"),
+        (("/tmp/a", "b"), "/tmp/a/b"),
+        (("memory://", "b"), "memory://b"),
+        (("file:///", "b"), "file:///b"),
+        (("s3://b/c",), "s3://b/c"),
+    ],
+)
+def test_join(parts: tuple[str, ...], expected: str) -> None:
+    assert join(*parts) == expected
+
+
+def test_a_plain_path_is_a_file_store(tmp_path: Path) -> None:
+    open_store(str(tmp_path / "x")).put("k", b"v")
+    assert (tmp_path / "x" / "k").read_bytes() == b"v"
+    assert open_store(f"file://{tmp_path}/x").get("k") == b"v"
+
+
+@pytest.mark.parametrize("url", ["s3://", "nosuch://a/b", "file://elsewhere/x", "s3://user:secret@bucket/x"])
+def test_a_bad_url_is_refused_without_repeating_its_secret(url: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        open_store(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_no_credentials_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [n for n in os.environ if n.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(ConfigError, match="AWS_SHARED_CREDENTIALS_FILE"):
+        open_store("s3://bucket/x")
+
+
+@pytest.mark.parametrize("url", ["memory://pickled/x", "file"])
+def test_stores_survive_pickling(url: str, tmp_path: Path) -> None:
+    store = open_store(url if url != "file" else str(tmp_path))
+    store.put("k", b"v")
+    assert pickle.loads(pickle.dumps(store)).get("k") == b"v"  # noqa: S301
+
+
+def test_a_failed_write_names_the_key_and_leaves_no_rest(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    (tmp_path / "folder" / "x").mkdir(parents=True)
+    for if_absent in (False, True):
+        with suppress(StoreError):
+            assert store.put("folder/x", b"new", if_absent=if_absent) is False
+        assert os.listdir(tmp_path / "folder") == ["x"]
+    with pytest.raises(StoreError, match="folder/x"):
+        store.put("folder/x", b"new")
+
+
+def test_a_file_in_the_way_of_a_folder_is_an_error_that_names_the_key(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    store.put("x", b"-")
+    with pytest.raises(StoreError, match="x/y"):
+        store.put("x/y", b"-")
+    with pytest.raises(NotFound, match="x/y"):
+        store.get("x/y")
+
+
+class _Ranges(SimpleHTTPRequestHandler):
+    """Files with single ranges, which the standard library's handler does not do."""
+
+    def send_head(self):  # type: ignore[no-untyped-def]
+        path, wanted = Path(self.translate_path(self.path)), self.headers.get("Range")
+        if wanted is None or not path.is_file():
+            return super().send_head()
+        first, _, last = wanted.removeprefix("bytes=").partition("-")
+        size = path.stat().st_size
+        start = int(first) if first else max(0, size - int(last))
+        stop = min(size, int(last) + 1) if first and last else size
+        if start >= size:
+            self.send_error(416)
+            return None
+        file = path.open("rb")
+        file.seek(start)
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
+        self.send_header("Content-Length", str(stop - start))
+        self.end_headers()
+        self.wfile.write(file.read(stop - start))
+        file.close()
+        return None
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_http_reads_and_does_not_write(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "x").write_bytes(b"0123456789")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Ranges, directory=str(tmp_path)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        store = open_store(f"http://127.0.0.1:{server.server_port}/folder")
+        assert store.get("x") == b"0123456789"
+        assert store.get_range("x", 2, 5) == b"234"
+        assert store.get_ranges("x", [(0, 1), (4, 6)]) == [b"0", b"45"]
+        assert store.get_suffix("x", 3) == b"789"
+        assert store.head("x") == 10
+        with pytest.raises(NotFound, match="folder/y"):
+            store.get("y")
+        with pytest.raises(StoreError, match="read-only"):
+            store.put("y", b"-")
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
