@@ -14,6 +14,7 @@ from ssl_core.finetune import FinetuneConfig
 from ssl_core.intensity import IntensityPolicy
 from ssl_core.methods.base import MethodConfig, method_class
 from storage.errors import ConfigError
+from storage.ingest_policy import IngestPolicy
 
 
 class BackboneConfig(Config):
@@ -46,6 +47,16 @@ class ClusterConfig(Config):
     cpus_per_worker: float = Field(1, gt=0, description="logical CPUs of a worker")
     gpu: bool = Field(False, description="one GPU a worker")
     max_failures: int = Field(5, ge=-1, description="worker-group restarts before the job fails; -1 is no limit")
+
+
+class IngestConfig(Config):
+    """An ingest job."""
+
+    name: str = Field("ingest", description="name of the job", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    source: str = Field(description="folder of volumes that the nodes can see, or `simulated`")
+    data: str = Field(description="URL of the store")
+    policy: IngestPolicy = IngestPolicy()
+    append: bool = Field(False, description="keep published volumes that the source does not hold")
 
 
 class PretrainConfig(Config):
@@ -112,7 +123,7 @@ class LabelledConfig(Config):
 
     data: str = Field(description="URL of an ingested store with labels")
     fingerprint: str | None = Field(None, description="manifest to pin; the latest when empty")
-    label: str = Field("labels", description="name of the label map")
+    label: str = Field("label", description="name of the label map")
     subjects: int = Field(8, ge=2, description="labelled training subjects to use, drawn by `subjects_seed`")
     subjects_seed: int = Field(0, description="seed of that draw")
     inner: int = Field(2, ge=1, description="of those, subjects held out as the inner split that steers the search")

@@ -16,15 +16,16 @@ from typing import Any
 import numpy as np
 
 from cluster import stack
-from jobs import entry, presets, report, submit
+from jobs import entry, presets, report, submit, tracking
 from jobs.configs import FinetuneJobConfig, PretrainConfig, TuneConfig
-from jobs.ingest import IngestReport, ingest
+from jobs.ingest import ingest
 from ssl_core.config import dump_yaml, parse
 from storage import cohort
 from storage.errors import ConfigError
+from storage.ingest import IngestReport
 from storage.manifest import Manifest
 
-LABEL = "labels"
+LABEL = "label"
 
 
 @dataclass
@@ -165,11 +166,11 @@ class Demo:
         predicted: dict[str, Any],
         configs: dict[str, Any],
     ) -> dict[str, Any]:
-        points = _points(pre)
+        points = tracking.points_of(pre.experiment, pre.name)
         late = [m for _, _, m in points if "time/wait_share" in m][1:] or [points[-1][2]]
         manifest = Manifest.open(url)
         tracking_uri = os.environ["MLFLOW_TRACKING_URI"]
-        run_id, experiment = _run_of(pre)
+        run_id, experiment = tracking.find_run(tracking.client(), pre.experiment, pre.name)
         run_url = f"{tracking_uri}/#/experiments/{experiment}/runs/{run_id}"
         orphans = [str(o) for o in found.orphans]
         quarantined = [str(q) for q in found.quarantined]
@@ -231,28 +232,6 @@ def _label_of(image: Path) -> Path:
     """Where the label of an image lies in the common folder layouts."""
     parts = ["labels" if p == "images" else "labelsTr" if p == "imagesTr" else p for p in image.parts]
     return Path(*parts)
-
-
-def _run_of(pre: PretrainConfig) -> tuple[str, str]:
-    from jobs import tracking
-
-    api = tracking.client()
-    experiment = api.get_experiment_by_name(pre.experiment).experiment_id
-    runs = api.search_runs([experiment], f"tags.`tomoscale.job` = '{pre.name}'", max_results=1)
-    return runs[0].info.run_id, experiment
-
-
-def _points(pre: PretrainConfig) -> list[list[Any]]:
-    """The metrics of the pre-training run as MLflow has them: [step, ms, metrics]."""
-    from jobs import tracking
-
-    api = tracking.client()
-    run_id, _ = _run_of(pre)
-    by_step: dict[int, list[Any]] = {}
-    for name in api.get_run(run_id).data.metrics:
-        for m in api.get_metric_history(run_id, name):
-            by_step.setdefault(m.step, [m.step, m.timestamp, {}])[2][name] = m.value
-    return [by_step[s] for s in sorted(by_step)]
 
 
 def _views_picture(pre: PretrainConfig) -> tuple[bytes, str]:

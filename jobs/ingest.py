@@ -1,27 +1,34 @@
-"""Ingest as a Ray job: one task a volume, published by one atomic write at the end.
+"""Ingest: one task a volume, published by one atomic write at the end.
 
-`python -m jobs.ingest CONFIG [key=value ...]`
+`python -m jobs.ingest CONFIG [key=value ...]` is the Ray job, with one Ray task a volume. `ingest` does the same from any
+process: over Ray tasks where that process is in a cluster, over threads where it is not.
 """
 
+import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import ray
 
-T = TypeVar("T")
-R = TypeVar("R")
+from jobs import entry
+from jobs.configs import IngestConfig
+from jobs.text import Progress as Bar
+from storage.errors import ConfigError
+from storage.ingest import IngestReport, Outcome, Progress, Work, map_threads, run
+from storage.ingest_policy import IngestPolicy
+
+SIMULATED = "simulated"
 
 
-def ray_map(function: Callable[[T], R], items: Iterable[T], *, in_flight: int = 8) -> Iterator[R]:
+def ray_map(function: Callable[[Work], Outcome], items: Iterable[Work], *, in_flight: int = 16) -> Iterator[Outcome]:
     """Map over Ray tasks with bounded back-pressure, yielding results as they finish.
 
-    A task whose worker dies is run again by Ray; an exception of the function itself is raised here.
+    A task whose worker dies is run again by Ray; an error of the store is raised here.
     """
     task: Any = ray.remote(max_retries=3)(function)
     running: list[Any] = []
-    source = iter(items)
-    for item in source:
+    for item in items:
         running.append(task.remote(item))
         if len(running) >= in_flight:
             done, running = ray.wait(running, num_returns=1)
@@ -31,7 +38,71 @@ def ray_map(function: Callable[[T], R], items: Iterable[T], *, in_flight: int = 
         yield ray.get(done[0])
 
 
-if __name__ == "__main__":
-    from jobs.entry import ingest_main
+def ingest(
+    source: str,
+    data: str,
+    policy: IngestPolicy | None = None,
+    *,
+    append: bool = False,
+    say: Callable[[str], None] = print,
+) -> IngestReport:
+    """Ingest a folder, or the simulated cohort, and say what happened.
 
-    sys.exit(ingest_main(sys.argv[1:]))
+    Args:
+        source: Folder of volumes, or `simulated`.
+        data: URL of the store.
+        policy: See `storage.ingest_policy`.
+        append: Keep published volumes that `source` does not hold.
+        say: Hears the summary, orphans and refusals by name.
+    """
+    if source == SIMULATED:
+        from storage import cohort
+
+        say("making SIMULATED subjects from a head template")
+        source = str(cohort.ensure())
+    bar: list[Bar] = []
+
+    def progress(p: Progress) -> None:
+        if not bar:
+            bar.append(Bar("ingest", p.total, "volumes"))
+        bar[0].update(p.done, f"{p.mb_per_s:.1f} MB/s")
+
+    mapper = ray_map if ray.is_initialized() else map_threads
+    report = run(source, data, policy, mapper=mapper, progress=progress, append=append)
+    say(describe(report, data))
+    return report
+
+
+def describe(report: IngestReport, data: str) -> str:
+    """What a run did, for a person."""
+    lines = [
+        f"published {report.published} volumes to {data} (manifest {report.manifest.fingerprint}):"
+        f" {report.written} written, {report.skipped} already there, {report.bytes_in / 1e6:.1f} MB"
+        f" in {report.seconds:.1f} s"
+    ]
+    lines += [f"  orphan: {orphan}" for orphan in report.orphans]
+    lines += [f"  refused: {refused}" for refused in report.quarantined]
+    lines += [f"  note: {warning}" for warning in report.warnings]
+    if report.quarantined:
+        lines.append(f"  {len(report.quarantined)} refused in all; reasons are in quarantine.jsonl of the store")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Driver of the Ray job."""
+    config = entry.load(IngestConfig, argv, "jobs.ingest")
+    from jobs.ray_session import connect
+
+    if not os.path.isdir(config.source) and config.source != SIMULATED:
+        raise ConfigError(
+            f"source {config.source}",
+            expected="a folder that the cluster's nodes can see",
+            found="no such folder",
+        )
+    connect()
+    ingest(config.source, config.data, config.policy, append=config.append, say=lambda line: print(line, flush=True))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(entry.guarded(main))

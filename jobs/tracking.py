@@ -150,6 +150,30 @@ def backfill(api: Any, run_id: str, journal: Iterable[Point]) -> int:
     return len(missing)
 
 
+def find_run(api: Any, experiment: str, name: str) -> tuple[str, str]:
+    """Run id and experiment id of a logical job.
+
+    Raises:
+        StackError: MLflow has no run of that name.
+    """
+    found = api.get_experiment_by_name(experiment)
+    runs = api.search_runs([found.experiment_id], f"tags.`tomoscale.job` = '{name}'", max_results=1) if found else []
+    if not runs:
+        raise StackError(f"run of job {name!r}", expected=f"one in experiment {experiment!r}", found="none")
+    return runs[0].info.run_id, found.experiment_id
+
+
+def points_of(experiment: str, name: str) -> list[list[Any]]:
+    """All points of a job's run as MLflow has them: [step, ms, metrics], ascending."""
+    api = client()
+    run_id, _ = find_run(api, experiment, name)
+    by_step: dict[int, list[Any]] = {}
+    for metric in api.get_run(run_id).data.metrics:
+        for m in api.get_metric_history(run_id, metric):
+            by_step.setdefault(m.step, [m.step, m.timestamp, {}])[2][metric] = m.value
+    return [by_step[step] for step in sorted(by_step)]
+
+
 class Sender:
     """Sends points from a thread; `put` never blocks and never raises.
 

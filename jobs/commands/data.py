@@ -1,2 +1,137 @@
-def add(verbs):
-    pass
+"""data ingest | append | verify | show | fetch."""
+
+import argparse
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jobs.commands.common import add_json, add_state, job_address, use_stack
+from jobs.text import Progress, emit, table
+
+
+def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the verbs."""
+    data = verbs.add_parser("data", help="volumes: ingest, append, verify, show, fetch")
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, text in (
+        ("ingest", "bring a folder of scans into a store; idempotent, and a killed run goes on"),
+        ("append", "ingest, and keep what the store has already"),
+    ):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("source", help="folder of NIfTI, DICOM, NRRD, MHA or Zarr volumes, or `simulated`")
+        action.add_argument("data", help="URL of the store, such as s3://volumes/NAME or file:///path")
+        action.add_argument("policy", nargs="*", metavar="key=value", help="ingest policy, such as spacing_mm=1.0")
+        action.add_argument("--address", metavar="URL", help="job server; the local stack's when it is up")
+        action.add_argument("--local", action="store_true", help="in this process, without a cluster")
+        add_state(action)
+        action.set_defaults(run=_ingest, append=name == "append")
+    verify = actions.add_parser("verify", help="read every chunk of a store again and check it")
+    show = actions.add_parser("show", help="summarise a store")
+    for action, run in ((verify, _verify), (show, _show)):
+        action.add_argument("data", help="URL of the store")
+        add_json(action)
+        add_state(action)
+        action.set_defaults(run=run)
+    fetch = actions.add_parser("fetch", help="download a public data set where the network allows")
+    fetch.add_argument("dataset", choices=["hippocampus"])
+    fetch.add_argument("folder", type=Path, help="where to put it")
+    fetch.set_defaults(run=_fetch)
+
+
+def _ingest(arguments: argparse.Namespace) -> int:
+    from cluster import stack
+    from jobs import submit
+    from jobs.commands.common import state_dir
+    from jobs.configs import IngestConfig
+    from jobs.ingest import SIMULATED, ingest
+    from ssl_core.config import load
+
+    source = arguments.source if arguments.source == SIMULATED else str(Path(arguments.source).resolve())
+    config = load(
+        IngestConfig,
+        {"source": source, "data": arguments.data, "append": arguments.append},
+        [f"policy.{item}" for item in arguments.policy],
+    )
+    use_stack(arguments)
+    clustered = arguments.address or os.environ.get("TOMOSCALE_JOBS_ADDRESS") or stack.status(state_dir(arguments)).running
+    if arguments.local or not clustered:
+        ingest(config.source, config.data, config.policy, append=config.append)
+        return 0
+    submit.run(job_address(arguments), "jobs.ingest", config, config.name, show=lambda line: print(line, flush=True))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from storage.verify import verify
+
+    use_stack(arguments)
+    bar: list[Progress] = []
+
+    def progress(done: int, total: int) -> None:
+        if not bar:
+            bar.append(Progress("verify", total, "volumes"))
+        bar[0].update(done)
+
+    report = verify(arguments.data, progress=progress)
+    problems = [str(p) for p in report.problems]
+    text = "\n".join([f"{report.volumes} volumes, {report.bytes / 1e6:.1f} MB read, {len(problems)} problems", *problems])
+    emit({"volumes": report.volumes, "bytes": report.bytes, "problems": problems}, arguments.json, text)
+    return 1 if problems else 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from storage.manifest import Manifest
+
+    use_stack(arguments)
+    manifest = Manifest.open(arguments.data)
+    facts = _facts(manifest)
+    rows = [(k, v if not isinstance(v, dict) else ", ".join(f"{n} {c}" for n, c in v.items())) for k, v in facts.items()]
+    emit(facts, arguments.json, table(("fact", "value"), rows))
+    return 0
+
+
+def _facts(manifest: Any) -> dict[str, Any]:
+    shapes, spacings = np.array(manifest.column("shape_DHW")), np.array(manifest.column("spacing_mm"))
+    labels: Counter[str] = Counter()
+    voxels: Counter[str] = Counter()
+    for record in manifest.records():
+        for label in record.labels:
+            labels[label.name] += 1
+            voxels.update({f"{label.name} {v}": n for v, n in zip(label.values, label.voxels, strict=True)})
+
+    def span(values: Any) -> str:
+        low, middle, high = values.min(0), np.median(values, 0), values.max(0)
+        return " x ".join(f"{a:g}..{c:g} (median {b:g})" for a, b, c in zip(low, middle, high, strict=True))
+
+    return {
+        "manifest": manifest.fingerprint,
+        "volumes": len(manifest),
+        "subjects": len(manifest.subjects()),
+        "splits": dict(Counter(manifest.column("split"))),
+        "modalities": dict(Counter(m or "unknown" for m in manifest.column("modality"))),
+        "orientations found": dict(Counter(manifest.column("orientation")).most_common(6)),
+        "shape D x H x W": span(shapes),
+        "spacing mm D x H x W": span(spacings),
+        "stored dtypes": dict(Counter(manifest.column("dtype"))),
+        "voxels": int(shapes.prod(1).sum()),
+        "labelled volumes": dict(labels),
+        "label voxels": dict(voxels.most_common(20)),
+        "volumes with notes": sum(bool(n) for n in manifest.column("notes")),
+    }
+
+
+def _fetch(arguments: argparse.Namespace) -> int:
+    from storage.fetch import fetch_hippocampus
+
+    bar: list[Progress] = []
+
+    def progress(done: int, total: int) -> None:
+        if not bar:
+            bar.append(Progress("download", total, "bytes"))
+        bar[0].update(done)
+
+    print(fetch_hippocampus(arguments.folder, progress))
+    return 0

@@ -1,0 +1,62 @@
+"""The pre-training loop without Ray: `torchrun --nproc-per-node 2 -m jobs.torchrun CONFIG [--out FOLDER] [key=value ...]`.
+
+For a single machine with no cluster, and as the yardstick of what Ray Train costs. Checkpoints go to the folder; the
+newest is resumed from. Metrics are written beside them, one JSON line a report; nothing is registered.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from jobs import entry
+from jobs.configs import PretrainConfig
+from jobs.pretrain_loop import Hooks, run
+from jobs.tracking import Point
+from ssl_core.config import load
+
+
+def main(argv: Sequence[str]) -> int:
+    """One rank."""
+    usage = argparse.ArgumentParser(prog="torchrun -m jobs.torchrun")
+    usage.add_argument("config", help="YAML file of a pre-training job")
+    usage.add_argument("overrides", nargs="*", metavar="key=value")
+    usage.add_argument("--out", type=Path, default=Path("pretrain-out"), help="folder for checkpoints and metrics")
+    arguments = usage.parse_args(argv)
+    config = load(PretrainConfig, Path(arguments.config), arguments.overrides)
+    cuda = torch.cuda.is_available()
+    dist.init_process_group("nccl" if cuda else "gloo")
+    rank = dist.get_rank()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    out: Path = arguments.out / config.name
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    done = sorted(p for p in out.glob("step-*") if p.is_dir())
+
+    def publish(step: int, directory: Path | None, metrics: dict[str, float]) -> None:
+        if directory is not None:
+            # A plain move could leave half a checkpoint under its final name when it crosses file systems.
+            shutil.copytree(directory, out / f".step-{step:08d}", dirs_exist_ok=True)
+            (out / f".step-{step:08d}").rename(out / f"step-{step:08d}")
+
+    def log(item: Point) -> None:
+        with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(item.to_json()) + "\n")
+
+    try:
+        hooks = Hooks(publish=publish, on_point=log, say=lambda line: print(line, flush=True))
+        run(config, hooks, restore=done[-1] if done else None, device=device)
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(entry.guarded(main))

@@ -1,0 +1,184 @@
+"""The pre-training job under fire: the same samples and the same weights, bit for bit, as the undisturbed run."""
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from cluster import jobclient, stack
+from cluster.stack import StackInfo
+from jobs import submit, tracking
+from jobs.configs import PretrainConfig
+from ssl_core import checkpoint
+from ssl_core.config import parse
+from storage.bytestore import open_store
+
+pytestmark = [pytest.mark.service, pytest.mark.chaos, pytest.mark.timeout(420)]
+STEPS = 240
+
+
+def config(name: str, data: str, **engine: Any) -> PretrainConfig:
+    crops = {"size_DHW": [16, 16, 16], "scale": [1.0, 1.2], "min_overlap": 0.3}
+    return parse(
+        PretrainConfig,
+        {
+            "name": name,
+            "data": data,
+            "method": {"name": "pgl", "crops": crops, "hidden": 32, "out": 16},
+            "backbone": {"name": "basic_unet", "arguments": {"features": [4, 4, 8, 8, 16, 4]}},
+            "stream": {"global_batch": 4, "lanes": 8},
+            "engine": {"steps": STEPS, "warmup_steps": 4, "log_every": 5, "checkpoint_every": 40, "probe_every": 0}
+            | engine,
+            "cluster": {"workers": 2},
+        },
+    )
+
+
+class Watched:
+    """A job followed in a thread, with what it has said."""
+
+    def __init__(self, info: StackInfo, job: PretrainConfig) -> None:
+        self.lines: list[str] = []
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(info.jobs_address, job))
+        self._thread.start()
+
+    def _run(self, address: str, job: PretrainConfig) -> None:
+        try:
+            submit.run(address, "jobs.pretrain", job, job.name, show=self.lines.append)
+        except BaseException as error:  # noqa: BLE001  handed to the test's thread
+            self.error = error
+
+    def wait_for_step(self, step: int, limit_s: float = 120) -> None:
+        end = time.monotonic() + limit_s
+        while time.monotonic() < end and self._thread.is_alive():
+            steps = [int(line.split()[1].split("/")[0]) for line in list(self.lines) if line.startswith("step ")]
+            if steps and max(steps) >= step:
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"step {step} was not seen:\n" + "\n".join(self.lines[-20:]))
+
+    def finish(self) -> None:
+        self._thread.join()
+        if self.error is not None:
+            print("\n".join(self.lines))
+            raise self.error
+
+
+def kill(matches: Callable[[psutil.Process], bool]) -> int:
+    """SIGKILL one process of this test's stack."""
+    for process in psutil.process_iter():
+        try:
+            if matches(process):
+                process.kill()
+                return process.pid
+        except psutil.Error:
+            continue
+    raise AssertionError("no such process")
+
+
+def named(text: str) -> Callable[[psutil.Process], bool]:
+    state = os.environ["TOMOSCALE_STATE"]
+
+    def matches(process: psutil.Process) -> bool:
+        return text in " ".join(process.cmdline()) and any(state in value for value in process.environ().values())
+
+    return matches
+
+
+def outcome(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """State and meta of the job's last checkpoint, fetched from S3."""
+    store = open_store(f"s3://runs/{name}/step-{STEPS:08d}")
+    target = folder / name
+    for key in store.list():
+        path = target / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(store.get(key))
+    return checkpoint.load(target)
+
+
+def assert_same(calm: tuple[dict[str, Any], dict[str, Any]], other: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    assert other[1]["samples"] == calm[1]["samples"], "another sequence of samples"
+    for name, tensor in calm[0]["method"].items():
+        assert torch.equal(tensor, other[0]["method"][name]), name
+    for name, entry in calm[0]["optimizer"].items():
+        for key, value in entry.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[0]["optimizer"][name][key])), (name, key)
+
+
+def assert_each_point_once(name: str) -> None:
+    api = tracking.client()
+    experiment = api.get_experiment_by_name("tomoscale").experiment_id
+    runs = api.search_runs([experiment], f"tags.`tomoscale.job` = '{name}'")
+    assert len(runs) == 1, "one logical job is one run"
+    assert runs[0].info.status == "FINISHED"
+    steps = [m.step for m in api.get_metric_history(runs[0].info.run_id, "loss")]
+    assert sorted(steps) == [1, *range(5, STEPS + 1, 5)]
+
+
+@pytest.fixture(scope="module")
+def calm(local_stack: StackInfo, phantoms: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    job = config("calm", phantoms)
+    watched = Watched(local_stack, job)
+    watched.finish()
+    assert_each_point_once("calm")
+    return outcome("calm", tmp_path_factory.mktemp("calm"))
+
+
+def test_a_killed_worker_changes_neither_samples_nor_weights(
+    calm: Any, local_stack: StackInfo, phantoms: str, tmp_path: Path
+) -> None:
+    at = random.SystemRandom().randrange(45, 180)
+    print(f"killing a worker after step {at}")
+    watched = Watched(local_stack, config("killed-worker", phantoms))
+    watched.wait_for_step(at)
+    kill(named("ray::RayTrainWorker"))
+    watched.finish()
+    assert any("resumed at step" in line for line in watched.lines), watched.lines
+    assert_same(calm, outcome("killed-worker", tmp_path))
+    assert_each_point_once("killed-worker")
+
+
+def test_a_killed_driver_changes_neither_samples_nor_weights(
+    calm: Any, local_stack: StackInfo, phantoms: str, tmp_path: Path
+) -> None:
+    watched = Watched(local_stack, config("killed-driver", phantoms))
+    watched.wait_for_step(random.SystemRandom().randrange(45, 180))
+    kill(lambda p: named("jobs.pretrain")(p) and p.cmdline()[0].endswith(("python", "python3", "python3.11")))
+    watched.finish()
+    assert any("submitting again" in line for line in watched.lines), watched.lines
+    assert_same(calm, outcome("killed-driver", tmp_path))
+    assert_each_point_once("killed-driver")
+
+
+def test_a_restarted_object_store_changes_neither_samples_nor_weights(
+    calm: Any, local_stack: StackInfo, phantoms: str, tmp_path: Path
+) -> None:
+    watched = Watched(local_stack, config("store-restarted", phantoms))
+    watched.wait_for_step(45)
+    s3 = next(s for s in local_stack.services if s.name == "s3")
+    assert s3.pid is not None
+    os.kill(s3.pid, signal.SIGKILL)
+    time.sleep(4)
+    stack.up(Path(os.environ["TOMOSCALE_STATE"]), progress=print)
+    watched.finish()
+    assert_same(calm, outcome("store-restarted", tmp_path))
+    assert_each_point_once("store-restarted")
+
+
+def test_secrets_are_in_no_job_metadata(calm: Any, local_stack: StackInfo) -> None:
+    secrets = Path(os.environ["TOMOSCALE_STATE"], "secrets")
+    words = [line.split("=")[-1].strip() for f in secrets.iterdir() if f.is_file() for line in f.read_text().splitlines()]
+    words = [word for word in words if len(word) >= 16]
+    assert words
+    shown = str([job.to_json() for job in jobclient.list_jobs(local_stack.jobs_address)])
+    shown += "".join(jobclient.logs(local_stack.jobs_address, j.id) for j in jobclient.list_jobs(local_stack.jobs_address))
+    assert not [word for word in words if word in shown]
