@@ -1,7 +1,7 @@
 """Slow float64 references for view geometry, written from the equations with loops and no tensors' help.
 
-Edge coordinates, axes (D, H, W): a view shows u = a + (b - a) r', r' = 1 - r on flipped axes, of the box [a, b), where r
-is the relative position inside the view.
+Edge coordinates, axes (D, H, W): a view shows u = a + (b - a) r', r' = 1 - r on flipped axes, of the box [a, b), where
+r is the relative position inside the view.
 """
 
 import itertools

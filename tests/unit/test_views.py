@@ -154,3 +154,16 @@ def test_wrong_requests_are_named():
         _make(batch, EVERYTHING)
     with pytest.raises(ConfigError, match="sharp"):
         _make(batch, ViewSpec((RoleSpec("a", 1, (4, 4, 4), intensity="sharp"),)))
+
+
+@pytest.mark.parametrize("preset", ["light", "strong", "genesis", "pcrlv2"])
+def test_single_slices_are_views_too(preset):
+    role = RoleSpec("slice", 2, (1, 24, 20), (0.8, 1.2), False, (0.0, 0.5, 0.5), offset_vox=(1, 3), intensity=preset)
+    spec = ViewSpec((role,), maps=("label",))
+    a, b = _make(noise(spec, 6), spec).roles["slice"]
+    assert a.image_BCDHW.shape == (6, 1, 1, 24, 20)
+    assert torch.isfinite(a.image_BCDHW).all()
+    gap = (a.position_B3 - b.position_B3)[:, 0].abs() * 80
+    assert torch.allclose(gap, gap.round())
+    assert gap.min() >= 1
+    assert gap.max() <= 3
