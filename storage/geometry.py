@@ -2,7 +2,8 @@
 
 Arrays are (C, D, H, W); an affine maps voxel-centre indices (i=w, j=h, k=d, 1) to RAS+ mm, so its columns belong to the
 array's axes in reverse order. "Canonical" means that D runs inferior to superior, H posterior to anterior and W left
-to right, up to the rotation that an oblique scan keeps in its affine: axes are flipped and permuted, never interpolated.
+to right, up to the rotation that an oblique scan keeps in its affine: axes are flipped and permuted,
+never interpolated.
 """
 
 from itertools import permutations
@@ -93,7 +94,7 @@ def canonicalise(array_CDHW: Array, affine: Affine) -> tuple[Array, Affine]:
     source, flip = nearest_axes(affine)
     sizes = array_CDHW.shape[:0:-1]  # along i, j, k
     moved = array_CDHW.transpose(0, *(3 - source[a] for a in (2, 1, 0)))
-    moved = moved[(slice(None), *(slice(None, None, -1 if flip[a] else 1) for a in (2, 1, 0)))]
+    moved = np.flip(moved, tuple(axis for axis, a in ((1, 2), (2, 1), (3, 0)) if flip[a]))
     step = np.zeros((4, 4))  # new index -> old index
     step[3, 3] = 1
     for a in range(3):
@@ -148,7 +149,7 @@ def resample(
 
 def _nearest(array: Array, places: list[Affine]) -> Array:
     # ties go to the voxel nearer the centre of the grid, so that flips still commute
-    index = []
+    index: list[Any] = []
     for axis, place in enumerate(places, start=1):
         middle = (array.shape[axis] - 1) / 2
         rounded = np.where(place > middle, np.ceil(place - 0.5 - 1e-9), np.floor(place + 0.5 + 1e-9))

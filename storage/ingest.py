@@ -1,0 +1,415 @@
+"""From a folder of scans to a published store: one task a volume, published in one atomic step at the end.
+
+`run` finds the volumes, maps `ingest_work` over them (threads here, Ray tasks in `jobs.ingest`), and publishes. A task
+reads one volume, brings it to canonical axes and the wanted spacing, measures its facts, writes it, and leaves a record
+under `ingest/`: a run that was killed finds these records and goes on from there, and a volume whose source and policy
+are in the published manifest is not touched again. Refused volumes are listed in `quarantine.jsonl` and the rest goes
+on; nothing is ever put in a volume's place. Published volumes are never rewritten: what changed gets a new id.
+
+Memory of a task: at most about 20 bytes a voxel of the larger of source and resampled volume (source, float work
+copies, percentile copy, stored int16, label); `ReadPolicy.max_voxels` bounds it.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from storage import splits
+from storage.bytestore import ByteStore, open_store
+from storage.deidentify import Pseudonyms, load_salt
+from storage.errors import NotFound, RefusedInput, StoreError
+from storage.ingest_policy import IngestPolicy
+from storage.ingest_records import Sidecar, base_id, dataset_facts, image_digest, record_source, source_digest
+from storage.ingest_volume import prepare
+from storage.layout import choose_layout
+from storage.manifest import Manifest, VolumeRecord
+from storage.pairing import IngestItem, Orphan, discover
+from storage.volumewriter import content_sha256, write_volume
+
+__all__ = ["IngestPolicy", "IngestReport", "Outcome", "Progress", "Quarantined", "Work", "discover", "ingest_item"]
+__all__ += ["ingest_work", "map_serial", "map_threads", "publish", "run"]
+
+QUARANTINE = "quarantine.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Everything a task needs; picklable. The salt inside is hidden from `repr`."""
+
+    item: IngestItem
+    volume_id: str
+    source: str
+    subject: str
+    study: str
+    store_url: str
+    policy: IngestPolicy
+    modality: str = ""
+    known: VolumeRecord | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """A refused volume. `source` is what the user's disk calls it, `stored` what may be written to the store."""
+
+    source: str
+    stored: str
+    reason: str
+
+    def __str__(self) -> str:
+        """One line."""
+        return f"{self.source}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one volume: a record, or a refusal."""
+
+    record: VolumeRecord | None
+    refused: Quarantined | None
+    skipped: bool
+    bytes_in: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is; passed to the callback after each volume."""
+
+    done: int
+    total: int
+    skipped: int
+    refused: int
+    bytes_in: int
+    seconds: float
+
+    @property
+    def mb_per_s(self) -> float:
+        """Source bytes read per second, in 1e6 bytes."""
+        return self.bytes_in / 1e6 / max(self.seconds, 1e-9)
+
+    @property
+    def seconds_left(self) -> float:
+        """At the pace so far."""
+        return self.seconds / max(self.done, 1) * (self.total - self.done)
+
+
+@dataclass(frozen=True, slots=True)
+class IngestReport:
+    """What a run did. `published` counts volumes in the manifest, `skipped` those that were there already."""
+
+    published: int
+    written: int
+    skipped: int
+    quarantined: tuple[Quarantined, ...]
+    orphans: tuple[Orphan, ...]
+    ignored: tuple[str, ...]
+    warnings: tuple[str, ...]
+    manifest: Manifest
+    bytes_in: int
+    seconds: float
+
+
+class Mapper(Protocol):
+    """Maps a module-level function over picklable work and yields results in any order."""
+
+    def __call__(self, function: Callable[[Work], Outcome], items: Iterable[Work]) -> Iterator[Outcome]:
+        """See `map_threads` for the plain case."""
+
+
+def map_serial(function: Callable[[Work], Outcome], items: Iterable[Work]) -> Iterator[Outcome]:
+    """One volume after another, in this thread."""
+    return map(function, items)
+
+
+def map_threads(function: Callable[[Work], Outcome], items: Iterable[Work]) -> Iterator[Outcome]:
+    """A thread a core, with as many volumes in memory; decompression and hashing run outside the interpreter lock."""
+    workers = min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers, thread_name_prefix="ingest") as pool:
+        running: set[Future[Outcome]] = set()
+        try:
+            for item in items:
+                running.add(pool.submit(function, item))
+                if len(running) > workers:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        finally:
+            for future in running:
+                future.cancel()
+
+
+def run(
+    src: str,
+    dst: str,
+    policy: IngestPolicy | None = None,
+    *,
+    mapper: Mapper = map_threads,
+    progress: Callable[[Progress], None] | None = None,
+    append: bool = False,
+    name: str = "",
+    pseudonyms: Pseudonyms | None = None,
+) -> IngestReport:
+    """Ingest a folder and publish it.
+
+    Args:
+        src: Folder (or file) of volumes.
+        dst: URL of the store.
+        policy: See `IngestPolicy`.
+        mapper: How tasks are run.
+        progress: Called after each volume, in the calling thread.
+        append: Keep published volumes that `src` does not hold; otherwise the new manifest is `src` and nothing else.
+        name: Of the data set; the last part of the URL when empty.
+        pseudonyms: Salt of identifiers; the user's (`load_salt`) when None and needed.
+
+    Raises:
+        ConfigError: `src` does not exist.
+        RefusedInput: nothing to ingest, too few subjects, or more refused than the policy allows. Nothing is published.
+        StoreError: the store does not take or give what it should. Nothing is published.
+    """
+    policy = policy or IngestPolicy()
+    started = time.monotonic()
+    found = discover(src, policy.subject_pattern)
+    _check_subjects(src, [item.subject for item in found.items], policy, append)
+    store = open_store(dst)
+    published = _published(store)
+    needs_salt = policy.identifiers != "keep" and (
+        policy.identifiers == "hash" or any(item.kind == "dicom" for item in found.items)
+    )
+    if pseudonyms is None and needs_salt:
+        pseudonyms = load_salt(dst)
+    facts = dataset_facts(found.root, name or dst.rstrip("/").rpartition("/")[2])
+    works = _plan(found.items, dst, policy, pseudonyms, published, facts.modality)
+    outcomes: list[Outcome] = []
+    for outcome in mapper(ingest_work, works):
+        outcomes.append(outcome)
+        if progress is not None:
+            progress(_progress(outcomes, len(works), time.monotonic() - started))
+    refused = tuple(sorted((o.refused for o in outcomes if o.refused), key=lambda q: q.source))
+    records = [o.record for o in outcomes if o.record]
+    if append:
+        ids = {record.volume_id for record in records}
+        records += [record for record in published.values() if record.volume_id not in ids]
+    _write_quarantine(store, refused)
+    if len(refused) > policy.max_failed * len(works):
+        raise RefusedInput(
+            src,
+            expected=f"at most {policy.max_failed:.0%} of the volumes refused",
+            found=f"{len(refused)} of {len(works)}, the first: {refused[0]}",
+            remedy=f"see {QUARANTINE} in the store; repair them, or raise max_failed",
+        )
+    manifest, warnings = publish(store, records, policy, facts.dataset, published)
+    return IngestReport(
+        published=len(manifest),
+        written=sum(o.record is not None and not o.skipped for o in outcomes),
+        skipped=sum(o.skipped for o in outcomes),
+        quarantined=refused,
+        orphans=found.orphans,
+        ignored=found.ignored,
+        warnings=warnings,
+        manifest=manifest,
+        bytes_in=sum(o.bytes_in for o in outcomes),
+        seconds=time.monotonic() - started,
+    )
+
+
+def ingest_work(work: Work) -> Outcome:
+    """Ingest one volume; a refusal is an outcome, a fault of the store is raised."""
+    try:
+        record, skipped = ingest_item(work)
+    except RefusedInput as error:
+        parts = [f"expected {error.expected}" if error.expected else "", f"found {error.found}" if error.found else ""]
+        reason = "; ".join(part for part in (*parts, error.remedy) if part)
+        thing = "" if work.item.kind == "dicom" else _relative_thing(error.thing, work.item)
+        return Outcome(None, Quarantined(work.item.source, work.source, f"{thing}{reason}"), False, _size(work.item))
+    return Outcome(record, None, skipped, 0 if skipped else _size(work.item))
+
+
+def ingest_item(work: Work) -> tuple[VolumeRecord, bool]:
+    """Write one volume unless the store has it.
+
+    Returns:
+        The record, its split still open, and whether nothing had to be written.
+
+    Raises:
+        RefusedInput: the volume or its label is refused; nothing of it is left that a manifest could name.
+        StoreError: the store failed.
+    """
+    digest, policy = source_digest(work.item), work.policy
+    known = work.known
+    if known is not None and (known.source_sha256, known.policy) == (digest, policy.version):
+        return replace(known, subject=work.subject, study=work.study), True
+    store = open_store(work.store_url)
+    sidecar = Sidecar.load(store, work.volume_id)
+    same = sidecar is not None and (sidecar.source_sha256, sidecar.policy) == (digest, policy.version)
+    if same and sidecar is not None and sidecar.record is not None:
+        return replace(sidecar.record, subject=work.subject, study=work.study), True
+    ready = prepare(work.item, policy, work.modality)
+    if same and sidecar is not None:
+        volume_id = sidecar.volume_id
+    else:
+        taken = store.exists(f"volumes/{work.volume_id}/zarr.json")  # published, or of another policy: leave it alone
+        volume_id = f"{work.volume_id}-{content_tag(digest, policy.version)}" if taken else work.volume_id
+        Sidecar(volume_id, digest, policy.version, None).save(store, work.volume_id)
+    shape = ready.stored_CDHW.shape
+    layout = choose_layout(
+        (shape[1], shape[2], shape[3]), policy.crop_DHW, itemsize=ready.stored_CDHW.dtype.itemsize, channels=shape[0]
+    )
+    if ready.label_DHW is not None:
+        ready.notes.append(f"image_sha256={content_sha256(ready.stored_CDHW)}")
+    record = write_volume(
+        store,
+        volume_id,
+        ready.stored_CDHW,
+        spacing_mm=ready.spacing_mm,
+        affine=ready.affine,
+        labels={} if ready.label_DHW is None else {policy.label_name: ready.label_DHW},
+        layout=layout,
+        scale=ready.scale,
+        offset=ready.offset,
+        stats=ready.stats,
+        foreground=ready.foreground,
+        subject=work.subject,
+        study=work.study,
+        modality=ready.modality,
+        orientation=ready.orientation,
+        source=work.source,
+        source_sha256=digest,
+        reader=ready.reader,
+        policy=policy.version,
+        notes=ready.notes,
+    )
+    Sidecar(volume_id, digest, policy.version, record).save(store, work.volume_id)
+    return record, False
+
+
+def content_tag(digest: str, policy: str) -> str:
+    """Eight hex digits that tell versions of one volume apart."""
+    from hashlib import sha256
+
+    return sha256(f"{digest}|{policy}".encode()).hexdigest()[:8]
+
+
+def publish(
+    store: ByteStore,
+    records: Sequence[VolumeRecord],
+    policy: IngestPolicy,
+    dataset: Mapping[str, Any],
+    published: Mapping[str, VolumeRecord] | None = None,
+) -> tuple[Manifest, tuple[str, ...]]:
+    """Assign splits, note duplicates, check for leaks, and replace the manifest in one step.
+
+    Returns:
+        The manifest and what a reader should know about it.
+
+    Raises:
+        RefusedInput: too few subjects, or volumes that cannot be split without a leak. Nothing is published.
+    """
+    published = published or {}
+    _check_subjects(store.url, [record.subject for record in records], policy, False)
+    earlier = {record.subject: record.split for record in published.values()}
+    members = [(record.subject, image_digest(record)) for record in records]
+    split = splits.assign(members, policy.split, policy.seed, earlier)
+    first: dict[str, str] = {}
+    warnings, final = [], []
+    for record in sorted(records, key=lambda r: r.volume_id):
+        notes = tuple(note for note in record.notes if not note.startswith("same content as "))
+        same = first.setdefault(image_digest(record), record.volume_id)
+        if same != record.volume_id:
+            notes = (*notes, f"same content as {same}")
+            warnings.append(f"{record.volume_id} has the same content as {same}; both are in one split")
+        final.append(replace(record, split=split[record.subject], notes=notes))
+    for wanted, share in zip(splits.SPLITS, policy.split, strict=True):
+        if share > 0 and wanted not in split.values():
+            warnings.append(f"no subject in split {wanted}: too few subjects")
+    manifest = Manifest.from_records(final, dataset)
+    try:
+        unchanged = Manifest.open(store).fingerprint == manifest.fingerprint
+    except NotFound:
+        unchanged = False
+    if not unchanged:
+        manifest.write(store)
+    for key in list(store.list("ingest/")):
+        with suppress(StoreError):  # leftovers cost a few bytes and are read again only by the same source and policy
+            store.delete(key)
+    return manifest, tuple(warnings)
+
+
+def _plan(
+    items: Sequence[IngestItem],
+    dst: str,
+    policy: IngestPolicy,
+    pseudonyms: Pseudonyms | None,
+    published: Mapping[str, VolumeRecord],
+    modality: str,
+) -> list[Work]:
+    works, used = [], {}
+    for item in items:
+        source = record_source(item, policy, pseudonyms)
+        volume_id = base_id(item, policy, pseudonyms)
+        if volume_id in used:  # two names that differ only in characters an id cannot have
+            volume_id = f"{volume_id}-{content_tag(source, item.name)}"
+        used[volume_id] = source
+        hide = policy.identifiers == "hash" or (policy.identifiers == "auto" and item.kind == "dicom")
+        subject = pseudonyms.of("subject", item.subject) if hide and pseudonyms else item.subject
+        study = pseudonyms.of("study", item.study) if hide and pseudonyms and item.study else item.study
+        works.append(Work(item, volume_id, source, subject, study, dst, policy, modality, published.get(source)))
+    return works
+
+
+def _check_subjects(thing: str, subjects: Iterable[str], policy: IngestPolicy, append: bool) -> None:
+    count = len(set(subjects))
+    if count < policy.min_subjects and not append:
+        raise RefusedInput(
+            thing,
+            expected=f"at least {policy.min_subjects} subjects, to be split into training and test",
+            found=f"{count}",
+            remedy="add subjects, correct subject_pattern, or set min_subjects to 1 for a store that is never split",
+        )
+
+
+def _published(store: ByteStore) -> dict[str, VolumeRecord]:
+    try:
+        return {record.source: record for record in Manifest.open(store).records()}
+    except NotFound:
+        return {}
+
+
+def _progress(outcomes: Sequence[Outcome], total: int, seconds: float) -> Progress:
+    return Progress(
+        len(outcomes),
+        total,
+        sum(o.skipped for o in outcomes),
+        sum(o.refused is not None for o in outcomes),
+        sum(o.bytes_in for o in outcomes),
+        seconds,
+    )
+
+
+def _write_quarantine(store: ByteStore, refused: Sequence[Quarantined]) -> None:
+    if refused:
+        lines = [json.dumps({"source": q.stored, "reason": q.reason}, sort_keys=True) for q in refused]
+        store.put(QUARANTINE, ("\n".join(lines) + "\n").encode())
+    elif store.exists(QUARANTINE):
+        store.delete(QUARANTINE)
+
+
+def _relative_thing(thing: str, item: IngestItem) -> str:
+    """The name in a message, when it is more than the file itself, without the path to the folder."""
+    root = item.images[0].removesuffix(item.source)
+    name = thing.replace(root, "")
+    return "" if name == item.source else f"{name}: "
+
+
+def _size(item: IngestItem) -> int:
+    size = 0
+    for path in (*item.images, *([item.label] if item.label else [])):
+        with suppress(OSError):
+            size += Path(path).stat().st_size
+    return size

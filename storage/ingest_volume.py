@@ -1,0 +1,193 @@
+"""One volume from its files to what is stored: canonical, resampled, measured, quantised."""
+
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+
+from storage import geometry
+from storage.errors import RefusedInput
+from storage.ingest_policy import IngestPolicy
+from storage.intensity_stats import foreground_box, foreground_mask, foreground_stats
+from storage.pairing import IngestItem
+from storage.readers import RawVolume, read_item, read_label
+
+Array = npt.NDArray[Any]
+Triple = tuple[int, int, int]
+
+ROBUST_RANGES = 12.0
+"""Stored int16 spans at most so many robust ranges (p99.5 - p0.5), which keeps half a step below 1e-4 of one."""
+
+LIBRARY_FAULTS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    HeaderDataError,
+    ImageFileError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
+"""What the format libraries raise on headers that nobody foresaw."""
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A volume ready to be written; the fields are those of `VolumeRecord`."""
+
+    stored_CDHW: Array
+    affine: geometry.Affine
+    spacing_mm: tuple[float, float, float]
+    orientation: str
+    modality: str
+    scale: float
+    offset: float
+    stats: dict[str, float]
+    foreground: tuple[Triple, Triple]
+    label_DHW: Array | None
+    reader: str
+    notes: list[str]
+
+
+def prepare(item: IngestItem, policy: IngestPolicy, modality: str = "") -> Prepared:
+    """Read, canonicalise, resample, measure and quantise one volume and its label.
+
+    Args:
+        modality: What the data set as a whole says, for formats that say nothing.
+
+    Raises:
+        RefusedInput: names the file and the reason.
+    """
+    try:
+        raw = read_item(item, policy.read)
+        label = read_label(item.label, policy.read, raw) if item.label else None
+    except LIBRARY_FAULTS as error:
+        # a library's message may quote a header, and a DICOM header may not be quoted
+        text = "" if item.kind == "dicom" else f": {' '.join(str(error).split())[:200]}"
+        raise RefusedInput(
+            item.source,
+            expected="a file that its library can read",
+            found=f"{type(error).__name__}{text}",
+            remedy="the header is damaged or unusual; open it in another tool and export it again",
+        ) from error
+    notes = raw.notes
+    found = geometry.orientation(raw.affine)
+    image, affine = geometry.canonicalise(raw.array_CDHW, raw.affine)
+    label_DHW = None if label is None else _matched_label(item, label, image, affine, policy, notes)
+    whole = image.dtype.kind in "iu"
+    kind = policy.modality or raw.modality or modality or _looks_like_ct(image, notes)
+    native = geometry.spacing_dhw(affine)
+    wanted = policy.target_spacing(native)
+    resized, new_affine = geometry.resample(image, affine, wanted, policy.image_interpolation)
+    if resized is not image:
+        if label_DHW is not None:
+            label_DHW = geometry.resample(label_DHW[None], affine, wanted, policy.label_interpolation)[0][0]
+        notes.append(f"resampled from {_mm(native)} to {_mm(wanted)} mm (D, H, W), {policy.image_interpolation}")
+        image, affine, whole = resized, new_affine, False
+    stats = foreground_stats(image[0])
+    mask = foreground_mask(image[0])
+    for channel in image[1:]:
+        mask |= foreground_mask(channel)
+    if policy.dtype == "float32":
+        stored, scale, offset = image.astype(np.float32), 1.0, 0.0
+    else:
+        stored, scale, offset = quantise(image, stats, kind, whole, notes)
+    notes.extend(f"{key}={value}" for key, value in raw.facts.items())
+    box = foreground_box(mask)
+    spacing = geometry.spacing_dhw(affine)
+    return Prepared(stored, affine, spacing, found, kind, scale, offset, stats, box, label_DHW, raw.reader, notes)
+
+
+def quantise(
+    values_CDHW: Array, stats: dict[str, float], modality: str, whole: bool, notes: list[str]
+) -> tuple[Array, float, float]:
+    """Values as int16 with value = stored * scale + offset.
+
+    Whole numbers that span at most 65,535 are stored exactly (offset 0 where int16 holds them as they are). CT that is
+    no longer whole is rounded to 1 HU. Everything else is spread over the int16 range; half a step stays below 1e-4 of the
+    robust range p99.5 - p0.5, for which outliers beyond 12 such ranges are clipped, with a note.
+    """
+    low, high = float(values_CDHW.min()), float(values_CDHW.max())
+    whole = whole or (high - low <= 65535 and bool((values_CDHW == np.rint(values_CDHW)).all()))
+    ct = modality == "CT" and not whole
+    if whole and high - low <= 65535:
+        offset = 0.0 if low >= -32768 and high <= 32767 else low + 32768
+        if offset == 0:
+            return values_CDHW.astype(np.int16), 1.0, 0.0
+        return (values_CDHW.astype(np.int64) - int(offset)).astype(np.int16), 1.0, offset
+    if ct:
+        if low < -32768 or high > 32767:
+            notes.append("Hounsfield units beyond int16 clipped")
+        return np.clip(np.rint(values_CDHW), -32768, 32767).astype(np.int16), 1.0, 0.0
+    robust = stats["p99_5"] - stats["p0_5"]
+    bottom, top = low, high
+    if robust > 0 and high - low > ROBUST_RANGES * robust:
+        bottom = max(low, stats["p0_5"] - robust)
+        top = min(high, bottom + ROBUST_RANGES * robust)
+        clipped = int(np.count_nonzero((values_CDHW < bottom) | (values_CDHW > top)))
+        notes.append(f"{clipped:,} outliers beyond {bottom:g} to {top:g} clipped (found {low:g} to {high:g})")
+    scale = (top - bottom) / 65534
+    offset = bottom + 32767 * scale
+    stored = np.empty(values_CDHW.shape, np.int16)
+    for c, d in np.ndindex(*values_CDHW.shape[:2]):  # a plane at a time, for float64 without its memory
+        plane = np.clip(values_CDHW[c, d].astype(np.float64), bottom, top)
+        stored[c, d] = np.rint((plane - offset) / scale).astype(np.int16)
+    return stored, scale, offset
+
+
+def _matched_label(
+    item: IngestItem, label: RawVolume, image: Array, affine: geometry.Affine, policy: IngestPolicy, notes: list[str]
+) -> Array:
+    """The label in canonical axes, after checking that it lies on its image's grid."""
+    thing = f"label of {item.source}"
+    array, own = label.array_CDHW, label.affine
+    if policy.read.shear == "correct" and geometry.shear(own) > 1e-3:
+        array, own = geometry.straighten(array, own, labels=True)
+    array, own = geometry.canonicalise(array, own)
+    if array.shape[1:] != image.shape[1:]:
+        raise RefusedInput(
+            thing,
+            expected=f"the image's shape {image.shape[1:]} (D, H, W)",
+            found=str(array.shape[1:]),
+            remedy="was it drawn on another image? resample it onto this one, or remove it",
+        )
+    apart = geometry.corner_distance(own, affine, (image.shape[1], image.shape[2], image.shape[3]))
+    if apart > 0.1 * min(geometry.spacing_dhw(affine)):
+        if policy.label_affine == "check":
+            raise RefusedInput(
+                thing,
+                expected="the image's affine",
+                found=f"corners {apart:.3g} mm apart",
+                remedy="set label_affine to ignore if only the header is wrong",
+            )
+        notes.append(f"label affine ignored: corners {apart:.3g} mm from the image's")
+    notes.extend(f"label: {note}" for note in label.notes)
+    if not array.any():
+        notes.append("label holds background only")
+    matched: Array = array[0]
+    return matched
+
+
+def _looks_like_ct(image: Array, notes: list[str]) -> str:
+    """CT by its values, where nothing names the modality: whole numbers with air at -1000 HU and bone below +4000."""
+    low, high = float(image.min()), float(image.max())
+    if -3100 <= low <= -900 and 100 <= high <= 32767 and bool((image == np.rint(image)).all()):
+        notes.append("taken as CT by its values: the format does not name the modality")
+        return "CT"
+    return ""
+
+
+def _mm(spacing: tuple[float, float, float]) -> str:
+    return "x".join(f"{s:.4g}" for s in spacing)

@@ -1,0 +1,281 @@
+"""What a folder holds: volumes, their labels, and what has no counterpart.
+
+Images and labels are paired by name and never by position in a list. Three layouts are understood, mixed or nested too:
+
+- sibling folders `images` and `labels` (also `imagesTr`/`labelsTr`, `imagesTs`/`labelsTs`, `masks`, `segmentations`);
+- one folder where labels end in `_label`, `-seg`, `_mask` and the like, and images in nothing or `_image`;
+- trees of DICOM files, with or without extension or DICOMDIR: one item a series.
+
+`case_0000`, `case_0001` in an image folder are channels of one volume.
+"""
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+
+from storage.errors import ConfigError, RefusedInput
+
+SUFFIXES = {
+    ".nii": "nifti",
+    ".nii.gz": "nifti",
+    ".hdr": "nifti",
+    ".nrrd": "itk",
+    ".nhdr": "itk",
+    ".mha": "itk",
+    ".mhd": "itk",
+    ".mgz": "mgz",
+    ".mgh": "mgz",
+    ".zarr": "zarr",
+}
+"""Endings that are volumes, and the reader that takes them. DICOM is recognised by content."""
+
+_IMAGE_FOLDER = re.compile(r"^(image|img)s?(?P<part>Tr|Ts|Val)?$", re.IGNORECASE)
+_LABEL_FOLDER = re.compile(r"^(label|mask|seg|segmentation|labelmap)s?(?P<part>Tr|Ts|Val)?$", re.IGNORECASE)
+_IMAGE_SUFFIX = re.compile(r"^(?P<base>.+?)[-_. ](image|img)$", re.IGNORECASE)
+_LABEL_SUFFIX = re.compile(r"^(?P<base>.+?)[-_. ](label|labels|seg|mask|segmentation|labelmap|dseg)$", re.IGNORECASE)
+_CHANNEL = re.compile(r"^(?P<base>.+)_(?P<channel>\d{4})$")
+_BIDS_SUBJECT = re.compile(r"(?:^|/)(sub-[A-Za-z0-9]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class IngestItem:
+    """One volume to ingest.
+
+    Args:
+        name: Unique within the folder and stable; the source of the volume's id.
+        kind: Which reader takes it: nifti, itk, mgz, zarr or dicom.
+        images: Absolute paths: one a channel, or every file of a DICOM series.
+        label: Absolute path of the label map or DICOM segmentation, if any.
+        subject: What the split is made by. Of a DICOM series, the PatientID as found: never written anywhere as it is.
+        source: Path of the first image relative to the ingested folder, or of the folder that holds the series.
+        study, series: DICOM instance UIDs as found; empty otherwise.
+    """
+
+    name: str
+    kind: str
+    images: tuple[str, ...]
+    label: str | None
+    subject: str
+    source: str
+    study: str = ""
+    series: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """A file without the counterpart that its folder promises."""
+
+    source: str
+    what: str
+
+    def __str__(self) -> str:
+        """One line."""
+        return f"{self.source}: {self.what}"
+
+
+@dataclass(frozen=True, slots=True)
+class Discovery:
+    """What `discover` found, in the order of the names.
+
+    `orphans` name images without a label (they are items all the same, unlabelled) and labels without an image (they
+    are not). `ignored` are the files that no reader knows.
+    """
+
+    root: str
+    items: tuple[IngestItem, ...]
+    orphans: tuple[Orphan, ...]
+    ignored: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Case:
+    """Files that share a pairing key."""
+
+    images: dict[str, str] = field(default_factory=dict)
+    label: str | None = None
+    kind: str = ""
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A file name as (stem, known ending in lower case), the ending empty where no reader knows it.
+
+    >>> split_name("scan.v2.nii.gz")
+    ('scan.v2', '.nii.gz')
+    """
+    lower = name.lower()
+    for suffix in sorted(SUFFIXES, key=len, reverse=True):
+        if lower.endswith(suffix) and len(name) > len(suffix):
+            return name[: -len(suffix)], suffix
+    return name, ""
+
+
+def discover(src: str | os.PathLike[str], subject_pattern: str | None = None) -> Discovery:
+    """Find the volumes under `src`.
+
+    Args:
+        src: A folder, or one volume file.
+        subject_pattern: Regular expression searched in the path relative to `src`; its first group (or whole match) is
+            the subject. By default `sub-XX` in the path, else each volume is its own subject. DICOM uses its PatientID.
+
+    Raises:
+        ConfigError: `src` does not exist, or the pattern is no regular expression.
+        RefusedInput: nothing in it is a volume, or two files claim one name.
+    """
+    root = Path(src).expanduser()
+    if not root.exists():
+        raise ConfigError(
+            str(src), expected="a folder of volumes", found="no such file or folder", remedy="check the path"
+        )
+    try:
+        pattern = re.compile(subject_pattern) if subject_pattern else None
+    except re.error as error:
+        raise ConfigError(
+            "subject_pattern", expected="a regular expression", found=f"{subject_pattern!r}: {error}"
+        ) from error
+    files = [root] if root.is_file() or split_name(root.name)[1] == ".zarr" else list(_walk(root))
+    top = root.parent if files == [root] else root
+    plain: list[Path] = []
+    unknown: list[Path] = []
+    for path in files:
+        (plain if split_name(path.name)[1] else unknown).append(path)
+    headers = {path.parent / split_name(path.name)[0] for path in plain}
+    unknown = [path for path in unknown if not _is_pixel_part(path, headers)]
+    items, orphans = _items(_pair(plain, top), top, pattern)
+    ignored: list[str] = []
+    if unknown:
+        from storage.readers.dicom_tree import discover_dicom  # pydicom costs start-up time and few folders need it
+
+        dicom_items, dicom_orphans, left = discover_dicom(unknown, top)
+        items += dicom_items
+        orphans += dicom_orphans
+        ignored += [str(path.relative_to(top)) for path in left]
+    if not items:
+        found = "an empty folder" if not files else f"{len(files)} files, none of them an image volume"
+        raise RefusedInput(
+            str(src),
+            expected="volumes as NIfTI, DICOM, NRRD, MHA/MHD, MGZ or Zarr",
+            found=found,
+            remedy="give the folder that holds images/ and, where there are any, labels/",
+        )
+    return Discovery(
+        str(top),
+        tuple(sorted(_unique(items), key=lambda item: item.name)),
+        tuple(sorted(orphans, key=lambda orphan: orphan.source)),
+        tuple(sorted(ignored)),
+    )
+
+
+def _walk(root: Path) -> Iterable[Path]:
+    """Files and Zarr folders below `root`, hidden ones left out, in a stable order."""
+    for here, folders, names in os.walk(root, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for folder in [f for f in folders if _is_zarr(Path(here, f))]:
+            folders.remove(folder)
+            yield Path(here, folder)
+        yield from (Path(here, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _is_zarr(folder: Path) -> bool:
+    return folder.name.lower().endswith(".zarr")
+
+
+def _is_pixel_part(path: Path, headers: set[Path]) -> bool:
+    """Whether the file is the pixel half of a header that is read: `.hdr` + `.img`, `.mhd` or `.nhdr` + `.raw`."""
+    name = path.name.removesuffix(".gz")
+    stem, dot, end = name.rpartition(".")
+    return bool(dot) and end.lower() in ("img", "raw", "zraw", "bin") and path.parent / stem in headers
+
+
+def _pair(files: list[Path], top: Path) -> dict[tuple[str, str], _Case]:
+    """Group files under (folder they belong to, base name)."""
+    cases: dict[tuple[str, str], _Case] = {}
+    claimed: dict[tuple[tuple[str, str], str], Path] = {}
+    for path in files:
+        relative = PurePosixPath(path.relative_to(top).as_posix())
+        stem, suffix = split_name(path.name)
+        place, role = _role(relative.parent)
+        base, channel = stem, ""
+        if role == "image" and (match := _CHANNEL.match(stem)):
+            base, channel = match["base"], match["channel"]
+        elif role == "" and (match := _LABEL_SUFFIX.match(stem)):
+            base, role = match["base"], "label"
+        elif match := _IMAGE_SUFFIX.match(stem):
+            base = match["base"]
+        key = (place, base)
+        slot = f"label of {base}" if role == "label" else f"image of {base}, channel {channel or '0000'}"
+        if (other := claimed.get((key, slot))) is not None:
+            raise RefusedInput(
+                str(relative),
+                expected=f"one file for the {slot}",
+                found=f"{other.relative_to(top)} as well",
+                remedy="remove or rename one of them",
+            )
+        claimed[key, slot] = path
+        case = cases.setdefault(key, _Case())
+        if role == "label":
+            case.label = str(path)
+        else:
+            case.images[channel] = str(path)
+            case.kind = SUFFIXES[suffix]
+    return cases
+
+
+def _role(folder: PurePosixPath) -> tuple[str, str]:
+    """The place a folder's files belong to, and whether its name says what they are."""
+    parts = list(folder.parts)
+    for at in range(len(parts) - 1, -1, -1):
+        for pattern, role in ((_IMAGE_FOLDER, "image"), (_LABEL_FOLDER, "label")):
+            if match := pattern.match(parts[at]):
+                place = [*parts[:at], *([match["part"]] if match["part"] else []), *parts[at + 1 :]]
+                return "/".join(place), role
+    return "/".join(parts), ""
+
+
+def _items(
+    cases: dict[tuple[str, str], _Case], top: Path, pattern: re.Pattern[str] | None
+) -> tuple[list[IngestItem], list[Orphan]]:
+    items, orphans = [], []
+    labelled = {place for (place, _), case in cases.items() if case.label}
+    for (place, base), case in cases.items():
+        if not case.images:
+            assert case.label is not None
+            orphans.append(Orphan(_relative(case.label, top), f"label without an image named {base}"))
+            continue
+        images = tuple(case.images[channel] for channel in sorted(case.images))
+        source = _relative(images[0], top)
+        if case.label is None and place in labelled:
+            orphans.append(Orphan(source, f"image without a label named {base}; kept as an unlabelled volume"))
+        name = f"{place}/{base}" if place else base
+        items.append(IngestItem(name, case.kind, images, case.label, _subject(source, name, pattern), source))
+    return items, orphans
+
+
+def _subject(source: str, name: str, pattern: re.Pattern[str] | None) -> str:
+    if pattern is not None:
+        match = pattern.search(source)
+        if match is None:
+            raise ConfigError(
+                source,
+                expected=f"a path that matches subject_pattern {pattern.pattern!r}",
+                found="no match",
+                remedy="correct the pattern, or leave it out and every volume is its own subject",
+            )
+        return match[1] if pattern.groups and match[1] is not None else match[0]
+    bids = _BIDS_SUBJECT.search(source)
+    return bids[1] if bids else name
+
+
+def _relative(path: str, top: Path) -> str:
+    return Path(path).relative_to(top).as_posix()
+
+
+def _unique(items: list[IngestItem]) -> list[IngestItem]:
+    """Give items of equal name (a NIfTI and a DICOM series in one folder, say) a name each, by their source."""
+    seen: dict[str, int] = {}
+    out = []
+    for item in sorted(items, key=lambda i: (i.name, i.source, i.series)):
+        count = seen[item.name] = seen.get(item.name, 0) + 1
+        out.append(item if count == 1 else replace(item, name=f"{item.name}~{count}"))
+    return out

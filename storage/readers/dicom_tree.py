@@ -1,0 +1,116 @@
+"""Finding DICOM series in a tree of files, by content and not by name.
+
+Files belong together by SeriesInstanceUID, wherever they lie. A DICOMDIR is not needed: it lists files that are found
+anyway, and goes stale when they are copied.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pydicom
+from pydicom.errors import InvalidDicomError
+
+from storage.pairing import IngestItem, Orphan
+
+SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
+DICOMDIR = "1.2.840.10008.1.3.10"
+_TAGS = [
+    "SOPClassUID",
+    "SeriesInstanceUID",
+    "StudyInstanceUID",
+    "PatientID",
+    "Rows",
+    "Columns",
+    "ReferencedSeriesSequence",
+]
+
+
+@dataclass(slots=True)
+class _Series:
+    files: list[Path] = field(default_factory=list)
+    study: str = ""
+    patient: str = ""
+
+
+def discover_dicom(files: list[Path], top: Path) -> tuple[list[IngestItem], list[Orphan], list[Path]]:
+    """Group files into series, and segmentations with the series they refer to.
+
+    Returns:
+        Items, segmentations without their series, and the files that are no DICOM images.
+    """
+    series: defaultdict[str, _Series] = defaultdict(_Series)
+    segmentations: list[tuple[Path, str]] = []
+    left: list[Path] = []
+    for path in files:
+        dataset = header(path)
+        if dataset is None:
+            left.append(path)
+            continue
+        meta = getattr(dataset, "file_meta", None)
+        kind = str(dataset.get("SOPClassUID") or (meta.get("MediaStorageSOPClassUID") if meta else "") or "")
+        if kind == DICOMDIR:
+            continue
+        uid = str(dataset.get("SeriesInstanceUID") or "")
+        if kind == SEGMENTATION:
+            segmentations.append((path, _referenced(dataset)))
+        elif uid and "Rows" in dataset:
+            entry = series[uid]
+            entry.files.append(path)
+            entry.study = str(dataset.get("StudyInstanceUID") or "")
+            entry.patient = str(dataset.get("PatientID") or "").strip()
+        else:
+            left.append(path)
+    labels: dict[str, Path] = {}
+    orphans: list[Orphan] = []
+    for path, referenced in segmentations:
+        source = path.relative_to(top).as_posix()
+        if referenced not in series:
+            orphans.append(Orphan(source, "segmentation of a series that is not here"))
+        elif referenced in labels:
+            orphans.append(Orphan(source, "a second segmentation of one series; the first by name is used"))
+        else:
+            labels[referenced] = path
+    items = [_item(uid, entry, labels.get(uid), top) for uid, entry in sorted(series.items())]
+    return items, orphans, left
+
+
+def header(path: Path) -> Any | None:
+    """The identifying tags of a DICOM file; None where it is something else.
+
+    A file without the 128-byte preamble is taken only when it is named .dcm or .ima, for otherwise any file would do.
+    """
+    force = path.suffix.lower() in (".dcm", ".ima")
+    try:
+        with path.open("rb") as file:
+            file.seek(128)
+            if file.read(4) != b"DICM" and not force:
+                return None
+        dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS, force=force)
+        dataset.get("SeriesInstanceUID")
+    except (OSError, InvalidDicomError, ValueError, TypeError, KeyError, AttributeError, EOFError, NotImplementedError):
+        return None
+    return dataset
+
+
+def _referenced(dataset: Any) -> str:
+    sequence = dataset.get("ReferencedSeriesSequence") or []
+    return str(sequence[0].get("SeriesInstanceUID") or "") if len(sequence) else ""
+
+
+def _item(uid: str, entry: _Series, label: Path | None, top: Path) -> IngestItem:
+    files = sorted(entry.files)
+    folder = files[0].parent.relative_to(top).as_posix()
+    name = folder if folder != "." else files[0].stem
+    return IngestItem(
+        name=name,
+        kind="dicom",
+        images=tuple(str(path) for path in files),
+        label=None if label is None else str(label),
+        # a series of nobody is its own subject: anonymised exports often blank the id
+        subject=entry.patient or uid,
+        source=folder if folder != "." else files[0].name,
+        study=entry.study,
+        series=uid,
+    )

@@ -1,0 +1,109 @@
+"""What every reader returns, and the choices a reader must be told."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
+
+from storage.errors import RefusedInput
+
+Array = npt.NDArray[Any]
+Affine = npt.NDArray[np.float64]
+
+
+class ReadPolicy(BaseModel):
+    """What to do with inputs that are not one plain volume on a straight grid.
+
+    The defaults correct what can be corrected without inventing data and refuse the rest.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    four_d: Literal["refuse", "first", "channels"] = Field(
+        default="refuse", description="a 4-D series: refuse it, take its first volume, or take its volumes as channels"
+    )
+    tilt: Literal["correct", "refuse"] = Field(
+        default="correct", description="a DICOM gantry tilt: resample onto a straight grid with a note, or refuse"
+    )
+    shear: Literal["refuse", "correct"] = Field(
+        default="refuse",
+        description="a sheared affine of another format: refuse, or resample onto a straight grid with a note",
+    )
+    gaps: Literal["refuse", "resample"] = Field(
+        default="refuse",
+        description="missing slices and uneven slice gaps: refuse, or interpolate onto even gaps with a note",
+    )
+    max_gap_mm: float = Field(default=10.0, gt=0, description="a slice gap above this is refused whatever `gaps` says")
+    nonfinite: Literal["refuse", "lowest"] = Field(
+        default="refuse",
+        description="NaN and infinity among the values: refuse, or set to the lowest finite value with a note",
+    )
+    max_voxels: int = Field(
+        default=400_000_000,
+        ge=1,
+        description="a larger volume is refused; bounds the memory of a task at about 20 bytes a voxel",
+    )
+
+
+@dataclass(slots=True)
+class RawVolume:
+    """A volume as it was found.
+
+    Args:
+        array_CDHW: (C, k, j, i): the file's own axes, slowest first, scale and offset applied.
+        affine: 4x4, maps voxel-centre indices (i, j, k, 1) to RAS+ mm.
+        modality: DICOM's two letters where the format says it ("CT", "MR", ...), else "".
+        reader: Name and version of the reader.
+        notes: What was corrected or chosen on the way.
+        facts: Acquisition parameters that passed the allow-list.
+    """
+
+    array_CDHW: Array
+    affine: Affine
+    reader: str
+    modality: str = ""
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+def read_bytes(path: str) -> bytes:
+    """The whole file, or a refusal that names it."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise RefusedInput(path, expected="a readable file", found=error.strerror or type(error).__name__) from error
+
+
+def file_digest(path: str) -> str:
+    """SHA-256 of a file, or of every file of a folder with its relative name, in hex."""
+    digest = hashlib.sha256()
+    root = Path(path)
+    try:
+        if root.is_dir():
+            for part in sorted(p for p in root.rglob("*") if p.is_file()):
+                digest.update(f"{part.relative_to(root).as_posix()}\0{file_digest(str(part))}\n".encode())
+            return digest.hexdigest()
+        with root.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise RefusedInput(path, expected="a readable file", found=error.strerror or type(error).__name__) from error
+
+
+def check_size(thing: str, shape: tuple[int, ...], policy: ReadPolicy) -> None:
+    """Refuse empty and oversized shapes before anything of their size is allocated."""
+    voxels = 1
+    for n in shape:
+        voxels *= int(n)
+    if voxels < 1 or min(shape, default=0) < 1:
+        raise RefusedInput(thing, expected="at least one voxel along every axis", found=f"shape {shape}")
+    if voxels > policy.max_voxels:
+        raise RefusedInput(
+            thing,
+            expected=f"at most {policy.max_voxels:,} voxels",
+            found=f"shape {shape}, {voxels:,} voxels",
+            remedy="raise max_voxels where a task may use about 20 bytes a voxel",
+        )
