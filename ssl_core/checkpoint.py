@@ -56,6 +56,8 @@ def save(path: str | Path, state: Mapping[str, Any], meta: Mapping[str, Any]) ->
         raise ConfigError("checkpoint meta", expected="JSON-able values", found=str(error)) from error
     temporary = path.parent / f".{path.name}.tmp-{uuid.uuid4().hex[:12]}"
     try:
+        for left in path.parent.glob(f".{path.name}.tmp-*"):  # of a writer that was killed; a name has one writer
+            shutil.rmtree(left)
         temporary.mkdir(parents=True)
         _write_text(temporary / _STATE, tree)
         for group, named in tensors.items():

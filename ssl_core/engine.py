@@ -3,17 +3,17 @@
 The engine knows nothing of Ray or MLflow: it is given `report` and `save`. It draws nothing from global random state
 that it has not seeded itself, so its whole state is the method's tensors, the optimizer's and one integer.
 
-Gradients are averaged with one all-reduce over one flat buffer rather than with `DistributedDataParallel`: DDP lays
-its buckets out anew after the first step, so that with more than two ranks a resumed run adds in another order than
-the undisturbed one and differs in the last bit; it also overlaps poorly with losses that gather in their own forward
-pass. The price is that communication does not overlap with the backward pass.
+Gradients are averaged with one all-reduce over one flat buffer rather than with `DistributedDataParallel`. DDP lays
+its buckets out anew after its first step, so that with three ranks and more a resumed run adds in another order than
+the undisturbed one and differs in the last bits (tried: 3 ranks, gloo). The price is that communication does not
+overlap with the backward pass.
 """
 
 import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, NoReturn, TypeVar, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from ssl_core import determinism
 from ssl_core.config import Config, digest
 from ssl_core.distributed import Collectives, Single
-from ssl_core.methods.base import Method, StepContext
+from ssl_core.gradients import FlatGradients, Verdict
+from ssl_core.methods.base import LossTerms, Method, StepContext
+from ssl_core.optim import NamedOptimizer
 from ssl_core.schedule import cosine, warmup_cosine
-from ssl_core.views import View, ViewBatch
+from ssl_core.views import ViewBatch
 from storage.errors import ConfigError, TomoscaleError
 
 _OPERATIONAL = ("checkpoint_every", "log_every", "probe_every", "compile")
@@ -111,8 +113,8 @@ class Engine:
             if parameter.dim() == 5:
                 parameter.data = parameter.data.contiguous(**layout)
         method.train()
-        self._named = {n: p for n, p in method.named_parameters() if p.requires_grad}
-        if not self._named:
+        named = {n: p for n, p in method.named_parameters() if p.requires_grad}
+        if not named:
             raise ConfigError("method", expected="trainable parameters", found="none")
         self._statistics = [
             tensor
@@ -122,12 +124,9 @@ class Engine:
             if tensor is not None
         ]
         self._share_initial_weights()
-        self._pending: list[_Verdict] = []
-        self._grads = _FlatGradients(list(self._named.values()))
-        self.optimizer = _optimizer(self._named, config, self.device)
-        name_of = {id(p): n for n, p in self._named.items()}
-        # The optimizer numbers its parameters by group; a checkpoint names them.
-        self._optimizer_names = [name_of[id(p)] for g in self.optimizer.param_groups for p in g["params"]]
+        self._pending: list[Verdict] = []
+        self._grads = FlatGradients(list(named.values()))
+        self.optimizer = NamedOptimizer(named, config.optimizer, betas=config.betas, momentum=config.momentum)
         if config.compile:
             method.compile()
 
@@ -143,33 +142,34 @@ class Engine:
             `loss/<term>`, `monitor/<name>`, `grad_norm` (before clipping), `lr`, `weight_decay`.
 
         Raises:
-            NonFiniteError: names the step, the rank and the samples.
+            NonFiniteError: names the step and the samples. On the CPU weights are as before the step; on CUDA it is
+                raised up to one step later.
         """
         config = self.config
         ctx = StepContext(self.step_done, config.steps, config.seed, self.collectives)
-        lr, decay = self._apply_schedule()
         self._grads.zero()
         values: dict[str, Tensor] = {}
         parts = _split(views, config.accumulate)
         finite: list[Tensor] = []
         for index, part in enumerate(parts):
             determinism.seed_step(config.seed, self.step_done, self.collectives.rank, index)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                terms = self.method(part, ctx)
+            terms = self.forward(part, ctx)
             total = terms.total
             (total / len(parts)).backward()
             finite.append(torch.isfinite(total.detach()) & torch.isfinite(self._grads.norm()))
-            named = {"loss": total, **{f"loss/{k}": v for k, v in terms.terms.items()}}
-            for name, value in (named | {f"monitor/{k}": v for k, v in terms.monitors.items()}).items():
+            for name, value in _named_values(terms, total).items():
                 share = value.detach().double() / len(parts)
                 values[name] = values[name] + share if name in values else share
-        self._grads.average(self.collectives, vote=stop)
+        finite_P = torch.stack(finite)
+        self._grads.average(self.collectives, stop=stop, bad=~finite_P.all())
         norm = self._grads.norm()
-        self._pending.append(_Verdict(self.step_done, parts, torch.stack(finite), norm, self._grads.votes()))
+        samples = [part.sample_B for part in parts]
+        self._pending.append(Verdict(self.step_done, samples, finite_P, self._grads.summary(norm)))
         self._settle(wait=self.device.type == "cpu")
         if config.clip:
-            self._grads.scale(torch.clamp(config.clip / (norm + 1e-6), max=1.0))
-        self.optimizer.step()
+            self._grads.clip(norm, config.clip)
+        lr, decay = self._rates()
+        self.optimizer.step(lr, decay)
         cast(Method, self.method).after_step(ctx)
         self._average_statistics()
         self.step_done += 1
@@ -178,6 +178,12 @@ class Engine:
         self._settle(wait=True)
         means = self.collectives.mean(torch.stack(list(values.values()))).tolist()
         return dict(zip(values, means, strict=True)) | {"grad_norm": float(norm), "lr": lr, "weight_decay": decay}
+
+    def forward(self, views: ViewBatch, ctx: StepContext) -> LossTerms:
+        """The method's loss terms under the engine's autocast."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            terms: LossTerms = self.method(views, ctx)
+        return terms
 
     def log_due(self) -> bool:
         """Whether the step just done is one to report: the first, the last and every `log_every`-th."""
@@ -190,11 +196,9 @@ class Engine:
         Tensors are the live ones: write or copy them before the next step. The same on every rank.
         """
         self._settle(wait=True)  # never hand out what a bad step has made
-        names = self._optimizer_names
-        packed = self.optimizer.state_dict()["state"]
         return {
             "method": dict(self.method.state_dict()),
-            "optimizer": {names[i]: dict(entry) for i, entry in sorted(packed.items())},
+            "optimizer": self.optimizer.state_dict(),
             "engine": {"step": self.step_done, "config_digest": self.config.digest()},
         }
 
@@ -218,63 +222,40 @@ class Engine:
             )
         own = self.method.state_dict()
         _require_same_tensors("method", own, state["method"])
-        optimizer_names = list(state["optimizer"])
-        if optimizer_names and sorted(optimizer_names) != sorted(self._named):
-            raise ConfigError("checkpoint's optimizer", expected="state of the same parameters", found="others")
+        self.optimizer.load_state_dict(state["optimizer"])
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(state["method"][name])
-        packed = self.optimizer.state_dict()
-        packed["state"] = {
-            i: {k: _like(v, self._named[name]) for k, v in state["optimizer"][name].items()}
-            for i, name in enumerate(self._optimizer_names)
-            if optimizer_names
-        }
-        self.optimizer.load_state_dict(packed)
         self.step_done = int(state["engine"]["step"])
 
-    def _apply_schedule(self) -> tuple[float, float]:
-        c, s = self.config, self.step_done
-        lr = warmup_cosine(s, steps=c.steps, warmup=c.warmup_steps, peak=c.lr, final=c.final_lr)
+    def _rates(self) -> tuple[float, float]:
+        c, step = self.config, self.step_done
+        lr = warmup_cosine(step, steps=c.steps, warmup=c.warmup_steps, peak=c.lr, final=c.final_lr)
         end = c.weight_decay if c.final_weight_decay is None else c.final_weight_decay
-        decay = cosine(s, steps=c.steps, start=c.weight_decay, end=end)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-            group["weight_decay"] = decay if group["decays"] else 0.0
-        return lr, decay
+        return lr, cosine(step, steps=c.steps, start=c.weight_decay, end=end)
 
     def _settle(self, wait: bool) -> None:
-        """Look at the verdicts that have reached the host; with `wait`, at all of them.
+        """Read the verdicts that have reached the host; with `wait`, all of them.
 
-        On CUDA a step's verdict is read one step later, so that the host need not wait for the device. The averaged
-        gradient is the same on all ranks, so that all come to the same verdict at the same time and may gather.
+        On CUDA a step's verdict is read one step later, so that the host need not wait for the device; before anything
+        is reported or saved, all are read. Verdicts are the same on all ranks, so all ranks raise at the same step.
         """
         while len(self._pending) > (0 if wait else 1):
             verdict = self._pending.pop(0)
-            norm, votes = verdict.read()
-            self.stopping = self.stopping or votes > 0
-            if not math.isfinite(norm):
+            norm, stop, bad = verdict.read()
+            self.stopping = self.stopping or stop
+            if bad or not math.isfinite(norm):
                 self._pending.clear()
-                raise self._non_finite(verdict)
+                self._raise_non_finite(verdict)
 
-    def _non_finite(self, verdict: "_Verdict") -> "NonFiniteError":
-        good = verdict.finite.tolist()
-        bad = good.index(False) if False in good else -1
-        sample_B = torch.cat([p.sample_B for p in verdict.parts]).to(self.device)
-        marks_B = torch.zeros_like(sample_B)
-        if bad >= 0:
-            size = len(verdict.parts[bad])
-            marks_B[bad * size : (bad + 1) * size] = 1
-        samples = self.collectives.gather(sample_B).tolist()
-        marks = self.collectives.gather(marks_B).tolist()
-        ids = [i for i, mark in zip(samples, marks, strict=True) if mark]
-        where = f"samples {ids}" if ids else f"the sum over ranks, samples {samples}"
-        return NonFiniteError(
+    def _raise_non_finite(self, verdict: Verdict) -> NoReturn:
+        bad, samples = verdict.bad_samples(self.collectives)
+        where = f"samples {bad}" if bad else f"the sum over samples {samples}"
+        raise NonFiniteError(
             f"step {verdict.step + 1}",
             expected="a finite loss and gradient",
             found=f"infinity or not-a-number in {where}",
-            remedy="look at these samples with `tomoscale data show`, lower `lr` or `clip`, or use precision fp32; "
-            "the last checkpoint is from before",
+            remedy="look at these samples, lower `lr` or `clip`, or set precision to fp32; checkpoints are from before",
         )
 
     def _share_initial_weights(self) -> None:
@@ -293,64 +274,6 @@ class Engine:
         mean = self.collectives.mean(torch.cat([t.flatten() for t in self._statistics]))
         for tensor, part in zip(self._statistics, mean.split([t.numel() for t in self._statistics]), strict=True):
             tensor.copy_(part.view_as(tensor))
-
-
-class _FlatGradients:
-    """Every gradient is a view of one buffer: zeroing, averaging, norm and clipping are each one call.
-
-    A parameter without a gradient in a step counts as one with zeros, whatever the number of ranks. One more element
-    carries the ranks' votes to stop, so that they need no message of their own.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        total = sum(p.numel() for p in parameters)
-        self._buffer = torch.zeros(total + 1, dtype=parameters[0].dtype, device=parameters[0].device)
-        self._flat = self._buffer[:total]
-        offset = 0
-        for p in parameters:
-            # Same strides as the parameter, or fused optimizers fall back to slower code.
-            p.grad = self._flat.as_strided(p.shape, p.stride(), self._flat.storage_offset() + offset)
-            offset += p.numel()
-
-    def zero(self) -> None:
-        self._buffer.zero_()
-
-    def average(self, collectives: Collectives, vote: bool) -> None:
-        if vote:
-            self._buffer[-1] = 1.0
-        if collectives.world > 1:
-            self._buffer.copy_(collectives.mean(self._buffer))
-
-    def norm(self) -> Tensor:
-        return torch.linalg.vector_norm(self._flat)
-
-    def votes(self) -> Tensor:
-        return self._buffer[-1].clone()
-
-    def scale(self, factor: Tensor) -> None:
-        self._flat.mul_(factor)
-
-
-class _Verdict:
-    """Whether a step was sound and whether a rank wants to stop, on the way from the device to the host."""
-
-    def __init__(self, step: int, parts: list[ViewBatch], finite: Tensor, norm: Tensor, votes: Tensor) -> None:
-        self.step, self.parts, self.finite = step, parts, finite
-        both = torch.stack([norm, votes])
-        self._event: torch.cuda.Event | None = None
-        if both.device.type == "cuda":
-            self._host = torch.empty(2, dtype=both.dtype, pin_memory=True)
-            self._host.copy_(both, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-        else:
-            self._host = both
-
-    def read(self) -> tuple[float, float]:
-        if self._event is not None:
-            self._event.synchronize()
-        norm, votes = self._host.tolist()
-        return norm, votes
 
 
 Batch = ViewBatch | tuple[ViewBatch, float]
@@ -390,6 +313,7 @@ def fit(
         TomoscaleError: `batches` ended early.
     """
     config = engine.config
+    engine.stopping = False
     source = iter(batches)
     began, waited, samples, steps = clock(), 0.0, 0, 0
     while engine.step_done < config.steps and not engine.stopping:
@@ -423,18 +347,13 @@ def fit(
 def _precision(wanted: str, device: torch.device) -> str:
     if wanted != "auto":
         return wanted
+    # bf16 has the exponents of fp32, so there is no loss scaling and no scaler to keep.
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
-def _optimizer(named: Mapping[str, nn.Parameter], config: EngineConfig, device: torch.device) -> torch.optim.Optimizer:
-    # Decaying biases and norms' scales pulls them to zero for no gain; kernels have more than one axis.
-    kernels = [p for p in named.values() if p.dim() > 1]
-    others = [p for p in named.values() if p.dim() <= 1]
-    groups = [{"params": kernels, "decays": True}, {"params": others, "decays": False}]
-    groups = [g for g in groups if g["params"]]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+def _named_values(terms: LossTerms, total: Tensor) -> dict[str, Tensor]:
+    losses = {f"loss/{name}": value for name, value in terms.terms.items()}
+    return {"loss": total} | losses | {f"monitor/{name}": value for name, value in terms.monitors.items()}
 
 
 def _split(views: ViewBatch, parts: int) -> list[ViewBatch]:
@@ -455,7 +374,7 @@ def _cut(value: T, part: slice) -> T:
     cut: Any = value
     if isinstance(value, Tensor):
         cut = value[part]
-    elif isinstance(value, View | ViewBatch):
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: _cut(getattr(value, f.name), part) for f in dataclasses.fields(value)}
         cut = dataclasses.replace(value, **fields)
     elif isinstance(value, tuple):
@@ -476,10 +395,3 @@ def _require_same_tensors(what: str, own: Mapping[str, Tensor], other: Mapping[s
                 found=theirs,
                 remedy="resume with the method and network that wrote it",
             )
-
-
-def _like(value: Any, parameter: nn.Parameter) -> Any:
-    """Optimizer state in the parameter's memory order."""
-    if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() > 1:
-        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-    return value

@@ -1,0 +1,91 @@
+"""The gradients of a step: one buffer for all of them, and the verdict on whether they are sound."""
+
+import torch
+from torch import Tensor, nn
+
+from ssl_core.distributed import Collectives
+
+
+class FlatGradients:
+    """Every parameter's `.grad` is a view of one buffer: zeroing, averaging, norm and clipping are one call each.
+
+    A parameter that gets no gradient in a step counts as one with zeros, whatever the number of ranks. Two more
+    elements carry the ranks' votes, so that these need no message of their own.
+
+    Args:
+        parameters: Trainable parameters of one dtype on one device, in the same order on all ranks.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        total = sum(p.numel() for p in parameters)
+        self._buffer = torch.zeros(total + 2, dtype=parameters[0].dtype, device=parameters[0].device)
+        self._flat, self._votes = self._buffer[:total], self._buffer[total:]
+        offset = 0
+        for p in parameters:
+            # Same strides as the parameter, or fused optimizers fall back to slower code.
+            p.grad = self._flat.as_strided(p.shape, p.stride(), offset)
+            offset += p.numel()
+
+    def zero(self) -> None:
+        """Forget the last step."""
+        self._buffer.zero_()
+
+    def average(self, collectives: Collectives, *, stop: bool, bad: Tensor) -> None:
+        """Average over ranks, and count the votes: `stop` to end the run, `bad` for a loss that is not finite."""
+        self._votes[0] = float(stop)
+        self._votes[1] = bad
+        if collectives.world > 1:
+            self._buffer.copy_(collectives.mean(self._buffer))
+
+    def norm(self) -> Tensor:
+        """Euclidean norm over all parameters."""
+        return torch.linalg.vector_norm(self._flat)
+
+    def clip(self, norm: Tensor, largest: float) -> None:
+        """Scale by min(1, largest / norm), without waiting for the device."""
+        self._flat.mul_(torch.clamp(largest / (norm + 1e-6), max=1.0))
+
+    def summary(self, norm: Tensor) -> Tensor:
+        """(3,): the norm, the votes to stop and the votes that a loss was not finite; copies."""
+        return torch.cat([norm[None], self._votes])
+
+
+class Verdict:
+    """Whether a step was sound and whether a rank wants to stop, on its way from the device to the host.
+
+    Args:
+        step: The optimizer step.
+        samples: Sample indices of each part of this rank's batch.
+        finite_P: For each part, whether its loss and the gradients up to it were finite on this rank.
+        summary: From `FlatGradients.summary`; the same on all ranks.
+    """
+
+    def __init__(self, step: int, samples: list[Tensor], finite_P: Tensor, summary: Tensor) -> None:
+        self.step, self.samples, self.finite_P = step, samples, finite_P
+        self._event: torch.cuda.Event | None = None
+        self._host = summary
+        if summary.device.type == "cuda":
+            self._host = torch.empty(summary.shape, dtype=summary.dtype, pin_memory=True)
+            self._host.copy_(summary, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> tuple[float, bool, bool]:
+        """Gradient norm, whether any rank wants to stop, and whether any rank's loss was not finite; waits."""
+        if self._event is not None:
+            self._event.synchronize()
+        norm, stop, bad = self._host.tolist()
+        return norm, stop > 0, bad != 0
+
+    def bad_samples(self, collectives: Collectives) -> tuple[list[int], list[int]]:
+        """Over all ranks: samples of the parts where infinity or not-a-number first appeared, and all samples.
+
+        A collective call.
+        """
+        finite = self.finite_P.tolist()
+        first = finite.index(False) if False in finite else -1
+        marks_B = torch.cat([torch.full_like(s, int(i == first)) for i, s in enumerate(self.samples)])
+        device = self.finite_P.device
+        samples = collectives.gather(torch.cat(self.samples).to(device)).tolist()
+        marks = collectives.gather(marks_B.to(device)).tolist()
+        return [i for i, mark in zip(samples, marks, strict=True) if mark], samples

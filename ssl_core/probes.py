@@ -1,0 +1,238 @@
+"""Cheap signs of what a representation is worth while it is learned, and of its collapse.
+
+A loss can fall to its least while features turn constant (no repulsion), fill one direction (dimensional collapse), or
+stop telling places apart. Features are vectors of an encoder map, one a location. N vectors, C channels, K classes.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ssl_core.align import sample_features, shared_points
+from ssl_core.backbones.base import Backbone
+from ssl_core.engine import Engine
+from ssl_core.views import View, ViewBatch
+
+LEAST_STD = 0.05
+"""Least healthy `feature_std`, as a share of 1/sqrt(C). A fresh BasicUNet has 0.7 to 0.9."""
+
+LEAST_RANK = 1.5
+"""Least healthy effective rank: below, one direction carries nearly everything."""
+
+_MOST_VECTORS = 2048
+_LEAST_SIDE = 4  # features along each axis that the map for alignment should have, for points to lie between them
+
+
+class CollapseWarning(UserWarning):
+    """Features have become (nearly) constant, or vary along one direction only."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A few labelled crops of different subjects, for `label_transfer`.
+
+    Attributes:
+        image_BCDHW: Normalised intensities, on the engine's device, in its dtype.
+        label_BDHW: Classes; 0 is background.
+    """
+
+    image_BCDHW: Tensor
+    label_BDHW: Tensor
+
+
+def probe(engine: Engine, views: ViewBatch, labelled: Labelled | None = None) -> dict[str, float]:
+    """Probe the encoder on a batch; a hook for `ssl_core.engine.fit`.
+
+    Spread is measured at the deepest level, alignment at the deepest one that has four features along each axis.
+
+    Args:
+        engine: Its method is put into evaluation mode for the probe and back; nothing of its state changes.
+        views: The step's views.
+        labelled: For `probe/label_transfer`; bind it with `functools.partial`.
+
+    Returns:
+        Means over ranks: `probe/feature_std` (share of 1/sqrt(C)), `probe/effective_rank`, `probe/uniformity`,
+        `probe/alignment` where the sample has two views that overlap, `probe/label_transfer`, and `probe/collapsed`
+        (0 or 1).
+
+    Warns:
+        CollapseWarning: on rank 0, when `feature_std` is below `LEAST_STD` or the rank below `LEAST_RANK`.
+    """
+    method: nn.Module = engine.method
+    encoder: Backbone = method.encoder()  # type: ignore[operator]
+    shown = [view for role in views.roles.values() for view in role]
+    with _evaluation(method), torch.autocast(engine.device.type, torch.bfloat16, enabled=engine.precision == "bf16"):
+        maps = [encoder.features(view.image_BCDHW) for view in shown[:2]]
+        transfer = None if labelled is None else label_transfer(encoder, labelled)
+    vectors_NC = thin(vectors(maps[0][-1]))
+    found = {
+        "probe/feature_std": feature_std(vectors_NC),
+        "probe/effective_rank": effective_rank(vectors_NC),
+        "probe/uniformity": uniformity(vectors_NC),
+    }
+    local = torch.stack([value.double() for value in found.values()])
+    means = dict(zip(found, engine.collectives.mean(local).tolist(), strict=True))
+    if len(maps) == 2:
+        sums = engine.collectives.sum(_aligned(encoder, maps[0], maps[1], shown)).tolist()
+        if sums[1]:
+            means["probe/alignment"] = sums[0] / sums[1]
+    if transfer is not None:
+        means["probe/label_transfer"] = transfer
+    collapsed = means["probe/feature_std"] < LEAST_STD or means["probe/effective_rank"] < LEAST_RANK
+    if collapsed and engine.collectives.rank == 0:
+        warnings.warn(
+            f"step {engine.step_done}: features have collapsed: their std is {means['probe/feature_std']:.3f} of "
+            f"1/sqrt(C) (healthy above {LEAST_STD}), their effective rank {means['probe/effective_rank']:.2f} "
+            f"(healthy above {LEAST_RANK}); lower the learning rate, or add negatives or more decorrelation",
+            CollapseWarning,
+            stacklevel=2,
+        )
+    return means | {"probe/collapsed": float(collapsed)}
+
+
+def vectors(map_BCdhw: Tensor) -> Tensor:
+    """One vector for each location, (N, C), at least float32."""
+    flat_NC = map_BCdhw.detach().movedim(1, -1).flatten(0, -2)
+    return flat_NC if flat_NC.dtype == torch.float64 else flat_NC.float()
+
+
+def thin(vectors_NC: Tensor, most: int = _MOST_VECTORS) -> Tensor:
+    """At most `most` vectors, evenly spread over the batch."""
+    count = len(vectors_NC)
+    if count <= most:
+        return vectors_NC
+    return vectors_NC[torch.arange(most, device=vectors_NC.device) * count // most]
+
+
+def feature_std(vectors_NC: Tensor) -> Tensor:
+    """Mean over channels of the standard deviation of L2-normalised features, as a share of 1/sqrt(C).
+
+    1 for directions spread evenly over the sphere, 0 for constant features (Chen and He 2021, SimSiam, section 4.1).
+    """
+    unit_NC = functional.normalize(vectors_NC, dim=1)
+    return unit_NC.std(dim=0, correction=0).mean() * math.sqrt(unit_NC.shape[1])
+
+
+def effective_rank(vectors_NC: Tensor) -> Tensor:
+    """exp of the entropy of the centred features' singular values over their sum (Roy and Vetterli 2007).
+
+    Between 1 (one direction; also for constant features) and min(N - 1, C).
+    """
+    centred_NC = vectors_NC.double() - vectors_NC.double().mean(dim=0)
+    n, c = centred_NC.shape
+    gram = centred_NC.T @ centred_NC if c <= n else centred_NC @ centred_NC.T
+    squares = torch.linalg.eigvalsh(gram).clamp_min(0)
+    # Rounding leaves squares near 1e-16 of the largest, whose roots would count.
+    singular = torch.where(squares > 1e-13 * squares.max(), squares, 0).sqrt()
+    share = singular / singular.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.special.entr(share).sum().exp()
+
+
+def alignment(a_NC: Tensor, b_NC: Tensor) -> Tensor:
+    """Mean squared distance of matched unit vectors, 0 to 4 (Wang and Isola 2020, alpha = 2)."""
+    return (functional.normalize(a_NC, dim=1) - functional.normalize(b_NC, dim=1)).square().sum(dim=1).mean()
+
+
+def uniformity(vectors_NC: Tensor) -> Tensor:
+    """log of the mean over pairs of exp(-2 squared distance) of unit vectors (Wang and Isola 2020, t = 2).
+
+    0 for constant features, down to -4 for a sphere of many dimensions filled evenly.
+    """
+    unit_NC = functional.normalize(vectors_NC, dim=1).double()
+    n = len(unit_NC)
+    if n < 2:
+        return unit_NC.new_zeros(())
+    squares_NN = (2 - 2 * unit_NC @ unit_NC.T).clamp_min(0)
+    logs_NN = (-2 * squares_NN).masked_fill(torch.eye(n, dtype=torch.bool, device=unit_NC.device), -math.inf)
+    return torch.logsumexp(logs_NN.flatten(), dim=0) - math.log(n * (n - 1))
+
+
+def nearest_labels(bank_NC: Tensor, bank_N: Tensor, query_MC: Tensor, classes: int, k: int = 5) -> Tensor:
+    """Labels (M,) that most of the k most similar bank vectors have, similar ones counting more.
+
+    Cosine similarity; a vote has the weight exp(similarity / 0.07) (Wu et al. 2018, non-parametric classifier).
+    """
+    similar_MN = functional.normalize(query_MC, dim=1) @ functional.normalize(bank_NC, dim=1).T
+    top_Mk, where_Mk = similar_MN.topk(min(k, len(bank_NC)), dim=1)
+    votes_MK = torch.zeros(len(query_MC), classes, dtype=top_Mk.dtype, device=top_Mk.device)
+    votes_MK.scatter_add_(1, bank_N[where_Mk], ((top_Mk - top_Mk[:, :1]) / 0.07).exp())
+    return votes_MK.argmax(dim=1)
+
+
+def label_transfer(backbone: Backbone, labelled: Labelled, *, per_class: int = 64, k: int = 5) -> float:
+    """How well the labels of some crops follow from the features of the others: balanced accuracy of k-NN.
+
+    Voxels of each crop, up to `per_class` of each class and evenly spread, are classified from those of all other
+    crops. A voxel's feature is the concatenation of all encoder levels at its place, each of unit length. Accuracies
+    are averaged over classes, so chance is 1/K whatever their sizes.
+
+    Returns:
+        0 to 1; 0 when no class is in two crops.
+    """
+    image_BCDHW, label_BDHW = labelled.image_BCDHW, labelled.label_BDHW
+    maps = backbone.features(image_BCDHW)
+    bank: list[tuple[Tensor, Tensor]] = []
+    for index in range(len(image_BCDHW)):
+        places_M3 = _spread_voxels(label_BDHW[index], per_class)
+        centres_1M3 = (places_M3.double() + 0.5)[None]
+        levels = zip(maps, backbone.levels, strict=True)
+        sampled = [sample_features(m[index : index + 1], level, centres_1M3)[0][0] for m, level in levels]
+        features_MC = torch.cat([functional.normalize(s, dim=1) for s in sampled], dim=1)
+        bank.append((features_MC, label_BDHW[index][places_M3.unbind(1)].long()))
+    classes = int(label_BDHW.max()) + 1
+    right = torch.zeros(classes, dtype=torch.float64)
+    total = torch.zeros(classes, dtype=torch.float64)
+    for index, (query_MC, truth_M) in enumerate(bank):
+        others = [entry for i, entry in enumerate(bank) if i != index]
+        if not others:
+            continue
+        bank_N = torch.cat([labels for _, labels in others])
+        known_M = torch.isin(truth_M, bank_N)
+        guess_M = nearest_labels(torch.cat([f for f, _ in others]), bank_N, query_MC, classes, k)
+        total += torch.bincount(truth_M[known_M], minlength=classes).cpu()
+        right += torch.bincount(truth_M[known_M & (guess_M == truth_M)], minlength=classes).cpu()
+    present = total > 0
+    return float((right[present] / total[present]).mean()) if bool(present.any()) else 0.0
+
+
+@contextmanager
+def _evaluation(method: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in method.modules()]
+    method.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _aligned(encoder: Backbone, maps_a: list[Tensor], maps_b: list[Tensor], shown: list[View]) -> Tensor:
+    """(2,): sum of squared distances over matched points of two views, and their number."""
+    wide = [
+        i for i, (a, b) in enumerate(zip(maps_a, maps_b, strict=True)) if min(*a.shape[2:], *b.shape[2:]) >= _LEAST_SIDE
+    ]
+    index = max(wide, default=0)
+    depth, height, width = maps_a[index].shape[2:]
+    a_BM3, b_BM3, valid_BM = shared_points(shown[0], shown[1], (depth, height, width))
+    a_BMC, inside_a = sample_features(maps_a[index], encoder.levels[index], a_BM3)
+    b_BMC, inside_b = sample_features(maps_b[index], encoder.levels[index], b_BM3)
+    keep_BM = valid_BM & inside_a & inside_b
+    count = keep_BM.sum().double()
+    mean = alignment(a_BMC[keep_BM], b_BMC[keep_BM]).double() if bool(count) else count
+    return torch.stack([mean * count, count])
+
+
+def _spread_voxels(label_DHW: Tensor, per_class: int) -> Tensor:
+    """Voxels (M, 3) of a label map: of each class up to `per_class`, evenly spread in storage order."""
+    chosen = []
+    for value in label_DHW.unique().tolist():
+        places = (label_DHW == value).nonzero()
+        chosen.append(places[torch.arange(min(per_class, len(places))) * len(places) // min(per_class, len(places))])
+    return torch.cat(chosen)
