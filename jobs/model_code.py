@@ -7,12 +7,16 @@ its own, so that two versions of a model in one process each run the code they w
 import hashlib
 import importlib.util
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
+
+# MLflow asks for type hints when the class is made; see `predict`.
+warnings.filterwarnings("ignore", message=r".*Add type hints to the `predict` method")
 
 
 class BundleModel(PythonModel):  # type: ignore[misc]  # untyped in mlflow

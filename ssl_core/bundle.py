@@ -5,6 +5,7 @@ bundle.json           format, kind, name, lineage, metrics, SHA-256 of every oth
 weights.safetensors   tensors under the stock network's own names
 architecture.json     stock class and arguments, backbone name and arguments, levels, names of the encoder's tensors
 preprocess.json       axes, spacing, intensity policy, channels, window, label values and names
+evaluation.json       split, measure and score of each held-out case, where there was an evaluation
 MODEL_CARD.md         for people
 tomoscale_portable/   the code of `ssl_core.portable`, as it was when the bundle was written
 ```
@@ -18,7 +19,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +40,7 @@ from ssl_core.portable.predictor import FORMAT, Predictor, check_bundle
 from ssl_core.portable.preprocess import Preprocess
 from ssl_core.portable.safetensors import read_safetensors
 from storage.errors import ConfigError, RefusedInput
+from storage.manifest import VolumeRecord
 
 CODE = "tomoscale_portable"
 """Import name of the portable code inside a bundle."""
@@ -56,9 +58,12 @@ class BundleFacts:
         patch_DHW: Window for prediction, voxels; a multiple of the network's stride.
         intensity: Policy the network was trained with.
         labels: (value, name) of each class, background first; empty for an encoder.
-        spacing_mm: (D, H, W) of training where volumes are resampled at prediction too; None keeps their own.
+        spacing_mm: (D, H, W) of training where volumes are resampled at prediction too; None keeps their own. See
+            `stored_spacing`.
+        interpolation: How they are resampled.
         lineage: Data fingerprint, configuration digest, parent model version, run id and the like.
         metrics: Figures for the card, with the split they come from in their names.
+        evaluation: What `jobs.registry.promote` compares: `split`, `measure`, and `cases` with one value each.
         notes: Lines for the card: data, licence, limits.
     """
 
@@ -67,8 +72,10 @@ class BundleFacts:
     intensity: IntensityPolicy
     labels: tuple[tuple[int, str], ...] = ()
     spacing_mm: tuple[float, float, float] | None = None
+    interpolation: Literal["linear", "bspline"] = "linear"
     lineage: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] | None = None
     notes: Sequence[str] = ()
 
 
@@ -138,6 +145,31 @@ def load_backbone(bundle: str | os.PathLike[str], **changes: Any) -> Backbone:
     return backbone
 
 
+def stored_spacing(
+    records: Iterable[VolumeRecord],
+) -> tuple[tuple[float, float, float] | None, Literal["linear", "bspline"]]:
+    """Spacing that ingest resampled these volumes to, and how; None where it kept each volume's own.
+
+    Raises:
+        ConfigError: some were resampled, and yet their spacings differ.
+    """
+    spacings, ways = set(), set()
+    for record in records:
+        spacings.add(tuple(round(s, 6) for s in record.spacing_mm))
+        ways |= {note.rpartition(", ")[2] for note in record.notes if note.startswith("resampled from ")}
+    if not ways:
+        return None, "linear"
+    if len(spacings) > 1 or len(ways) > 1:
+        raise ConfigError(
+            "spacing of the training volumes",
+            expected="one spacing, as some of them were resampled",
+            found=", ".join(map(str, sorted(spacings)[:4])),
+            remedy="ingest all volumes with one policy",
+        )
+    d, h, w = spacings.pop()
+    return (d, h, w), "bspline" if ways == {"bspline"} else "linear"
+
+
 def fingerprint(bundle: str | os.PathLike[str]) -> str:
     """SHA-256 of `bundle.json`, which holds the digests of all other files."""
     return hashlib.sha256((Path(bundle) / "bundle.json").read_bytes()).hexdigest()
@@ -164,6 +196,7 @@ def _write(work: Path, kind: str, backbone: Backbone, facts: BundleFacts) -> Non
     plan = Preprocess(
         channels=int(arguments.get("in_channels", 1)),
         spacing_mm=facts.spacing_mm,
+        interpolation=facts.interpolation,
         intensity=facts.intensity.model_dump(mode="json"),
         patch_DHW=facts.patch_DHW,
         labels=facts.labels,
@@ -171,6 +204,8 @@ def _write(work: Path, kind: str, backbone: Backbone, facts: BundleFacts) -> Non
     _dump(work / "architecture.json", architecture)
     _dump(work / "preprocess.json", plan.dump())
     (work / "MODEL_CARD.md").write_text(_card(kind, backbone, facts, tensors), encoding="utf-8")
+    if facts.evaluation is not None:
+        _dump(work / "evaluation.json", facts.evaluation)
     source = Path(portable.__file__).parent
     (work / CODE).mkdir()
     for file in sorted(source.glob("*.py")):

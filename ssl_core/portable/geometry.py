@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from .errors import RefusedInput
 from .grid import canonicalise, check_affine, nearest_axes, shear, spacing_dhw
 
-_MAX_SHEAR = 1e-2
-"""Largest cosine between two voxel axes that still counts as rounding of the header."""
+_MAX_SHEAR = 1e-3
+"""Largest cosine between two voxel axes that still counts as rounding of the header; ingest's value."""
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,8 @@ class Nifti:
     """A NIfTI file in memory.
 
     Attributes:
-        array: (I, J, K) or (I, J, K, T...) in file order; values after scl_slope and scl_inter (float64 when they say
-            something else than "unscaled", the stored dtype in native byte order otherwise).
+        array: (I, J, K) or (I, J, K, T...) in file order; values after scl_slope and scl_inter (a float type when
+            they say something else than "unscaled", the stored dtype in native byte order otherwise).
         affine: (4, 4) float64; voxel-centre indices (i, j, k, 1) to RAS+ mm.
         header: The header record, little-endian; used to write a mask with the same geometry fields.
     """
@@ -99,7 +99,10 @@ def read_nifti(path: str | os.PathLike[str]) -> Nifti:
     if np.isfinite(slope) and slope != 0 and (slope, inter) != (1.0, 0.0):
         if not np.isfinite(inter):
             raise RefusedInput(name, expected="a finite scl_inter", found=str(inter), remedy="repair the header")
-        array = array.astype(np.float64) * slope + inter
+        # as wide as the stored type deserves, like ingest, so that both see the same values
+        array = array.astype(np.float32 if array.dtype.itemsize < 4 else np.float64)
+        array *= slope
+        array += inter
     affine = _affine(name, header, shape)
     little = np.array(header).astype(header.dtype.newbyteorder("<"))
     return Nifti(array, affine, little)
@@ -232,6 +235,7 @@ def _affine(name: str, header: Any, shape: tuple[int, ...]) -> NDArray[np.float6
         zooms = np.where(zooms > 0, zooms, 1.0) * (-1, 1, 1)
         affine[:3, :3] = np.diag(zooms)
         affine[:3, 3] = -zooms * (np.array(shape[:3]) - 1) / 2
+    affine[:3] *= {1: 1e3, 3: 1e-3}.get(int(header["xyzt_units"]) & 7, 1.0)  # metres and microns
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         raise RefusedInput(
             name, expected="an invertible affine", found=np.array2string(affine), remedy="repair the header"

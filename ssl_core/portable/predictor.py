@@ -163,7 +163,7 @@ def check_bundle(root: Path) -> dict[str, Any]:
     """The object of `bundle.json`, after every listed file was found to match its SHA-256.
 
     Raises:
-        RefusedInput: not a bundle, a file missing, changed, or one that the list does not know.
+        RefusedInput: not a bundle, or a file is missing or changed.
     """
     card = _json(root / "bundle.json")
     if card.get("format") != FORMAT or card.get("kind") not in ("segmenter", "encoder"):

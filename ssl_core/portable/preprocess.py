@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ class Preprocess:
     Attributes:
         channels: Input channels.
         spacing_mm: (D, H, W) that volumes are resampled to; None keeps each volume's own.
+        interpolation: How they are resampled, `linear` or `bspline`.
         intensity: `kind` and the constants of the policy; see `constants`.
         patch_DHW: Sliding window, voxels.
         labels: (value in the mask, name) of each class; class 0 is the background.
@@ -28,6 +29,7 @@ class Preprocess:
 
     channels: int
     spacing_mm: tuple[float, float, float] | None
+    interpolation: Literal["linear", "bspline"]
     intensity: dict[str, Any]
     patch_DHW: tuple[int, int, int]
     labels: tuple[tuple[int, str], ...]
@@ -46,6 +48,7 @@ class Preprocess:
             result = cls(
                 channels=int(data["channels"]),
                 spacing_mm=None if spacing is None else (float(spacing[0]), float(spacing[1]), float(spacing[2])),
+                interpolation="bspline" if data["interpolation"] == "bspline" else "linear",
                 intensity=dict(data["intensity"]),
                 patch_DHW=(int(patch[0]), int(patch[1]), int(patch[2])),
                 labels=tuple((int(entry["value"]), str(entry["name"])) for entry in data["labels"]),
@@ -66,6 +69,7 @@ class Preprocess:
             "axes": AXES,
             "channels": self.channels,
             "spacing_mm": None if self.spacing_mm is None else list(self.spacing_mm),
+            "interpolation": self.interpolation,
             "intensity": self.intensity,
             "patch_DHW": list(self.patch_DHW),
             "labels": [{"value": value, "name": name} for value, name in self.labels],
@@ -114,15 +118,15 @@ def prepare(
         values_CDHW: Intensities after scale and offset.
         affine: (4, 4) of `values_CDHW`.
         plan: The bundle's preprocessing.
-        stats: Foreground statistics as ingest records them, over all channels of the resampled volume; None computes
-            them from the volume.
+        stats: Foreground statistics as ingest records them, of the first channel of the resampled volume; None
+            computes them.
 
     Returns:
         The network's input (C, D, H, W), and the value of "air", with which crops are padded beyond the volume, (C,).
     """
     if plan.spacing_mm is not None:
-        values_CDHW, _ = resample(values_CDHW, affine, plan.spacing_mm, "linear")
-    found = foreground_stats(values_CDHW) if stats is None else stats
+        values_CDHW, _ = resample(values_CDHW, affine, plan.spacing_mm, plan.interpolation)
+    found = foreground_stats(values_CDHW[0]) if stats is None else stats
     table = constants(plan.intensity, found)
     air = apply(np.full(values_CDHW.shape[0], found["min"]), table)
     return apply(values_CDHW, table), air
