@@ -87,7 +87,9 @@ def write_segmenter(
             "run_id": run_id,
         },
         metrics={"test Dice": mean},
-        notes=(f"Fine-tuned on {len(trained.subjects.train)} labelled volumes, tested on {len(trained.subjects.test)}.",),
+        notes=(
+            f"Fine-tuned on {len(trained.subjects.train)} labelled volumes, tested on {len(trained.subjects.test)}.",
+        ),
     )
     return write_bundle(target, "segmenter", trained.network, facts)
 

@@ -108,13 +108,19 @@ def one(payload: dict[str, Any], start: str, seed: int) -> dict[str, Any]:
         label=config.labelled.label,
         labels=trained.labels,
         policy=trained.encoder.intensity,
-        patch=config.finetune.patch_DHW,
+        window=config.finetune.patch_DHW,
         tolerance_mm=config.nsd_tolerance_mm,
         device=trained.device,
     ):
         record = trained.store.manifest.record(index)
         for label, s in scores.items():
-            row = {"start": start, "seed": seed, "volume_id": record.volume_id, "subject": record.subject, "label": label}
+            row = {
+                "start": start,
+                "seed": seed,
+                "volume_id": record.volume_id,
+                "subject": record.subject,
+                "label": label,
+            }
             cases.append({**row, "dice": s.dice, "hd95_mm": s.hd95_mm, "nsd": s.nsd})
     version = None
     if start == chosen_start(config) and seed == config.seeds[0]:
@@ -159,7 +165,10 @@ def main(argv: Sequence[str]) -> int:
     run_id = tracking.open_run(api, config.experiment, config.name, "finetune", params=resolved(config), tags={})
     payload = {"config": resolved(config), "run_id": run_id}
     todo = [(start, seed) for seed in config.seeds for start in config.starts]
-    print(f"fine-tuning {config.name}: {len(todo)} trainings, {config.concurrent} at a time; MLflow run {run_id}", flush=True)
+    print(
+        f"fine-tuning {config.name}: {len(todo)} trainings, {config.concurrent} at a time; MLflow run {run_id}",
+        flush=True,
+    )
     task = ray.remote(num_cpus=config.cpus_per_run, num_gpus=config.gpus_per_run, max_retries=2)(one)
     results: list[dict[str, Any]] = []
     running: list[Any] = []
@@ -207,7 +216,10 @@ def summarise(config: FinetuneJobConfig, results: Sequence[dict[str, Any]]) -> d
         a, b = starts[:2]
         subjects = sorted({c["subject"] for c in cases})
         mean = {
-            s: [float(np.mean([c["dice"] for c in cases if c["start"] == s and c["subject"] == who])) for who in subjects]
+            s: [
+                float(np.mean([c["dice"] for c in cases if c["start"] == s and c["subject"] == who]))
+                for who in subjects
+            ]
             for s in (a, b)
         }
         test = dataclasses.asdict(compare(np.array(mean[a]), np.array(mean[b]), a=a, b=b, seeds=len(config.seeds)))

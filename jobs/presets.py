@@ -22,7 +22,14 @@ def pretrain(name: str, data: str, runs: str, **changes: Any) -> dict[str, Any]:
         },
         "backbone": BACKBONE,
         "stream": {"global_batch": 8},
-        "engine": {"steps": 60, "warmup_steps": 6, "lr": 2e-3, "log_every": 3, "checkpoint_every": 20, "probe_every": 20},
+        "engine": {
+            "steps": 60,
+            "warmup_steps": 6,
+            "lr": 2e-3,
+            "log_every": 3,
+            "checkpoint_every": 20,
+            "probe_every": 20,
+        },
         "cluster": {"workers": 2},
         **changes,
     }
@@ -30,12 +37,12 @@ def pretrain(name: str, data: str, runs: str, **changes: Any) -> dict[str, Any]:
 
 def finetuning() -> dict[str, Any]:
     """Budget of one fine-tuning, the same in the search and after it."""
-    return {"epochs": 8, "steps_per_epoch": 10, "batch": 4, "patch_DHW": PATCH}
+    return {"epochs": 6, "steps_per_epoch": 10, "batch": 2, "patch_DHW": PATCH}
 
 
 def labelled(data: str, label: str) -> dict[str, Any]:
-    """Eight labelled subjects, three of which only steer the search."""
-    return {"data": data, "label": label, "subjects": 8, "inner": 3, "test_limit": 24}
+    """Eight labelled subjects, two of which only steer the search."""
+    return {"data": data, "label": label, "subjects": 8, "inner": 2, "test_limit": 16}
 
 
 def tune(name: str, data: str, label: str, runs: str, encoder: str) -> dict[str, Any]:

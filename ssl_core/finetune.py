@@ -38,7 +38,7 @@ class FinetuneConfig(Config):
     epochs: int = Field(10, ge=1, description="Epochs; the inner metric is measured after each")
     steps_per_epoch: int = Field(10, ge=1, description="Optimizer steps of an epoch")
     batch: int = Field(4, ge=1, description="Crops of a step")
-    patch_DHW: tuple[int, int, int] = Field((32, 48, 32), description="Crop, voxels (D, H, W)")
+    patch_DHW: tuple[int, int, int] = Field((32, 48, 32), description="Crop and sliding window, voxels (D, H, W)")
     lr: float = Field(2e-3, gt=0, description="Peak learning rate (AdamW)")
     encoder_lr_scale: float = Field(
         1.0, ge=0, description="Learning rate of a pre-trained encoder relative to the rest; random weights always use 1"
@@ -167,7 +167,7 @@ def train_segmenter(
             metrics = {"loss": total / config.steps_per_epoch}
             if inner:
                 metrics["inner_dice"] = mean_dice(
-                    network, store, inner, label=label, labels=labels, policy=policy, patch=config.patch_DHW, device=device
+                    network, store, inner, label=label, labels=labels, policy=policy, window=config.patch_DHW, device=device
                 )
             history.append(metrics)
             on_epoch(epoch, metrics)
@@ -181,7 +181,7 @@ def predict_volume(
     *,
     labels: Mapping[int, str],
     policy: IntensityPolicy,
-    patch: tuple[int, int, int],
+    window: tuple[int, int, int],
     device: torch.device,
 ) -> NDArray[Any]:
     """Label values (D, H, W) of a stored volume, from its recorded statistics and the sliding window."""
@@ -193,7 +193,7 @@ def predict_volume(
     values = stored.astype(np.float32) * np.float32(record.scale) + np.float32(record.offset)
     image = normalise_array(values, record.stats, policy)
     air = apply_intensity(np.full(image.shape[0], record.stats["min"], np.float32), *constants(policy, record.stats))
-    logits = slide(network.logits, image, np.asarray(air, np.float32), patch, device=device)
+    logits = slide(network.logits, image, np.asarray(air, np.float32), window, device=device)
     module.train(training)
     return np.array([0, *labels], dtype=np.int32)[logits.argmax(0).numpy()]
 
@@ -206,13 +206,13 @@ def mean_dice(
     label: str,
     labels: Mapping[int, str],
     policy: IntensityPolicy,
-    patch: tuple[int, int, int],
+    window: tuple[int, int, int],
     device: torch.device,
 ) -> float:
     """Mean Dice over volumes and labels."""
     found = []
     for index in indices:
-        mask = predict_volume(network, store, index, labels=labels, policy=policy, patch=patch, device=device)
+        mask = predict_volume(network, store, index, labels=labels, policy=policy, window=window, device=device)
         truth = store.read_volume(store.manifest.record(index).volume_id, label=label)[0]
         found += [dice(mask == value, truth == value) for value in labels]
     return float(np.mean(found))
@@ -226,14 +226,14 @@ def score_volumes(
     label: str,
     labels: Mapping[int, str],
     policy: IntensityPolicy,
-    patch: tuple[int, int, int],
+    window: tuple[int, int, int],
     tolerance_mm: float,
     device: torch.device,
 ) -> Iterator[tuple[int, dict[str, Scores]]]:
     """Scores of each volume by label name."""
     for index in indices:
         record = store.manifest.record(index)
-        mask = predict_volume(network, store, index, labels=labels, policy=policy, patch=patch, device=device)
+        mask = predict_volume(network, store, index, labels=labels, policy=policy, window=window, device=device)
         truth = store.read_volume(record.volume_id, label=label)[0]
         yield (
             index,
