@@ -48,6 +48,20 @@ def test_every_voxel_shows_the_place_that_the_geometry_says(dtype, tolerance):
             assert torch.allclose(centre_of(view.to_volume_B34, view.size_DHW), middle)
 
 
+def test_padding_is_marked_where_the_volume_is_smaller_than_the_view():
+    spec = ViewSpec((PAIR, RoleSpec(**{**vars(TURNED), "scale": (1.0, 1.4)})))
+    shape = (10, 13, 17)
+    batch = coordinates(spec, 8, shape_DHW=shape)
+    batch.start_B3 = np.tile((np.array(shape) - spec.host_size_DHW) // 2, (8, 1))
+    views = _make(batch, spec)
+    for view in (v for role in views.roles.values() for v in role):
+        place = align.to_volume(view, _centres(view))
+        real = ((place >= 0) & (place < torch.tensor(shape))).all(-1)
+        assert torch.equal(view.valid_B1DHW.flatten(1).bool(), real)
+        beyond = torch.stack([(place < 0).any(1), (place >= torch.tensor(shape)).any(1)])
+        assert beyond.any(1).all(), "no view reached beyond the volume: a weaker test than meant"
+
+
 def test_maps_show_the_voxel_that_holds_the_place():
     batch = noise(EVERYTHING, 6)
     views = _make(batch, EVERYTHING)
