@@ -39,8 +39,8 @@ class Access:
 def resolve(thing: str = "s3") -> Access:
     """Read the AWS environment: variables, shared credentials and configuration files, instance roles.
 
-    The endpoint is AWS_ENDPOINT_URL_S3, else AWS_ENDPOINT_URL, else `endpoint_url` of the profile's `services` section for
-    s3, else of the profile, which is the order of AWS's own tools.
+    The endpoint is AWS_ENDPOINT_URL_S3, else AWS_ENDPOINT_URL, else `endpoint_url` of the profile's `services` section
+    for s3, else of the profile, which is the order of AWS's own tools.
 
     Raises:
         ConfigError: unreadable or contradictory configuration, or no credentials; `thing` says what they were for.

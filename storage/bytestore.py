@@ -1,7 +1,7 @@
 """Named bytes behind one small interface: local files, memory, S3, HTTP, and whatever fsspec knows.
 
-Keys are relative to the URL that opened the store, separated by `/`, without a leading slash. Stores are thread-safe and
-survive pickling (they reopen by URL), and must not be carried through `fork`.
+Keys are relative to the URL that opened the store, separated by `/`, without a leading slash. Stores are thread-safe
+and survive pickling (they reopen by URL), and must not be carried through `fork`.
 """
 
 import os

@@ -1,7 +1,7 @@
 """The list of volumes with their facts: one row a volume in `manifest-<fingerprint>.parquet`.
 
-A volume that is not in the manifest does not exist. The object `latest` holds the fingerprint of the manifest to use; it is
-replaced in one step after the manifest itself is in place, so that readers see the old or the new one.
+A volume that is not in the manifest does not exist. The object `latest` holds the fingerprint of the manifest to use; it
+is replaced in one step after the manifest itself is in place, so that readers see the old or the new one.
 
 A manifest of a million volumes opens by its footer alone: rows are read in groups when a record is asked for, and what
 `select` needs (split and label names of every row) travels compressed in the footer.
@@ -16,6 +16,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ ROWS_PER_GROUP = 1024
 WHOLE_BYTES = 8 << 20  # a manifest up to this size is fetched in one request
 GROUPS_KEPT = 64
 FORMAT = "1"
+DEFAULT_CODECS = "default"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class VolumeRecord:
         dtype: Stored dtype; value = stored * scale + offset.
         foreground_lo, foreground_hi: Box of the foreground, D, H, W, one past the last.
         stats: Statistics of foreground values (after scale and offset); keys of `STATS_ORDER`.
-        codecs: "default" where the arrays are in the project's own encoding, so that readers need not ask; else empty.
+        codecs: `DEFAULT_CODECS` where the arrays are in the project's own encoding, so that readers need not ask; else empty.
     """
 
     volume_id: str
@@ -171,7 +173,7 @@ class Manifest:
             ConfigError: two records share a volume_id.
         """
         ordered = sorted(records, key=lambda record: record.volume_id)
-        for one, two in zip(ordered, ordered[1:], strict=False):
+        for one, two in pairwise(ordered):
             if one.volume_id == two.volume_id:
                 raise ConfigError(f"volume {one.volume_id}", expected="one record", found="two")
         return cls.from_bytes(_to_parquet(ordered, dict(dataset or {})), "a new manifest")
@@ -416,7 +418,8 @@ class _Remote(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = offset + (0, self._at, self._size)[whence]
+        base: tuple[int, int, int] = (0, self._at, self._size)
+        self._at = base[whence] + offset
         return self._at
 
     def read(self, size: int = -1) -> bytes:

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import obstore
@@ -18,7 +18,7 @@ from storage.errors import ConfigError, NotFound, StoreError
 from storage.retry import RetryPolicy, Transient, retry
 
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig, RetryConfig, S3Config
+    from obstore.store import ClientConfig, RetryConfig, S3Config, S3CredentialProvider
 
 T = TypeVar("T")
 IN_FLIGHT = 16  # ranges of one `get_ranges` call in flight; beyond it loopback and real S3 gained nothing
@@ -35,6 +35,7 @@ def open_s3(url: str, policy: RetryPolicy) -> "ObjectStore":
         raise ConfigError(url, expected="s3://bucket/prefix", found="no bucket")
     access = resolve(url)
     options: "S3Config" = {
+        "bucket": parts.netloc,
         "region": access.region,
         "virtual_hosted_style_request": access.endpoint is None,
         # A refusal inside a bulk answer of status 200 has no error type of its own.
@@ -44,11 +45,10 @@ def open_s3(url: str, policy: RetryPolicy) -> "ObjectStore":
         options["endpoint"] = access.endpoint
     plain = bool(access.endpoint and access.endpoint.startswith("http://"))
     store = S3Store(
-        parts.netloc,
         prefix=parts.path.strip("/") or None,
         client_options=_client(policy, allow_http=plain),
         retry_config=_NO_RETRIES,
-        credential_provider=access.credential,
+        credential_provider=cast("S3CredentialProvider", access.credential),
         **options,
     )
     return ObjectStore(url.rstrip("/"), store, policy, where=access.endpoint or "AWS S3")

@@ -118,7 +118,7 @@ def plan(
 def overlap(
     box: Box, origin: Sequence[int], chunk: Sequence[int], shape: Sequence[int]
 ) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """Where a chunk's voxels go: (slices of the box's array, slices of the chunk); voxels beyond the array are left out."""
+    """Where a chunk's voxels go: (slices of the box's array, slices of the chunk), without voxels beyond the array."""
     into: list[slice] = []
     out_of: list[slice] = []
     for start, stop, o, c, extent in zip(box.start, box.stop, origin, chunk, shape, strict=True):

@@ -164,7 +164,7 @@ def phantom(shape_DHW: Sequence[int], seed: int = 0, channels: int = 1) -> npt.N
 def phantom_label(image_CDHW: npt.NDArray[np.int16]) -> npt.NDArray[np.uint8]:
     """A label (D, H, W) of a phantom: 1 for soft tissue above 50 HU, 2 for bone."""
     first = image_CDHW[0]
-    return (first > 50).astype(np.uint8) + (first > 400).astype(np.uint8)
+    return np.digitize(first, [51, 401]).astype(np.uint8)
 
 
 def publish_phantoms(

@@ -14,8 +14,8 @@ from storage.codecs import encode_default
 from storage.errors import ConfigError, RefusedInput
 from storage.intensity_stats import foreground_box, foreground_mask, foreground_stats
 from storage.layout import Layout, choose_layout
-from storage.manifest import LabelRecord, Triple, VolumeRecord
-from storage.shardindex import build_index, morton_order
+from storage.manifest import DEFAULT_CODECS, LabelRecord, Triple, VolumeRecord
+from storage.shardindex import build_index, curve_order
 from storage.zarrmeta import DTYPES, array_document, group_document, multiscales
 
 Array = npt.NDArray[Any]
@@ -140,7 +140,7 @@ def write_volume(
         notes=tuple(notes),
         chunk_DHW=layout.chunk_DHW,
         shard_DHW=layout.shard_DHW,
-        codecs="default",
+        codecs=DEFAULT_CODECS,
     )
 
 
@@ -180,7 +180,7 @@ def label_record(name: str, label_DHW: Array) -> LabelRecord:
 
 
 def encode_shard(block: Array, chunk: tuple[int, ...], inside: tuple[int, ...]) -> bytes:
-    """One shard: chunks along the Z-order curve, then the index.
+    """One shard: chunks along a space-filling curve, then the index.
 
     Args:
         block: The shard's voxels, padded to the whole shard.
@@ -191,7 +191,7 @@ def encode_shard(block: Array, chunk: tuple[int, ...], inside: tuple[int, ...]) 
     parts: list[bytes] = []
     entries: dict[int, tuple[int, int]] = {}
     at = 0
-    for number in morton_order(grid):
+    for number in curve_order(grid):
         place = np.unravel_index(number, grid)
         origin = [int(p) * c for p, c in zip(place, chunk, strict=True)]
         if any(o >= n for o, n in zip(origin, inside, strict=True)):
