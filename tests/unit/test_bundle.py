@@ -81,6 +81,8 @@ def test_every_monai_backbone_makes_a_bundle(tmp_path: Path, name: str, argument
     """`write_bundle` itself compares the portable network with the backbone; here: it did, and levels are found."""
     if name == "swin_unetr":
         pytest.importorskip("einops")
+        if kind == "segmenter":
+            pytest.skip("ten times slower than the others, and the encoder is what differs")
     net = build(name, **arguments, out_channels=3)
     patch = tuple(max(32, m) for m in net.multiple_DHW())
     bundle = write_bundle(tmp_path / "b", kind, net, facts(patch_DHW=patch))  # type: ignore[arg-type]
