@@ -12,46 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_core.augment.draws import uniforms
+from ssl_core.boxes import F64, Boxes, extents, iou
 from ssl_core.views import RoleSpec, ViewSpec
 from storage.errors import ConfigError
 
-F64 = NDArray[np.float64]
-
-ATTEMPTS = 32  # our choice; at the tightest overlap we use (0.5) fewer than 1 in 1000 draws reach the fallback
+ATTEMPTS = 64
+"""Draws before the fallback; our choice. Measured on 20 000 pairs with scale 0.8 to 1.3, the fallback takes none at an
+overlap of 0.3, 0.04 % at 0.5 and 14 % at 0.8."""
 MOST_SHIFT = 0.5  # our choice: boxes placed freely part by half a side at most, or host crops would grow eightfold
-
-
-@dataclass(frozen=True)
-class Boxes:
-    """The box of one view of each of B samples.
-
-    Attributes:
-        size_DHW: Voxels of the view.
-        linear_B33: View voxels to volume voxels, without flips.
-        low_B3: Lower corner of the bounding box, volume edge coordinates.
-    """
-
-    size_DHW: tuple[int, int, int]
-    linear_B33: F64
-    low_B3: F64
-
-    @property
-    def extent_B3(self) -> F64:
-        """Sides of the bounding boxes, volume voxels."""
-        return _extent(self.linear_B33, self.size_DHW)
-
-    @property
-    def centre_B3(self) -> F64:
-        """Centres, volume edge coordinates."""
-        return self.low_B3 + self.extent_B3 / 2
-
-    def where(self, mask_B: NDArray[np.bool_], other: "Boxes") -> "Boxes":
-        """`self` where the mask is set, else `other`."""
-        return Boxes(
-            self.size_DHW,
-            np.where(mask_B[:, None, None], self.linear_B33, other.linear_B33),
-            np.where(mask_B[:, None], self.low_B3, other.low_B3),
-        )
 
 
 def host_size(spec: ViewSpec) -> tuple[int, int, int]:
@@ -223,11 +191,11 @@ class _Placer:
         angle_B = np.deg2rad(role.rotate_degrees) * (2 * shape_B2[:, 1] - 1)
         room_B3 = high_B3 - low_B3 + 1e-9
         linear = _linear(role, scale_B, angle_B, self.ratio_B)
-        tight_B = (_extent(linear, role.size_DHW) > room_B3).any(1)
+        tight_B = (extents(linear, role.size_DHW) > room_B3).any(1)
         if tight_B.any():  # anisotropic rotation, or a narrow union: give up the rotation, then the scale
             angle_B = np.where(tight_B, 0.0, angle_B)
             linear = _linear(role, scale_B, angle_B, self.ratio_B)
-            tight_B = (_extent(linear, role.size_DHW) > room_B3).any(1)
+            tight_B = (extents(linear, role.size_DHW) > room_B3).any(1)
             linear = _linear(role, np.where(tight_B, lowest, scale_B), angle_B, self.ratio_B)
         return Boxes(role.size_DHW, linear, self._corner(role, view, attempt, linear, low_B3, high_B3))
 
@@ -241,7 +209,7 @@ class _Placer:
         high_B3: F64,
         extra: float | F64 = 0.0,
     ) -> F64:
-        extent = _extent(linear_B33, role.size_DHW)
+        extent = extents(linear_B33, role.size_DHW)
         extent[:, 0] += extra
         first, last = _corners(extent, low_B3, high_B3, self.shape_B3)
         u = self._uniforms(role, "corner", view, attempt, count=3)
@@ -294,26 +262,12 @@ def concentric(role: RoleSpec, anchor: Boxes, low_B3: F64, high_B3: F64, ratio_B
     best: Boxes | None = None
     for scale_B, angle_B in shapes:
         linear = _linear(role, scale_B, angle_B, ratio_B)
-        extent = _extent(linear, role.size_DHW)
+        extent = extents(linear, role.size_DHW)
         low = np.clip(anchor.centre_B3 - extent / 2, low_B3, np.maximum(low_B3, high_B3 - extent))
         box = Boxes(role.size_DHW, linear, low)
         best = box if best is None else box.where(iou(box, anchor) > iou(best, anchor), best)
     assert best is not None
     return best
-
-
-def iou(a: Boxes, b: Boxes) -> F64:
-    """Intersection over union of two boxes of each sample, (B,); exact for boxes rotated about D."""
-    low = np.maximum(a.low_B3, b.low_B3)
-    high = np.minimum(a.low_B3 + a.extent_B3, b.low_B3 + b.extent_B3)
-    side = np.maximum(high - low, 0)
-    plane = side[:, 1] * side[:, 2]
-    turned = (a.linear_B33[:, 1, 2] != 0) | (b.linear_B33[:, 1, 2] != 0)
-    if turned.any():
-        plane = np.where(turned, _overlap_area(_footprint(a), _footprint(b)), plane)
-    both = side[:, 0] * plane
-    volume = [np.abs(np.linalg.det(box.linear_B33)) * np.prod(box.size_DHW) for box in (a, b)]
-    return np.asarray(both / (volume[0] + volume[1] - both))
 
 
 def _unmet(role: RoleSpec, box: Boxes, anchors: list[Boxes]) -> NDArray[np.bool_]:
@@ -330,10 +284,6 @@ def _linear(role: RoleSpec, scale_B: F64, angle_B: F64, ratio_B: F64) -> F64:
     linear[:, 1, 2] = -scale_B * np.sin(angle_B) * ratio_B
     linear[:, 2, 1] = scale_B * np.sin(angle_B) / ratio_B
     return linear
-
-
-def _extent(linear_B33: F64, size_DHW: tuple[int, int, int]) -> F64:
-    return np.asarray(np.abs(linear_B33) @ np.array(size_DHW, np.float64))
 
 
 def _corners(extent_B3: F64, low_B3: F64, high_B3: F64, shape_B3: F64) -> tuple[F64, F64]:
@@ -408,36 +358,3 @@ def _upright(role: RoleSpec, scale: float) -> Boxes:
     """One box at the origin without rotation."""
     linear = _linear(role, np.full(1, scale), np.zeros(1), np.ones(1))
     return Boxes(role.size_DHW, linear, np.zeros((1, 3)))
-
-
-def _footprint(box: Boxes) -> F64:
-    """Corners in (H, W) in the order that keeps the inside to the left, (B, 4, 2)."""
-    signs = np.array([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
-    half = signs * np.array(box.size_DHW[1:]) / 2
-    return np.asarray(half @ np.swapaxes(box.linear_B33[:, 1:, 1:], 1, 2) + box.centre_B3[:, None, 1:])
-
-
-def _overlap_area(subject_B42: F64, window_B42: F64) -> F64:
-    """Area that two convex quadrilaterals of each sample share (Sutherland-Hodgman, vectorised), (B,).
-
-    Clipping by one side keeps a corner, adds a crossing, both or neither; where there is nothing to add, the corner
-    before is repeated, which leaves the area as it is and the arrays rectangular.
-    """
-    polygon = subject_B42
-    for side in range(4):
-        start, stop = window_B42[:, side], window_B42[:, (side + 1) % 4]
-        along = (stop - start)[:, None]
-        to_corner = polygon - start[:, None]
-        height = along[..., 0] * to_corner[..., 1] - along[..., 1] * to_corner[..., 0]
-        following, height_after = np.roll(polygon, -1, axis=1), np.roll(height, -1, axis=1)
-        inside, crosses = height >= 0, (height >= 0) != (height_after >= 0)
-        share = np.where(crosses, height / np.where(crosses, height - height_after, 1.0), 0.0)
-        crossing = polygon + share[..., None] * (following - polygon)
-        batch, count = inside.shape
-        points = np.stack([polygon, crossing], axis=2).reshape(batch, 2 * count, 2)
-        kept = np.stack([inside, crosses], axis=2).reshape(batch, 2 * count)
-        order = np.maximum.accumulate(np.where(kept, np.arange(2 * count), -1), axis=1)
-        order = np.where(order < 0, order[:, -1:], order)  # before the first kept point comes the last
-        polygon = np.take_along_axis(points, np.maximum(order, 0)[..., None], axis=1)
-    x, y = polygon[..., 0] - polygon[:, :1, 0], polygon[..., 1] - polygon[:, :1, 1]
-    return np.asarray(np.abs((x * np.roll(y, -1, axis=1) - np.roll(x, -1, axis=1) * y).sum(1)) / 2)

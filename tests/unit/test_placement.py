@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from ssl_core import placement
-from ssl_core.placement import Boxes, concentric, draw, host_size, iou
+from ssl_core.boxes import Boxes, iou
+from ssl_core.placement import concentric, draw, host_size
 from ssl_core.views import RoleSpec, ViewSpec
 from storage.errors import ConfigError
 
