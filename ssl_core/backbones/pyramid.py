@@ -33,6 +33,27 @@ class Geometry:
     offset: tuple[float, ...] | None
 
 
+def cumulative(steps: Sequence[tuple[tuple[int, ...], tuple[float, ...] | None]]) -> list[Geometry]:
+    """Geometry after each of a chain of layers.
+
+    Args:
+        steps: For each layer its stride and the centre of its output 0 in its own input's edge coordinates: 0.5 for odd
+            kernels with "same" padding, half the stride for pooling; `None` when paths of different centres are added.
+    """
+    stride: tuple[int, ...] = (1,) * len(steps[0][0])
+    offset: tuple[float, ...] | None = (0.5,) * len(stride)
+    found = []
+    for step, centre in steps:
+        if offset is not None and centre is not None:
+            # Feature j of the layer before has edge coordinate j + 0.5 there and stride * j + offset in the input.
+            offset = tuple(o + s * (c - 0.5) for o, s, c in zip(offset, stride, centre, strict=True))
+        else:
+            offset = None
+        stride = tuple(a * b for a, b in zip(stride, step, strict=True))
+        found.append(Geometry(stride, offset))
+    return found
+
+
 @dataclass(frozen=True)
 class Architecture:
     """How to see a stock network as a pyramid.

@@ -1,0 +1,420 @@
+"""What a method is held to, for this project's methods and for a newcomer's.
+
+Subclass `MethodContract` in a test module; it runs for every registered method. `Ranks` runs functions on several gloo
+processes and leaves none behind.
+"""
+
+import copy
+import dataclasses
+import multiprocessing
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import ssl_core.methods  # noqa: F401  registers every method
+from ssl_core.backbones import build
+from ssl_core.backbones.pyramid import Pyramid
+from ssl_core.backbones.registry import architecture
+from ssl_core.config import parse, resolved
+from ssl_core.distributed import Collectives, ProcessGroup, Single
+from ssl_core.methods.base import Crops, StepContext, method_class, method_names
+from ssl_core.views import RoleSpec, View, ViewBatch, ViewSpec
+from ssl_core.weights import encoder_state, load_exact
+
+BACKBONE = ("dynunet", {"filters": [4, 8, 8], "strides": [1, 2, 2], "kernel_size": [3, 3, 3]})
+_SMALL = {"hidden": 16, "out": 8, "queue": 8, "block": 4, "regions": 4, "pixels": 4}
+
+
+class Ranks:
+    """A group of gloo processes that run functions until closed.
+
+    Args:
+        world: Number of processes.
+        timeout_s: Longest that one `run` may take; then all processes are ended and `TimeoutError` is raised.
+    """
+
+    def __init__(self, world: int, timeout_s: float = 120.0) -> None:
+        self.world, self.timeout_s = world, timeout_s
+        self._folder = tempfile.TemporaryDirectory()
+        context = multiprocessing.get_context("spawn")
+        self._pipes, self._processes = [], []
+        for rank in range(world):
+            mine, theirs = context.Pipe()
+            file = str(Path(self._folder.name) / "store")
+            process = context.Process(target=_serve, args=(rank, world, file, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(mine)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Results of `function(collectives, *args)` of all ranks; the function must be importable by name."""
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        results = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(self.timeout_s):
+                self.close()
+                raise TimeoutError(f"rank {rank} of {self.world}: no answer within {self.timeout_s} s")
+            try:
+                good, value = pipe.recv()
+            except EOFError as error:
+                self.close()
+                raise RuntimeError(f"rank {rank} of {self.world} ended") from error
+            if not good:
+                self.close()
+                raise RuntimeError(f"rank {rank} of {self.world}: {value}")
+            results.append(value)
+        return results
+
+    def close(self) -> None:
+        """End all processes."""
+        for pipe in self._pipes:
+            pipe.close()  # a worker ends when its pipe does
+        for process in self._processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._folder.cleanup()
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _serve(rank: int, world: int, file: str, pipe: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+    try:
+        while True:
+            function, args = pipe.recv()
+            try:
+                pipe.send((True, function(ProcessGroup(), *args)))
+            except Exception as error:  # noqa: BLE001  whatever it is, the caller is told
+                pipe.send((False, f"{type(error).__name__}: {error}"))
+    except (EOFError, BrokenPipeError):
+        pass
+    finally:
+        dist.destroy_process_group()
+
+
+def tiny_config(name: str) -> Any:
+    """A method's configuration cut down for tests: views of 16^3, narrow heads."""
+    kind = method_class(name).Config
+    changes: dict[str, Any] = {}
+    for field, info in kind.model_fields.items():
+        default = info.get_default(call_default_factory=True)
+        if isinstance(default, Crops):
+            side = 16 if field == "crops" else 8
+            depth = side if default.size_DHW[0] > 1 else 1
+            changes[field] = default.model_dump() | {"size_DHW": (depth, side, side)}
+        elif field in _SMALL:
+            changes[field] = _SMALL[field]
+    return parse(kind, resolved(kind()) | changes)
+
+
+def tiny_backbone(seed: int = 0) -> Pyramid:
+    """A DynUNet of three levels with few channels."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build(BACKBONE[0], **BACKBONE[1])
+
+
+def tiny_method(name: str, config: Any = None, seed: int = 0) -> Any:
+    """A method on the tiny backbone, weights a function of the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return method_class(name)(config or tiny_config(name), tiny_backbone(seed)).train()
+
+
+def synthetic_views(spec: ViewSpec, samples: list[int], dtype: torch.dtype = torch.float32) -> ViewBatch:
+    """Crops, flipped now and then, of smooth random volumes; sample i is the same in every batch."""
+    cuts = [_synthetic_sample(spec, i, dtype) for i in samples]
+    roles = {
+        role.name: tuple(_stack([cut[role.name][v] for cut in cuts]) for v in range(role.count)) for role in spec.roles
+    }
+    index = torch.tensor(samples, dtype=torch.int64)
+    side = float(_volume_side(spec))
+    ones = torch.ones(len(samples), 3, dtype=torch.float64)
+    return ViewBatch(roles, index, index.clone(), ones, ones * side)
+
+
+def take(batch: ViewBatch, index: list[int]) -> ViewBatch:
+    """The samples of a batch at these places, in this order."""
+    return _map(batch, lambda x: x[index])
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _map(getattr(value, f.name), change) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    if isinstance(value, tuple):
+        return tuple(_map(v, change) for v in value)
+    if isinstance(value, Mapping):
+        return {k: _map(v, change) for k, v in value.items()}
+    return value
+
+
+def _volume_side(spec: ViewSpec) -> int:
+    return max(max(role.size_DHW) for role in spec.roles) + 8
+
+
+def _synthetic_sample(spec: ViewSpec, sample: int, dtype: torch.dtype) -> dict[str, list[View]]:
+    random = torch.Generator().manual_seed(1000 + sample)
+    side = _volume_side(spec)
+    coarse = torch.randn(1, 1, 6, 6, 6, generator=random, dtype=torch.float64)
+    volume = nn.functional.interpolate(coarse, size=(side,) * 3, mode="trilinear")[0]
+    volume = (volume - volume.min()) / (volume.max() - volume.min())
+    cells = torch.arange(side) // 5
+    ids = 1 + cells[:, None, None] * 100 + cells[None, :, None] * 10 + cells[None, None, :]
+    cut: dict[str, list[View]] = {}
+    for role in spec.roles:
+        cut[role.name] = []
+        start = torch.randint(0, 8, (3,), generator=random)
+        flips = torch.rand(3, generator=random) < torch.tensor(role.flip)
+        for v in range(role.count):
+            if role.offset_vox is not None and v:
+                start = start.clone()
+                start[0] = (start[0] + v * max(role.offset_vox[0], 1)) % 8
+            elif v:
+                start = torch.randint(0, 8, (3,), generator=random)
+            if v and not (role.share_spatial or role.offset_vox is not None):
+                flips = torch.rand(3, generator=random) < torch.tensor(role.flip)
+            cut[role.name].append(_cut(role, spec, volume, ids, start, flips, random, dtype))
+    return cut
+
+
+def _cut(
+    role: RoleSpec,
+    spec: ViewSpec,
+    volume: Tensor,
+    ids: Tensor,
+    start: Tensor,
+    flips: Tensor,
+    random: torch.Generator,
+    dtype: torch.dtype,
+) -> View:
+    size = torch.tensor(role.size_DHW)
+    box = tuple(slice(int(a), int(a + n)) for a, n in zip(start, size, strict=True))
+    axes = [int(i) for i in torch.nonzero(flips)[:, 0]]
+    clean = volume[(slice(None), *box)].flip([a + 1 for a in axes])
+    noise = 0.05 * torch.randn(clean.shape, generator=random, dtype=torch.float64)
+    sign = torch.where(flips, -1.0, 1.0).double()
+    shift = start.double() + torch.where(flips, size.double(), 0.0)
+    maps = {name: ids[box].flip(axes)[None].long() for name in spec.maps}
+    return View(
+        image_BCDHW=(clean + noise)[None].to(dtype),
+        to_volume_B34=torch.cat([torch.diag(sign), shift[:, None]], dim=1)[None],
+        position_B3=((start + size / 2) / volume.shape[1])[None].double(),
+        valid_B1DHW=torch.ones(1, 1, *role.size_DHW, dtype=dtype),
+        clean_BCDHW=clean[None].to(dtype) if role.keep_clean else None,
+        maps=maps,
+    )
+
+
+def _stack(views: list[View]) -> View:
+    first = views[0]
+    fields: dict[str, Any] = {
+        f.name: torch.cat([getattr(v, f.name) for v in views])
+        for f in dataclasses.fields(View)
+        if isinstance(getattr(first, f.name), Tensor)
+    }
+    return View(**fields, maps={k: torch.cat([v.maps[k] for v in views]) for k in first.maps})
+
+
+def context(step: int, max_steps: int = 100, collectives: Collectives | None = None) -> StepContext:
+    """A step of a run with seed 7."""
+    return StepContext(step, max_steps, 7, collectives or Single())
+
+
+def train(
+    method: Any,
+    batch: ViewBatch,
+    steps: range,
+    optimizer: torch.optim.Optimizer,
+    collectives: Collectives | None = None,
+) -> list[float]:
+    """Plain steps on one batch, gradients averaged over ranks as the engine does; returns the losses of this rank."""
+    group = collectives or Single()
+    losses = []
+    for step in steps:
+        ctx = context(step, collectives=group)
+        optimizer.zero_grad()
+        loss = method(batch, ctx).total
+        loss.backward()
+        for parameter in method.parameters():
+            if parameter.grad is not None:
+                parameter.grad.copy_(group.mean(parameter.grad))
+        optimizer.step()
+        method.after_step(ctx)
+        losses.append(float(group.mean(loss.detach())))
+    return losses
+
+
+def trained(method: Any) -> list[nn.Parameter]:
+    """Parameters that the optimizer gets."""
+    return [p for p in method.parameters() if p.requires_grad]
+
+
+def steps_on_ranks(collectives: Collectives, name: str, each: int, steps: int) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses and state of a float64 method after plain SGD on this rank's part of a batch of `each` a rank."""
+    method = tiny_method(name).double()
+    spec = type(method).view_spec(method.config)
+    mine = range(collectives.rank * each, (collectives.rank + 1) * each)
+    batch = synthetic_views(spec, list(mine), torch.float64)
+    losses = train(method, batch, range(steps), torch.optim.SGD(trained(method), lr=1e-2), collectives)
+    return losses, {k: v.detach().clone() for k, v in method.state_dict().items()}
+
+
+def assert_same_on_ranks(ranks: Ranks, name: str, each: int = 2, steps: int = 3, tolerance: float = 1e-10) -> None:
+    """Several ranks and one rank on the joined batch agree on losses, weights, targets, queues and norm statistics."""
+    alone_losses, alone = steps_on_ranks(_Joined(), name, each * ranks.world, steps)
+    for losses, state in ranks.run(steps_on_ranks, name, each, steps):
+        for found, wanted in zip(losses, alone_losses, strict=True):
+            assert abs(found - wanted) < tolerance, f"loss {found} on ranks, {wanted} on one"
+        assert state.keys() == alone.keys()
+        for key, value in state.items():
+            gap = float((value.double() - alone[key].double()).abs().max()) if value.numel() else 0.0
+            assert gap < tolerance, f"{key} differs by {gap:.2e} between {ranks.world} ranks and one"
+
+
+class _Joined(Single):
+    """One rank that holds the whole batch."""
+
+
+class MethodContract:
+    """Every registered method, on a tiny network with synthetic views. Subclass it in a test module to run it.
+
+    Attributes:
+        steps, lr: Training that must lower the loss on two samples.
+        bf16_tolerance: Largest relative difference of the loss under bfloat16 autocast, plus the same absolutely.
+    """
+
+    steps = 30
+    lr = 1e-2
+    bf16_tolerance = 0.05
+
+    @pytest.fixture(params=method_names())
+    def name(self, request: pytest.FixtureRequest) -> str:
+        """Each registered method in turn."""
+        return str(request.param)
+
+    @pytest.fixture(scope="class")
+    def two_ranks(self) -> Iterator[Ranks]:
+        """Two gloo processes, shared by the class."""
+        with Ranks(2) as ranks:
+            yield ranks
+
+    def test_config_survives_a_round_trip_and_describes_every_field(self, name: str) -> None:
+        kind = method_class(name).Config
+        config = tiny_config(name)
+        assert parse(kind, resolved(config)) == config
+        assert [f for f, info in kind.model_fields.items() if not info.description] == []
+
+    def test_the_method_and_its_config_are_documented(self, name: str) -> None:
+        kind = method_class(name)
+        assert all(word in (kind.__doc__ or "") for word in ("Formula", "Traps", "Cost", "Use it"))
+
+    @pytest.mark.parametrize("size", [1, 2, 3])
+    def test_loss_is_finite(self, name: str, size: int) -> None:
+        method = tiny_method(name)
+        terms = method(self.views(method, list(range(size))), context(0))
+        assert torch.isfinite(terms.total)
+        assert terms.total.dim() == 0
+        terms.total.backward()
+        assert all(torch.isfinite(p.grad).all() for p in trained(method))
+
+    def test_constant_images_give_a_finite_loss_and_gradient(self, name: str) -> None:
+        method = tiny_method(name)
+        batch = self.views(method, [0, 1])
+        flat = _map(batch, lambda x: torch.full_like(x, 0.5) if x.dtype == torch.float32 else x)
+        loss = method(flat, context(0)).total
+        loss.backward()
+        assert torch.isfinite(loss)
+        assert all(torch.isfinite(p.grad).all() for p in trained(method))
+
+    def test_views_without_overlap_give_a_finite_loss_and_gradient(self, name: str) -> None:
+        method = tiny_method(name)
+        batch = self.views(method, [0, 1])
+        for views in batch.roles.values():
+            for i, view in enumerate(views):
+                view.to_volume_B34[:, :, 3] += 1000.0 * i
+        loss = method(batch, context(0)).total
+        loss.backward()
+        assert torch.isfinite(loss)
+
+    def test_gradients_reach_what_is_trained_and_nothing_else(self, name: str) -> None:
+        method = tiny_method(name)
+        method(self.views(method, [0, 1, 2]), context(0)).total.backward()
+        missing = [n for n, p in method.named_parameters() if p.requires_grad and p.grad is None]
+        strays = [n for n, p in method.named_parameters() if not p.requires_grad and p.grad is not None]
+        assert missing == []
+        assert strays == []
+        # Biases before a norm get a gradient of zero by design; kernels never do.
+        dead = [n for n, p in method.named_parameters() if p.requires_grad and p.dim() > 1 and not p.grad.any()]
+        assert dead == []
+
+    def test_permuting_the_batch_leaves_the_loss(self, name: str) -> None:
+        method = tiny_method(name).double()
+        batch = self.views(method, [0, 1, 2], torch.float64)
+        here = method(batch, context(0)).total
+        there = copy.deepcopy(method)(take(batch, [2, 0, 1]), context(0)).total
+        assert abs(float(here - there)) < 1e-9
+
+    def test_two_ranks_equal_one(self, name: str, two_ranks: Ranks) -> None:
+        assert_same_on_ranks(two_ranks, name)
+
+    def test_a_resumed_run_is_bitwise_equal(self, name: str) -> None:
+        straight = tiny_method(name)
+        batch = self.views(straight, [0, 1])
+        optimizer = torch.optim.AdamW(trained(straight), lr=1e-3)
+        train(straight, batch, range(2), optimizer)
+        saved = copy.deepcopy((straight.state_dict(), optimizer.state_dict()))
+        wanted = train(straight, batch, range(2, 4), optimizer)
+
+        resumed = tiny_method(name, seed=5)
+        with torch.no_grad():
+            for key, tensor in resumed.state_dict().items():
+                tensor.copy_(saved[0][key])
+        again = torch.optim.AdamW(trained(resumed), lr=1e-3)
+        again.load_state_dict(saved[1])
+        assert train(resumed, batch, range(2, 4), again) == wanted
+        for key, tensor in resumed.state_dict().items():
+            assert torch.equal(tensor, straight.state_dict()[key]), key
+
+    def test_loss_falls_on_two_samples(self, name: str) -> None:
+        method = tiny_method(name)
+        batch = self.views(method, [0, 1])
+        train(method, batch, range(8), torch.optim.SGD(trained(method), lr=0.0))  # fills queues
+        losses = train(method, batch, range(8, 8 + self.steps), torch.optim.AdamW(trained(method), lr=self.lr))
+        assert sum(losses[-3:]) / 3 < losses[0]
+
+    def test_the_encoder_exports_completely(self, name: str) -> None:
+        method = tiny_method(name)
+        backbone = method.encoder()
+        stock = architecture(backbone.name).make(**backbone.arguments)
+        report = load_exact(stock, encoder_state(backbone), backbone.encoder_keys())
+        assert len(report.matched) == len(backbone.encoder_keys()) > 0
+
+    def test_bfloat16_is_near_float32(self, name: str) -> None:
+        method = tiny_method(name)
+        batch = self.views(method, [0, 1, 2])
+        exact = float(copy.deepcopy(method)(batch, context(0)).total.detach())
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = float(method(batch, context(0)).total.detach())
+        assert abs(rough - exact) <= self.bf16_tolerance * (1 + abs(exact))
+
+    def views(self, method: Any, samples: list[int], dtype: torch.dtype = torch.float32) -> ViewBatch:
+        """Synthetic views of these samples as the method wants them."""
+        return synthetic_views(type(method).view_spec(method.config), samples, dtype)
