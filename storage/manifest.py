@@ -13,9 +13,10 @@ import io
 import json
 import threading
 import zlib
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -255,15 +256,9 @@ class Manifest:
         Raises:
             NotFound: no such volume.
         """
-        low, high = 0, len(self._first)
-        while low < high:
-            middle = (low + high) // 2
-            if self._first[middle] <= volume_id:
-                low = middle + 1
-            else:
-                high = middle
+        low = bisect_right(self._first, volume_id)
         if low:
-            ids = self._group(low - 1).column("volume_id").to_pylist()
+            ids: list[str] = self._group(low - 1).column("volume_id").to_pylist()
             if volume_id in ids:
                 return (low - 1) * ROWS_PER_GROUP + ids.index(volume_id)
         raise NotFound(f"volume {volume_id}", expected=f"a volume of {self._thing}", found="none of that name")
@@ -311,9 +306,13 @@ def manifest_key(fingerprint: str) -> str:
 
 def fingerprint_of(records: Iterable[VolumeRecord], dataset: Mapping[str, Any]) -> str:
     """First 32 hex digits of a SHA-256 over the records in order of volume_id, and the data set's facts."""
+    return _fingerprint((_to_row(record) for record in sorted(records, key=lambda r: r.volume_id)), dataset)
+
+
+def _fingerprint(rows: Iterable[dict[str, Any]], dataset: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(_canonical({"format": FORMAT, "dataset": dict(dataset)}))
-    for record in sorted(records, key=lambda r: r.volume_id):
-        digest.update(b"\n" + _canonical(asdict(record)))
+    for row in rows:
+        digest.update(b"\n" + _canonical(row))
     return digest.hexdigest()[:32]
 
 
@@ -326,9 +325,10 @@ def _to_parquet(records: list[VolumeRecord], dataset: dict[str, Any]) -> bytes:
     sets = sorted({tuple(sorted(label.name for label in r.labels)) for r in records})
     split_code = {s: i for i, s in enumerate(splits)}
     set_code = {s: i for i, s in enumerate(sets)}
+    rows = [_to_row(record) for record in records]
     meta = {
         "tomoscale.format": FORMAT,
-        "tomoscale.fingerprint": fingerprint_of(records, dataset),
+        "tomoscale.fingerprint": _fingerprint(rows, dataset),
         "tomoscale.dataset": _canonical(dataset),
         "tomoscale.splits": _pack([split_code[r.split] for r in records], splits),
         "tomoscale.labels": _pack([set_code[tuple(sorted(x.name for x in r.labels))] for r in records], sets),
@@ -337,9 +337,9 @@ def _to_parquet(records: list[VolumeRecord], dataset: dict[str, Any]) -> bytes:
     schema = _SCHEMA.with_metadata(meta)
     out = io.BytesIO()
     with pq.ParquetWriter(out, schema, compression="zstd", write_page_checksum=True) as writer:
-        for at in range(0, len(records), ROWS_PER_GROUP):
-            rows = [_to_row(record) for record in records[at : at + ROWS_PER_GROUP]]
-            writer.write_table(pa.Table.from_pylist(rows, schema=schema), row_group_size=ROWS_PER_GROUP)
+        for at in range(0, len(rows), ROWS_PER_GROUP):
+            table = pa.Table.from_pylist(rows[at : at + ROWS_PER_GROUP], schema=schema)
+            writer.write_table(table, row_group_size=ROWS_PER_GROUP)
     return out.getvalue()
 
 

@@ -163,8 +163,8 @@ def phantom(shape_DHW: Sequence[int], seed: int = 0, channels: int = 1) -> npt.N
 
 def phantom_label(image_CDHW: npt.NDArray[np.int16]) -> npt.NDArray[np.uint8]:
     """A label (D, H, W) of a phantom: 1 for soft tissue above 50 HU, 2 for bone."""
-    first = image_CDHW[0]
-    return np.digitize(first, [51, 401]).astype(np.uint8)
+    label: npt.NDArray[np.uint8] = np.digitize(image_CDHW[0], [51, 401]).astype(np.uint8)
+    return label
 
 
 def publish_phantoms(

@@ -93,6 +93,10 @@ class VolumeStore:
         """The facts of a volume, kept for recent ones."""
         return self._records.get(volume_id, lambda: self.manifest.record(self.manifest.index_of(volume_id)))
 
+    def meta(self, volume_id: str, label: str | None = None) -> ArrayMeta:
+        """Shape, shards, chunks and codecs of a volume's array or of one of its labels."""
+        return self._source(self.record(volume_id), label).meta
+
     def read(self, crop: Crop, label: str | None = None) -> Array:
         """One crop, (C, D, H, W) in the stored type, or (1, D, H, W) of a label; see `read_many`."""
         return self.read_many([crop], label)[0]

@@ -1,0 +1,138 @@
+"""Re-reading a published data set: every chunk checksum, and the digest of every volume's voxels and labels.
+
+Nothing is repaired. Each problem names the volume and, where it lies in one object, that object's key.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from storage.bytestore import join
+from storage.errors import NotFound, StoreError
+from storage.manifest import Manifest, VolumeRecord, fingerprint_of, manifest_key
+from storage.volumes import VolumeStore
+from storage.volumewriter import content_sha256, label_record
+from storage.zarrmeta import parse_array
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is not as it was written; `volume_id` is empty for the manifest itself."""
+
+    volume_id: str
+    what: str
+
+    def __str__(self) -> str:
+        return (
+            self.what if not self.volume_id or self.volume_id in self.what else f"volume {self.volume_id}: {self.what}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `verify` found.
+
+    Args:
+        url: The data set.
+        fingerprint: The manifest that was verified.
+        volumes: How many volumes it lists.
+        nbytes: Voxels and labels read, in decoded bytes.
+        problems: Everything that is wrong; empty when all is well.
+        strangers: Volume folders that no row of this manifest names: unpublished, or of another version.
+    """
+
+    url: str
+    fingerprint: str
+    volumes: int
+    nbytes: int
+    problems: tuple[Problem, ...]
+    strangers: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether every byte is as it was written."""
+        return not self.problems
+
+
+Progress = Callable[[int, int, int], None]
+"""Called with volumes done, volumes in all, decoded bytes so far."""
+
+
+def verify(url: str, progress: Progress | None = None, *, fingerprint: str | None = None, threads: int = 8) -> Report:
+    """Read every volume of the published manifest and compare it with its digest. Holds one volume in memory.
+
+    Raises:
+        NotFound: nothing is published at `url`.
+        CorruptChunk: the manifest itself cannot be read.
+        StoreError: the store refuses or does not answer, for the manifest.
+    """
+    manifest = Manifest.open(url, fingerprint)
+    problems: list[Problem] = []
+    known: set[str] = set()
+    nbytes = 0
+    found = fingerprint_of(manifest.records(), manifest.dataset)
+    if found != manifest.fingerprint:
+        key = join(url, manifest_key(manifest.fingerprint))
+        problems.append(Problem("", f"{key}: its rows have the fingerprint {found}"))
+    with VolumeStore(url, manifest, threads=threads) as store:
+        for done, record in enumerate(manifest.records(), 1):
+            known.add(record.volume_id)
+            size, wrong = _volume(store, record)
+            nbytes += size
+            problems += [Problem(record.volume_id, what) for what in wrong]
+            if progress is not None:
+                progress(done, len(manifest), nbytes)
+        present = {PurePosixPath(key).parts[1] for key in store.store.list("volumes/")}
+    return Report(url, manifest.fingerprint, len(manifest), nbytes, tuple(problems), tuple(sorted(present - known)))
+
+
+def _volume(store: VolumeStore, record: VolumeRecord) -> tuple[int, list[str]]:
+    """Decoded bytes and problems of one volume."""
+    wrong: list[str] = []
+    nbytes = 0
+    arrays = {}
+    for name in (None, *(label.name for label in record.labels)):
+        try:
+            array = store.read_volume(record.volume_id, name)
+        except StoreError as error:
+            wrong.append(str(error))
+            continue
+        nbytes += array.nbytes
+        arrays[name] = array if name is None else array[0]
+        if name is not None and label_record(name, array[0]) != record.label(name):
+            wrong.append(f"label {name!r} does not hold what the manifest says of it")
+    wrong += _documents(store, record)
+    if not wrong:
+        image = arrays.pop(None)
+        digest = content_sha256(image, {name: array for name, array in arrays.items() if name is not None})
+        if digest != record.content_sha256:
+            wrong.append(f"content {digest} where the manifest says {record.content_sha256}")
+    return nbytes, wrong
+
+
+def _documents(store: VolumeStore, record: VolumeRecord) -> list[str]:
+    """Problems of the metadata, which our reader need not ask but every other reader does."""
+    root = f"volumes/{record.volume_id}"
+    arrays: dict[str, str | None] = {f"{root}/0/zarr.json": None}
+    groups = [f"{root}/zarr.json"]
+    for label in record.labels:
+        arrays[f"{root}/labels/{label.name}/0/zarr.json"] = label.name
+        groups += [f"{root}/labels/zarr.json", f"{root}/labels/{label.name}/zarr.json"]
+    wrong = []
+    for key in sorted({*arrays, *groups}):
+        thing = join(store.url, key)
+        try:
+            document = store.store.get(key)
+            if key in arrays:
+                if parse_array(document, thing) != store.meta(record.volume_id, arrays[key]):
+                    wrong.append(f"{thing} does not describe the array that the manifest does")
+            elif "ome" not in json.loads(document)["attributes"]:
+                wrong.append(f"{thing} is not OME-Zarr")
+        except NotFound:
+            wrong.append(f"{thing} is missing")
+        except StoreError as error:
+            wrong.append(str(error))
+        except (ValueError, KeyError, TypeError) as error:
+            wrong.append(f"{thing} is not Zarr metadata: {type(error).__name__}: {error}")
+    return wrong

@@ -1,0 +1,292 @@
+"""The node cache: right or absent, whatever happens to its files, and bounded."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from storage.bytestore import open_store
+from storage.cache import NodeCache
+from storage.errors import ConfigError, NotFound
+from storage.layout import Layout
+from storage.testing import publish_phantoms
+from storage.volumes import Crop, VolumeStore
+
+N = 1000
+
+
+def voxels(seed: int) -> bytes:
+    return np.random.default_rng(seed).bytes(N)
+
+
+def get(cache: NodeCache, key: str, number: int) -> bytes | None:
+    slab = cache.slab(key, 8, N)
+    assert slab is not None
+    buffer = memoryview(bytearray(N + 8))
+    return bytes(buffer[:N]) if slab.read(number, buffer) else None
+
+
+def put(cache: NodeCache, key: str, number: int, data: bytes) -> None:
+    slab = cache.slab(key, 8, N)
+    assert slab is not None
+    slab.write(number, data)
+
+
+def files(path: Path) -> list[Path]:
+    return sorted(path.rglob("*.slab"))
+
+
+def test_what_was_written_is_read_also_by_another_opener(tmp_path: Path) -> None:
+    one = NodeCache(tmp_path, 1 << 20)
+    assert get(one, "a", 3) is None
+    put(one, "a", 3, voxels(3))
+    put(one, "a", 0, b"\0" * N)
+    for cache in (one, NodeCache(tmp_path, 1 << 20)):
+        assert get(cache, "a", 3) == voxels(3)
+        assert get(cache, "a", 0) == b"\0" * N
+        assert get(cache, "a", 4) is None
+        assert get(cache, "b", 3) is None
+
+
+@pytest.mark.parametrize(
+    "at", [4096 + 3 * (N + 8), 4096 + 3 * (N + 8) + N - 1, 4096 + 4 * (N + 8) - 8, 4096 + 4 * (N + 8) - 1]
+)
+def test_a_damaged_slot_is_a_miss(tmp_path: Path, at: int) -> None:
+    put(NodeCache(tmp_path, 1 << 20), "a", 3, voxels(3))
+    (path,) = files(tmp_path)
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte[0] ^ 1]))
+    assert get(NodeCache(tmp_path, 1 << 20), "a", 3) is None
+
+
+def test_a_slot_in_the_place_of_another_is_a_miss(tmp_path: Path) -> None:
+    cache = NodeCache(tmp_path, 1 << 20)
+    put(cache, "a", 3, voxels(3))
+    (path,) = files(tmp_path)
+    with path.open("r+b") as file:
+        file.seek(4096 + 3 * (N + 8))
+        slot = file.read(N + 8)
+        file.seek(4096 + 4 * (N + 8))
+        file.write(slot)
+    assert get(cache, "a", 4) is None
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "another header", "deleted", "directory"])
+def test_a_damaged_slab_is_begun_anew(tmp_path: Path, damage: str) -> None:
+    put(NodeCache(tmp_path, 1 << 20), "a", 3, voxels(3))
+    (path,) = files(tmp_path)
+    if damage == "truncated":
+        os.truncate(path, 5000)
+    elif damage == "empty":
+        os.truncate(path, 0)
+    elif damage == "another header":
+        with path.open("r+b") as file:
+            file.write(b"something else")
+    else:
+        path.unlink()
+    cache = NodeCache(tmp_path, 1 << 20)
+    if damage == "directory":
+        path.mkdir()
+        with warnings.catch_warnings(record=True):
+            warnings.simplefilter("always")
+            assert cache.slab("a", 8, N) is None
+        return
+    assert get(cache, "a", 3) is None
+    put(cache, "a", 3, voxels(4))
+    assert get(cache, "a", 3) == voxels(4)
+
+
+def test_the_bound_holds_and_the_used_stay(tmp_path: Path) -> None:
+    bound = 1 << 19
+    cache = NodeCache(tmp_path, bound)
+    now = time.time()
+    for i in range(180):
+        put(cache, f"shard-{i}", 0, voxels(i))
+        newest = max(files(tmp_path), key=lambda p: p.stat().st_ctime)
+        os.utime(newest, (now - 10_000 + i, now - 10_000 + i))
+        if i % 50 == 0:
+            assert cache.used_bytes() <= bound
+    assert cache.used_bytes() <= bound
+    kept = len(files(tmp_path))
+    assert kept > 50, "not everything goes"
+    assert get(cache, "shard-179", 0) == voxels(179)
+    assert get(NodeCache(tmp_path, bound), "shard-0", 0) is None
+
+
+def test_a_slab_evicted_under_a_reader_is_noticed(tmp_path: Path) -> None:
+    cache = NodeCache(tmp_path, 1 << 20)
+    put(cache, "a", 1, voxels(1))
+    slab = cache.slab("a", 8, N)
+    assert slab is not None
+    files(tmp_path)[0].unlink()
+    buffer = memoryview(bytearray(N + 8))
+    assert slab.read(1, buffer), "a reader that holds it may finish"
+    assert get(cache, "a", 1) is None, "the next one sees that it is gone"
+    put(cache, "a", 1, voxels(2))
+    assert get(NodeCache(tmp_path, 1 << 20), "a", 1) == voxels(2)
+
+
+def _fill(path: str, seed: int, rounds: int) -> int:
+    """Read and fill at random with a bound that forces eviction all the time; returns wrong reads."""
+    cache, generator, wrong = NodeCache(path, 300_000), np.random.default_rng(seed), 0
+    for _ in range(rounds):
+        shard, number = int(generator.integers(40)), int(generator.integers(8))
+        slab = cache.slab(f"s{shard}", 8, N)
+        if slab is None:
+            continue
+        buffer = memoryview(bytearray(N + 8))
+        expected = voxels(shard * 8 + number)
+        if slab.read(number, buffer):
+            wrong += bytes(buffer[:N]) != expected
+        else:
+            slab.write(number, expected)
+    return wrong
+
+
+def test_processes_and_threads_fill_it_together(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(2) as pool, ThreadPoolExecutor(4) as threads:
+        others = pool.starmap_async(_fill, [(str(tmp_path), seed, 500) for seed in (1, 2)])
+        assert sum(threads.map(lambda seed: _fill(str(tmp_path), seed, 150), (3, 4, 5, 6))) == 0
+        assert sum(others.get(60)) == 0
+    assert NodeCache(tmp_path, 300_000).used_bytes() <= 300_000
+    assert not list(tmp_path.rglob("*.new"))
+
+
+_ENDLESS = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from tests.unit.test_cache import _fill
+print("ready", flush=True)
+_fill(sys.argv[1], int(sys.argv[3]), 10**9)
+"""
+
+
+def test_sigkill_while_filling_leaves_nothing_wrong(tmp_path: Path) -> None:
+    root = str(Path(__file__).parents[2])
+    for seed in range(3):
+        child = subprocess.Popen(
+            [sys.executable, "-c", _ENDLESS, str(tmp_path), root, str(seed)], stdout=subprocess.PIPE, cwd=root
+        )
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"ready\n"
+            time.sleep(0.15 + 0.05 * seed)
+        finally:
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+            assert child.stdout is not None
+            child.stdout.close()
+    assert files(tmp_path), "they did fill it"
+    assert _fill(str(tmp_path), 99, 600) == 0
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file of this process may grow beyond 6000 bytes: what a full disk looks like to `write`."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_is_one_warning_and_no_cache(tmp_path: Path, small_files: None) -> None:
+    url = f"memory://{uuid.uuid4().hex}"
+    _, arrays = publish_phantoms(url, [(40, 40, 40)], layout=Layout((16, 16, 16), (48, 48, 48)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with VolumeStore(url, cache=NodeCache(tmp_path, 1 << 20)) as store:
+            for _ in range(3):
+                np.testing.assert_array_equal(store.read_volume("phantom-000"), arrays["phantom-000"])
+    assert len([w for w in caught if issubclass(w.category, RuntimeWarning)]) == 1
+    assert str(tmp_path) in str(caught[0].message)
+
+
+@pytest.fixture
+def published() -> str:
+    url = f"memory://{uuid.uuid4().hex}"
+    publish_phantoms(url, [(50, 40, 60), (35, 30, 20)], layout=Layout((16, 16, 16), (32, 48, 32)))
+    return url
+
+
+def test_a_warm_read_asks_the_store_nothing(published: str, tmp_path: Path) -> None:
+    crop = Crop("phantom-000", (3, -2, 10), (30, 30, 30))
+    with VolumeStore(published) as plain:
+        expected, label = plain.read(crop), plain.read(crop, label="tissue")
+        manifest = plain.manifest
+    with VolumeStore(published, manifest, cache=NodeCache(tmp_path, 1 << 26)) as cold:
+        np.testing.assert_array_equal(cold.read(crop), expected)
+        np.testing.assert_array_equal(cold.read(crop, label="tissue"), label)
+    with VolumeStore(published, manifest, cache=NodeCache(tmp_path, 1 << 26)) as warm:
+        store = open_store(published)
+        for key in list(store.list("volumes/")):
+            store.delete(key)
+        np.testing.assert_array_equal(warm.read(crop), expected)
+        np.testing.assert_array_equal(warm.read(crop, label="tissue"), label)
+        with pytest.raises(NotFound, match="phantom-001"):
+            warm.read_volume("phantom-001")
+
+
+def test_a_damaged_cache_is_read_again_from_the_store(published: str, tmp_path: Path) -> None:
+    with VolumeStore(published) as plain:
+        expected = plain.read_volume("phantom-000")
+    with VolumeStore(published, cache=NodeCache(tmp_path, 1 << 26)) as store:
+        np.testing.assert_array_equal(store.read_volume("phantom-000"), expected)
+        generator = np.random.default_rng(0)
+        for path in files(tmp_path):
+            size = path.stat().st_size
+            with path.open("r+b") as file:
+                for _ in range(20):
+                    file.seek(int(generator.integers(4096, size)))
+                    file.write(b"\xff\x00\xff")
+        np.testing.assert_array_equal(store.read_volume("phantom-000"), expected)
+        np.testing.assert_array_equal(store.read_volume("phantom-000"), expected)
+
+
+def test_other_content_under_the_same_name_is_not_taken_from_the_cache(tmp_path: Path) -> None:
+    url = f"memory://{uuid.uuid4().hex}"
+    for shape in [(40, 40, 40), (40, 40, 39)]:
+        _, arrays = publish_phantoms(url, [shape], layout=Layout((16, 16, 16), (48, 48, 48)))
+        with VolumeStore(url, cache=NodeCache(tmp_path, 1 << 26)) as store:
+            np.testing.assert_array_equal(store.read_volume("phantom-000"), arrays["phantom-000"])
+
+
+def test_threads_share_one_store_and_cache(published: str, tmp_path: Path) -> None:
+    with VolumeStore(published) as plain:
+        whole = plain.read_volume("phantom-000")
+    generator = np.random.default_rng(0)
+    starts = [tuple(int(x) for x in generator.integers(0, 20, 3)) for _ in range(60)]
+    before = threading.active_count()
+    with (
+        VolumeStore(published, cache=NodeCache(tmp_path, 200_000), threads=4) as store,
+        ThreadPoolExecutor(6) as pool,
+    ):
+        found = list(pool.map(lambda start: store.read(Crop("phantom-000", start, (20, 20, 20))), starts))
+    for (d, h, w), crop in zip(starts, found, strict=True):
+        np.testing.assert_array_equal(crop, whole[:, d : d + 20, h : h + 20, w : w + 20])
+    assert threading.active_count() == before
+
+
+def test_a_senseless_bound_or_path_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cache size"):
+        NodeCache(tmp_path, 0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file"):
+        NodeCache(tmp_path / "file", 100)
