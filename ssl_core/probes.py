@@ -49,7 +49,8 @@ class Labelled:
 def probe(engine: Engine, views: ViewBatch, labelled: Labelled | None = None) -> dict[str, float]:
     """Probe the encoder on a batch; a hook for `ssl_core.engine.fit`.
 
-    Spread is measured at the deepest level, alignment at the deepest one that has four features along each axis.
+    Spread is measured at the deepest level that the method trains, alignment at the deepest of these that has four
+    features along each axis.
 
     Args:
         engine: Its method is put into evaluation mode for the probe and back; nothing of its state changes.
@@ -68,8 +69,9 @@ def probe(engine: Engine, views: ViewBatch, labelled: Labelled | None = None) ->
     encoder: Backbone = method.encoder()  # type: ignore[operator]
     shown = [view for role in views.roles.values() for view in role]
     with _evaluation(method), torch.autocast(engine.device.type, torch.bfloat16, enabled=engine.precision == "bf16"):
-        maps = [encoder.features(view.image_BCDHW) for view in shown[:2]]
-        transfer = None if labelled is None else label_transfer(encoder, labelled)
+        upto = deepest_trained(encoder)
+        maps = [encoder.features(view.image_BCDHW, upto) for view in shown[:2]]
+        transfer = None if labelled is None else label_transfer(encoder, labelled, upto)
     vectors_NC = thin(vectors(maps[0][-1]))
     found = {
         "probe/feature_std": feature_std(vectors_NC),
@@ -94,6 +96,14 @@ def probe(engine: Engine, views: ViewBatch, labelled: Labelled | None = None) ->
             stacklevel=2,
         )
     return means | {"probe/collapsed": float(collapsed)}
+
+
+def deepest_trained(encoder: Backbone) -> int:
+    """The deepest level of which all weights are trained; the last where none is. Local methods stop before the end."""
+    trained = {name for name, parameter in encoder.net.named_parameters() if parameter.requires_grad}
+    every = {name for name, _ in encoder.net.named_parameters()}
+    whole = [i for i in range(len(encoder.levels)) if every.intersection(encoder.level_keys(i)) <= trained]
+    return max(whole, default=len(encoder.levels) - 1)
 
 
 def vectors(map_BCdhw: Tensor) -> Tensor:
@@ -165,24 +175,28 @@ def nearest_labels(bank_NC: Tensor, bank_N: Tensor, query_MC: Tensor, classes: i
     return votes_MK.argmax(dim=1)
 
 
-def label_transfer(backbone: Backbone, labelled: Labelled, *, per_class: int = 64, k: int = 5) -> float:
+def label_transfer(
+    backbone: Backbone, labelled: Labelled, upto: int | None = None, *, per_class: int = 64, k: int = 5
+) -> float:
     """How well the labels of some crops follow from the features of the others: balanced accuracy of k-NN.
 
     Voxels of each crop, up to `per_class` of each class and evenly spread, are classified from those of all other
-    crops. A voxel's feature is the concatenation of all encoder levels at its place, each of unit length. Accuracies
-    are averaged over classes, so chance is 1/K whatever their sizes.
+    crops. A voxel's feature is the concatenation of the encoder levels (up to `upto`) at its place, each of unit
+    length. Accuracies are averaged over classes, so chance is 1/K whatever their sizes.
 
     Returns:
         0 to 1; 0 when no class is in two crops.
     """
     image_BCDHW, label_BDHW = labelled.image_BCDHW, labelled.label_BDHW
-    maps = backbone.features(image_BCDHW)
+    maps = backbone.features(image_BCDHW, upto)
     bank: list[tuple[Tensor, Tensor]] = []
     for index in range(len(image_BCDHW)):
         places_M3 = _spread_voxels(label_BDHW[index], per_class)
         centres_1M3 = (places_M3.double() + 0.5)[None]
-        levels = zip(maps, backbone.levels, strict=True)
-        sampled = [sample_features(m[index : index + 1], level, centres_1M3)[0][0] for m, level in levels]
+        sampled = [
+            sample_features(m[index : index + 1], level, centres_1M3)[0][0]
+            for m, level in zip(maps, backbone.levels[: len(maps)], strict=True)
+        ]
         features_MC = torch.cat([functional.normalize(s, dim=1) for s in sampled], dim=1)
         bank.append((features_MC, label_BDHW[index][places_M3.unbind(1)].long()))
     classes = int(label_BDHW.max()) + 1
@@ -215,10 +229,8 @@ def _evaluation(method: nn.Module) -> Iterator[None]:
 
 def _aligned(encoder: Backbone, maps_a: list[Tensor], maps_b: list[Tensor], shown: list[View]) -> Tensor:
     """(2,): sum of squared distances over matched points of two views, and their number."""
-    wide = [
-        i for i, (a, b) in enumerate(zip(maps_a, maps_b, strict=True)) if min(*a.shape[2:], *b.shape[2:]) >= _LEAST_SIDE
-    ]
-    index = max(wide, default=0)
+    sides = [min(*a.shape[2:], *b.shape[2:]) for a, b in zip(maps_a, maps_b, strict=True)]
+    index = max((i for i, side in enumerate(sides) if side >= _LEAST_SIDE), default=0)
     depth, height, width = maps_a[index].shape[2:]
     a_BM3, b_BM3, valid_BM = shared_points(shown[0], shown[1], (depth, height, width))
     a_BMC, inside_a = sample_features(maps_a[index], encoder.levels[index], a_BM3)

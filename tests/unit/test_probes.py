@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from ssl_core.backbones import build
 from ssl_core.engine import Engine, EngineConfig
-from ssl_core.methods.base import LossTerms, MethodConfig
+from ssl_core.methods.base import LossTerms, MethodConfig, train_only
 from ssl_core.probes import (
     CollapseWarning,
     Labelled,
     alignment,
+    deepest_trained,
     effective_rank,
     feature_std,
     label_transfer,
@@ -170,8 +171,9 @@ def test_constant_features_raise_the_alarm() -> None:
 def test_one_direction_raises_the_alarm() -> None:
     class Line:
         levels = ()
+        net = nn.Identity()
 
-        def features(self, x: Tensor) -> list[Tensor]:
+        def features(self, x: Tensor, upto: int) -> list[Tensor]:
             return [x[:, :, ::8, ::8, ::8] * torch.tensor([1.0, -2.0, 0.5]).view(1, 3, 1, 1, 1)]
 
     method = Net()
@@ -181,6 +183,19 @@ def test_one_direction_raises_the_alarm() -> None:
     only = ViewBatch({"v": views.roles["v"][:1]}, views.volume_B, views.sample_B, views.spacing_B3, views.shape_B3)
     with pytest.warns(CollapseWarning, match=r"effective rank 1\.00"):
         assert probe(engine, only)["probe/collapsed"] == 1
+
+
+def test_probes_watch_the_levels_that_are_trained() -> None:
+    method = Net()
+    assert deepest_trained(method.backbone) == 4
+    train_only(method.backbone, method.backbone.level_keys(2))
+    assert deepest_trained(method.backbone) == 2
+    with torch.no_grad():
+        next(iter(method.backbone.net.down_4.parameters())).fill_(math.nan)
+    engine = Engine(method, EngineConfig(steps=5, warmup_steps=0))
+    assert math.isfinite(probe(engine, two_views(0.0))["probe/feature_std"])
+    method.backbone.requires_grad_(False)
+    assert deepest_trained(method.backbone) == 4
 
 
 def test_labels_transfer_where_features_tell_them_and_not_by_chance() -> None:
