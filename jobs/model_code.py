@@ -7,7 +7,6 @@ its own, so that two versions of a model in one process each run the code they w
 import hashlib
 import importlib.util
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,19 @@ import numpy as np
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
-# MLflow asks for type hints when the class is made; see `predict`.
-warnings.filterwarnings("ignore", message=r".*Add type hints to the `predict` method")
 
+class Bundle:
+    """Masks from a segmenter, features of the deepest level from an encoder.
 
-class BundleModel(PythonModel):  # type: ignore[misc]  # untyped in mlflow
-    """Masks from a segmenter, features of the deepest level from an encoder."""
+    `predict` has no type hints, which MLflow would read as a schema (and none can say "a path or an array"), and is not
+    in the class that derives from MLflow's, where it would ask for them at every load.
+    """
 
     def load_context(self, context: Any) -> None:
         """Build the network on the accelerator when there is one; `model_config={"device": "cpu"}` says otherwise."""
         root = Path(context.artifacts["bundle"])
         self._predictor = _portable(root).Predictor(root, (context.model_config or {}).get("device"))
 
-    # No annotations on the input: MLflow reads them as a schema, and one schema cannot say "a path or an array".
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """Mask or features of one volume, or a list of them, one an item.
 
@@ -51,6 +50,10 @@ class BundleModel(PythonModel):  # type: ignore[misc]  # untyped in mlflow
         if isinstance(item, dict):
             return run(np.asarray(item["image"]), np.asarray(item["affine"], dtype=np.float64))
         return run(str(item))
+
+
+class BundleModel(Bundle, PythonModel):  # type: ignore[misc]  # untyped in mlflow
+    """What MLflow loads."""
 
 
 def _portable(root: Path) -> Any:

@@ -11,7 +11,6 @@ import re
 import shutil
 import sys
 import tempfile
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version as installed
@@ -24,7 +23,7 @@ from jobs import tracking
 from ssl_core.bundle import fingerprint
 from ssl_core.portable.predictor import check_bundle
 from ssl_core.stats import compare
-from storage.errors import ConfigError, NotFound, RefusedInput
+from storage.errors import ConfigError, NotFound, RefusedInput, StackError
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 _URI = re.compile(r"^(?:models:/)?(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))?$")
@@ -118,12 +117,24 @@ def pull(uri: str, target: Path) -> Path:
         raise ConfigError(str(target), expected="a new directory", found="one that exists")
     found = resolve(uri)
     import mlflow
+    from mlflow.exceptions import MlflowException
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder, _quiet():
-        local = Path(mlflow.artifacts.download_artifacts(f"{found.uri}/artifacts/bundle", dst_path=folder))
-        if not (local / "bundle.json").is_file():
-            raise RefusedInput(found.uri, expected="a bundle", found="another kind of model")
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        _quiet()
+        try:
+            local = Path(mlflow.artifacts.download_artifacts(f"{found.uri}/artifacts/bundle", dst_path=folder))
+        except (MlflowException, OSError) as error:
+            if found.tags.get(_FINGERPRINT):
+                raise StackError(
+                    f"artifacts of {found.uri}",
+                    expected="a download from MLflow's artifact store",
+                    found=" ".join(str(error).split())[:200],
+                    remedy="check the artifact store (`tomoscale doctor`), then pull again",
+                ) from error
+            raise RefusedInput(
+                found.uri, expected="a model registered by tomoscale", found="another kind of model"
+            ) from error
         check_bundle(local)
         os.rename(local, target)
     return target
@@ -270,7 +281,8 @@ def _log(
     if run_id is None:
         run_id = tracking.open_run(api, "tomoscale", f"register {name}", "register", params={}, tags=tags)
         api.set_terminated(run_id)
-    with tempfile.TemporaryDirectory(prefix="tomoscale-register-") as folder, _quiet():
+    _quiet()
+    with tempfile.TemporaryDirectory(prefix="tomoscale-register-") as folder:
         copy = Path(folder) / "bundle"
         for file in [*card["files"], "bundle.json"]:  # what is listed, without caches of compiled code
             (copy / file).parent.mkdir(parents=True, exist_ok=True)
@@ -335,12 +347,7 @@ def _version(found: Any, aliases: Mapping[str, list[str]]) -> Version:
     return Version(found.name, number, mine, dict(found.tags), found.run_id or "", int(found.creation_timestamp))
 
 
-class _quiet(warnings.catch_warnings):
-    """No advice about type hints, and no progress bars where no terminal shows them."""
-
-    def __enter__(self) -> Any:
-        entered = super().__enter__()
-        warnings.filterwarnings("ignore", message=".*type hint.*")
-        if not sys.stderr.isatty():
-            os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        return entered
+def _quiet() -> None:
+    """No progress bars where no terminal shows them."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")

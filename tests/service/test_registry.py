@@ -1,6 +1,7 @@
 """Register, pull, list, promote and load bundles on a real MLflow server."""
 
 import pickletools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from jobs import registry, tracking
 from jobs.registry import Evidence
 from ssl_core.bundle import write_bundle
 from ssl_core.portable import Predictor
-from storage.errors import ConfigError, NotFound, RefusedInput
+from storage.errors import ConfigError, NotFound, RefusedInput, StackError
 from tests.service.mlflow_server import environment, mlflow_server
 from tests.unit.test_bundle import facts, network, scan
 
@@ -21,8 +22,13 @@ pytestmark = pytest.mark.service
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as url, pytest.MonkeyPatch.context() as patch:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("mlflow")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[str]:
+    with mlflow_server(folder) as url, pytest.MonkeyPatch.context() as patch:
         for key, value in {**environment(), "MLFLOW_TRACKING_URI": url}.items():
             patch.setenv(key, value)
         yield url
@@ -117,6 +123,30 @@ def test_pulled_bundles_are_whole_or_refused(server: str, bundle: Path, tmp_path
     (damaged / "preprocess.json").write_text("{}")
     with pytest.raises(RefusedInput, match=r"preprocess\.json"):
         registry.register(damaged, "seg")
+
+
+def test_other_models_and_lost_artifacts_are_told_apart(server: str, folder: Path, tmp_path: Path) -> None:
+    import mlflow
+
+    script = tmp_path / "alien.py"
+    script.write_text(
+        "from mlflow.models import set_model\ndef same(model_input):\n    return model_input\nset_model(same)\n"
+    )
+    mlflow.set_experiment("aliens")
+    mlflow.pyfunc.log_model(python_model=str(script), registered_model_name="alien", pip_requirements=[], name="alien")
+    with pytest.raises(RefusedInput, match="another kind of model"):
+        registry.pull("alien/1", tmp_path / "x")
+    bundle = write_bundle(tmp_path / "b", "segmenter", network(11), facts())
+    registry.register(bundle, "lost")
+    weights = (bundle / "weights.safetensors").read_bytes()
+    (stored,) = [p for p in (folder / "artifacts").rglob("weights.safetensors") if p.read_bytes() == weights]
+    stored.unlink()
+    with pytest.raises(RefusedInput, match=r"weights\.safetensors"):
+        registry.pull("lost@candidate", tmp_path / "x")
+    shutil.rmtree(stored.parent)
+    with pytest.raises(StackError, match="artifacts of models:/lost"):
+        registry.pull("lost@candidate", tmp_path / "x")
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith((".x", "x"))] == []
 
 
 def test_an_encoder_gives_features(server: str, tmp_path: Path) -> None:
