@@ -126,33 +126,39 @@ class Demo:
         from jobs import registry
         from ssl_core.picture import overlay_picture
         from ssl_core.portable import Predictor
+        from ssl_core.portable.geometry import to_canonical
+        from storage.volumes import VolumeStore
 
         uri = f"models:/{tuned['model']}@candidate"
-        local = registry.pull(uri, self.out / "model")
-        predictor = Predictor(local)
+        target = self.out / "model"
+        if (target / "bundle.json").is_file():
+            shutil.rmtree(target)
+        predictor = Predictor(registry.pull(uri, target))
         manifest = Manifest.open(url)
+        store = VolumeStore(url, manifest)
         seed = min(c["seed"] for c in tuned["cases"])
         mine = [c for c in tuned["cases"] if c["start"] == tuned["registered_start"] and c["seed"] == seed]
-        volumes = sorted({c["volume_id"] for c in mine})
-        score = {v: float(np.mean([c["dice"] for c in mine if c["volume_id"] == v])) for v in volumes}
-        ranked = sorted(volumes, key=lambda v: score[v])
-        chosen = {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
+        score = {v: float(np.mean([c["dice"] for c in mine if c["volume_id"] == v])) for v in {c["volume_id"] for c in mine}}
+        ranked = sorted(score, key=lambda v: score[v])
+        chosen = {"best": ranked[-1], "median": ranked[len(ranked) // 2], "worst": ranked[0]}
         previews, captions, facts = {}, {}, {}
         for rank, volume in chosen.items():
-            source = folder / manifest.record(manifest.index_of(volume)).source
-            target = self.out / f"prediction-{rank}.nii.gz"
-            predictor.predict_file(source, target)
-            image, mask = nibabel.load(source), nibabel.load(target)
-            same = image.shape[:3] == mask.shape and bool(np.allclose(image.affine, mask.affine))
-            truth_path = folder / _label_of(source.relative_to(folder))
-            truth = np.asarray(nibabel.load(truth_path).dataobj) if truth_path.is_file() else None
-            name = f"preview-{rank}"
-            previews[name] = overlay_picture(np.asarray(image.dataobj), truth, np.asarray(mask.dataobj))
-            captions[name] = f"{rank} test case of the registered model ({volume}): Dice {score[volume]:.3f}"
-            facts = {"model": uri, "input": str(source), "output": str(target.resolve()), "same_geometry": same}
-            if not same:
-                raise ConfigError(f"{target}", expected=f"the geometry of {source}", found="another")
-        return facts, previews, captions
+            record = manifest.record(manifest.index_of(volume))
+            source, written = folder / record.source, self.out / f"prediction-{rank}.nii.gz"
+            predictor.predict_file(source, written)
+            image, mask = nibabel.load(source), nibabel.load(written)
+            if image.shape[:3] != mask.shape or not np.allclose(image.affine, mask.affine):
+                raise ConfigError(str(written), expected=f"the geometry of {source}", found="another")
+            previews[f"preview-{rank}"] = overlay_picture(
+                to_canonical(str(source), np.asarray(image.dataobj), image.affine).values_CDHW[0],
+                store.read_volume(volume, label=LABEL)[0],
+                to_canonical(str(written), np.asarray(mask.dataobj), mask.affine).values_CDHW[0],
+                spacing_mm=record.spacing_mm,
+            )
+            captions[f"preview-{rank}"] = f"{rank} test case of the registered model, {volume}: Dice {score[volume]:.3f}"
+            facts |= {rank: {"input": str(source), "output": str(written.resolve()), "dice": score[volume]}}
+        store.close()
+        return {"model": uri, "same_geometry": True, **facts["median"], "cases": facts}, previews, captions
 
     def _summary(
         self,
@@ -210,7 +216,11 @@ class Demo:
             "finetune": tuned,
             "predict": predicted,
             "timings": self.timings,
-            "links": {"MLflow": tracking_uri, "pre-training run": run_url, "Ray dashboard": os.environ.get("RAY_API_SERVER_ADDRESS", "")},
+            "links": {
+                "MLflow": tracking_uri,
+                "pre-training run": run_url,
+                "Ray dashboard": os.environ.get("RAY_API_SERVER_ADDRESS", ""),
+            },
             "environment": {
                 "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
                 "python": platform.python_version(),
@@ -226,12 +236,6 @@ class Demo:
         yield
         self.timings[name] = time.monotonic() - began
         self.say(f"   {name}: {self.timings[name]:.1f} s")
-
-
-def _label_of(image: Path) -> Path:
-    """Where the label of an image lies in the common folder layouts."""
-    parts = ["labels" if p == "images" else "labelsTr" if p == "imagesTr" else p for p in image.parts]
-    return Path(*parts)
 
 
 def _views_picture(pre: PretrainConfig) -> tuple[bytes, str]:
@@ -251,8 +255,9 @@ def _views_picture(pre: PretrainConfig) -> tuple[bytes, str]:
     views = make_views(batch, spec, seed=pre.engine.seed, policy=pre.intensity)
     store.close()
     first, second = views.roles["global"][:2]
-    volume = manifest.record(int(batch.volume_B[0])).volume_id
-    return views_picture(first, second), f"Sample 0 of the stream, volume {volume}, as the method saw it."
+    record = manifest.record(int(batch.volume_B[0]))
+    volume = record.volume_id
+    return views_picture(first, second, spacing_mm=record.spacing_mm), f"Sample 0 of the stream, volume {volume}, as the method saw it."
 
 
 def _write(path: Path, text: str) -> None:

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import logging
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +30,7 @@ def load(kind: type[C], argv: Sequence[str], program: str) -> C:
 
 def guarded(main: Callable[[Sequence[str]], int]) -> int:
     """Run a job's main; errors of ours become one line and an exit code."""
+    quiet()
     try:
         return main(sys.argv[1:])
     except TomoscaleError as error:
@@ -36,6 +39,13 @@ def guarded(main: Callable[[Sequence[str]], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
+
+
+def quiet() -> None:
+    """Keep the log for what a reader can act on: libraries speak from warnings upwards, and not of deprecations."""
+    for name in ("ray", "botocore", "mlflow", "optuna", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"(mlflow|monai|ray|torch)(\.|$)")
 
 
 def ensure_data(data: str, source: str | None) -> None:

@@ -60,6 +60,7 @@ def train_once(
     from storage.manifest import Manifest
     from storage.volumes import VolumeStore
 
+    entry.quiet()
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     manifest = Manifest.open(labelled.data, labelled.fingerprint)

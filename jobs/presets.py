@@ -56,6 +56,7 @@ def tune(name: str, data: str, label: str, runs: str, encoder: str) -> dict[str,
         "trials": 6,
         "concurrent": 2,
         "grace_epochs": 2,
+        "reduction": 3,
     }
 
 

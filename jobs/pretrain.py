@@ -30,6 +30,7 @@ def train_loop(payload: dict[str, Any]) -> None:
     from jobs.pretrain_loop import Hooks, run
     from jobs.tracking import Sender
 
+    entry.quiet()
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
     config = parse(PretrainConfig, payload["config"])
     context = ray.train.get_context()
@@ -88,7 +89,10 @@ def main(argv: Sequence[str]) -> int:
         entry.end_run(api, run_id, status)
         raise
     entry.end_run(api, run_id, "FINISHED")
-    print(f"registered models:/{pinned.model_name}/{version} @candidate after {time.monotonic() - began:.0f} s", flush=True)
+    print(
+        f"registered models:/{pinned.model_name}/{version} @candidate after {time.monotonic() - began:.0f} s",
+        flush=True,
+    )
     return 0
 
 

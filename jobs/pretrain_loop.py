@@ -90,7 +90,15 @@ def open_manifest(config: PretrainConfig) -> Manifest:
 
 def identity(config: PretrainConfig, manifest: Manifest) -> dict[str, str]:
     """What a checkpoint must agree with to be resumed: everything that changes the result."""
-    neutral = {"runs": "", "experiment": "", "cluster": {}, "name": "n", "source": None, "model": None, "fingerprint": None}
+    neutral = {
+        "runs": "",
+        "experiment": "",
+        "cluster": {},
+        "name": "n",
+        "source": None,
+        "model": None,
+        "fingerprint": None,
+    }
     plain = config.model_copy(update={"engine": type(config.engine)(), "cluster": type(config.cluster)()})
     kept = plain.model_copy(update={k: v for k, v in neutral.items() if k != "cluster"})
     return {
@@ -201,9 +209,7 @@ def run(
             hooks.publish(step, directory, hooks.last)
 
     try:
-        steps = fit(
-            engine, _stepwise(batches(), engine, hooks), report=report, save=save, stop=hooks.stop, probe=probe
-        )
+        steps = fit(engine, _stepwise(batches(), engine, hooks), report=report, save=save, stop=hooks.stop, probe=probe)
     finally:
         stream.close()
         store.close()

@@ -151,7 +151,9 @@ def render(summary: Mapping[str, Any], pictures: Mapping[str, bytes], captions: 
     previews = [n for n in pictures if n.startswith("preview")]
     shown = "".join(_figure(pictures[n], captions.get(n, "")) for n in previews)
     predict = summary["predict"]
-    shown += f"<p>Predicted from the registry: <code>{_e(predict['model'])}</code> on <code>{_e(predict['input'])}</code>,"
+    shown += (
+        f"<p>Predicted from the registry: <code>{_e(predict['model'])}</code> on <code>{_e(predict['input'])}</code>,"
+    )
     shown += f" written to <code>{_e(predict['output'])}</code> with the same shape and affine.</p>"
     parts.append(_section("Predictions on held-out subjects", shown))
     pre_text = (
@@ -159,9 +161,13 @@ def render(summary: Mapping[str, Any], pictures: Mapping[str, bytes], captions: 
         f" {pre['samples_per_s']:.2f} samples/s, data wait {100 * pre['wait_share']:.1f} % of the step time."
         f' <a href="{_e(pre["run_url"])}">MLflow run</a>, model <code>{_e(pre["model"])}</code>.</p>'
     )
-    parts.append(_section("Pre-training without labels", pre_text + _figure(loss_figure(pre["points"]), "Loss by step.")))
+    parts.append(
+        _section("Pre-training without labels", pre_text + _figure(loss_figure(pre["points"]), "Loss by step."))
+    )
     if "views" in pictures:
-        parts.append(_section("Two views and the region they share", _figure(pictures["views"], captions.get("views", ""))))
+        parts.append(
+            _section("Two views and the region they share", _figure(pictures["views"], captions.get("views", "")))
+        )
     rows = [
         (
             t["trial"],
@@ -178,7 +184,9 @@ def render(summary: Mapping[str, Any], pictures: Mapping[str, bytes], captions: 
     orphans = "".join(f"<li>{_e(o)}</li>" for o in data["notes"])
     volumes = f"<p>{_e(data['text'])}</p>" + (f"<ul>{orphans}</ul>" if orphans else "")
     parts.append(_section("Data", volumes + _table(("fact", "value"), list(data["facts"].items()))))
-    parts.append(_section("Time", _table(("stage", "seconds"), [(n, f"{s:.1f}") for n, s in summary["timings"].items()])))
+    parts.append(
+        _section("Time", _table(("stage", "seconds"), [(n, f"{s:.1f}") for n, s in summary["timings"].items()]))
+    )
     links = "".join(f'<li>{_e(n)}: <a href="{_e(u)}">{_e(u)}</a></li>' for n, u in summary["links"].items())
     links = f"<ul>{links}</ul><p>The links work while the stack is up (<code>tomoscale demo --keep</code>).</p>"
     parts.append(_section("Where things are", links))
@@ -196,7 +204,9 @@ def text(summary: Mapping[str, Any]) -> str:
     """The same facts for a terminal."""
     fine, tune = summary["finetune"], summary["search"]
     rows = [(r["start"], r["label"], r["dice_mean"], r["dice_sd"], r["hd95_mean"], r["nsd_mean"]) for r in fine["rows"]]
-    trials = [(t["trial"], t["lr"], t["encoder_lr_scale"], t["epochs"], t["stopped_early"], t["best"]) for t in tune["trials"]]
+    trials = [
+        (t["trial"], t["lr"], t["encoder_lr_scale"], t["epochs"], t["stopped_early"], t["best"]) for t in tune["trials"]
+    ]
     return "\n\n".join(
         [
             table(("trial", "lr", "encoder lr x", "epochs", "stopped early", "inner Dice"), trials),

@@ -5,6 +5,7 @@ directory; credentials stay on the nodes. A driver that was killed is submitted 
 job goes on from its last checkpoint; a job that failed by itself is not.
 """
 
+import logging
 import re
 import tempfile
 import time
@@ -17,10 +18,16 @@ from storage.errors import StackError
 
 _RESUBMISSIONS = 3
 _PREFIX = re.compile(r"\x1b\[\d+m\((?:RayTrainWorker|one|trial)[^)]*\)\x1b\[0m ?")
+# Ray's own chatter about a healthy job; `tomoscale jobs logs` shows it all.
+_NOISE = re.compile(
+    r"RayDeprecationWarning|self\.exclude_resources|PreemptionWatcher|Runtime env is setting up|Running entrypoint for job"
+    r"|FutureWarning|repeated \d+x across cluster"
+)
 
 
 def submit(address: str, module: str, config: Config, name: str) -> str:
     """Send `python -m MODULE config.yaml` with its configuration; returns the submission id."""
+    logging.getLogger("ray").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="tomoscale-job-") as folder:
         (Path(folder) / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
         submission = f"{name}-{time.strftime('%H%M%S')}-{time.time_ns() % 10000:04d}"
@@ -45,7 +52,8 @@ def run(address: str, module: str, config: Config, name: str, *, show: Callable[
         try:
             for text in jobclient.follow(address, submission):
                 for line in text.splitlines():
-                    show(_PREFIX.sub("", line))
+                    if not _NOISE.search(line):
+                        show(_PREFIX.sub("", line))
         except KeyboardInterrupt:
             show(f"detached; the job goes on. Follow it: tomoscale jobs logs {submission} --follow")
             show(f"Stop it: tomoscale jobs stop {submission}")

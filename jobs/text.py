@@ -14,9 +14,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     numeric = [all(isinstance(row[i], int | float) or row[i] is None for row in rows) for i in range(len(header))]
 
     def line(values: Sequence[str]) -> str:
-        aligned = [
-            v.rjust(w) if right else v.ljust(w) for v, w, right in zip(values, widths, numeric, strict=True)
-        ]
+        aligned = [v.rjust(w) if right else v.ljust(w) for v, w, right in zip(values, widths, numeric, strict=True)]
         return "  ".join(aligned).rstrip()
 
     return "\n".join([line(list(header)), line(["-" * w for w in widths]), *(line(row) for row in cells)])

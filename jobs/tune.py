@@ -6,6 +6,7 @@ for each other's CPUs. The search is written to the store and goes on after the 
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -25,26 +26,35 @@ def trial(settings: dict[str, Any], payload: dict[str, Any]) -> None:
     from jobs.finetune import train_once
 
     config = parse(TuneConfig, payload["config"])
+    name = tune.get_context().get_trial_name()
+
+    def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
+        print(f"{name} epoch {epoch}: loss {metrics['loss']:.3f}  inner Dice {metrics[METRIC]:.3f}", flush=True)
+        tune.report({"epoch": epoch, **metrics})
+
     changes = {k: settings[k] for k in ("lr", "encoder_lr_scale")}
     train_once(
         config.labelled,
         config.finetune.model_copy(update=changes),
         start=settings["encoder"],
         seed=config.seed,
-        on_epoch=lambda epoch, metrics: tune.report({"epoch": epoch, **metrics}),
+        on_epoch=on_epoch,
     )
 
 
 def main(argv: Sequence[str]) -> int:
     """Driver: search, log trials to MLflow as child runs, write `result.json`."""
     config = entry.load(TuneConfig, argv, "jobs.tune")
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # with verbose=0 the older reporter is silent; the newer one is not
     from jobs import tracking
     from jobs.ray_session import connect
 
     connect()
     api = tracking.client()
     run_id = tracking.open_run(api, config.experiment, config.name, "tune", params=resolved(config), tags={})
-    print(f"search {config.name}: {config.trials} trials, {config.concurrent} at a time; MLflow run {run_id}", flush=True)
+    print(
+        f"search {config.name}: {config.trials} trials, {config.concurrent} at a time; MLflow run {run_id}", flush=True
+    )
     began = time.monotonic()
     try:
         results = search(config)
@@ -67,7 +77,6 @@ def search(config: TuneConfig) -> Any:
     """
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
-    from ray.tune.search import ConcurrencyLimiter
     from ray.tune.search.optuna import OptunaSearch
 
     from jobs.filesystem import storage_for
@@ -89,7 +98,6 @@ def search(config: TuneConfig) -> Any:
         "encoder_lr_scale": tune.choice(list(config.space.encoder_lr_scale)),
         "encoder": tune.choice(list(config.encoders)),
     }
-    searcher = ConcurrencyLimiter(OptunaSearch(metric=METRIC, mode="max", seed=config.seed), config.concurrent)
     tuner = tune.Tuner(
         function,
         param_space=space,
@@ -98,7 +106,7 @@ def search(config: TuneConfig) -> Any:
             mode="max",
             num_samples=config.trials,
             max_concurrent_trials=config.concurrent,
-            search_alg=searcher,
+            search_alg=OptunaSearch(metric=METRIC, mode="max", seed=config.seed),
             scheduler=ASHAScheduler(
                 time_attr="epoch",
                 max_t=config.finetune.epochs,

@@ -4,11 +4,10 @@ The gather is differentiable: its backward pass sums the gradients that all rank
 against gathered keys", averaged over ranks, has the gradient of one rank on the joined batch.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import Tensor
 
 
@@ -59,7 +58,8 @@ class ProcessGroup:
     def gather(self, x_B: Tensor) -> Tensor:
         """Concatenate along axis 0 in rank order."""
         if x_B.dtype.is_floating_point and torch.is_grad_enabled() and x_B.requires_grad:
-            return torch.cat(dist_nn.all_gather(x_B.contiguous()))
+            gathered: Tensor = _Gather.apply(x_B)
+            return gathered
         parts = [torch.empty_like(x_B) for _ in range(self.world)]
         dist.all_gather(parts, x_B.contiguous())
         return torch.cat(parts)
@@ -71,11 +71,43 @@ class ProcessGroup:
     def sum(self, x: Tensor) -> Tensor:
         """Sum over ranks."""
         if torch.is_grad_enabled() and x.requires_grad:
-            summed: Tensor = dist_nn.all_reduce(x.contiguous())
+            summed: Tensor = _Sum.apply(x)
             return summed
         out = x.detach().clone()
         dist.all_reduce(out)
         return out
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenation over ranks; backward sums what every rank sends to this rank's slice."""
+
+    @staticmethod
+    def forward(ctx: Any, x_B: Tensor) -> Tensor:
+        parts = [torch.empty_like(x_B) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x_B.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone()
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over ranks; each rank's loss depends on it, so backward sums the gradients of all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone()
+        dist.all_reduce(total)
+        return total
 
 
 def current() -> Collectives:

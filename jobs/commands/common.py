@@ -17,7 +17,9 @@ def state_dir(arguments: argparse.Namespace) -> Path:
 
 def add_state(parser: argparse.ArgumentParser) -> None:
     """The `--state` option."""
-    parser.add_argument("--state", metavar="DIR", help="folder of the local stack (default $TOMOSCALE_STATE or ~/.tomoscale)")
+    parser.add_argument(
+        "--state", metavar="DIR", help="folder of the local stack (default $TOMOSCALE_STATE or ~/.tomoscale)"
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -56,7 +56,9 @@ def _ingest(arguments: argparse.Namespace) -> int:
         [f"policy.{item}" for item in arguments.policy],
     )
     use_stack(arguments)
-    clustered = arguments.address or os.environ.get("TOMOSCALE_JOBS_ADDRESS") or stack.status(state_dir(arguments)).running
+    clustered = (
+        arguments.address or os.environ.get("TOMOSCALE_JOBS_ADDRESS") or stack.status(state_dir(arguments)).running
+    )
     if arguments.local or not clustered:
         ingest(config.source, config.data, config.policy, append=config.append)
         return 0
@@ -77,7 +79,9 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     report = verify(arguments.data, progress=progress)
     problems = [str(p) for p in report.problems]
-    text = "\n".join([f"{report.volumes} volumes, {report.bytes / 1e6:.1f} MB read, {len(problems)} problems", *problems])
+    text = "\n".join(
+        [f"{report.volumes} volumes, {report.bytes / 1e6:.1f} MB read, {len(problems)} problems", *problems]
+    )
     emit({"volumes": report.volumes, "bytes": report.bytes, "problems": problems}, arguments.json, text)
     return 1 if problems else 0
 
@@ -88,7 +92,9 @@ def _show(arguments: argparse.Namespace) -> int:
     use_stack(arguments)
     manifest = Manifest.open(arguments.data)
     facts = _facts(manifest)
-    rows = [(k, v if not isinstance(v, dict) else ", ".join(f"{n} {c}" for n, c in v.items())) for k, v in facts.items()]
+    rows = [
+        (k, v if not isinstance(v, dict) else ", ".join(f"{n} {c}" for n, c in v.items())) for k, v in facts.items()
+    ]
     emit(facts, arguments.json, table(("fact", "value"), rows))
     return 0
 

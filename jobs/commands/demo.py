@@ -8,7 +8,9 @@ from jobs.commands.common import add_state, state_dir
 
 def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register the verb."""
-    demo = verbs.add_parser("demo", help="the whole path on this machine: volumes to a registered segmenter and a report")
+    demo = verbs.add_parser(
+        "demo", help="the whole path on this machine: volumes to a registered segmenter and a report"
+    )
     demo.add_argument("--data", type=Path, metavar="DIR", help="folder of volumes (images/ and labels/)")
     demo.add_argument("--store", metavar="URL", help="where to ingest to (default: a bucket of the local stack)")
     demo.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="folder of the report")

@@ -25,7 +25,7 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     add_state(status)
     add_json(status)
     status.set_defaults(run=_status)
-    env = verbs.add_parser("env", help="print the stack's environment as shell exports: eval \"$(tomoscale env)\"")
+    env = verbs.add_parser("env", help='print the stack\'s environment as shell exports: eval "$(tomoscale env)"')
     add_state(env)
     env.set_defaults(run=_env)
     check = verbs.add_parser("doctor", help="check this machine and the services it would use")

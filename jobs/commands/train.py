@@ -47,7 +47,9 @@ def _load(kind: str, arguments: argparse.Namespace) -> Any:
     from jobs import configs
     from ssl_core.config import load
 
-    model = {"pretrain": configs.PretrainConfig, "tune": configs.TuneConfig, "finetune": configs.FinetuneJobConfig}[kind]
+    model = {"pretrain": configs.PretrainConfig, "tune": configs.TuneConfig, "finetune": configs.FinetuneJobConfig}[
+        kind
+    ]
     return load(model, Path(arguments.config), arguments.overrides)
 
 
@@ -57,13 +59,14 @@ def _methods(arguments: argparse.Namespace) -> int:
 
     if arguments.name:
         kind = method_class(arguments.name)
-        rows = [
-            (name, str(field.default), field.description or "")
-            for name, field in kind.Config.model_fields.items()
-        ]
+        rows = [(name, str(field.default), field.description or "") for name, field in kind.Config.model_fields.items()]
         page = inspect.getdoc(inspect.getmodule(kind)) or inspect.getdoc(kind) or ""
         text = f"{arguments.name}\n\n{page}\n\n{table(('setting', 'default', 'meaning and source'), rows)}"
-        data = {"name": arguments.name, "text": page, "settings": [dict(zip(("name", "default", "text"), r, strict=True)) for r in rows]}
+        data = {
+            "name": arguments.name,
+            "text": page,
+            "settings": [dict(zip(("name", "default", "text"), r, strict=True)) for r in rows],
+        }
         emit(data, arguments.json, text)
         return 0
     found = [(name, _summary(method_class(name))) for name in method_names()]
@@ -80,7 +83,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     from ssl_core.config import digest, dump_yaml, resolved
 
     config = _load(arguments.kind, arguments)
-    emit({"digest": digest(config), "config": resolved(config)}, arguments.json, f"{dump_yaml(config)}# digest {digest(config)}")
+    emit(
+        {"digest": digest(config), "config": resolved(config)},
+        arguments.json,
+        f"{dump_yaml(config)}# digest {digest(config)}",
+    )
     return 0
 
 
