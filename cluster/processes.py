@@ -7,6 +7,7 @@ down its number leaves a trail.
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -117,6 +118,18 @@ def end(
     return [process for process in rest if alive(process)]
 
 
+def resident_mb(process: psutil.Process) -> float:
+    """Memory in megabytes: the proportional share where the kernel tells it, else the resident size."""
+    try:
+        try:
+            full = process.memory_full_info()
+            return float(getattr(full, "pss", full.rss)) / 1e6
+        except psutil.AccessDenied:
+            return float(process.memory_info().rss) / 1e6
+    except psutil.Error:
+        return 0.0
+
+
 def _signal(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):
@@ -152,8 +165,6 @@ def free_ports(count: int, avoid: Iterable[int] = ()) -> list[int]:
     Raises:
         OSError: there are not that many.
     """
-    import random
-
     taken, ports = set(avoid), []
     for port in random.SystemRandom().sample(_PORT_RANGE, len(_PORT_RANGE)):
         if len(ports) == count:

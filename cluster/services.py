@@ -32,7 +32,10 @@ DRIVER_SLOTS = 16
 PORTS = {
     "s3": ("s3", "s3_grpc", "master", "master_grpc", "volume", "volume_grpc", "filer", "filer_grpc"),
     "mlflow": ("http",),
-    "ray": ("dashboard", "gcs", "node", "object", "agent", "agent_grpc", "runtime_env", "metrics"),
+    "ray": (
+        *("dashboard", "gcs", "node", "object", "agent", "agent_grpc"),
+        *("runtime_env", "metrics", "autoscaler_metrics", "dashboard_metrics"),
+    ),
 }
 # Keys in the environment beat a profile, so a client of the stack must not have them.
 UNSET = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_DEFAULT_PROFILE")
@@ -69,10 +72,14 @@ def client_environment(state_dir: Path, ports: dict[str, dict[str, int]]) -> dic
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
-        "RAY_ADDRESS": jobs,
+        "RAY_API_SERVER_ADDRESS": jobs,  # for job clients, who prefer it
+        "RAY_ADDRESS": f"{HOST}:{ports['ray']['gcs']}",  # for drivers
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(state_dir / "secrets" / "ray_token"),
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray's switch for one-machine clusters: without it Ray turns 127.0.0.1 into the address of the host and listens
+        # on every interface, its metrics without asking for a token.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "NO_PROXY": no_proxy,
         "no_proxy": no_proxy,
     }
@@ -110,7 +117,7 @@ def server(name: str, state_dir: Path, stack: str, ports: dict[str, dict[str, in
     command, extra, probe = make(state_dir, ports, cpus)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_", "RAY_", "TOMOSCALE_"))}
     environment |= client_environment(state_dir, ports)
-    for key in ("RAY_ADDRESS", *(key for key, value in extra.items() if value is None)):
+    for key in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", *(key for key, value in extra.items() if value is None)):
         environment.pop(key, None)
     environment |= {key: value for key, value in extra.items() if value is not None}
     environment |= {STACK_MARK: stack, SERVICE_MARK: name, states.STATE_VARIABLE: str(state_dir)}
@@ -137,6 +144,8 @@ def _s3(state_dir: Path, ports: dict[str, dict[str, int]], cpus: int) -> Made:
         f"-volume.port.grpc={own['volume_grpc']}",
         "-volume.max=0",
         "-volume.preStopSeconds=0",
+        "-master.electionTimeout=1s",
+        "-master.heartbeatInterval=200ms",
         "-filer",
         # The filer answers without asking for credentials; only the S3 server checks them.
         "-filer.disableHttp",
@@ -195,6 +204,11 @@ def _ray(state_dir: Path, ports: dict[str, dict[str, int]], cpus: int) -> Made:
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         "PYTHONUNBUFFERED": "1",
+        # Ray's metrics ports, 44217 and 44227 by default, would be in the way of a second cluster.
+        "AUTOSCALER_METRIC_PORT": str(own["autoscaler_metrics"]),
+        "DASHBOARD_METRIC_PORT": str(own["dashboard_metrics"]),
+        # Gradients between the workers of one machine have no business on its network.
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
     }
     return command, extra, lambda: ray_problem(state_dir, own["dashboard"])
 

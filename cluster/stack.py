@@ -18,7 +18,7 @@ from storage.errors import StackError
 Progress = Callable[[str], None]
 START_TIMEOUT_S = 120.0
 _LEAST_FREE_BYTES = 2 * 1024**3
-_GRACE_S = {"ray": 10.0, "mlflow": 5.0, "s3": 10.0}
+_GRACE_S = {"ray": 10.0, "mlflow": 5.0, "s3": 2.0}
 TITLES = {"s3": "S3 (SeaweedFS)", "mlflow": "MLflow", "ray": "Ray"}
 
 
@@ -32,7 +32,7 @@ class ServiceInfo:
     healthy: bool
     detail: str  # why it is not healthy
     healthy_s: float | None  # seconds that its start took
-    resident_mb: float
+    resident_mb: float  # of all its processes; shared pages count once where the system can tell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +103,8 @@ def up(
     with states.locked(state_dir):
         state = states.load(state_dir) or state
         missing = [name for name in states.SERVICES if not _main(state, name)]
-        if not missing:
-            progress("already running")
-            return _info(state_dir, state)
         free = shutil.disk_usage(state_dir).free
-        if free < _LEAST_FREE_BYTES:
+        if missing and free < _LEAST_FREE_BYTES:
             raise StackError(
                 f"disk of {state_dir}",
                 expected=f"{_LEAST_FREE_BYTES / 1e9:.1f} GB free",
@@ -128,7 +125,8 @@ def _start(
     state_dir: Path, state: State, missing: list[str], wanted: dict[str, int], cpus: int | None, progress: Progress
 ) -> None:
     began = time.monotonic()
-    services.write_credentials(state_dir)
+    if missing:
+        services.write_credentials(state_dir)
     if "ray" in missing:
         state.cpus = cpus or max(4, os.cpu_count() or 1)
         _drop_old_sessions(state_dir)
@@ -138,15 +136,19 @@ def _start(
         state.services[name] = states.Service(ports=_ports(state, name, wanted[name]))
         state.ports[name] = state.services[name].ports
     ports = {name: state.services[name].ports for name in states.SERVICES}
-    servers = [services.server(name, state_dir, state.stack, ports, state.cpus) for name in missing]
-    for server in servers:
+    servers = [services.server(name, state_dir, state.stack, ports, state.cpus) for name in states.SERVICES]
+    for server in (server for server in servers if server.name in missing):
         states.save(state_dir, state)
         server.log.unlink(missing_ok=True)
         process = processes.spawn(server.command, server.environment, server.log, server.cwd)
         entry = state.services[server.name]
         entry.pid, entry.created = process.pid, process.create_time()
         states.save(state_dir, state)
-    progress(f"starting {', '.join(TITLES[name] for name in missing)} in {state_dir}")
+    there = [name for name in states.SERVICES if name not in missing]
+    if there:
+        progress(f"already running: {', '.join(TITLES[name] for name in there)}")
+    if missing:
+        progress(f"starting {', '.join(TITLES[name] for name in missing)} in {state_dir}")
     waiting = {server.name: server for server in servers}
     why: dict[str, str] = {}
     while waiting:
@@ -155,10 +157,12 @@ def _start(
             if _main(state, name) is None:
                 raise _died(server)
             why[name] = server.probe()
-            if not why[name]:
+            if why[name]:
+                continue
+            del waiting[name]
+            if entry.healthy_s is None:
                 entry.healthy_s = round(time.monotonic() - began, 1)
                 states.save(state_dir, state)
-                del waiting[name]
                 progress(f"{TITLES[name]} answers after {entry.healthy_s} s")
         if waiting and time.monotonic() - began > START_TIMEOUT_S:
             name, server = next(iter(waiting.items()))
@@ -344,10 +348,6 @@ def _info(state_dir: Path, state: State) -> StackInfo:
         port = entry.ports[services.PORTS[name][0]]
         main = _main(state, name)
         detail = probes[name](state_dir, port) if main else "no process"
-        resident = 0.0
-        for process in processes.family([main]) if main else []:
-            with contextlib.suppress(psutil.Error):
-                resident += process.memory_info().rss / 1e6
         found.append(
             ServiceInfo(
                 name,
@@ -356,7 +356,7 @@ def _info(state_dir: Path, state: State) -> StackInfo:
                 not detail,
                 detail,
                 entry.healthy_s,
-                round(resident, 1),
+                round(sum(processes.resident_mb(process) for process in (processes.family([main]) if main else [])), 1),
             )
         )
     return StackInfo(state_dir, tuple(found), state.cpus)
