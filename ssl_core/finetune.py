@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.losses import DiceCELoss
+from monai.losses.dice import DiceCELoss
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
@@ -41,13 +41,17 @@ class FinetuneConfig(Config):
     patch_DHW: tuple[int, int, int] = Field((32, 48, 32), description="Crop and sliding window, voxels (D, H, W)")
     lr: float = Field(2e-3, gt=0, description="Peak learning rate (AdamW)")
     encoder_lr_scale: float = Field(
-        1.0, ge=0, description="Learning rate of a pre-trained encoder relative to the rest; random weights always use 1"
+        1.0,
+        ge=0,
+        description="Learning rate of a pre-trained encoder relative to the rest; random weights always use 1",
     )
     weight_decay: float = Field(1e-2, ge=0, description="AdamW's decay")
     warmup_steps: int = Field(5, ge=0, description="Steps of linear warm-up, then a half cosine to 0")
     clip: float = Field(12.0, ge=0, description="Largest gradient norm (nnU-Net's value); 0 does not clip")
     class_balance: float = Field(0.5, ge=0, le=1, description="Share of crops centred on a labelled voxel")
-    flip: tuple[float, float, float] = Field((0.0, 0.0, 0.5), description="Flip probability along D, H, W")
+    flip: tuple[float, float, float] = Field(
+        (0.0, 0.0, 0.5), description="Flip probability along D, H, W; W at 0 where a label names a side"
+    )
     scale: tuple[float, float] = Field((0.9, 1.1), description="In-plane zoom")
     rotate_degrees: float = Field(10.0, ge=0, description="Largest rotation about D")
     intensity: str = Field("light", description="Intensity augmentation")
@@ -157,7 +161,9 @@ def train_segmenter(
                 classes_BDHW = _classes(view.maps[label], labels)
                 loss = loss_of(network.logits(view.image_BCDHW), classes_BDHW.unsqueeze(1))
                 if not torch.isfinite(loss):
-                    raise TomoscaleError(f"fine-tuning step {step + 1}", expected="a finite loss", found=f"{loss.item()}")
+                    raise TomoscaleError(
+                        f"fine-tuning step {step + 1}", expected="a finite loss", found=f"{loss.item()}"
+                    )
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 if config.clip:
@@ -167,7 +173,14 @@ def train_segmenter(
             metrics = {"loss": total / config.steps_per_epoch}
             if inner:
                 metrics["inner_dice"] = mean_dice(
-                    network, store, inner, label=label, labels=labels, policy=policy, window=config.patch_DHW, device=device
+                    network,
+                    store,
+                    inner,
+                    label=label,
+                    labels=labels,
+                    policy=policy,
+                    window=config.patch_DHW,
+                    device=device,
                 )
             history.append(metrics)
             on_epoch(epoch, metrics)

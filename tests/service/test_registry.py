@@ -132,7 +132,6 @@ def test_other_models_and_lost_artifacts_are_told_apart(server: str, folder: Pat
     script.write_text(
         "from mlflow.models import set_model\ndef same(model_input):\n    return model_input\nset_model(same)\n"
     )
-    mlflow.set_experiment("aliens")
     mlflow.pyfunc.log_model(python_model=str(script), registered_model_name="alien", pip_requirements=[], name="alien")
     with pytest.raises(RefusedInput, match="another kind of model"):
         registry.pull("alien/1", tmp_path / "x")
