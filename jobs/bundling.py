@@ -11,7 +11,7 @@ from torch import Tensor
 from jobs.configs import FinetuneJobConfig, PretrainConfig
 from ssl_core import checkpoint
 from ssl_core.backbones import build
-from ssl_core.bundle import BundleFacts, write_bundle
+from ssl_core.bundle import BundleFacts, stored_spacing, write_bundle
 from ssl_core.config import digest
 from ssl_core.intensity import IntensityPolicy
 from ssl_core.methods.base import method_class
@@ -74,6 +74,9 @@ def write_segmenter(
     """Bundle of a fine-tuned segmenter."""
     manifest = trained.store.manifest
     mean = sum(c["dice"] for c in cases) / len(cases)
+    volumes = sorted({c["volume_id"] for c in cases})
+    used = (*trained.subjects.train, *trained.subjects.inner)
+    spacing_mm, interpolation = stored_spacing(manifest.record(i) for i in used)
     facts = BundleFacts(
         name=config.model or config.name,
         patch_DHW=config.finetune.patch_DHW,
@@ -87,6 +90,13 @@ def write_segmenter(
             "run_id": run_id,
         },
         metrics={"test Dice": mean},
+        spacing_mm=spacing_mm,
+        interpolation=interpolation,
+        evaluation={
+            "split": f"{manifest.fingerprint} test",
+            "measure": "Dice",
+            "cases": {v: sum(c["dice"] for c in cases if c["volume_id"] == v) / len(trained.labels) for v in volumes},
+        },
         notes=(
             f"Fine-tuned on {len(trained.subjects.train)} labelled volumes, tested on {len(trained.subjects.test)}.",
         ),

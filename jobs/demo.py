@@ -138,7 +138,9 @@ class Demo:
         store = VolumeStore(url, manifest)
         seed = min(c["seed"] for c in tuned["cases"])
         mine = [c for c in tuned["cases"] if c["start"] == tuned["registered_start"] and c["seed"] == seed]
-        score = {v: float(np.mean([c["dice"] for c in mine if c["volume_id"] == v])) for v in {c["volume_id"] for c in mine}}
+        score = {
+            v: float(np.mean([c["dice"] for c in mine if c["volume_id"] == v])) for v in {c["volume_id"] for c in mine}
+        }
         ranked = sorted(score, key=lambda v: score[v])
         chosen = {"best": ranked[-1], "median": ranked[len(ranked) // 2], "worst": ranked[0]}
         previews, captions, facts = {}, {}, {}
@@ -155,7 +157,9 @@ class Demo:
                 to_canonical(str(written), np.asarray(mask.dataobj), mask.affine).values_CDHW[0],
                 spacing_mm=record.spacing_mm,
             )
-            captions[f"preview-{rank}"] = f"{rank} test case of the registered model, {volume}: Dice {score[volume]:.3f}"
+            captions[f"preview-{rank}"] = (
+                f"{rank} test case of the registered model, {volume}: Dice {score[volume]:.3f}"
+            )
             facts |= {rank: {"input": str(source), "output": str(written.resolve()), "dice": score[volume]}}
         store.close()
         return {"model": uri, "same_geometry": True, **facts["median"], "cases": facts}, previews, captions
@@ -257,7 +261,9 @@ def _views_picture(pre: PretrainConfig) -> tuple[bytes, str]:
     first, second = views.roles["global"][:2]
     record = manifest.record(int(batch.volume_B[0]))
     volume = record.volume_id
-    return views_picture(first, second, spacing_mm=record.spacing_mm), f"Sample 0 of the stream, volume {volume}, as the method saw it."
+    return views_picture(
+        first, second, spacing_mm=record.spacing_mm
+    ), f"Sample 0 of the stream, volume {volume}, as the method saw it."
 
 
 def _write(path: Path, text: str) -> None:

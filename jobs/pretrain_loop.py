@@ -25,7 +25,6 @@ from ssl_core.engine import Engine, fit
 from ssl_core.make_views import make_views
 from ssl_core.methods.base import method_class
 from ssl_core.probes import probe
-from ssl_core.probes import probe
 from ssl_core.views import ViewBatch
 from storage.cache import NodeCache
 from storage.errors import ConfigError

@@ -17,8 +17,12 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     reads = names.add_parser("reads", help="crop reads: ours and peers, local and from S3")
     reads.add_argument("--quick", action="store_true", help="about two minutes")
     reads.add_argument("--peers", nargs="+", help="only these")
-    reads.add_argument("--store", metavar="URL", help="s3:// prefix to measure on (default: the local stack's, when up)")
-    overhead = names.add_parser("overhead", help="Ray Train beside torchrun: step time and data wait, two processes each")
+    reads.add_argument(
+        "--store", metavar="URL", help="s3:// prefix to measure on (default: the local stack's, when up)"
+    )
+    overhead = names.add_parser(
+        "overhead", help="Ray Train beside torchrun: step time and data wait, two processes each"
+    )
     overhead.add_argument("data", help="URL of an ingested store")
     overhead.add_argument("--rounds", type=int, default=3)
     overhead.add_argument("--steps", type=int, default=60)

@@ -72,17 +72,17 @@ def _verify(arguments: argparse.Namespace) -> int:
     use_stack(arguments)
     bar: list[Progress] = []
 
-    def progress(done: int, total: int) -> None:
+    def progress(done: int, total: int, nbytes: int) -> None:
         if not bar:
             bar.append(Progress("verify", total, "volumes"))
-        bar[0].update(done)
+        bar[0].update(done, f"{nbytes / 1e6:.1f} MB")
 
     report = verify(arguments.data, progress=progress)
     problems = [str(p) for p in report.problems]
     text = "\n".join(
-        [f"{report.volumes} volumes, {report.bytes / 1e6:.1f} MB read, {len(problems)} problems", *problems]
+        [f"{report.volumes} volumes, {report.nbytes / 1e6:.1f} MB read, {len(problems)} problems", *problems]
     )
-    emit({"volumes": report.volumes, "bytes": report.bytes, "problems": problems}, arguments.json, text)
+    emit({"volumes": report.volumes, "bytes": report.nbytes, "problems": problems}, arguments.json, text)
     return 1 if problems else 0
 
 

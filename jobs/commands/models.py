@@ -18,7 +18,9 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     actions = models.add_subparsers(dest="action", required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="all versions")
     show = actions.add_parser("show", help="one version, with its lineage")
-    promote = actions.add_parser("promote", help="make a version the champion, if it beats the current one on the same cases")
+    promote = actions.add_parser(
+        "promote", help="make a version the champion, if it beats the current one on the same cases"
+    )
     pull = actions.add_parser("pull", help="download a bundle and check every digest")
     for action, run in ((listing, _list), (show, _show), (promote, _promote), (pull, _pull)):
         if action is not listing:
@@ -52,7 +54,9 @@ def _list(arguments: argparse.Namespace) -> int:
 
     use_stack(arguments)
     found = registry.list_models()
-    rows = [(v.name, v.version, v.tags.get("tomoscale.kind", "-"), ", ".join(v.aliases), _date(v.created_ms)) for v in found]
+    rows = [
+        (v.name, v.version, v.tags.get("tomoscale.kind", "-"), ", ".join(v.aliases), _date(v.created_ms)) for v in found
+    ]
     text = table(("model", "version", "kind", "aliases", "registered"), rows) if rows else "no models yet"
     emit([_plain(v) for v in found], arguments.json, text)
     return 0
@@ -121,17 +125,27 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         store.close()
     rows = [(c["volume_id"], c["label"], c["dice"], c["hd95_mm"], c["nsd"]) for c in cases]
     means = [
-        ("mean", name, *(sum(c[k] for c in cases if c["label"] == name) / len(indices) for k in ("dice", "hd95_mm", "nsd")))
+        (
+            "mean",
+            name,
+            *(sum(c[k] for c in cases if c["label"] == name) / len(indices) for k in ("dice", "hd95_mm", "nsd")),
+        )
         for name in names.values()
     ]
     split = f"{manifest.fingerprint} {arguments.split}"
-    emit({"split": split, "cases": cases}, arguments.json, table(("case", "label", "Dice", "HD95 mm", "NSD"), [*rows, *means]))
+    emit(
+        {"split": split, "cases": cases},
+        arguments.json,
+        table(("case", "label", "Dice", "HD95 mm", "NSD"), [*rows, *means]),
+    )
     return 0
 
 
 def _predict(arguments: argparse.Namespace) -> int:
     if not arguments.output.name.endswith((".nii", ".nii.gz")):
-        raise ConfigError(str(arguments.output), expected="a name that ends in .nii or .nii.gz", found=arguments.output.suffix)
+        raise ConfigError(
+            str(arguments.output), expected="a name that ends in .nii or .nii.gz", found=arguments.output.suffix
+        )
     use_stack(arguments)
     with tempfile.TemporaryDirectory(prefix="tomoscale-model-") as folder:
         predictor = _predictor(arguments.model, Path(folder))

@@ -4,7 +4,7 @@ import argparse
 import shlex
 import sys
 
-from cluster import stack
+from cluster import doctor, stack
 from jobs.commands.common import add_json, add_state, state_dir, use_stack
 from jobs.text import emit, table
 
@@ -66,8 +66,6 @@ def _env(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from cluster import doctor
-
     use_stack(arguments)
     checks = doctor.run()
     data = [{"check": c.name, "ok": c.ok, "found": c.finding, "remedy": c.remedy} for c in checks]
