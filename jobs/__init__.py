@@ -1,1 +1,4 @@
-"""What a user submits: ingest, pre-training, fine-tuning, search, evaluation, prediction; tracking and the command line."""
+"""What a user submits: ingest, pre-training, fine-tuning, search, evaluation, prediction.
+
+Also tracking with MLflow and the command line.
+"""

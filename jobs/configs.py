@@ -95,8 +95,8 @@ class PretrainConfig(Config):
         world = self.cluster.workers
         if self.stream.global_batch % world or self.stream.lanes % world:
             raise ValueError(
-                f"stream.global_batch ({self.stream.global_batch}) and stream.lanes ({self.stream.lanes}) to be multiples"
-                f" of cluster.workers ({world})"
+                f"stream.global_batch ({self.stream.global_batch}) and stream.lanes ({self.stream.lanes})"
+                f" to be multiples of cluster.workers ({world})"
             )
         return self
 

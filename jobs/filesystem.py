@@ -1,8 +1,8 @@
 """The file system that Ray writes checkpoints and state through.
 
-A store outage of seconds must not kill a run. Ray's controller treats a failed write as fatal, and pyarrow drops the retry
-strategy when it pickles an S3 file system on the way to the controller and the workers; this one keeps it. It holds
-no credentials: every node resolves its own from the ordinary AWS environment.
+A store outage of seconds must not kill a run. Ray's controller treats a failed write as fatal, and pyarrow drops the
+retry strategy when it pickles an S3 file system on the way to the controller and the workers; this one keeps it. It
+holds no credentials: every node resolves its own from the ordinary AWS environment.
 """
 
 import os
@@ -32,7 +32,7 @@ class RetryingS3FileSystem(pa_fs.S3FileSystem):  # type: ignore[misc]
             **options,
         )
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Any, ...]:  # noqa: D105
         return RetryingS3FileSystem, ()
 
 

@@ -1,7 +1,7 @@
 """Ingest: one task a volume, published by one atomic write at the end.
 
-`python -m jobs.ingest CONFIG [key=value ...]` is the Ray job, with one Ray task a volume. `ingest` does the same from any
-process: over Ray tasks where that process is in a cluster, over threads where it is not.
+`python -m jobs.ingest CONFIG [key=value ...]` is the Ray job, with one Ray task a volume. `ingest` does the same from
+any process: over Ray tasks where that process is in a cluster, over threads where it is not.
 """
 
 import os

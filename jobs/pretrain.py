@@ -1,7 +1,7 @@
 """Pre-training as a Ray job: `python -m jobs.pretrain CONFIG [key=value ...]`.
 
-The same name continues the same job after any death: of a worker (Ray Train restarts the group from the last checkpoint),
-of the driver (submit again) or of the store (writes are retried for minutes, and the controller is started again).
+The same name continues the same job after any death: of a worker (Ray Train restarts the group from the last
+checkpoint), of the driver (submit again) or of the store (writes are retried for minutes, and the controller is started again).
 """
 
 import os
@@ -141,7 +141,7 @@ def fit(config: PretrainConfig, run_id: str) -> Any:
                 f"pre-training {config.name}",
                 expected="all steps",
                 found=_first(error),
-                remedy="the cause is in the log above; submit again under the same name to go on from the last checkpoint",
+                remedy="the cause is in the log above; the same name goes on from the last checkpoint",
             ) from error
         return result.checkpoint
     raise StackError(

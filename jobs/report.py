@@ -20,7 +20,8 @@ _INK = "#3b4350"
 _STYLE = """
 :root{--ink:#1f2733;--soft:#5c6675;--line:#dfe3e8;--page:#f6f7f9;--card:#fff;--accent:#2f6f9f;--warn:#8a4b12;--warnbg:#fdf3e7}
 *{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+body{margin:0;background:var(--page);color:var(--ink);
+  font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1060px;margin:0 auto;padding:32px 20px 64px}
 h1{font-size:27px;margin:0 0 4px;letter-spacing:-.01em}
 h2{font-size:18px;margin:0 0 12px}
@@ -40,7 +41,8 @@ figure{margin:0 0 14px}
 figcaption{color:var(--soft);font-size:13px;margin-top:6px}
 .note{background:var(--warnbg);color:var(--warn);border-radius:8px;padding:10px 14px;margin:0 0 18px}
 .say{border-left:3px solid var(--accent);padding-left:12px}
-pre{background:var(--page);border:1px solid var(--line);border-radius:8px;padding:12px;overflow:auto;font-size:12.5px;line-height:1.45;max-height:420px}
+pre{background:var(--page);border:1px solid var(--line);border-radius:8px;padding:12px;overflow:auto;
+  font-size:12.5px;line-height:1.45;max-height:420px}
 code{font-size:13px;overflow-wrap:anywhere}
 details summary{cursor:pointer;color:var(--accent)}
 a{color:var(--accent)}
@@ -123,8 +125,8 @@ def render(summary: Mapping[str, Any], pictures: Mapping[str, bytes], captions: 
     ]
     if data["simulated"]:
         parts.append(
-            '<p class="note">These subjects are <b>simulated</b>: one real head template and its atlas labels, warped at'
-            " random. The numbers show that the machinery works; they say nothing of real patients.</p>"
+            '<p class="note">These subjects are <b>simulated</b>: one real head template and its atlas labels,'
+            " warped at random. The numbers show that the machinery works; they say nothing of real patients.</p>"
         )
     parts.append(_facts(summary))
     parts.append(
@@ -157,8 +159,8 @@ def render(summary: Mapping[str, Any], pictures: Mapping[str, bytes], captions: 
     shown += f" written to <code>{_e(predict['output'])}</code> with the same shape and affine.</p>"
     parts.append(_section("Predictions on held-out subjects", shown))
     pre_text = (
-        f"<p>{_e(pre['method'])}, {pre['steps']} steps of {pre['global_batch']} crops on {pre['workers']} Ray Train workers;"
-        f" {pre['samples_per_s']:.2f} samples/s, data wait {100 * pre['wait_share']:.1f} % of the step time."
+        f"<p>{_e(pre['method'])}, {pre['steps']} steps of {pre['global_batch']} crops on {pre['workers']} Ray Train"
+        f" workers; {pre['samples_per_s']:.2f} samples/s, data wait {100 * pre['wait_share']:.1f} % of the step time."
         f' <a href="{_e(pre["run_url"])}">MLflow run</a>, model <code>{_e(pre["model"])}</code>.</p>'
     )
     parts.append(
@@ -228,7 +230,8 @@ def _section(title: str, body: str) -> str:
 
 def _figure(png: bytes, caption: str) -> str:
     source = base64.b64encode(png).decode()
-    return f'<figure><img alt="{_e(caption)}" src="data:image/png;base64,{source}"><figcaption>{_e(caption)}</figcaption></figure>'
+    image = f'<img alt="{_e(caption)}" src="data:image/png;base64,{source}">'
+    return f"<figure>{image}<figcaption>{_e(caption)}</figcaption></figure>"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

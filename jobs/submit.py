@@ -20,8 +20,8 @@ _RESUBMISSIONS = 3
 _PREFIX = re.compile(r"\x1b\[\d+m\((?:RayTrainWorker|one|trial)[^)]*\)\x1b\[0m ?")
 # Ray's own chatter about a healthy job; `tomoscale jobs logs` shows it all.
 _NOISE = re.compile(
-    r"RayDeprecationWarning|self\.exclude_resources|PreemptionWatcher|Runtime env is setting up|Running entrypoint for job"
-    r"|FutureWarning|repeated \d+x across cluster"
+    r"RayDeprecationWarning|self\.exclude_resources|PreemptionWatcher|Runtime env is setting up"
+    r"|Running entrypoint for job|FutureWarning|repeated \d+x across cluster"
 )
 
 

@@ -1,4 +1,4 @@
-"""The pre-training loop without Ray: `torchrun --nproc-per-node 2 -m jobs.torchrun CONFIG [--out FOLDER] [key=value ...]`.
+"""The pre-training loop without Ray: `torchrun --nproc-per-node 2 -m jobs.torchrun CONFIG [--out FOLDER]`.
 
 For a single machine with no cluster, and as the yardstick of what Ray Train costs. Checkpoints go to the folder; the
 newest is resumed from. Metrics are written beside them, one JSON line a report; nothing is registered.

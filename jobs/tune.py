@@ -152,7 +152,8 @@ def _summarise(config: TuneConfig, results: Any) -> dict[str, Any]:
     complete = [t for t in finished if not t["stopped_early"]] or finished
     best = max(complete, key=lambda t: t["last"])
     chosen = {k: best[k] for k in ("encoder", "lr", "encoder_lr_scale")}
-    text = f"trial {best['trial']}, lr {best['lr']:.2e}, encoder lr x {best['encoder_lr_scale']:g}, inner Dice {best['last']:.3f}"
+    text = f"trial {best['trial']}, lr {best['lr']:.2e}, encoder lr x {best['encoder_lr_scale']:g}"
+    text += f", inner Dice {best['last']:.3f}"
     return {"trials": trials, "best": chosen, "chosen": text, "epochs": config.finetune.epochs}
 
 

@@ -90,7 +90,8 @@ def _describe(info: stack.StackInfo) -> str:
         lines += [
             "",
             "submit a job:        tomoscale pretrain CONFIG",
-            f"or with Ray's own:   ray job submit --address {info.jobs_address} --working-dir . -- python -m jobs.pretrain CONFIG",
+            f"or with Ray's own:   ray job submit --address {info.jobs_address} --working-dir . --"
+            " python -m jobs.pretrain CONFIG",
             'use it from a shell: eval "$(tomoscale env)"',
         ]
     return "\n".join(lines)
