@@ -4,8 +4,10 @@ import itertools
 from collections.abc import Sequence
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
+from ssl_core.backbones.base import Level
 from ssl_core.norm import GlobalBatchNorm
 
 Norm = Literal["batch", "group", "none"]
@@ -34,3 +36,25 @@ def head(widths: Sequence[int], *, dense: bool = False, norm: Norm = "batch", la
         if not last:
             layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)
+
+
+class PixelHead(nn.Module):
+    """A map at any level to an image at the input's resolution: 1x1x1 convolution, then trilinear up-sampling.
+
+    Args:
+        level: Of the map.
+        channels: Of the image.
+    """
+
+    def __init__(self, level: Level, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(level.channels, channels, 1)
+        self.stride = tuple(level.stride_DHW)
+
+    def forward(self, feature_BCdhw: Tensor) -> Tensor:
+        """(B, channels, D, H, W)."""
+        image: Tensor = self.conv(feature_BCdhw)
+        if max(self.stride) == 1:
+            return image
+        size = [n * s for n, s in zip(image.shape[2:], self.stride, strict=True)]
+        return functional.interpolate(image, size=size, mode="trilinear", align_corners=False)

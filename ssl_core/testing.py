@@ -28,7 +28,7 @@ from ssl_core.views import RoleSpec, View, ViewBatch, ViewSpec
 from ssl_core.weights import encoder_state, load_exact
 
 BACKBONE = ("dynunet", {"filters": [4, 8, 8], "strides": [1, 2, 2], "kernel_size": [3, 3, 3]})
-_SMALL = {"hidden": 16, "out": 8, "queue": 8, "block": 4, "regions": 4, "pixels": 4}
+_SMALL = {"hidden": 16, "out": 8, "queue": 8, "block": 4, "regions": 4, "pixels": 4, "window": 2}
 
 
 class Ranks:
@@ -117,6 +117,8 @@ def tiny_config(name: str) -> Any:
             side = 16 if field == "crops" else 8
             depth = side if default.size_DHW[0] > 1 else 1
             changes[field] = default.model_dump() | {"size_DHW": (depth, side, side)}
+        elif field == "base_settings":
+            changes[field] = {"hidden": 16, "out": 8, "queue": 8}
         elif field in _SMALL:
             changes[field] = _SMALL[field]
     return parse(kind, resolved(kind()) | changes)
@@ -186,7 +188,7 @@ def _synthetic_sample(spec: ViewSpec, sample: int, dtype: torch.dtype) -> dict[s
         for v in range(role.count):
             if role.offset_vox is not None and v:
                 start = start.clone()
-                start[0] = (start[0] + v * max(role.offset_vox[0], 1)) % 8
+                start[0] = (start[0] + v * role.offset_vox[0]) % 8
             elif v:
                 start = torch.randint(0, 8, (3,), generator=random)
             if v and not (role.share_spatial or role.offset_vox is not None):

@@ -34,3 +34,13 @@ def masked_mean(values_BM: Tensor, mask_BM: Tensor) -> Tensor:
     weight = mask_BM.to(values_BM.dtype)
     per_sample = (values_BM * weight).sum(1) / weight.sum(1).clamp_min(1)
     return per_sample.mean()
+
+
+def siamese(pre_a_BE: Tensor, pro_a_BE: Tensor, pre_b_BE: Tensor, pro_b_BE: Tensor) -> Tensor:
+    """Mean of -(cos(pre_a, sg pro_b) + cos(pre_b, sg pro_a)) / 2, in [-1, 1].
+
+    SimSiam's comparison (2011.10566, eq. 2) as PCRLv2 uses it (authors' code).
+    """
+    forth = (unit(pre_a_BE, 1) * unit(pro_b_BE.detach(), 1)).sum(1)
+    back = (unit(pre_b_BE, 1) * unit(pro_a_BE.detach(), 1)).sum(1)
+    return -(forth + back).mean() / 2

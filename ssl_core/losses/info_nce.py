@@ -28,7 +28,9 @@ def nt_xent(
     return (torch.logsumexp(logits_NK, dim=1) - positive).mean()
 
 
-def queue_nce(query_BE: Tensor, key_BE: Tensor, queue_KE: Tensor, temperature: float) -> Tensor:
+def queue_nce(
+    query_BE: Tensor, key_BE: Tensor, queue_KE: Tensor, temperature: float, keep_BK: Tensor | None = None
+) -> Tensor:
     """Mean of -log(exp(q k / t) / (exp(q k / t) + sum over the queue of exp(q n / t))); MoCo (1911.05722), eq. 1.
 
     Args:
@@ -36,8 +38,11 @@ def queue_nce(query_BE: Tensor, key_BE: Tensor, queue_KE: Tensor, temperature: f
         key_BE: Positives, normalised here.
         queue_KE: Unit negatives.
         temperature: t.
+        keep_BK: Which negatives count for which query; all when `None`.
     """
     query, key = unit(query_BE, 1), unit(key_BE, 1)
-    positive = (query * key).sum(1, keepdim=True)
-    logits = torch.cat([positive, query @ wide(queue_KE).t()], dim=1) / temperature
+    negative = query @ wide(queue_KE).to(query.dtype).t()
+    if keep_BK is not None:
+        negative = negative.masked_fill(~keep_BK, float("-inf"))
+    logits = torch.cat([(query * key).sum(1, keepdim=True), negative], dim=1) / temperature
     return (torch.logsumexp(logits, dim=1) - logits[:, 0]).mean()

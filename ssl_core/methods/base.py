@@ -40,7 +40,7 @@ class Crops(Config):
     min_overlap: float = Field(
         default=0.0, ge=0, le=1, description="Least intersection over union of the boxes; 0 places them independently"
     )
-    intensity: Literal["none", "light", "strong", "genesis"] = Field(
+    intensity: Literal["none", "light", "strong", "genesis", "pcrlv2", "pcrlv2_local"] = Field(
         default="light", description="Named list of intensity changes; our choice"
     )
 
@@ -138,6 +138,30 @@ def train_only(backbone: Backbone, keys: Iterable[str]) -> None:
     wanted = set(keys)
     for name, parameter in backbone.net.named_parameters():
         parameter.requires_grad_(name in wanted)
+
+
+def level_for(backbone: Backbone, size_DHW: tuple[int, int, int], wanted: int | None, positions: int = 6) -> int:
+    """The wanted encoder level, or the deepest with at least `positions` features along H and W; at worst the finest.
+
+    Raises:
+        ConfigError: the backbone has no such level.
+    """
+    if wanted is not None:
+        if not 0 <= wanted < len(backbone.levels):
+            raise ConfigError("feature_level", expected=f"0 to {len(backbone.levels) - 1}", found=str(wanted))
+        return wanted
+    enough = [
+        i
+        for i, level in enumerate(backbone.levels)
+        if min(size_DHW[1] // level.stride_DHW[1], size_DHW[2] // level.stride_DHW[2]) >= positions
+    ]
+    return enough[-1] if enough else 0
+
+
+def spread(feature_BCDHW: Tensor) -> Tensor:
+    """Mean deviation of unit features over batch and positions; near 1/sqrt(C) when healthy, 0 when collapsed."""
+    unit = nn.functional.normalize(feature_BCDHW.detach().float(), dim=1)
+    return unit.transpose(0, 1).flatten(1).std(1, correction=0).mean()
 
 
 M = TypeVar("M", bound=type[nn.Module])

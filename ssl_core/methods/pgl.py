@@ -15,30 +15,13 @@ from ssl_core.methods.base import (
     MethodConfig,
     StepContext,
     encode,
+    level_for,
     register,
+    spread,
     train_only,
 )
 from ssl_core.norm import bind
 from ssl_core.views import View, ViewBatch, ViewSpec
-from storage.errors import ConfigError
-
-
-def level_for(backbone: Backbone, size_DHW: tuple[int, int, int], wanted: int | None, positions: int = 6) -> int:
-    """The wanted encoder level, or the deepest with at least `positions` features along H and W; at worst the finest.
-
-    Raises:
-        ConfigError: the backbone has no such level.
-    """
-    if wanted is not None:
-        if not 0 <= wanted < len(backbone.levels):
-            raise ConfigError("feature_level", expected=f"0 to {len(backbone.levels) - 1}", found=str(wanted))
-        return wanted
-    enough = [
-        i
-        for i, level in enumerate(backbone.levels)
-        if min(size_DHW[1] // level.stride_DHW[1], size_DHW[2] // level.stride_DHW[2]) >= positions
-    ]
-    return enough[-1] if enough else 0
 
 
 @register("pgl")
@@ -119,8 +102,7 @@ class PGL(nn.Module):
         terms = {"local": local}
         if config.w_global:
             terms["global"] = config.w_global * self._global(online, target)
-        spread = nn.functional.normalize(online[0][self.level].detach().float(), dim=1).std((0, 2, 3, 4)).mean()
-        return LossTerms(terms, {"shared_points": share, "feature_std": spread})
+        return LossTerms(terms, {"shared_points": share, "feature_std": spread(online[0][self.level])})
 
     def after_step(self, ctx: StepContext) -> None:
         """Moves the target towards the online network."""

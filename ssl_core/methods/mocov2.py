@@ -1,0 +1,111 @@
+"""MoCo v2: contrast against a queue of embeddings that a slowly following network made of earlier crops."""
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ssl_core.backbones.base import Backbone
+from ssl_core.ema import follow, target_of
+from ssl_core.heads import Norm, head
+from ssl_core.losses.cosine import unit
+from ssl_core.losses.info_nce import queue_nce
+from ssl_core.methods.base import (
+    Crops,
+    LossTerms,
+    MethodConfig,
+    StepContext,
+    encode,
+    register,
+    spread,
+    train_only,
+)
+from ssl_core.norm import bind
+from ssl_core.views import ViewBatch, ViewSpec
+
+
+@register("mocov2")
+class MoCoV2(nn.Module):
+    """MoCo v2 (He et al., arXiv 1911.05722; Chen et al., arXiv 2003.04297) on volumes; contrast for small batches.
+
+    Idea: negatives come from a queue, so their number does not depend on the batch.
+
+    Formula: L = mean of -log( exp(q . k / t) / (exp(q . k / t) + sum over the queue of exp(q . n / t)) ) with q the
+    online embedding of view 1 and k the following network's embedding of view 2; then all ranks' k enter the queue.
+
+    Traps: crops of a volume that is still in the queue would be negatives of themselves, which small data sets make
+    common, so they are left out by default; a queue much longer than the data set holds little but repeats.
+
+    Cost: one online and one target encoder pass a step; a second copy of the weights; a queue of `queue` x `out`.
+
+    Use it as the global part of LRC, and as the contrastive control when batches are small.
+    """
+
+    class Config(MethodConfig):
+        """Settings of MoCo v2."""
+
+        crops: Crops = Field(
+            default=Crops(min_overlap=0.3, intensity="strong"), description="Views; overlap and intensity our choice"
+        )
+        temperature: float = Field(default=0.2, gt=0, description="t; MoCo v2's 0.2")
+        hidden: int = Field(default=512, ge=1, description="Hidden width of the head; our choice (MoCo v2: 2048)")
+        out: int = Field(default=128, ge=1, description="Embedding width; MoCo's 128")
+        norm: Norm = Field(default="none", description="Norm in the head; MoCo v2 has none")
+        queue: int = Field(default=1024, ge=1, description="Length of the queue; our choice (MoCo: 65536)")
+        momentum: float = Field(
+            default=0.99, ge=0, le=1, description="Momentum of the target; our choice for short runs (MoCo: 0.999)"
+        )
+        same_volume_negatives: bool = Field(
+            default=False, description="Keep queue entries of the query's own volume as negatives; our choice"
+        )
+
+    def __init__(self, config: Config, backbone: Backbone) -> None:
+        super().__init__()
+        self.config, self.backbone = config, backbone
+        train_only(backbone, backbone.level_keys(len(backbone.levels) - 1))
+        self.projector = head([backbone.levels[-1].channels, config.hidden, config.out], norm=config.norm)
+        self.target_backbone, self.target_projector = target_of(backbone), target_of(self.projector)
+        self.register_buffer("queue_KE", unit(torch.randn(config.queue, config.out), 1))
+        self.register_buffer("queue_volume_K", torch.full((config.queue,), -1, dtype=torch.int64))
+        self.register_buffer("queue_next", torch.zeros((), dtype=torch.int64))
+        self.queue_KE: Tensor
+        self.queue_volume_K: Tensor
+        self.queue_next: Tensor
+        self._fresh: list[tuple[Tensor, Tensor]] = []
+
+    @classmethod
+    def view_spec(cls, config: Config) -> ViewSpec:
+        """Two crops of each sample, role `global`."""
+        return ViewSpec((config.crops.role("global", 2),))
+
+    def forward(self, views: ViewBatch, ctx: StepContext) -> LossTerms:
+        """Term `contrast`; monitors the positives' cosine and the spread of the deepest features."""
+        bind(self, ctx.collectives)
+        first, second = views.roles["global"]
+        feature = encode(self.backbone, first, ctx)[-1]
+        query = self.projector(feature.mean((2, 3, 4)))
+        with torch.no_grad():
+            key = unit(self.target_projector(encode(self.target_backbone, second, ctx)[-1].mean((2, 3, 4))), 1)
+        keep = None
+        if not self.config.same_volume_negatives:
+            keep = self.queue_volume_K[None] != views.volume_B[:, None]
+        loss = queue_nce(query, key, self.queue_KE.clone(), self.config.temperature, keep)
+        self._fresh.append((key, views.volume_B))
+        cosine = (unit(query.detach(), 1) * key).sum(1).mean()
+        return LossTerms({"contrast": loss}, {"positive_cosine": cosine, "feature_std": spread(feature)})
+
+    @torch.no_grad()
+    def after_step(self, ctx: StepContext) -> None:
+        """Puts this step's keys of all ranks into the queue, oldest out first, and moves the target."""
+        key = ctx.collectives.gather(torch.cat([k for k, _ in self._fresh]))[-self.config.queue :]
+        volume = ctx.collectives.gather(torch.cat([v for _, v in self._fresh]))[-self.config.queue :]
+        self._fresh.clear()
+        place = (self.queue_next + torch.arange(len(key), device=key.device)) % self.config.queue
+        self.queue_KE[place] = key.to(self.queue_KE.dtype)
+        self.queue_volume_K[place] = volume
+        self.queue_next.copy_((self.queue_next + len(key)) % self.config.queue)
+        follow(self.target_backbone, self.backbone, self.config.momentum)
+        follow(self.target_projector, self.projector, self.config.momentum)
+
+    def encoder(self) -> Backbone:
+        """The online backbone."""
+        return self.backbone
