@@ -49,23 +49,33 @@ class JobInfo:
         return asdict(self)
 
 
-def token_for(address: str, state_dir: Path | None = None) -> str:
-    """The token to show to a job server: that of the local stack if the address is its own, else Ray's usual places.
+def token_for(address: str) -> str:
+    """The token to show to a job server: that of a local stack if the address is its own, else Ray's usual places.
 
-    Only the address that the state file names gets the stack's token; another server must not learn it.
+    Those are $RAY_AUTH_TOKEN, the file $RAY_AUTH_TOKEN_PATH and ~/.ray/auth_token. The token of a stack goes to the
+    address in its state file only, even when those variables name it: no other server must learn it.
     """
-    inner = urlsplit(address)
-    state = states.load(state_dir or states.default_dir())
-    entry = state.services.get("ray") if state else None
-    if entry and inner.hostname in ("127.0.0.1", "localhost") and inner.port == entry.ports["dashboard"]:
-        return states.secret(state_dir or states.default_dir(), "ray_token")
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named).expanduser().absolute() if named else None
+    folders = [states.default_dir(), *([path.parent.parent] if path else [])]
+    for folder in folders:
+        if _is_its_jobs_address(address, folder):
+            return states.secret(folder, "ray_token")
     if token := os.environ.get("RAY_AUTH_TOKEN"):
         return token.strip()
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    if path and (path.parent.parent / "state.json").exists():
+        path = None
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return (path or Path("~/.ray/auth_token").expanduser()).read_text(encoding="utf-8").strip()
     except OSError:
         return ""
+
+
+def _is_its_jobs_address(address: str, state_dir: Path) -> bool:
+    state = states.load(state_dir)
+    entry = state.services.get("ray") if state else None
+    url = urlsplit(address)
+    return bool(entry and url.hostname in ("127.0.0.1", "localhost") and url.port == entry.ports.get("dashboard"))
 
 
 def cluster_info(address: str, headers: Mapping[str, str] | None = None, **given: Any) -> Any:
@@ -178,11 +188,12 @@ def follow(address: str, job: str, *, token: str | None = None, outage_s: float 
         last_good = time.monotonic()
         if len(text) > seen:
             yield text[seen:]
-            seen, pause = len(text), 0.3
+            # Each look fetches the whole log, so a long one is looked at less often.
+            seen, pause = len(text), max(0.3, len(text) / 2e6)
         if ended:
             return
         time.sleep(pause)
-        pause = min(2.0, pause * 1.3)
+        pause = max(pause, min(2.0, pause * 1.3))
 
 
 def stop(address: str, job: str, *, wait_s: float = 30.0, token: str | None = None) -> JobInfo:
@@ -255,7 +266,9 @@ def _client(address: str, token: str | None, job: str = "") -> "Iterator[JobSubm
             remedy="check the address and the network; `tomoscale up` starts a local one",
         ) from ConnectionError(str(error))
     except (RuntimeError, ValueError) as error:
-        text = " ".join(str(error).split())
+        # The server answers with its whole traceback; the last line is the reason.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip(" .")]
+        text = lines[-1] if lines else type(error).__name__
         if job and ("does not exist" in text or "404" in text):
             raise StackError(
                 f"job {job}",

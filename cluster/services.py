@@ -117,7 +117,7 @@ def server(name: str, state_dir: Path, stack: str, ports: dict[str, dict[str, in
     command, extra, probe = make(state_dir, ports, cpus)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_", "RAY_", "TOMOSCALE_"))}
     environment |= client_environment(state_dir, ports)
-    for key in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", *(key for key, value in extra.items() if value is None)):
+    for key in (key for key, value in extra.items() if value is None):
         environment.pop(key, None)
     environment |= {key: value for key, value in extra.items() if value is not None}
     environment |= {STACK_MARK: stack, SERVICE_MARK: name, states.STATE_VARIABLE: str(state_dir)}

@@ -54,8 +54,15 @@ class StackInfo:
         return bool(self.services) and all(service.healthy for service in self.services)
 
     def url(self, name: str) -> str:
-        """The address of a service: `s3`, `mlflow` or `ray`."""
-        return next(service.url for service in self.services if service.name == name)
+        """The address of a service: `s3`, `mlflow` or `ray`.
+
+        Raises:
+            StackError: it was not started.
+        """
+        for service in self.services:
+            if service.name == name:
+                return service.url
+        raise _absent(self.state_dir)
 
     @property
     def jobs_address(self) -> str:
@@ -70,7 +77,7 @@ class StackInfo:
             "healthy": self.healthy,
             "cpus": self.cpus,
             "services": [dataclasses.asdict(service) for service in self.services],
-            "jobs_address": self.jobs_address if self.services else "",
+            "jobs_address": self.jobs_address if self.running else "",
         }
 
 
@@ -373,13 +380,17 @@ def environment(state_dir: Path | None = None) -> dict[str, str]:
     state_dir = (state_dir or default_dir()).expanduser().absolute()
     state = states.load(state_dir)
     if state is None or any(name not in state.services for name in states.SERVICES):
-        raise StackError(
-            f"local stack in {state_dir}",
-            expected="it to run",
-            found="nothing started there",
-            remedy="run `tomoscale up`",
-        )
+        raise _absent(state_dir)
     return services.client_environment(state_dir, {name: entry.ports for name, entry in state.services.items()})
+
+
+def _absent(state_dir: Path) -> StackError:
+    return StackError(
+        f"local stack in {state_dir}",
+        expected="it to run",
+        found="nothing started there",
+        remedy="run `tomoscale up`",
+    )
 
 
 def client_environ(state_dir: Path | None = None) -> dict[str, str]:
