@@ -1,7 +1,8 @@
 """Pre-training as a Ray job: `python -m jobs.pretrain CONFIG [key=value ...]`.
 
 The same name continues the same job after any death: of a worker (Ray Train restarts the group from the last
-checkpoint), of the driver (submit again) or of the store (writes are retried for minutes, and the controller is started again).
+checkpoint), of the driver (submit again) or of the store (writes are
+retried for minutes, and the controller is started again).
 """
 
 import os
