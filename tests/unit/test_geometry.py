@@ -82,7 +82,10 @@ def test_resampled_coordinates_are_still_coordinates(shape, spacing, wanted, mod
         [coordinates(out.shape[1:], new).reshape(3, -1), np.ones((1, out[0].size))]
     )
     reach = np.array(
-        [max(0.0, 3 * np.sqrt(max((w / s) ** 2 - 1, 0) / 12)) for w, s in zip(wanted, geometry.spacing_dhw(affine))]
+        [
+            max(0.0, 3 * np.sqrt(max((w / s) ** 2 - 1, 0) / 12))
+            for w, s in zip(wanted, geometry.spacing_dhw(affine), strict=True)
+        ]
     )
     margin = np.ceil(reach)[::-1][:, None] + (4 if mode == "bspline" else 0)
     sizes = np.array(shape[::-1])[:, None]
@@ -161,7 +164,7 @@ def test_a_straightened_shear_puts_values_where_they_are(a, b, c, spacing):
     "bad", [np.zeros((4, 4)), np.full((4, 4), np.nan), np.diag([1.0, 0, 1, 1]), np.diag([1.0, 1, 1e6, 1]), np.eye(3)]
 )
 def test_affines_without_geometry_are_refused(bad):
-    with pytest.raises(RefusedInput, match="scan.nii"):
+    with pytest.raises(RefusedInput, match=r"scan\.nii"):
         geometry.check_affine(bad, "scan.nii")
 
 

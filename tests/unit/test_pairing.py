@@ -1,0 +1,138 @@
+"""Pairing by name, never by position; orphans by name."""
+
+from pathlib import Path
+
+import pytest
+
+from storage.errors import ConfigError, RefusedInput
+from storage.pairing import discover, split_name
+from tests.unit.scans import disc, phantom, save_dicom, save_nifti, segmentation, slices
+
+
+def touch(root: Path, *names: str) -> Path:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    return root
+
+
+def pairs(root: Path) -> dict[str, str | None]:
+    found = discover(root)
+    return {i.name: None if i.label is None else Path(i.label).relative_to(root).as_posix() for i in found.items}
+
+
+@pytest.mark.parametrize(("image", "label"), [("images", "labels"), ("imagesTr", "labelsTr"), ("img", "masks")])
+def test_folders_are_paired_by_name(tmp_path, image, label):
+    touch(tmp_path, f"{image}/b.nii.gz", f"{image}/a.nii.gz", f"{label}/a.nii.gz", f"{label}/b.nii")
+    assert pairs(tmp_path) == {"a": f"{label}/a.nii.gz", "b": f"{label}/b.nii"}
+
+
+def test_orphans_are_named_and_the_unlabelled_image_is_kept(tmp_path):
+    touch(tmp_path, "images/a.nii.gz", "images/b.nii.gz", "labels/b.nii.gz", "labels/c.nii.gz")
+    found = discover(tmp_path)
+    assert [i.name for i in found.items] == ["a", "b"]
+    assert [o.source for o in found.orphans] == ["images/a.nii.gz", "labels/c.nii.gz"]
+    assert "unlabelled" in str(found.orphans[0])
+    assert "without an image" in str(found.orphans[1])
+
+
+def test_images_alone_are_no_orphans(tmp_path):
+    touch(tmp_path, "x/one.nii.gz", "x/two.nrrd", "three.mha")
+    found = discover(tmp_path)
+    assert [i.name for i in found.items] == ["three", "x/one", "x/two"]
+    assert found.orphans == ()
+
+
+def test_flat_folders_pair_by_suffix(tmp_path):
+    touch(tmp_path, "p1_image.nrrd", "p1_label.nrrd", "p2.nii.gz", "p2-seg.nii.gz", "p3_mask.nii.gz")
+    assert pairs(tmp_path) == {"p1": "p1_label.nrrd", "p2": "p2-seg.nii.gz"}
+    assert [o.source for o in discover(tmp_path).orphans] == ["p3_mask.nii.gz"]
+
+
+def test_tr_and_ts_folders_do_not_mix(tmp_path):
+    touch(tmp_path, "imagesTr/a.nii.gz", "imagesTs/a.nii.gz", "labelsTr/a.nii.gz")
+    assert pairs(tmp_path) == {"Tr/a": "labelsTr/a.nii.gz", "Ts/a": None}
+    assert discover(tmp_path).orphans == ()
+
+
+def test_channel_suffixes_are_one_volume(tmp_path):
+    touch(tmp_path, "imagesTr/c_0001.nii.gz", "imagesTr/c_0000.nii.gz", "labelsTr/c.nii.gz", "imagesTr/d_0000.nii.gz")
+    items = {i.name: i for i in discover(tmp_path).items}
+    assert [Path(p).name for p in items["c"].images] == ["c_0000.nii.gz", "c_0001.nii.gz"]
+    assert items["c"].label is not None
+    assert len(items["d"].images) == 1
+
+
+def test_two_files_for_one_name_are_refused(tmp_path):
+    touch(tmp_path, "images/a.nii.gz", "images/a.nrrd")
+    with pytest.raises(RefusedInput, match=r"images/a.nrrd.*images/a.nii.gz as well"):
+        discover(tmp_path)
+
+
+def test_hidden_files_and_pixel_halves_are_not_volumes(tmp_path):
+    touch(tmp_path, "a.hdr", "a.img", "b.mhd", "b.raw", "._a.nii.gz", ".git/c.nii.gz", "notes.txt", "junk")
+    found = discover(tmp_path)
+    assert [i.name for i in found.items] == ["a", "b"]
+    assert found.ignored == ("junk", "notes.txt")
+
+
+def test_empty_and_missing_folders_say_what_to_do(tmp_path):
+    with pytest.raises(RefusedInput, match="an empty folder") as refused:
+        discover(tmp_path)
+    assert "images/" in refused.value.remedy
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        discover(tmp_path / "nowhere")
+    touch(tmp_path, "readme.md")
+    with pytest.raises(RefusedInput, match="none of them an image"):
+        discover(tmp_path)
+
+
+def test_subjects_come_from_the_pattern_from_bids_or_from_the_name(tmp_path):
+    touch(tmp_path, "sub-07/ses-1/t1.nii.gz", "sub-07/ses-2/t1.nii.gz", "other.nii.gz")
+    assert sorted(i.subject for i in discover(tmp_path).items) == ["other", "sub-07", "sub-07"]
+    by_folder = discover(tmp_path, r"^([a-z]+)")
+    assert {i.subject for i in by_folder.items} == {"sub", "other"}
+    with pytest.raises(ConfigError, match="no match"):
+        discover(tmp_path, r"patient(\d+)")
+    with pytest.raises(ConfigError, match="regular expression"):
+        discover(tmp_path, "(")
+
+
+def test_one_file_is_a_source_too(tmp_path):
+    touch(tmp_path, "images/a.nii.gz")
+    found = discover(tmp_path / "images" / "a.nii.gz")
+    assert [i.name for i in found.items] == ["a"]
+
+
+def test_zarr_folders_are_items(tmp_path):
+    touch(tmp_path, "scan.ome.zarr/zarr.json", "scan.ome.zarr/0/c/0")
+    assert [(i.name, i.kind) for i in discover(tmp_path).items] == [("scan.ome", "zarr")]
+
+
+def test_mixed_dicom_series_are_told_apart_by_uid_not_by_folder(tmp_path):
+    one, two = slices(phantom((4, 6, 5))), slices(phantom((3, 6, 5)), patient="P2")
+    save_dicom(tmp_path / "exam", [*one, *two[:2]], [f"f{i}" for i in (3, 1, 0, 2, 5, 4)])
+    save_dicom(tmp_path / "moved", two[2:])
+    save_dicom(tmp_path / "seg", [segmentation(one, disc((4, 6, 5)))])
+    (tmp_path / "exam" / "DICOMDIR.txt").write_text("not dicom")
+    found = discover(tmp_path)
+    assert sorted(len(i.images) for i in found.items) == [3, 4]
+    by_patient = {i.subject: i for i in found.items}
+    assert by_patient["P1"].label is not None
+    assert by_patient["P2"].label is None
+    assert found.ignored == ("exam/DICOMDIR.txt",)
+
+
+def test_a_segmentation_without_its_series_is_an_orphan(tmp_path):
+    one = slices(phantom((4, 6, 5)))
+    save_dicom(tmp_path / "seg", [segmentation(one, disc((4, 6, 5)))])
+    save_nifti(tmp_path / "a.nii.gz", phantom())
+    assert [o.what for o in discover(tmp_path).orphans] == ["segmentation of a series that is not here"]
+
+
+def test_split_name():
+    assert split_name("A.NII.GZ") == ("A", ".nii.gz")
+    assert split_name("a.b.mha") == ("a.b", ".mha")
+    assert split_name("IM0001") == ("IM0001", "")
+    assert split_name(".nii") == (".nii", "")
