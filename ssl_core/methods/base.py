@@ -6,7 +6,7 @@ and cannot forget to gather.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 from pydantic import Field
@@ -131,6 +131,22 @@ def encode(backbone: Backbone, view: View, ctx: StepContext, upto: int | None = 
     if key not in ctx.memo:
         ctx.memo[key] = backbone.features(view.image_BCDHW)
     return ctx.memo[key]
+
+
+def clean_of(view: View) -> Tensor:
+    """The view before its intensity changes.
+
+    Raises:
+        ConfigError: the role did not ask for it.
+    """
+    if view.clean_BCDHW is None:
+        raise ConfigError("view", expected="its clean copy", found="none", remedy="set keep_clean in the role")
+    return view.clean_BCDHW
+
+
+def with_memo(ctx: StepContext) -> StepContext:
+    """The same step with a memo of encoder maps, an outer composition's where there is one."""
+    return ctx if ctx.memo is not None else replace(ctx, memo={})
 
 
 def train_only(backbone: Backbone, keys: Iterable[str]) -> None:

@@ -1,0 +1,153 @@
+"""LRC-style: pixels of one super-pixel attract, the image's other super-pixels repel, beside a global method."""
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from ssl_core.backbones.base import Backbone
+from ssl_core.config import parse
+from ssl_core.heads import Norm, head
+from ssl_core.losses.cosine import unit
+from ssl_core.losses.regions import pixel_contrast, prototype_contrast, region_means
+from ssl_core.methods.base import (
+    Crops,
+    LossTerms,
+    MethodConfig,
+    StepContext,
+    encode,
+    method_class,
+    register,
+    spread,
+    train_only,
+    with_memo,
+)
+from ssl_core.norm import bind
+from ssl_core.sampling import map_at, region_pixels
+from ssl_core.views import View, ViewBatch, ViewSpec
+
+MAP = "superpixels"
+
+
+@register("lrc")
+class LRC(nn.Module):
+    """In the style of localized region contrast (Yan et al., arXiv 2304.03406), whose loss and settings are unread.
+
+    Idea: Felzenszwalb's super-pixels are free pseudo-regions. Beside a global method on the same views, the decoder's
+    features of sampled pixels are contrasted by region.
+
+    Formula: L = L_global + `w_local` L_local. Form A, over R regions of K pixels of one image: mean over pixels n of
+    -1/|P(n)| sum over p in P(n) of log( exp(z_n . z_p / t) / sum over a != n of exp(z_n . z_a / t) ), P(n) the other
+    pixels of n's region. Form B contrasts a region's mean embedding in view 1 with those in view 2.
+
+    Traps: form A cannot fall below about log(K - 1), so judge it against that floor; region 0 means padding; regions
+    with fewer than K pixels at the feature's resolution are dropped, so low-resolution features lose small regions;
+    neighbouring super-pixels of one organ are pushed apart, which `w_local` and the super-pixels' scale control.
+
+    Cost: that of the base method, a decoder pass a view, and B (R K)^2 cosines.
+
+    Use it as an addition to `base`, to be compared with the base alone at equal steps. Needs the integer map
+    `superpixels` beside the images (see `ssl_core.superpixels`).
+    """
+
+    class Config(MethodConfig):
+        """Settings of the LRC-style method."""
+
+        crops: Crops = Field(default=Crops(min_overlap=0.3, intensity="strong"), description="Views; our choice")
+        base: Literal["mocov2", "byol", "simclr"] = Field(
+            default="mocov2", description="The global method; MoCo in the paper's overview"
+        )
+        base_settings: dict[str, Any] = Field(
+            default={}, description="Settings of the global method; it gets these crops; our choice: its defaults"
+        )
+        w_local: float = Field(default=1.0, gt=0, description="Weight of the region loss; our choice")
+        form: Literal["A", "B"] = Field(default="A", description="Pixels, or means of regions; our choice")
+        regions: int = Field(default=16, ge=2, description="Regions drawn from a view, R; our choice")
+        pixels: int = Field(default=16, ge=2, description="Pixels drawn from a region, K; our choice")
+        temperature: float = Field(default=0.1, gt=0, description="t; our choice, as DetCon's")
+        hidden: int = Field(default=128, ge=1, description="Hidden width of the dense head; our choice")
+        out: int = Field(default=128, ge=1, description="Embedding width of the dense head; our choice")
+        norm: Norm = Field(default="batch", description="Norm in the dense head; our choice")
+
+        @model_validator(mode="after")
+        def _base_fits(self) -> "LRC.Config":
+            _base_config(self)
+            return self
+
+    def __init__(self, config: Config, backbone: Backbone) -> None:
+        super().__init__()
+        self.config, self.backbone = config, backbone
+        self.base = method_class(config.base)(_base_config(config), backbone)
+        train_only(backbone, backbone.encoder_keys() + backbone.decoder_keys())
+        self.level = backbone.decoder_levels[-1]
+        self.dense = head([self.level.channels, config.hidden, config.out], dense=True, norm=config.norm)
+
+    @classmethod
+    def view_spec(cls, config: Config) -> ViewSpec:
+        """The base method's views, with super-pixels."""
+        base: ViewSpec = method_class(config.base).view_spec(_base_config(config))
+        return ViewSpec(base.roles, (*base.maps, MAP))
+
+    def forward(self, views: ViewBatch, ctx: StepContext) -> LossTerms:
+        """The base's terms and `region`; monitors also the regions drawn from a view and the dense spread."""
+        ctx = with_memo(ctx)
+        terms = self.base(views, ctx)
+        bind(self, ctx.collectives)
+        pair = views.roles["global"]
+        dense = [self.dense(self.backbone.decode(encode(self.backbone, view, ctx))[-1]) for view in pair]
+        form = self._pixels if self.config.form == "A" else self._means
+        local, drawn = form(pair, dense, views, ctx)
+        return LossTerms(
+            {**terms.terms, "region": self.config.w_local * local},
+            {**terms.monitors, "regions": drawn, "dense_std": spread(dense[0])},
+        )
+
+    def after_step(self, ctx: StepContext) -> None:
+        """What the base does."""
+        self.base.after_step(ctx)
+
+    def encoder(self) -> Backbone:
+        """The online backbone."""
+        return self.backbone
+
+    def _draw(self, view: View, dense: Tensor, views: ViewBatch, ctx: StepContext, v: int) -> tuple[Tensor, ...]:
+        d, h, w = dense.shape[2:]
+        ids = map_at(self.level, view.maps[MAP], (int(d), int(h), int(w))).flatten(1)
+        pixels = self.config.pixels
+        drawn = region_pixels(ids, ids > 0, self.config.regions, pixels, seed=ctx.seed + v, sample_B=views.sample_B)
+        return ids, *drawn
+
+    def _pixels(
+        self, pair: tuple[View, ...], dense: list[Tensor], views: ViewBatch, ctx: StepContext
+    ) -> tuple[Tensor, Tensor]:
+        losses, counts = [], []
+        for v, (view, z) in enumerate(zip(pair, dense, strict=True)):
+            _, index_BRK, region_BR, valid_BR = self._draw(view, z, views, ctx, v)
+            index_BN = index_BRK.flatten(1)
+            picked = z.flatten(2).gather(2, index_BN[:, None].expand(-1, z.shape[1], -1)).transpose(1, 2)
+            each = self.config.pixels
+            losses.append(
+                pixel_contrast(
+                    picked, region_BR.repeat_interleave(each, 1), valid_BR.repeat_interleave(each, 1),
+                    self.config.temperature,
+                )
+            )
+            counts.append(valid_BR.sum(1).double().mean())
+        return torch.stack(losses).mean(), torch.stack(counts).mean()
+
+    def _means(
+        self, pair: tuple[View, ...], dense: list[Tensor], views: ViewBatch, ctx: StepContext
+    ) -> tuple[Tensor, Tensor]:
+        ids, _, region_BR, valid_BR = self._draw(pair[0], dense[0], views, ctx, 0)
+        d, h, w = dense[1].shape[2:]
+        other_ids = map_at(self.level, pair[1].maps[MAP], (int(d), int(h), int(w))).flatten(1)
+        v, seen_v = region_means(unit(dense[0], 1).flatten(2), ids, region_BR)
+        u, seen_u = region_means(unit(dense[1], 1).flatten(2), other_ids, region_BR)
+        valid = valid_BR & seen_v & seen_u
+        return prototype_contrast(v, u, valid, self.config.temperature), valid.sum(1).double().mean()
+
+
+def _base_config(config: LRC.Config) -> Any:
+    settings = {**config.base_settings, "crops": config.crops.model_dump()}
+    return parse(method_class(config.base).Config, settings, f"base_settings of {config.base}")
