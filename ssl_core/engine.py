@@ -35,31 +35,37 @@ _OPERATIONAL = ("checkpoint_every", "log_every", "probe_every", "compile")
 class EngineConfig(Config):
     """How a method is trained."""
 
-    steps: int = Field(1000, ge=1, description="Optimizer steps of the whole run")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with momentum and coupled decay")
-    lr: float = Field(1e-3, gt=0, description="Learning rate at the end of the warm-up; not scaled by the batch")
-    final_lr: float = Field(0.0, ge=0, description="Learning rate of the last step, reached on half a cosine")
-    warmup_steps: int = Field(50, ge=0, description="Steps over which the learning rate rises linearly")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's two decay rates")
-    momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum")
-    weight_decay: float = Field(1e-2, ge=0, description="Decay of weight matrices and kernels; never biases and norms")
-    final_weight_decay: float | None = Field(
-        None, ge=0, description="Decay of the last step, on half a cosine; unset: constant"
+    steps: int = Field(default=1000, ge=1, description="Optimizer steps of the whole run")
+    optimizer: Literal["adamw", "sgd"] = Field(
+        default="adamw", description="AdamW, or SGD with momentum and coupled decay"
     )
-    clip: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 does not clip")
+    lr: float = Field(
+        default=1e-3, gt=0, description="Learning rate at the end of the warm-up; not scaled by the batch"
+    )
+    final_lr: float = Field(default=0.0, ge=0, description="Learning rate of the last step, reached on half a cosine")
+    warmup_steps: int = Field(default=50, ge=0, description="Steps over which the learning rate rises linearly")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's two decay rates")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="SGD's momentum")
+    weight_decay: float = Field(
+        default=1e-2, ge=0, description="Decay of weight matrices and kernels; never biases and norms"
+    )
+    final_weight_decay: float | None = Field(
+        default=None, ge=0, description="Decay of the last step, on half a cosine; unset: constant"
+    )
+    clip: float = Field(default=1.0, ge=0, description="Largest global gradient norm; 0 does not clip")
     accumulate: int = Field(
-        1, ge=1, description="Parts that a rank's batch is cut into, one forward and backward pass each"
+        default=1, ge=1, description="Parts that a rank's batch is cut into, one forward and backward pass each"
     )
     precision: Literal["auto", "fp32", "bf16", "fp64"] = Field(
-        "auto", description="auto: bf16 autocast on CUDA devices that have it, else fp32; fp64 is for tests"
+        default="auto", description="auto: bf16 autocast on CUDA devices that have it, else fp32; fp64 is for tests"
     )
-    channels_last: bool = Field(False, description="Kernels and activations in channels_last_3d order")
-    compile: bool = Field(False, description="Run the method's forward pass through torch.compile")
-    deterministic: bool = Field(True, description="Deterministic kernels where torch has them; slower on CUDA")
-    seed: int = Field(0, ge=0, description="Seed of everything drawn inside a step")
-    log_every: int = Field(10, ge=1, description="Steps between reports")
-    checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints")
-    probe_every: int = Field(100, ge=0, description="Steps between collapse probes; 0 never")
+    channels_last: bool = Field(default=False, description="Kernels and activations in channels_last_3d order")
+    compile: bool = Field(default=False, description="Run the method's forward pass through torch.compile")
+    deterministic: bool = Field(default=True, description="Deterministic kernels where torch has them; slower on CUDA")
+    seed: int = Field(default=0, ge=0, description="Seed of everything drawn inside a step")
+    log_every: int = Field(default=10, ge=1, description="Steps between reports")
+    checkpoint_every: int = Field(default=200, ge=1, description="Steps between checkpoints")
+    probe_every: int = Field(default=100, ge=0, description="Steps between collapse probes; 0 never")
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> "EngineConfig":
@@ -124,6 +130,8 @@ class Engine:
             if tensor is not None
         ]
         self._share_initial_weights()
+        # Steps whose verdict may still be on its way while the next one is launched.
+        self._lag = 1 if self.device.type == "cuda" else 0
         self._pending: list[Verdict] = []
         self._grads = FlatGradients(list(named.values()))
         self.optimizer = NamedOptimizer(named, config.optimizer, betas=config.betas, momentum=config.momentum)
@@ -165,7 +173,7 @@ class Engine:
         norm = self._grads.norm()
         samples = [part.sample_B for part in parts]
         self._pending.append(Verdict(self.step_done, samples, finite_P, self._grads.summary(norm)))
-        self._settle(wait=self.device.type == "cpu")
+        self._settle(self._lag)
         if config.clip:
             self._grads.clip(norm, config.clip)
         lr, decay = self._rates()
@@ -175,7 +183,7 @@ class Engine:
         self.step_done += 1
         if not self.log_due():
             return {}
-        self._settle(wait=True)
+        self._settle()
         means = self.collectives.mean(torch.stack(list(values.values()))).tolist()
         return dict(zip(values, means, strict=True)) | {"grad_norm": float(norm), "lr": lr, "weight_decay": decay}
 
@@ -195,7 +203,7 @@ class Engine:
 
         Tensors are the live ones: write or copy them before the next step. The same on every rank.
         """
-        self._settle(wait=True)  # never hand out what a bad step has made
+        self._settle()  # never hand out what a bad step has made
         return {
             "method": dict(self.method.state_dict()),
             "optimizer": self.optimizer.state_dict(),
@@ -234,13 +242,13 @@ class Engine:
         end = c.weight_decay if c.final_weight_decay is None else c.final_weight_decay
         return lr, cosine(step, steps=c.steps, start=c.weight_decay, end=end)
 
-    def _settle(self, wait: bool) -> None:
-        """Read the verdicts that have reached the host; with `wait`, all of them.
+    def _settle(self, lag: int = 0) -> None:
+        """Read all verdicts but the latest `lag`.
 
         On CUDA a step's verdict is read one step later, so that the host need not wait for the device; before anything
         is reported or saved, all are read. Verdicts are the same on all ranks, so all ranks raise at the same step.
         """
-        while len(self._pending) > (0 if wait else 1):
+        while len(self._pending) > lag:
             verdict = self._pending.pop(0)
             norm, stop, bad = verdict.read()
             self.stopping = self.stopping or stop

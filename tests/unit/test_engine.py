@@ -349,6 +349,39 @@ def test_a_stop_ends_after_the_step_with_a_checkpoint_and_goes_on_bitwise() -> N
     assert_equal_state(stopped, straight)
 
 
+@pytest.mark.parametrize("log_every", [1, 99])
+def test_a_verdict_that_comes_a_step_later_still_comes_before_any_checkpoint(log_every: int) -> None:
+    """As on CUDA, where the host runs ahead of the device."""
+    config = EngineConfig(steps=9, warmup_steps=0, checkpoint_every=3, log_every=log_every)
+    for bad_step, last_saved in ((4, 3), (5, 3), (8, 6)):
+        engine, saves = Engine(Toy(), config), list[int]()
+        engine._lag = 1
+
+        def batches(bad_step: int = bad_step) -> Any:
+            for step in range(9):
+                views = batch(step * 4, 4)
+                if step == bad_step:
+                    views.roles["whole"][0].image_BCDHW[2] = math.nan
+                yield views
+
+        with pytest.raises(NonFiniteError, match=f"^step {bad_step + 1};"):
+            fit(engine, batches(), report=nothing, save=lambda step, _, to=saves: to.append(step))
+        assert saves[-1] == last_saved
+
+
+def test_a_stop_that_is_seen_a_step_later_saves_where_it_ends() -> None:
+    engine, saves = Engine(Toy(), EngineConfig(steps=9, warmup_steps=0, checkpoint_every=3, log_every=99)), list[int]()
+    engine._lag = 1
+    for asked_at, end in ((1, 3), (2, 3), (3, 5)):
+        engine.step_done = 0
+        saves.clear()
+        source = (batch(step * 4, 4) for step in range(9))
+        stop = (step == asked_at for step in range(9))
+        done = fit(engine, source, report=nothing, save=lambda s, _: saves.append(s), stop=lambda a=stop: next(a))
+        assert done == end
+        assert saves[-1] == end
+
+
 def test_batches_that_end_early_are_an_error() -> None:
     engine = Engine(Toy(), EngineConfig(steps=5, **FLAT))
     with pytest.raises(TomoscaleError, match="5 steps of them; found the end after step 2"):
