@@ -1,0 +1,343 @@
+"""Every file format gives the same volume; what is none is refused with its name, a reason and a remedy."""
+
+import gzip
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from storage import geometry
+from storage.errors import ConfigError, RefusedInput
+from storage.ingest_policy import IngestPolicy
+from storage.ingest_volume import prepare
+from storage.pairing import discover
+from storage.readers import ReadPolicy, read_any, read_item, read_label
+from tests.unit.scans import disc, folder, phantom, save_nifti
+
+AFFINE = np.array([[-1.5, 0, 0, 30], [0, 0, 2.0, -10], [0, 1.25, 0, 5], [0, 0, 0, 1.0]])
+
+
+def save_itk(path: Path, array_DHW: np.ndarray, affine: np.ndarray) -> Path:
+    image = SimpleITK.GetImageFromArray(array_DHW)
+    lps = np.diag([-1.0, -1, 1, 1]) @ affine
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    image.SetSpacing(spacing.tolist())
+    image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+    image.SetOrigin(lps[:3, 3].tolist())
+    SimpleITK.WriteImage(image, str(path))
+    return path
+
+
+def save_mgz(path: Path, array_DHW: np.ndarray, affine: np.ndarray) -> Path:
+    nib.save(nib.freesurfer.MGHImage(array_DHW.T.astype(np.int16), affine), path)
+    return path
+
+
+def save_pair(path: Path, array_DHW: np.ndarray, affine: np.ndarray) -> Path:
+    nib.save(nib.Nifti1Pair(array_DHW.T, affine), path)
+    return path
+
+
+def save_nifti2(path: Path, array_DHW: np.ndarray, affine: np.ndarray) -> Path:
+    return save_nifti(path, array_DHW, affine, nib.Nifti2Image)
+
+
+def save_big_endian(path: Path, array_DHW: np.ndarray, affine: np.ndarray) -> Path:
+    header = nib.Nifti1Header(endianness=">")
+    header.set_data_dtype(np.dtype(">i2"))
+    nib.save(nib.Nifti1Image(array_DHW.T, affine, header), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [
+        ("a.nii", save_nifti),
+        ("a.nii.gz", save_nifti),
+        ("a.hdr", save_pair),
+        ("b.nii.gz", save_nifti2),
+        ("c.nii", save_big_endian),
+        ("a.nrrd", save_itk),
+        ("a.nhdr", save_itk),
+        ("a.mha", save_itk),
+        ("a.mhd", save_itk),
+        ("a.mgz", save_mgz),
+    ],
+)
+def test_every_format_gives_the_same_volume(tmp_path, name, save):
+    array = phantom()
+    raw = read_any(str(save(tmp_path / name, array, AFFINE)))
+    np.testing.assert_array_equal(raw.array_CDHW[0], array)
+    np.testing.assert_allclose(raw.affine, AFFINE, atol=1e-4)
+    assert raw.reader
+
+
+def test_zarr_arrays_and_images(tmp_path):
+    array = phantom()
+    zarr.save_array(str(tmp_path / "bare.zarr"), array)
+    raw = read_any(str(tmp_path / "bare.zarr"))
+    np.testing.assert_array_equal(raw.array_CDHW[0], array)
+    assert "assumed" in raw.notes[0]
+    group = zarr.open_group(str(tmp_path / "image.zarr"), mode="w", zarr_format=2)
+    group.create_array("s0", data=array[None])
+    transforms = [
+        {"type": "scale", "scale": [1, 2e3, 1.5e3, 1e3]},
+        {"type": "translation", "translation": [0, 5e3, 6e3, 7e3]},
+    ]
+    axes = [{"name": "c", "type": "channel"}, *({"name": n, "type": "space", "unit": "micrometer"} for n in "zyx")]
+    group.attrs["multiscales"] = [
+        {"version": "0.4", "axes": axes, "datasets": [{"path": "s0", "coordinateTransformations": transforms}]}
+    ]
+    raw = read_any(str(tmp_path / "image.zarr"))
+    np.testing.assert_array_equal(raw.array_CDHW[0], array)
+    np.testing.assert_allclose(raw.affine @ [0, 0, 0, 1], [7, 6, 5, 1])
+    assert geometry.spacing_dhw(raw.affine) == pytest.approx((2, 1.5, 1))
+
+
+def test_what_this_project_stores_is_read_back_with_its_values(tmp_path):
+    from storage.bytestore import open_store
+    from storage.volumewriter import write_volume
+
+    stored = phantom()[None]
+    write_volume(
+        open_store(str(tmp_path)), "v.zarr", stored, spacing_mm=(1, 1.5, 2), affine=AFFINE, scale=0.5, offset=10
+    )
+    raw = read_any(str(tmp_path / "volumes" / "v.zarr"))
+    np.testing.assert_allclose(raw.array_CDHW, stored * 0.5 + 10)
+    np.testing.assert_allclose(raw.affine, AFFINE)
+
+
+def test_slope_and_intercept_are_applied(tmp_path):
+    header = nib.Nifti1Header()
+    header.set_data_dtype(np.int16)
+    image = nib.Nifti1Image(phantom().T.astype(np.float64) * 0.25 + 3, np.eye(4), header)
+    nib.save(image, tmp_path / "a.nii.gz")
+    raw = read_any(str(tmp_path / "a.nii.gz"))
+    np.testing.assert_allclose(raw.array_CDHW[0].T, nib.load(tmp_path / "a.nii.gz").get_fdata(), rtol=1e-5)
+
+
+def test_units_are_converted_to_mm(tmp_path):
+    image = nib.Nifti1Image(phantom().T, np.diag([500.0, 500, 500, 1]))
+    image.header.set_xyzt_units("micron")
+    nib.save(image, tmp_path / "a.nii")
+    raw = read_any(str(tmp_path / "a.nii"))
+    assert geometry.spacing_dhw(raw.affine) == pytest.approx((0.5, 0.5, 0.5))
+    assert "micron" in raw.notes[0]
+
+
+def refusal(path: Path, policy: ReadPolicy | None = None) -> RefusedInput:
+    with pytest.raises(RefusedInput) as refused:
+        read_any(str(path), policy)
+    assert path.name in refused.value.thing
+    assert refused.value.expected
+    assert refused.value.found
+    return refused.value
+
+
+def test_a_text_file_under_a_volumes_name(tmp_path):
+    for name, found in (
+        ("a.nii.gz", "a text file"),
+        ("a.nii", "a text file"),
+        ("a.mha", ""),
+        ("a.nrrd", ""),
+        ("a.mgz", ""),
+    ):
+        (tmp_path / name).write_text("hello, I am no volume\n" * 40)
+        assert found in refusal(tmp_path / name).found
+    (tmp_path / "empty.nii.gz").write_bytes(b"")
+    assert "empty file" in refusal(tmp_path / "empty.nii.gz").found
+
+
+@pytest.mark.parametrize("keep", [0.05, 0.5, 0.95])
+def test_truncated_files(tmp_path, keep):
+    array = np.random.default_rng(0).integers(0, 3000, (12, 14, 16)).astype(np.int16)
+    save_nifti(tmp_path / "a.nii.gz", array)
+    save_nifti(tmp_path / "a.nii", array)
+    save_itk(tmp_path / "a.mha", array, AFFINE)
+    save_itk(tmp_path / "a.nrrd", array, AFFINE)
+    save_mgz(tmp_path / "a.mgz", array, AFFINE)
+    for path in sorted(tmp_path.iterdir()):
+        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+        assert "trunc" in str(refusal(path)) or "damage" in str(refusal(path)) or keep < 0.1
+
+
+def test_a_flipped_bit_in_a_gzip_is_noticed(tmp_path):
+    path = save_nifti(tmp_path / "a.nii.gz", phantom())
+    data = bytearray(path.read_bytes())
+    data[-6] ^= 1  # in the CRC
+    path.write_bytes(bytes(data))
+    assert "gzip" in refusal(path).expected
+
+
+@pytest.mark.parametrize(
+    ("array", "found"),
+    [
+        (np.full((4, 5, 6), np.nan, np.float32), "only NaN"),
+        (np.full((4, 5, 6), 7, np.int16), "every voxel is 7"),
+        (np.where(np.arange(120).reshape(4, 5, 6) == 3, np.inf, 1.0 * np.arange(120).reshape(4, 5, 6)), "1 of 120"),
+    ],
+)
+def test_values_that_hold_no_image(tmp_path, array, found):
+    assert found in refusal(save_nifti(tmp_path / "a.nii.gz", array)).found
+
+
+def test_nonfinite_background_by_policy(tmp_path):
+    array = phantom().astype(np.float32)
+    array[:, :3] = np.nan
+    raw = read_any(str(save_nifti(tmp_path / "a.nii", array)), ReadPolicy(nonfinite="lowest"))
+    assert raw.array_CDHW[:, :, :3].max() == np.nanmin(array)
+    assert "NaN" in raw.notes[0]
+
+
+def test_empty_and_huge_shapes_are_refused_before_they_are_allocated(tmp_path):
+    header = nib.Nifti1Header()
+    for shape, found in (((0, 4, 4), "shape (0, 4, 4)"), ((30000, 30000, 30000), "27,000,000,000,000 voxels")):
+        header["dim"][:4] = (3, *shape)
+        (tmp_path / "a.nii.gz").write_bytes(gzip.compress(header.binaryblock + bytes(200)))
+        assert found in refusal(tmp_path / "a.nii.gz").found
+
+
+def test_four_dimensional_series_by_policy(tmp_path):
+    series = np.stack([phantom(seed=s) for s in range(3)])
+    for path in (save_nifti(tmp_path / "a.nii.gz", series), save_mgz(tmp_path / "a.mgz", series, AFFINE)):
+        error = refusal(path)
+        assert "3" in error.found
+        assert "four_d" in error.remedy
+        first = read_any(str(path), ReadPolicy(four_d="first"))
+        np.testing.assert_array_equal(first.array_CDHW, series[:1])
+        both = read_any(str(path), ReadPolicy(four_d="channels"))
+        np.testing.assert_array_equal(both.array_CDHW, series)
+        assert both.notes
+    SimpleITK.WriteImage(
+        SimpleITK.JoinSeries([SimpleITK.GetImageFromArray(volume) for volume in series]), str(tmp_path / "a.nrrd")
+    )
+    np.testing.assert_array_equal(read_any(str(tmp_path / "a.nrrd"), ReadPolicy(four_d="channels")).array_CDHW, series)
+    save_nifti(tmp_path / "one.nii.gz", series[:1])
+    assert read_any(str(tmp_path / "one.nii.gz")).array_CDHW.shape == (1, 10, 12, 14)
+
+
+def test_slices_analyze_files_and_colours_are_refused(tmp_path):
+    assert "shape" in refusal(save_nifti(tmp_path / "flat.nii.gz", phantom()[0])).found
+    nib.save(nib.AnalyzeImage(phantom().T, np.eye(4)), tmp_path / "old.hdr")
+    assert "Analyze" in refusal(tmp_path / "old.hdr").found
+    colour = np.zeros((4, 5, 6), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    nib.save(nib.Nifti1Image(colour, np.eye(4)), tmp_path / "colour.nii")
+    assert "integer or real" in refusal(tmp_path / "colour.nii").expected
+    save_pair(tmp_path / "half.hdr", phantom(), np.eye(4))
+    (tmp_path / "half.img").unlink()
+    assert ".img" in refusal(tmp_path / "half.hdr").expected
+
+
+def test_sheared_affines_are_refused_or_straightened(tmp_path):
+    sheared = np.diag([1.0, 1, 2, 1])
+    sheared[1, 2] = 0.7
+    path = save_nifti(tmp_path / "a.nii.gz", phantom(), sheared)
+    assert "sheared by 19.3 degrees" in refusal(path).found
+    raw = read_any(str(path), ReadPolicy(shear="correct"))
+    assert geometry.shear(raw.affine) < 1e-6
+    assert "shear of 19.3 degrees corrected" in raw.notes[-1]
+
+
+def test_labels_are_whole_numbers_on_their_images_grid(tmp_path):
+    folder(tmp_path, 1)
+    item = discover(tmp_path).items[0]
+    image = read_item(item, ReadPolicy())
+    assert read_label(str(item.label), ReadPolicy(), image).array_CDHW.dtype == np.uint8
+    path = tmp_path / "labels" / "case_00.nii.gz"
+
+    def refused(array: np.ndarray, affine: np.ndarray | None = None) -> str:
+        save_nifti(path, array, affine)
+        with pytest.raises(RefusedInput) as error:
+            prepare(item, IngestPolicy())
+        return str(error.value)
+
+    assert "0.5 among them" in refused(disc() + np.float32(0.5))
+    assert "NaN" in refused(np.where(disc() > 0, np.nan, 0.0))
+    assert "-1 to 1" in refused(disc().astype(np.int16) - 1)
+    assert "shape (10, 12, 14)" in refused(disc((10, 12, 13)))
+    moved = np.eye(4)
+    moved[0, 3] = 3
+    assert "corners 3 mm apart" in refused(disc(), moved)
+    ready = prepare(item, IngestPolicy(label_affine="ignore"))
+    assert any("label affine ignored" in note for note in ready.notes)
+    np.testing.assert_array_equal(ready.label_DHW, disc())
+
+
+def test_a_label_in_another_orientation_is_turned_onto_its_image(tmp_path):
+    folder(tmp_path, 1)
+    flipped = np.diag([-1.0, 1, 1, 1])
+    flipped[0, 3] = 13
+    save_nifti(tmp_path / "labels" / "case_00.nii.gz", disc()[:, :, ::-1], flipped)
+    ready = prepare(discover(tmp_path).items[0], IngestPolicy())
+    np.testing.assert_array_equal(ready.label_DHW, disc())
+
+
+def test_channels_share_one_grid(tmp_path):
+    for c in range(2):
+        save_nifti(tmp_path / "images" / f"a_000{c}.nii.gz", phantom(seed=c))
+    item = discover(tmp_path).items[0]
+    np.testing.assert_array_equal(read_item(item, ReadPolicy()).array_CDHW, [phantom(seed=0), phantom(seed=1)])
+    save_nifti(tmp_path / "images" / "a_0001.nii.gz", phantom((10, 12, 13)))
+    with pytest.raises(RefusedInput, match="a_0001"):
+        read_item(item, ReadPolicy())
+
+
+def test_read_any_takes_one_volume(tmp_path):
+    folder(tmp_path, 2, labelled=False)
+    with pytest.raises(ConfigError, match="found 2"):
+        read_any(str(tmp_path))
+    with pytest.raises(ConfigError, match="no such file"):
+        read_any(str(tmp_path / "none.nii.gz"))
+
+
+FORMATS = {
+    "a.nii": save_nifti,
+    "a.nii.gz": save_nifti,
+    "a.mha": save_itk,
+    "a.nrrd": save_itk,
+    "a.mgz": save_mgz,
+}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(sorted(FORMATS)),
+    changes=st.lists(st.tuples(st.integers(0, 600), st.integers(0, 255)), min_size=1, max_size=6),
+)
+def test_damaged_headers_are_read_or_refused_and_nothing_else(tmp_path, name, changes):
+    path = FORMATS[name](tmp_path / name, phantom((4, 5, 6)), AFFINE)
+    opener = gzip.open if name.endswith(("gz", "mgz")) else open
+    with opener(path, "rb") as file:
+        data = bytearray(file.read())
+    for at, value in changes:
+        data[at % len(data)] = value
+    with opener(path, "wb") as file:
+        file.write(bytes(data))
+    item = discover(path).items[0]
+    with suppress(RefusedInput):  # any other error fails the test
+        ready = prepare(item, IngestPolicy(read=ReadPolicy(max_voxels=100_000)))
+        assert np.isfinite(ready.affine).all()
+        assert ready.stored_CDHW.dtype == np.int16
+
+
+def test_the_formats_folder_reads_as_its_readme_says():
+    data = os.environ.get("TOMOSCALE_DATASETS")
+    root = Path(data or "") / "formats"
+    if not data or not root.is_dir():
+        pytest.skip("set TOMOSCALE_DATASETS to the folder that holds formats")
+    assert "sheared" in refusal(root / "nifti_refuse" / "shear.nii.gz").found
+    assert "series of 10" in refusal(root / "nifti_refuse" / "pcasl.nii.gz").found
+    nrrd = discover(root / "nrrd_pyradiomics")
+    assert sorted(o.source for o in nrrd.orphans) == ["lung1_label.nrrd", "lung2_label.nrrd"]
+    for item in nrrd.items:
+        ready = prepare(item, IngestPolicy())
+        assert ready.label_DHW is not None
+        assert ready.label_DHW.any()
+    assert prepare(discover(root / "mha_lung_ct").items[0], IngestPolicy()).modality == "CT"
