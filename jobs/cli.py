@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code."""
     signal.signal(signal.SIGTERM, _terminated)
-    arguments = parser().parse_args(argv)
+    arguments = _parse(argv)
     try:
         code: int | None = arguments.run(arguments)
         return code or 0
@@ -43,6 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output went away, as with `| head`; nothing is wrong.
         sys.stderr.close()
         return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments, with `key=value` allowed after options too, where argparse alone would not have it."""
+    top = parser()
+    arguments, rest = top.parse_known_args(argv)
+    takes = next((name for name in ("overrides", "policy") if hasattr(arguments, name)), None)
+    if rest and (takes is None or any(item.startswith("-") or "=" not in item for item in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if takes and rest:
+        setattr(arguments, takes, [*getattr(arguments, takes), *rest])
+    return arguments
 
 
 def _terminated(signum: int, frame: object) -> None:

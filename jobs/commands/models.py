@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jobs.commands.common import add_json, add_state, use_stack
 from jobs.text import Progress, emit, table
 from storage.errors import ConfigError
@@ -112,7 +114,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         for done, index in enumerate(indices, 1):
             record = manifest.record(index)
             values = store.read_volume(record.volume_id) * record.scale + record.offset
-            mask = predictor.segment(values, record.spacing_mm, dict(record.stats))
+            affine = np.array(record.affine).reshape(4, 4)
+            mask = predictor.segment(values, affine, dict(record.stats))
             truth = store.read_volume(record.volume_id, label=arguments.label)[0]
             scores = score_case(
                 mask, truth, labels=names, spacing_mm=record.spacing_mm, tolerance_mm=arguments.tolerance_mm

@@ -1,0 +1,94 @@
+"""Configurations: closed to unknown keys, with a hint; stable digests; checked before anything is sent."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import cli, presets
+from jobs.configs import FinetuneJobConfig, PretrainConfig, TuneConfig
+from ssl_core.config import digest, dump_yaml, load, parse, resolved
+from storage.errors import ConfigError
+
+
+def plan(**changes: Any) -> dict[str, Any]:
+    return {"name": "n", "data": "memory://x", **changes}
+
+
+@pytest.mark.parametrize(
+    ("data", "hint"),
+    [
+        (plan(metod={"name": "pgl"}), "did you mean 'method'"),
+        (plan(engine={"stepz": 3}), "did you mean 'steps'"),
+        (plan(method={"name": "pgl", "hiden": 3}), "did you mean 'hidden'"),
+        (plan(method={"name": "pgk"}), "one of"),
+        (plan(method={}), "the name of a method"),
+        (plan(engine={"lr": "fast"}), "lr"),
+        (plan(stream={"global_batch": 9}), "multiples of cluster.workers"),
+        (plan(name="../x"), "name"),
+        ({"data": "x"}, "name"),
+    ],
+)
+def test_an_unknown_or_wrong_key_is_refused_with_its_name(data: dict[str, Any], hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(PretrainConfig, data)
+    assert hint in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_overrides_replace_single_settings_and_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("name: n\ndata: memory://x\n")
+    found = load(PretrainConfig, path, ["engine.steps=77", "method.name=simclr", "cluster.gpu=true"])
+    assert (found.engine.steps, found.method_name, found.cluster.gpu) == (77, "simclr", True)
+    for bad in ("engine.stepz=1", "engine", "name.x=1", "engine.steps=[", "=3"):
+        with pytest.raises(ConfigError):
+            load(PretrainConfig, path, [bad])
+
+
+@pytest.mark.parametrize("text", ["- a", "{", "\x00", None])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "c.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=r"c\.yaml"):
+        load(PretrainConfig, path)
+
+
+def test_presets_are_valid_and_resolved_forms_come_back_equal() -> None:
+    best = {"lr": 1e-3, "encoder_lr_scale": 0.3}
+    for kind, data in (
+        (PretrainConfig, presets.pretrain("a", "memory://x", "memory://r")),
+        (TuneConfig, presets.tune("a", "memory://x", "label", "memory://r", "models:/e@candidate")),
+        (FinetuneJobConfig, presets.finetune("a", "memory://x", "label", "memory://r", "models:/e@candidate", best)),
+    ):
+        config = parse(kind, data)
+        again = parse(kind, resolved(config))
+        assert again == config
+        assert digest(again) == digest(config)
+
+
+def test_the_digest_changes_with_a_setting() -> None:
+    one, two = parse(PretrainConfig, plan()), parse(PretrainConfig, plan(engine={"seed": 1}))
+    assert digest(one) != digest(two)
+    assert "seed: 1" in dump_yaml(two)
+
+
+def test_the_command_line_checks_before_it_sends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("name: n\ndata: memory://x\nmetod: {}\n")
+    assert cli.main(["pretrain", str(path), "--dry-run"]) == 2
+    assert "did you mean 'method'" in capsys.readouterr().err
+    path.write_text("name: n\ndata: memory://x\n")
+    assert cli.main(["pretrain", str(path), "--dry-run", "engine.steps=60"]) == 0
+    assert "steps: 60" in capsys.readouterr().out
+
+
+def test_a_method_page_lists_every_setting_with_its_source(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["methods"]) == 0
+    assert "pgl" in capsys.readouterr().out
+    assert cli.main(["methods", "pgl"]) == 0
+    page = capsys.readouterr().out
+    assert "feature_level" in page
+    assert "our choice" in page
+    assert cli.main(["methods", "nope"]) == 2
