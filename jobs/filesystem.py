@@ -32,7 +32,7 @@ class RetryingS3FileSystem(pa_fs.S3FileSystem):  # type: ignore[misc]
             **options,
         )
 
-    def __reduce__(self) -> tuple[Any, ...]:  # noqa: D105
+    def __reduce__(self) -> tuple[Any, ...]:
         return RetryingS3FileSystem, ()
 
 
