@@ -94,6 +94,26 @@ def family(roots: Iterable[psutil.Process]) -> list[psutil.Process]:
     return [process for process in found.values() if alive(process)]
 
 
+def orphans(leader: int, created: float) -> list[psutil.Process]:
+    """Ray processes of a session whose leader died: they have lost both their parent and their mark.
+
+    Args:
+        leader: Number of the dead leader, which Linux does not use again while its session has members.
+        created: When the leader was started.
+    """
+    if psutil.pid_exists(leader):
+        return []
+    found = []
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError, psutil.Error):
+            if os.getsid(pid) == leader:
+                process = psutil.Process(pid)
+                title = " ".join(process.cmdline())
+                if title.startswith(("ray::", "ray-dashboard")) and process.create_time() >= created - 1.0:
+                    found.append(process)
+    return [process for process in found if alive(process)]
+
+
 def end(
     processes: Sequence[psutil.Process], grace_s: float, first: Sequence[psutil.Process] = ()
 ) -> list[psutil.Process]:

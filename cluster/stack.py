@@ -236,8 +236,11 @@ def _main(state: State, name: str) -> psutil.Process | None:
 
 def _all(state: State, name: str) -> list[psutil.Process]:
     """Every process of a service: its recorded main one, the marked ones, their children and sessions."""
-    main = _main(state, name)
-    return processes.family([*processes.marked(state.stack, name), *([main] if main else [])])
+    main, entry = _main(state, name), state.services.get(name)
+    roots = [*processes.marked(state.stack, name), *([main] if main else [])]
+    if entry and entry.pid and entry.created and not main:
+        roots += processes.orphans(entry.pid, entry.created)
+    return processes.family(roots)
 
 
 def _end_service(state: State, name: str, grace_s: float) -> list[psutil.Process]:

