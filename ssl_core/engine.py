@@ -9,17 +9,17 @@ the undisturbed one and differs in the last bits (tried: 3 ranks, gloo). The pri
 overlap with the backward pass.
 """
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NoReturn, TypeVar, cast
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ssl_core import determinism
+from ssl_core.batching import split
 from ssl_core.config import Config, digest
 from ssl_core.distributed import Collectives, Single
 from ssl_core.gradients import FlatGradients, Verdict
@@ -29,7 +29,7 @@ from ssl_core.schedule import cosine, warmup_cosine
 from ssl_core.views import ViewBatch
 from storage.errors import ConfigError, TomoscaleError
 
-_OPERATIONAL = ("checkpoint_every", "log_every", "probe_every", "compile")
+_OPERATIONAL = ("checkpoint_every", "log_every", "probe_every")
 
 
 class EngineConfig(Config):
@@ -157,7 +157,7 @@ class Engine:
         ctx = StepContext(self.step_done, config.steps, config.seed, self.collectives)
         self._grads.zero()
         values: dict[str, Tensor] = {}
-        parts = _split(views, config.accumulate)
+        parts = split(views, config.accumulate)
         finite: list[Tensor] = []
         for index, part in enumerate(parts):
             determinism.seed_step(config.seed, self.step_done, self.collectives.rank, index)
@@ -362,34 +362,6 @@ def _precision(wanted: str, device: torch.device) -> str:
 def _named_values(terms: LossTerms, total: Tensor) -> dict[str, Tensor]:
     losses = {f"loss/{name}": value for name, value in terms.terms.items()}
     return {"loss": total} | losses | {f"monitor/{name}": value for name, value in terms.monitors.items()}
-
-
-def _split(views: ViewBatch, parts: int) -> list[ViewBatch]:
-    """Consecutive equal parts of a batch."""
-    if parts == 1:
-        return [views]
-    size, rest = divmod(len(views), parts)
-    if rest or not size:
-        raise ConfigError("accumulate", expected=f"a divisor of the rank's batch of {len(views)}", found=str(parts))
-    return [_cut(views, slice(i * size, (i + 1) * size)) for i in range(parts)]
-
-
-T = TypeVar("T")
-
-
-def _cut(value: T, part: slice) -> T:
-    """The same nesting with every tensor cut along its first axis."""
-    cut: Any = value
-    if isinstance(value, Tensor):
-        cut = value[part]
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _cut(getattr(value, f.name), part) for f in dataclasses.fields(value)}
-        cut = dataclasses.replace(value, **fields)
-    elif isinstance(value, tuple):
-        cut = tuple(_cut(v, part) for v in value)
-    elif isinstance(value, Mapping):
-        cut = {k: _cut(v, part) for k, v in value.items()}
-    return cut
 
 
 def _require_same_tensors(what: str, own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
