@@ -4,9 +4,10 @@ import json
 import os
 import platform
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from cluster import stack
 from jobs import entry, presets, report, submit, tracking
@@ -21,11 +23,32 @@ from jobs.configs import FinetuneJobConfig, PretrainConfig, TuneConfig
 from jobs.ingest import ingest
 from ssl_core.config import dump_yaml, parse
 from storage import cohort
-from storage.errors import ConfigError
+from storage.errors import ConfigError, TomoscaleError
 from storage.ingest import IngestReport
 from storage.manifest import Manifest
 
 LABEL = "label"
+
+
+class Memory:
+    """Watches the resident memory of the stack and this process from a thread; shared pages count once a process."""
+
+    def __init__(self, state: Path) -> None:
+        self.peak_gb = 0.0
+        self._state, self._stop = state, threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(3.0):
+            with suppress(TomoscaleError, psutil.Error):
+                used = sum(service.resident_mb for service in stack.status(self._state).services) / 1e3
+                self.peak_gb = max(self.peak_gb, used + psutil.Process().memory_info().rss / 1e9)
 
 
 @dataclass
@@ -48,6 +71,7 @@ class Demo:
     keep: bool = False
     say: Callable[[str], None] = print
     timings: dict[str, float] = field(default_factory=dict)
+    memory: Memory | None = None
 
     def run(self) -> Path:
         """Everything; returns the path of the report."""
@@ -59,8 +83,11 @@ class Demo:
             with self._stage("stack"):
                 info = stack.up(self.state, progress=self.say)
             os.environ.update(stack.environment(self.state))
+            self.memory = Memory(self.state)
             return self._work(info.jobs_address)
         finally:
+            if self.memory is not None:
+                self.memory.close()
             if not (self.keep or running):
                 with self._stage("down"):
                     stack.down(self.state, progress=self.say)
@@ -196,6 +223,7 @@ class Demo:
                 **{f"test Dice, {s}": f"{np.mean(v):.3f}" for s, v in starts.items()},
                 "trials stopped early": f"{stopped} of {len(searched['trials'])}",
                 "minutes in all": f"{sum(self.timings.values()) / 60:.1f}",
+                "GB resident at most": f"{self.memory.peak_gb if self.memory else 0:.1f}",
             },
             "data": {
                 "description": f"{title}: {len(manifest)} volumes" + (", simulated" if simulated else ""),
