@@ -10,7 +10,7 @@ from ssl_core.backbones.base import Backbone
 from storage.errors import TomoscaleError
 
 
-class WeightsMismatch(TomoscaleError):
+class WeightsError(TomoscaleError):
     """Weights do not fit a network to the last name and shape. Nothing has been loaded."""
 
 
@@ -36,6 +36,7 @@ class LoadReport:
         return bool(self.matched) and not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self) -> str:
+        """Counts, with names of all that does not match."""
         shapes = [f"{name} ({want} wanted, {found} found)" for name, want, found in self.mismatched]
         parts = [
             f"{len(names)} {what}: {_some(names)}"
@@ -76,12 +77,12 @@ def load_exact(net: nn.Module, state: Mapping[str, Tensor], keys: Iterable[str] 
             network's when `None`.
 
     Raises:
-        WeightsMismatch: lists what is missing, unexpected or of another shape; the network is left as it was.
+        WeightsError: lists what is missing, unexpected or of another shape; the network is left as it was.
     """
     report = compare(net, state, keys)
     if not report.complete:
         wanted = len(report.matched) + len(report.missing) + len(report.mismatched)
-        raise WeightsMismatch(
+        raise WeightsError(
             f"weights for {type(net).__name__}",
             expected=f"all {wanted} names and shapes of the network and no others",
             found=str(report),

@@ -1,10 +1,10 @@
 """Where in the input the features of an encoder are centred, measured.
 
-The squared gradient of one feature with respect to a random input says how strongly it sees every voxel; the centroid of
-that weight is the feature's centre. Random kernels are lopsided, so every network is measured together with its twin
-with all kernels mirrored along the axis, seen on the mirrored input: lopsidedness cancels and what remains is structure, such as the
-half voxel of strided convolutions. For that, activations are left out, and norms keep their statistics fixed, since
-through them every feature sees a little of the whole input.
+The squared gradient of one feature with respect to a random input says how strongly it sees every voxel; the centroid
+of that weight is the feature's centre. Random kernels are lopsided, so every network is measured together with its
+twin with all kernels mirrored along the axis, seen on the mirrored input: lopsidedness cancels and what remains is
+structure, such as the half voxel of strided convolutions. For that, activations are left out, and norms keep their
+statistics fixed, since through them every feature sees a little of the whole input.
 """
 
 import copy
@@ -80,7 +80,7 @@ def _along(
             middle = [n // 2 for n in m.shape[2:]]
             weight = torch.zeros_like(start)
             for mixture in mixtures[level]:
-                feature = m[(0, slice(None), *middle)] @ mixture
+                feature = m[0].permute(*range(1, m.dim() - 1), 0)[tuple(middle)] @ mixture
                 weight += torch.autograd.grad(feature, seen, retain_graph=True)[0].square()
             profile = weight.sum([d for d in range(x.dim()) if d != axis + 2])
             centre = (profile * edges).sum() / profile.sum()

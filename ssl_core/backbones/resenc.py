@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ssl_core.backbones.pyramid import Architecture, Geometry, cumulative
 
-# L has nnU-Net's residual blocks per stage and widths; nnU-Net's own M differs from it only in the patch that its memory
-# holds, so a lighter M and S are our choice.
+# L has nnU-Net's residual blocks per stage and widths; nnU-Net's own M differs from it only in the patch that its
+# memory holds, so a lighter M and S are our choice.
 _BLOCKS = {"S": (2, 2, 2, 2, 2, 2), "M": (1, 3, 4, 6, 6), "L": (1, 3, 4, 6, 6, 6)}
 _WIDTHS = (32, 64, 128, 256, 320, 320, 320, 320)
 

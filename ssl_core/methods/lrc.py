@@ -129,7 +129,9 @@ class LRC(nn.Module):
             each = self.config.pixels
             losses.append(
                 pixel_contrast(
-                    picked, region_BR.repeat_interleave(each, 1), valid_BR.repeat_interleave(each, 1),
+                    picked,
+                    region_BR.repeat_interleave(each, 1),
+                    valid_BR.repeat_interleave(each, 1),
                     self.config.temperature,
                 )
             )

@@ -59,10 +59,8 @@ class MAE(nn.Module):
     def forward(self, views: ViewBatch, ctx: StepContext) -> LossTerms:
         """Term `restoration`; monitors the spread of the deepest features."""
         bind(self, ctx.collectives)
-        (view,) = views.roles["global"]
-        hidden = block_mask(
-            ctx.seed, views.sample_B, view.size_DHW, self.config.block, self.config.ratio, "mae"
-        )
+        view = views.roles["global"][0]
+        hidden = block_mask(ctx.seed, views.sample_B, view.size_DHW, self.config.block, self.config.ratio, "mae")
         maps = self.backbone.features(torch.where(hidden, 0.0, view.image_BCDHW))
         output = self.restore(self.backbone.decode(maps)[-1])
         loss = restoration(output, view.image_BCDHW, hidden * view.valid_B1DHW, self.config.loss)

@@ -57,7 +57,7 @@ class ModelsGenesis(nn.Module):
     def forward(self, views: ViewBatch, ctx: StepContext) -> LossTerms:
         """Term `restoration`; monitors the spread of the deepest features."""
         bind(self, ctx.collectives)
-        (view,) = views.roles["global"]
+        view = views.roles["global"][0]
         maps = encode(self.backbone, view, ctx)
         output = self.restore(self.backbone.decode(maps)[-1])
         loss = restoration(output, clean_of(view), view.valid_B1DHW)

@@ -1,0 +1,167 @@
+"""aligned: restore hidden blocks and agree, place by place, with what another view shows there."""
+
+from itertools import permutations
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from ssl_core.align import sample_features, shared_points
+from ssl_core.backbones.base import Backbone
+from ssl_core.ema import follow, momentum_at, target_of
+from ssl_core.heads import Norm, PixelHead, head
+from ssl_core.losses.cosine import distance, masked_mean
+from ssl_core.losses.restoration import Kind, restoration
+from ssl_core.masking import block_mask
+from ssl_core.methods.base import (
+    Crops,
+    LossTerms,
+    MethodConfig,
+    StepContext,
+    encode,
+    level_for,
+    register,
+    spread,
+    train_only,
+)
+from ssl_core.norm import bind
+from ssl_core.views import View, ViewBatch, ViewSpec
+
+
+@register("aligned")
+class Aligned(nn.Module):
+    """Masked restoration together with geometry-aligned local consistency, on shared views.
+
+    Idea: restoration is the strongest single objective for segmentation, and local consistency helps most beside it
+    (Consistent View Alignment, arXiv 2509.13846, won a 2025 challenge so). Two overlapping views of a scan are
+    masked; one pass of the network restores both, and from the same encoder maps a head predicts, at the same physical
+    points, what a slowly following network sees in the other, unmasked view.
+
+    Formula: L = `w_restore` R + `w_consistency` C. R = mean over both views and their hidden voxels of the squared
+    error. C = mean over `feature_levels` and both directions of the mean over shared points of
+    |q(masked x1)[A1(m)] - sg z(x2)[A2(m)]|^2, unit vectors, in [0, 4].
+
+    Traps: those of `mae` (intensities near 0) and `pgl` (measured feature centres); the target sees whole views,
+    so the prediction is across view and mask at once; with `w_restore` = 0 levels deeper than those compared are not
+    trained.
+
+    Cost: two passes of the whole network and two target encoder passes; a second copy of the encoder.
+
+    Use it first for segmentation with few labels. Ablations: `w_restore` = 0 or `w_consistency` = 0 takes a part out
+    with its cost; `feature_levels` picks the levels; `ratio` = 0 leaves views unmasked for consistency alone.
+    """
+
+    class Config(MethodConfig):
+        """Settings of the aligned method; all weights are our choice where no source is named."""
+
+        crops: Crops = Field(
+            default=Crops(scale=(0.9, 1.2), min_overlap=0.3, intensity="light"), description="Views; our choice"
+        )
+        w_restore: float = Field(default=1.0, ge=0, description="Weight of restoration; CVA: 1 to 5")
+        w_consistency: float = Field(default=0.5, ge=0, description="Weight of consistency; CVA: 0.5 to 1")
+        ratio: float = Field(default=0.6, ge=0, lt=1, description="Share of blocks hidden; our choice")
+        block: int = Field(default=8, ge=1, description="Side of the blocks, voxels; our choice (nnssl's MAE: 16)")
+        loss: Kind = Field(default="mse", description="Error of a voxel; our choice (CVA: huber)")
+        feature_levels: tuple[int, ...] | None = Field(
+            default=None, description="Encoder levels compared; unset: deepest with 6 positions in-plane, our choice"
+        )
+        hidden: int = Field(default=512, ge=1, description="Hidden width of the heads; our choice (CVA: 2048 and 512)")
+        out: int = Field(default=256, ge=1, description="Embedding width; our choice (CVA: 2048)")
+        norm: Norm = Field(default="batch", description="Norm in the heads, over the global batch and positions")
+        ema_start: float = Field(
+            default=0.99, ge=0, le=1, description="Momentum at step 0, cosine to 1; our choice (CVA: 0.995)"
+        )
+
+        @model_validator(mode="after")
+        def _something_to_do(self) -> "Aligned.Config":
+            if not (self.w_restore or self.w_consistency):
+                raise ValueError("w_restore or w_consistency above 0")
+            if self.w_restore and not self.ratio:
+                raise ValueError("ratio above 0 where something is to be restored")
+            return self
+
+    def __init__(self, config: Config, backbone: Backbone) -> None:
+        super().__init__()
+        self.config, self.backbone = config, backbone
+        wanted = config.feature_levels or (None,)
+        self.compared = [level_for(backbone, config.crops.size_DHW, level) for level in wanted]
+        self.deepest = len(backbone.levels) - 1 if config.w_restore else max(self.compared)
+        if config.w_restore:
+            train_only(backbone, backbone.encoder_keys() + backbone.decoder_keys())
+        else:
+            train_only(backbone, [key for i in self.compared for key in backbone.level_keys(i)])
+        if config.w_restore:
+            self.restore = PixelHead(backbone.decoder_levels[-1], int(backbone.arguments.get("in_channels", 1)))
+        if config.w_consistency:
+            channels = [backbone.levels[i].channels for i in self.compared]
+            wide, out = config.hidden, config.out
+            self.projectors = nn.ModuleList(head([c, wide, out], dense=True, norm=config.norm) for c in channels)
+            self.predictors = nn.ModuleList(head([out, wide, out], dense=True, norm=config.norm) for _ in channels)
+            self.target_backbone, self.target_projectors = target_of(backbone), target_of(self.projectors)
+
+    @classmethod
+    def view_spec(cls, config: Config) -> ViewSpec:
+        """Two overlapping crops of each sample, role `global`; what is restored is the clean copy."""
+        return ViewSpec((config.crops.role("global", 2, keep_clean=True),))
+
+    def forward(self, views: ViewBatch, ctx: StepContext) -> LossTerms:
+        """Terms `restoration` and `consistency`; monitors the spread of the compared features and shared points."""
+        bind(self, ctx.collectives)
+        config, pair = self.config, views.roles["global"]
+        masks = [self._mask(view, views, ctx, v) for v, view in enumerate(pair)]
+        maps = [
+            self.backbone.features(torch.where(mask, 0.0, view.image_BCDHW), self.deepest)
+            for mask, view in zip(masks, pair, strict=True)
+        ]
+        terms: dict[str, Tensor] = {}
+        monitors = {"feature_std": spread(maps[0][self.compared[0]])}
+        if config.w_restore:
+            terms["restoration"] = config.w_restore * self._restoration(pair, masks, maps)
+        if config.w_consistency:
+            consistency, monitors["shared_points"] = self._consistency(pair, maps, ctx)
+            terms["consistency"] = config.w_consistency * consistency
+        return LossTerms(terms, monitors)
+
+    def after_step(self, ctx: StepContext) -> None:
+        """Moves the target towards the online network."""
+        if not self.config.w_consistency:
+            return
+        momentum = momentum_at(ctx.step, ctx.max_steps, self.config.ema_start)
+        follow(self.target_backbone, self.backbone, momentum)
+        follow(self.target_projectors, self.projectors, momentum)
+
+    def encoder(self) -> Backbone:
+        """The online backbone."""
+        return self.backbone
+
+    def _mask(self, view: View, views: ViewBatch, ctx: StepContext, v: int) -> Tensor:
+        if not self.config.ratio:
+            return torch.zeros_like(view.valid_B1DHW, dtype=torch.bool)
+        purpose = f"aligned {v}"
+        return block_mask(ctx.seed, views.sample_B, view.size_DHW, self.config.block, self.config.ratio, purpose)
+
+    def _restoration(self, pair: tuple[View, ...], masks: list[Tensor], maps: list[list[Tensor]]) -> Tensor:
+        parts = []
+        for view, mask, features in zip(pair, masks, maps, strict=True):
+            output = self.restore(self.backbone.decode(features)[-1])
+            target = view.image_BCDHW if view.clean_BCDHW is None else view.clean_BCDHW
+            parts.append(restoration(output, target, mask * view.valid_B1DHW, self.config.loss))
+        return torch.stack(parts).mean()
+
+    def _consistency(self, pair: tuple[View, ...], maps: list[list[Tensor]], ctx: StepContext) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            target = [encode(self.target_backbone, view, ctx, max(self.compared)) for view in pair]
+        losses, shares = [], []
+        for slot, i in enumerate(self.compared):
+            level = self.backbone.levels[i]
+            said = [self.predictors[slot](self.projectors[slot](m[i])) for m in maps]
+            with torch.no_grad():
+                wanted = [self.target_projectors[slot](m[i]) for m in target]
+            d, h, w = said[0].shape[2:]
+            *points, shared = shared_points(pair[0], pair[1], (int(d), int(h), int(w)))
+            q = [sample_features(f, level, p) for f, p in zip(said, points, strict=True)]
+            z = [sample_features(f, level, p) for f, p in zip(wanted, points, strict=True)]
+            mask = shared & q[0][1] & q[1][1]
+            losses += [masked_mean(distance(q[a][0], z[b][0]), mask) for a, b in permutations(range(2))]
+            shares.append(mask.to(losses[0].dtype).mean())
+        return torch.stack(losses).mean(), torch.stack(shares).mean()
