@@ -101,8 +101,10 @@ def orphans(leader: int, created: float) -> list[psutil.Process]:
         leader: Number of the dead leader, which Linux does not use again while its session has members.
         created: When the leader was started.
     """
-    if psutil.pid_exists(leader):
-        return []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        other = psutil.Process(leader)  # a zombie of ours is as good as gone
+        if abs(other.create_time() - created) >= 1.0:
+            return []
     found = []
     for pid in psutil.pids():
         with contextlib.suppress(OSError, psutil.Error):
