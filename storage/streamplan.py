@@ -1,5 +1,6 @@
 """What a stream will read, before it reads anything: its settings, its volumes, and the crops of each batch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -130,15 +131,18 @@ class Plan:
         mine = order.owned(first, spec.global_batch, lanes=spec.lanes, rank=self.rank, world=self.world)
         return [int(sample) for sample in mine]
 
+    def places(self, samples: Sequence[int]) -> order.Places:
+        """Where global samples lie in the order; costs the same for any number of volumes."""
+        spec, n = self.spec, len(self._indices)
+        sample_B = np.array(samples, dtype=np.int64)
+        return order.places(sample_B, seed=spec.seed, n=n, lanes=spec.lanes, crops_per_visit=spec.crops_per_visit)
+
     def reads(self, k: int) -> list[list[Cut]]:
         """Groups of cuts, each of one visit, that batch k is the first to need; later batches find theirs read."""
-        spec = self.spec
-        samples = np.array(self.batch(k), dtype=np.int64)
-        where = order.places(
-            samples, seed=spec.seed, n=len(self._indices), lanes=spec.lanes, crops_per_visit=spec.crops_per_visit
-        )
+        spec, samples = self.spec, self.batch(k)
+        where = self.places(samples)
         groups = []
-        for sample, cut, position in zip(samples.tolist(), where.cut.tolist(), where.position.tolist(), strict=True):
+        for sample, cut, position in zip(samples, where.cut.tolist(), where.position.tolist(), strict=True):
             if cut % self.per_read and sample - spec.lanes >= self.start:
                 continue
             length = min(self.per_read - cut % self.per_read, spec.crops_per_visit - cut)

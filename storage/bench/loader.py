@@ -1,0 +1,241 @@
+"""`bench loader`: does the stream keep a trainer fed? Data wait beside a step that only sleeps, throughput, memory, and
+the cost of a manifest of a million volumes.
+"""
+
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from storage.bench import data as bench_data
+from storage.bench import measure
+from storage.bench.data import DataSet, Layouts
+from storage.bench.proxy import delayed
+from storage.bytestore import join, open_store
+from storage.cache import NodeCache
+from storage.intensity_stats import STATS_ORDER
+from storage.manifest import Manifest, VolumeRecord
+from storage.stream import CropStream, StreamSpec
+from storage.streamplan import Plan, select
+from storage.volumes import VolumeStore
+
+COLUMNS = {
+    "where": "from",
+    "delay_ms": "+ms",
+    "crops_per_visit": "crops a visit",
+    "wait_percent": "data wait %",
+    "first_batch_s": "first batch s",
+    "crops_per_s": "crops/s without a step",
+    "cpu_ms": "cpu ms/crop",
+}
+MEMORY_COLUMNS = {"crops": "crops", "rss_mib": "resident MiB"}
+MANIFEST_COLUMNS = {
+    "volumes": "volumes",
+    "mib": "MiB",
+    "open_s": "open s",
+    "order_ms": "order of the first batch, ms",
+    "plan_ms": "its crops, facts read, ms",
+}
+REQUESTS_IN_FLIGHT = 32
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured. The batch is 8 and the fake step sleeps `step_s`."""
+
+    volumes: int
+    shape: tuple[int, int, int]
+    steps: int
+    flat_out: int
+    memory_crops: int
+    delays_ms: tuple[float, ...]
+    manifests: tuple[int, ...]
+    batch: int = 8
+    step_s: float = 0.1
+
+
+QUICK = Size(3, (192, 256, 256), 60, 25, 1000, (0, 20), (1_000, 10_000))
+FULL = Size(8, (256, 320, 320), 300, 100, 10_000, (0, 5, 20), (1_000, 1_000_000))
+
+
+def bench_loader(
+    quick: bool = False,
+    s3_url: str | None = None,
+    out: Path | None = None,
+    *,
+    size: Size | None = None,
+    data: DataSet | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Stream crops on two cores from the disk, the node's cache and (with `s3_url`) S3; `format_loader` prints it.
+
+    Args:
+        quick: A run of about two minutes.
+        s3_url: Where to put the volumes meanwhile; endpoint and credentials come from the AWS environment.
+        out: JSON file to write.
+        size: Amounts other than those of `quick`.
+        data: Volumes other than phantoms.
+        progress: Told what is measured next.
+    """
+    size = size or (QUICK if quick else FULL)
+    say = progress or (lambda _: None)
+    facts, began = measure.machine(), time.perf_counter()
+    rows: list[dict[str, Any]] = []
+    say("make volumes")
+    volumes = data or bench_data.phantoms(size.volumes, size.shape)
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder, ExitStack() as stack:
+        stack.enter_context(_two_cores())
+        if s3_url is not None:
+            stack.enter_context(measure.s3_environment(measure.s3_endpoint()))
+        url = None if s3_url is None else join(s3_url, f"bench-{uuid.uuid4().hex[:12]}")
+        at = Layouts(volumes, Path(folder) / "layouts", url)
+        stack.callback(at.remove)
+        spec = StreamSpec(seed=1, global_batch=size.batch, crop_DHW=volumes.crop_DHW)
+        local = at.folder("tomoscale").as_uri()
+        for cuts in (4, 1):
+            one = replace(spec, crops_per_visit=cuts)
+            say(f"local, {cuts} crops a visit")
+            rows.append({"where": "local", "delay_ms": 0} | _fed(local, one, size, None))
+            for delay in size.delays_ms if url is not None else ():
+                say(f"S3 +{delay:g} ms, {cuts} crops a visit")
+                with _behind(delay):
+                    rows.append({"where": "s3", "delay_ms": delay} | _fed(at.url("tomoscale"), one, size, None))
+            if url is not None:
+                say(f"S3 behind the node cache, {cuts} crops a visit")
+                cache = NodeCache(Path(folder) / f"cache-{cuts}", 8 << 30)
+                _fed(at.url("tomoscale"), one, replace(size, step_s=0.0), cache)
+                rows.append({"where": "cache", "delay_ms": 0} | _fed(at.url("tomoscale"), one, size, cache))
+        say(f"memory over {size.memory_crops} crops")
+        memory = _memory(local, spec, size)
+    say("manifests")
+    result = {
+        "name": "loader",
+        "machine": facts,
+        "size": asdict(size),
+        "rows": rows,
+        "memory": memory,
+        "manifests": [_manifest(n) for n in size.manifests],
+        "took_s": round(time.perf_counter() - began, 1),
+    }
+    measure.save(result, out)
+    return result
+
+
+def format_loader(result: Mapping[str, Any]) -> str:
+    """The result as tables with the machine in front."""
+    facts = result["machine"]
+    head = f"{facts['processor']}, 2 of {facts['cores']} cores, Python {facts['python']}, load {facts['load_1min']}"
+    tables = [
+        measure.table(result["rows"], COLUMNS),
+        measure.table(result["memory"], MEMORY_COLUMNS),
+        measure.table(result["manifests"], MANIFEST_COLUMNS),
+    ]
+    note = (
+        f"batch {result['size']['batch']}, fake step {1000 * result['size']['step_s']:g} ms; took {result['took_s']} s"
+    )
+    return "\n\n".join([head, *tables, note])
+
+
+def _fed(url: str, spec: StreamSpec, size: Size, cache: NodeCache | None) -> dict[str, Any]:
+    """Wait beside the fake step, then throughput without one, each from a fresh store."""
+    with VolumeStore(url, cache=cache, threads=REQUESTS_IN_FLIGHT) as store, CropStream(store, spec) as stream:
+        first = next(stream).wait_s
+        began, waited = time.perf_counter(), 0.0
+        for _ in range(size.steps):
+            time.sleep(size.step_s)
+            waited += next(stream).wait_s
+        share = waited / (time.perf_counter() - began)
+    with VolumeStore(url, cache=cache, threads=REQUESTS_IN_FLIGHT) as store, CropStream(store, spec) as stream:
+        next(stream)
+        began, cpu = time.perf_counter(), time.process_time()
+        for _ in range(size.flat_out):
+            next(stream)
+        took, cpu = time.perf_counter() - began, time.process_time() - cpu
+    crops = size.flat_out * spec.global_batch
+    return {
+        "crops_per_visit": spec.crops_per_visit,
+        "wait_percent": 100 * share,
+        "first_batch_s": first,
+        "crops_per_s": crops / took,
+        "cpu_ms": 1000 * cpu / crops,
+    }
+
+
+def _memory(url: str, spec: StreamSpec, size: Size) -> list[dict[str, Any]]:
+    """Resident memory of this process at eleven moments of a long stream."""
+    rows: list[dict[str, Any]] = []
+    batches = size.memory_crops // spec.global_batch
+
+    def note(k: int) -> None:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        rows.append({"crops": k * spec.global_batch, "rss_mib": round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)})
+
+    with VolumeStore(url) as store, CropStream(store, spec) as stream:
+        for k in range(batches):
+            if k % max(1, batches // 10) == 0:
+                note(k)
+            next(stream)
+        note(batches)
+    return rows
+
+
+def _manifest(volumes: int) -> dict[str, Any]:
+    """Open a manifest of that many volumes from a file, and order its first batch."""
+    record = VolumeRecord(
+        volume_id="", subject="", study="", split="train", modality="CT", shape_DHW=(256, 320, 320), channels=1,
+        spacing_mm=(1.0, 1.0, 1.0), affine=(1.0,) * 16, orientation="RAS", dtype="int16", scale=1.0, offset=0.0,
+        foreground_lo=(0, 0, 0), foreground_hi=(256, 320, 320), stats=dict.fromkeys(STATS_ORDER, 1.0), labels=(),
+        source="", source_sha256="", content_sha256="", reader="", policy="", notes=(), chunk_DHW=(32, 32, 32),
+        shard_DHW=(256, 320, 320),
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        store = open_store(Path(folder).as_uri())
+        records = (replace(record, volume_id=f"v{i:08d}", subject=f"s{i // 3:07d}") for i in range(volumes))
+        fingerprint = Manifest.from_records(records, {"name": "many"}).write(store)
+        began = time.perf_counter()
+        manifest = Manifest.open(store, fingerprint)
+        opened = time.perf_counter()
+        spec = StreamSpec(seed=0, global_batch=8, crop_DHW=(96, 96, 96))
+        indices = select(manifest, spec)
+        ordered = []
+        for seed in range(20):  # the best of some, since a single one takes microseconds
+            start = time.perf_counter()
+            Plan(manifest, replace(spec, seed=seed), indices).places([0, 1, 2, 3, 4, 5, 6, 7])
+            ordered.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        Plan(manifest, spec, indices).reads(0)
+        planned = time.perf_counter() - start
+        size = sum(path.stat().st_size for path in Path(folder).iterdir())
+    return {
+        "volumes": volumes,
+        "mib": round(size / 2**20, 2),
+        "open_s": opened - began,
+        "order_ms": 1000 * min(ordered),
+        "plan_ms": 1000 * planned,
+    }
+
+
+@contextmanager
+def _behind(delay_ms: float) -> Iterator[None]:
+    """The S3 environment, behind a proxy where there is a delay."""
+    if not delay_ms:
+        yield
+        return
+    with delayed(str(measure.s3_endpoint()), delay_ms) as proxy, measure.s3_environment(proxy.endpoint):
+        yield
+
+
+@contextmanager
+def _two_cores() -> Iterator[None]:
+    """Keep this thread, and those started under it, on two cores, which is what a GPU's data worker often gets."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, set(sorted(before)[:2]))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
