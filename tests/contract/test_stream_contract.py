@@ -13,6 +13,7 @@ from storage.manifest import Manifest
 from storage.stream import CropStream
 from storage.stream_testing import StreamContract
 from storage.volumes import VolumeStore, padding_value, write_volume
+from tests.service.s3server import S3Server
 
 SHAPES = [(9, 11, 13), (20, 26, 28), (5, 7, 30), (12, 12, 12), (8, 9, 10), (16, 5, 6)]
 _number = itertools.count()
@@ -108,3 +109,23 @@ class TestMemory(StoredStreamContract):
     @pytest.fixture
     def url(self) -> str:
         return f"memory://stream-contract-{next(_number)}"
+
+
+@pytest.mark.service
+class TestS3(StoredStreamContract):
+    @pytest.fixture(scope="class")
+    def server(self) -> Iterator[S3Server]:
+        server = S3Server()
+        try:
+            server.start()
+            yield server
+        finally:
+            server.remove()
+
+    @pytest.fixture
+    def url(self, server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+        for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_SESSION_TOKEN", "AWS_SHARED_CREDENTIALS_FILE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        return f"s3://{server.bucket}/stream-contract-{next(_number)}"
