@@ -96,14 +96,15 @@ def _split_at(at: float, fractions: Sequence[float]) -> str:
 
 
 def _fill_empty(chosen: dict[str, str], at: Mapping[str, float], fractions: Sequence[float], taken: set[str]) -> None:
-    """Move the nearest subject into each wanted split that got none, from a split that has others."""
+    """Move the nearest subject into each wanted split that got none, from one that has others or matters less."""
     edges = [sum(fractions[:i]) for i in range(len(fractions) + 1)]
     for i in sorted(range(len(SPLITS)), key=lambda i: -fractions[i]):
         split = SPLITS[i]
         if fractions[i] <= 0 or split in taken or split in chosen.values():
             continue
         counts = {s: sum(v == s for v in chosen.values()) + (s in taken) for s in SPLITS}
-        movable = [root for root, s in chosen.items() if counts[s] > 1]
+        share = dict(zip(SPLITS, fractions, strict=True))
+        movable = [root for root, s in chosen.items() if counts[s] > 1 or share[s] < fractions[i]]
         if movable:
             middle = (edges[i] + edges[i + 1]) / 2
             chosen[min(movable, key=lambda root: (abs(at[root] - middle), root))] = split
