@@ -1,0 +1,85 @@
+"""Slow float64 references, written from the equations with loops; nothing here is shared with the library."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+Matrix = np.ndarray
+
+
+def unit(v: Matrix) -> Matrix:
+    return v / math.sqrt(float((v * v).sum()))
+
+
+def cosine(a: Matrix, b: Matrix) -> float:
+    return float((unit(a) * unit(b)).sum())
+
+
+def contrast(z: Matrix, positive: Sequence[Sequence[bool]], temperature: float, denominator: str = "all") -> float:
+    """Mean over anchors i of -1/|P_i| sum over j in P_i of log(e^{s_ij/t} / D_ij)."""
+    n, total, anchors = len(z), 0.0, 0
+    for i in range(n):
+        chosen = [j for j in range(n) if j != i and positive[i][j]]
+        if not chosen:
+            continue
+        anchors += 1
+        part = 0.0
+        for j in chosen:
+            below = [a for a in range(n) if a != i and (denominator == "all" or a == j or a not in chosen)]
+            total_below = sum(math.exp(cosine(z[i], z[a]) / temperature) for a in below)
+            part += math.log(math.exp(cosine(z[i], z[j]) / temperature) / total_below)
+        total -= part / len(chosen)
+    return total / max(anchors, 1)
+
+
+def prototypes(v: Matrix, w: Matrix, temperature: float) -> float:
+    total = 0.0
+    for r in range(len(v)):
+        total -= math.log(
+            math.exp(cosine(v[r], w[r]) / temperature)
+            / sum(math.exp(cosine(v[r], w[s]) / temperature) for s in range(len(w)))
+        )
+    return total / len(v)
+
+
+def queue(q: Matrix, k: Matrix, negatives: Matrix, temperature: float) -> float:
+    total = 0.0
+    for i in range(len(q)):
+        top = math.exp(cosine(q[i], k[i]) / temperature)
+        total -= math.log(top / (top + sum(math.exp(cosine(q[i], n) / temperature) for n in negatives)))
+    return total / len(q)
+
+
+def local_alignment(a: Matrix, b: Matrix, window: int | None = None) -> float:
+    """Maps (C, H, W) or (C, D, H, W); matches within the same window where there is one."""
+    places = list(np.ndindex(*a.shape[1:]))
+    total = 0.0
+    for p in places:
+        near = [
+            q for q in places if window is None or all(x // window == y // window for x, y in zip(p, q, strict=True))
+        ]
+        total += abs(1 - max(cosine(a[(slice(None), *p)], b[(slice(None), *q)]) for q in near))
+    return total / len(places)
+
+
+def per_voxel_distance(a: Matrix, b: Matrix) -> float:
+    """Mean over places of 2 - 2 cos of the channel vectors, maps (C, ...)."""
+    places = list(np.ndindex(*a.shape[1:]))
+    return sum(2 - 2 * cosine(a[(slice(None), *p)], b[(slice(None), *p)]) for p in places) / len(places)
+
+
+def siamese(pre_a: Matrix, pro_a: Matrix, pre_b: Matrix, pro_b: Matrix) -> float:
+    parts = [-(cosine(pre_a[i], pro_b[i]) + cosine(pre_b[i], pro_a[i])) / 2 for i in range(len(pre_a))]
+    return sum(parts) / len(parts)
+
+
+def masked_mse(output: Matrix, target: Matrix, mask: Matrix) -> float:
+    """Mean over samples of the mean over masked voxels of the error averaged over channels; (B, C, ...)."""
+    total = 0.0
+    for o, t, m in zip(output, target, mask, strict=True):
+        errors = [
+            float(((o[(slice(None), *p)] - t[(slice(None), *p)]) ** 2).mean()) for p in np.ndindex(*m.shape) if m[p]
+        ]
+        total += sum(errors) / len(errors) if errors else 0.0
+    return total / len(output)
