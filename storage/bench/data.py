@@ -60,19 +60,36 @@ def phantoms(count: int, shape: Triple, crop_DHW: Triple = (96, 96, 96)) -> Data
 
 
 def real(limit: int) -> list[DataSet]:
-    """Real volumes of the folder that $TOMOSCALE_DATASETS names: abdominal MR, and CT where it is there."""
-    folder = os.environ.get("TOMOSCALE_DATASETS", "")
+    """Real volumes of the folder that $TOMOSCALE_DATASETS names: abdominal MR and chest CT, those that are there."""
+    root = os.environ.get("TOMOSCALE_DATASETS", "")
+    if not root or not limit:
+        return []
     found = []
-    for name, pattern, crop in (
-        ("chaos_t2 MR", "chaos_t2/images/*.nii.gz", (24, 96, 96)),
-        ("nifti CT 3 mm", "formats/nifti_ct_3mm/**/*ct*.nii.gz", (64, 64, 64)),
-    ):
-        paths = sorted(Path(folder).glob(pattern))[:limit] if folder else []
-        volumes = {path.name.removesuffix(".nii.gz"): _nifti(path) for path in paths}
-        fitting = {k: v for k, v in volumes.items() if all(n >= c for n, c in zip(v.shape, crop, strict=True))}
-        if fitting:
-            found.append(DataSet(name, crop, fitting))
+    mr = {
+        p.name.removesuffix(".nii.gz"): _nifti(p) for p in sorted(Path(root).glob("chaos_t2/images/*.nii.gz"))[:limit]
+    }
+    if mr:
+        found.append(_fitting("abdominal MR (CHAOS T2)", (24, 96, 96), mr))
+    slices = sorted(p for p in Path(root).glob("formats/dicom_ct_chest/**/*") if p.is_file())
+    if slices:
+        found.append(_fitting("chest CT (LIDC)", (48, 96, 96), {"chest": _dicom(slices)}))
     return found
+
+
+def _fitting(name: str, crop: Triple, volumes: dict[str, Volume]) -> DataSet:
+    fitting = {k: v for k, v in volumes.items() if all(n >= c for n, c in zip(v.shape, crop, strict=True))}
+    if not fitting:
+        raise ConfigError(name, expected=f"volumes of at least {crop}", found=str([v.shape for v in volumes.values()]))
+    return DataSet(name, crop, fitting)
+
+
+def _dicom(paths: list[Path]) -> Volume:
+    """Slices in the order of their names: voxels of a real CT, whatever their place in the body."""
+    pydicom: Any = importlib.import_module("pydicom")
+    slices = [pydicom.dcmread(path) for path in paths]
+    values = [s.pixel_array * float(s.RescaleSlope) + float(s.RescaleIntercept) for s in slices]
+    stacked: Volume = np.clip(np.stack(values), -32768, 32767).astype(np.int16)
+    return stacked
 
 
 def _phantom(shape: Triple, seed: int) -> Volume:

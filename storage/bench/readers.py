@@ -24,9 +24,9 @@ from storage.volumes import Crop, VolumeStore
 
 IN_FLIGHT = 32
 """Requests in flight for ours: what tensorstore's `s3_request_concurrency` allows it."""
-INDEX_BYTES = 4 << 20
-"""Memory tensorstore may cache in: the shard indexes, without which it asks for them again at every crop. More would
-hold a good part of these small data sets in memory, which it could not do for a real one.
+CACHE_BYTES = 4 << 20
+"""Memory tensorstore and HDF5 may cache in. Tensorstore keeps shard indexes there, without which it asks for them again
+at every crop; more would hold a good part of these small data sets, which it could not do with a real one.
 """
 
 Voxels = npt.NDArray[Any]
@@ -121,7 +121,7 @@ class _TensorStore:
         import tensorstore
 
         self._ts, self._spec, self._crop = tensorstore, spec, crop
-        self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": INDEX_BYTES}})
+        self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
         self._open: dict[str, Any] = {}
 
     def read(self, wants: Sequence[Want]) -> list[Voxels]:
@@ -256,7 +256,11 @@ def _hdf5(at: Layouts, in_flight: int, scratch: Path) -> Reader:
     h5py = importlib.import_module("h5py")
 
     folder = at.folder("hdf5")
-    return _Indexed(lambda name: h5py.File(folder / f"{name}.h5", "r")["image"], at.data.crop_DHW, in_flight)
+    return _Indexed(
+        lambda name: h5py.File(folder / f"{name}.h5", "r", rdcc_nbytes=CACHE_BYTES // len(at.data.volumes))["image"],
+        at.data.crop_DHW,
+        in_flight,
+    )
 
 
 def _load_nifti(path: Path) -> Voxels:

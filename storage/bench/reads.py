@@ -59,7 +59,7 @@ class Size:
 
 
 QUICK = Size(3, (192, 256, 256), crops=12, rounds=5, delays_ms=(0, 20), cap_s=1.0, real=0, budget_s=150)
-FULL = Size(8, (256, 320, 320), crops=64, rounds=5, delays_ms=(0, 5, 20), cap_s=15.0, real=8, budget_s=7200)
+FULL = Size(8, (256, 320, 320), crops=64, rounds=5, delays_ms=(0, 5, 20), cap_s=15.0, real=20, budget_s=7200)
 
 
 @dataclass
