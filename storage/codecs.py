@@ -144,7 +144,12 @@ def encode_default(chunk: Array) -> bytes:
 
 def append_crc32c(data: bytes) -> bytes:
     """Data followed by its CRC32C, little endian."""
-    return data + int(google_crc32c.value(data)).to_bytes(4, "little")
+    return data + crc32c(data).to_bytes(4, "little")
+
+
+def crc32c(data: bytes) -> int:
+    """CRC32C (Castagnoli) of the data."""
+    return int(google_crc32c.value(data))
 
 
 def strip_crc32c(data: Buffer) -> memoryview:

@@ -192,6 +192,8 @@ class FaultProxy:
                 await upstream.drain()
                 if not await self._answer(answers, writer, method, fault):
                     return
+        except asyncio.CancelledError:
+            return  # only `close` cancels
         except (OSError, asyncio.IncompleteReadError, ValueError):
             # One side went away; the other sees a reset, which is what a network would show it.
             _reset(writer)

@@ -101,7 +101,7 @@ class FsspecStore:
         def attempt() -> list[str]:
             return list(self._fs.find(top)) if self._fs.exists(top) else []
 
-        keys = (path[len(root) :].lstrip("/") for path in self._call(prefix or ".", attempt))
+        keys = (path[len(root) :].lstrip("/") for path in self._call(prefix, attempt))
         return iter(sorted(key for key in keys if key.startswith(prefix)))
 
     def delete(self, key: str) -> None:

@@ -1,7 +1,7 @@
 """The list of volumes with their facts: one row a volume in `manifest-<fingerprint>.parquet`.
 
-A volume that is not in the manifest does not exist. The object `latest` holds the fingerprint of the manifest to use; it
-is replaced in one step after the manifest itself is in place, so that readers see the old or the new one.
+A volume that is not in the manifest does not exist. The object `latest` holds the fingerprint of the manifest to use;
+it is replaced in one step after the manifest itself is in place, so that readers see the old or the new one.
 
 A manifest of a million volumes opens by its footer alone: rows are read in groups when a record is asked for, and what
 `select` needs (split and label names of every row) travels compressed in the footer.
@@ -17,6 +17,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -27,6 +28,7 @@ import pyarrow.parquet as pq
 
 from storage.bytestore import ByteStore, open_store
 from storage.errors import ConfigError, CorruptChunk, NotFound, StoreError
+from storage.sealed import SealedParquet, seal
 
 Triple = tuple[int, int, int]
 POINTER = "latest"
@@ -69,7 +71,7 @@ class VolumeRecord:
         dtype: Stored dtype; value = stored * scale + offset.
         foreground_lo, foreground_hi: Box of the foreground, D, H, W, one past the last.
         stats: Statistics of foreground values (after scale and offset); keys of `STATS_ORDER`.
-        codecs: `DEFAULT_CODECS` where the arrays are in the project's own encoding, so that readers need not ask; else empty.
+        codecs: `DEFAULT_CODECS` where the arrays are encoded as this project does, so that readers need not ask.
     """
 
     volume_id: str
@@ -144,22 +146,20 @@ _SCHEMA = pa.schema([(name, _TYPES[name]) for name in _FIELDS])
 class Manifest:
     """A published or newly made list of volumes, in order of `volume_id`."""
 
-    def __init__(self, data: "pa.NativeFile | io.BytesIO | pa.PythonFile", thing: str) -> None:
+    def __init__(self, file: SealedParquet, thing: str, data: bytes | None = None) -> None:
         """Use `open`, `from_records` or `from_bytes`."""
-        self._thing = thing
+        self._file, self._thing, self._bytes = file, thing, data
         try:
-            self._file = pq.ParquetFile(data, page_checksum_verification=True, pre_buffer=True)
-            meta = {k.decode(): v for k, v in (self._file.schema_arrow.metadata or {}).items()}
-            self.fingerprint: str = meta["tomoscale.fingerprint"].decode()
-            self.dataset: dict[str, Any] = json.loads(meta["tomoscale.dataset"])
-            self._split_codes, self._splits = _unpack(meta["tomoscale.splits"])
-            self._label_codes, self._label_sets = _unpack(meta["tomoscale.labels"])
-            self._first: list[str] = json.loads(meta["tomoscale.first"])
-        except (pa.ArrowException, OSError, KeyError, ValueError, zlib.error) as error:
+            self.fingerprint: str = file.notes["tomoscale.fingerprint"].decode()
+            self.dataset: dict[str, Any] = json.loads(file.notes["tomoscale.dataset"])
+            self._split_codes, self._splits = _unpack(file.notes["tomoscale.splits"])
+            self._label_codes, self._label_sets = _unpack(file.notes["tomoscale.labels"])
+            self._first: list[str] = json.loads(file.notes["tomoscale.first"])
+        except (KeyError, ValueError, zlib.error) as error:
             raise CorruptChunk(
-                thing, expected="a manifest in parquet", found=f"{type(error).__name__}: {str(error)[:200]}"
+                thing, expected="a manifest of this project", found=f"{type(error).__name__}: {str(error)[:200]}"
             ) from error
-        self._rows = int(self._file.metadata.num_rows)
+        self._rows = file.rows
         self._groups: OrderedDict[int, pa.Table] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -182,11 +182,7 @@ class Manifest:
     @classmethod
     def from_bytes(cls, data: bytes, thing: str = "manifest") -> "Manifest":
         """Open the bytes of a manifest file."""
-        manifest = cls(io.BytesIO(data), thing)
-        manifest._bytes = data
-        return manifest
-
-    _bytes: bytes | None = None
+        return cls(SealedParquet(lambda start, stop: data[start:stop], len(data), thing), thing, data)
 
     @classmethod
     def open(cls, url: str | ByteStore, fingerprint: str | None = None) -> "Manifest":
@@ -209,16 +205,24 @@ class Manifest:
                 ) from error
             if not fingerprint or not fingerprint.isalnum():
                 raise CorruptChunk(f"{store.url}/{POINTER}", expected="a fingerprint", found=repr(fingerprint[:40]))
-        key = manifest_key(fingerprint)
-        thing = f"{store.url}/{key}"
-        size = store.head(key)
-        if size <= WHOLE_BYTES:
-            manifest = cls.from_bytes(store.get(key), thing)
-        else:
-            manifest = cls(pa.PythonFile(_Remote(store, key, size), mode="r"), thing)
+        thing = f"{store.url}/{manifest_key(fingerprint)}"
+        try:
+            manifest = cls._fetch(store, fingerprint, thing)
+        except CorruptChunk:
+            manifest = cls._fetch(store, fingerprint, thing)  # once more: it may have been damaged on the way
         if manifest.fingerprint != fingerprint:
             raise CorruptChunk(thing, expected=f"fingerprint {fingerprint}", found=manifest.fingerprint)
         return manifest
+
+    @classmethod
+    def _fetch(cls, store: ByteStore, fingerprint: str, thing: str) -> "Manifest":
+        key = manifest_key(fingerprint)
+        size = store.head(key)
+        if size <= WHOLE_BYTES:
+            manifest = cls.from_bytes(store.get(key), thing)
+            manifest._file.check()  # now, while the object can still be fetched again
+            return manifest
+        return cls(SealedParquet(partial(store.get_range, key), size, thing), thing)
 
     def write(self, store: ByteStore) -> str:
         """Publish: the manifest first, then the pointer. Returns the fingerprint."""
@@ -277,26 +281,23 @@ class Manifest:
         return tuple(self.column("subject"))
 
     def column(self, name: str) -> list[Any]:
-        """One field of every record, in order."""
-        try:
-            values: list[Any] = self._file.read(columns=[name]).column(name).to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            raise CorruptChunk(self._thing, expected="readable rows", found=str(error)[:200]) from error
+        """One field of every record, in order; reads the whole manifest."""
+        values: list[Any] = []
+        for g in range(self._file.groups):
+            values += self._file.group(g, [name]).column(name).to_pylist()
         return values
 
     def _group(self, g: int) -> pa.Table:
-        with self._lock:  # a ParquetFile is not safe for concurrent use
+        with self._lock:
             if g in self._groups:
                 self._groups.move_to_end(g)
                 return self._groups[g]
-            try:
-                table = self._file.read_row_group(g)
-            except (pa.ArrowException, OSError) as error:
-                raise CorruptChunk(self._thing, expected="readable rows", found=str(error)[:200]) from error
+        table = self._file.group(g)
+        with self._lock:
             self._groups[g] = table
             if len(self._groups) > GROUPS_KEPT:
                 self._groups.popitem(last=False)
-            return table
+        return table
 
 
 def manifest_key(fingerprint: str) -> str:
@@ -336,11 +337,11 @@ def _to_parquet(records: list[VolumeRecord], dataset: dict[str, Any]) -> bytes:
     }
     schema = _SCHEMA.with_metadata(meta)
     out = io.BytesIO()
-    with pq.ParquetWriter(out, schema, compression="zstd", write_page_checksum=True) as writer:
+    with pq.ParquetWriter(out, schema, compression="zstd") as writer:
         for at in range(0, len(rows), ROWS_PER_GROUP):
             table = pa.Table.from_pylist(rows[at : at + ROWS_PER_GROUP], schema=schema)
             writer.write_table(table, row_group_size=ROWS_PER_GROUP)
-    return out.getvalue()
+    return seal(out.getvalue())
 
 
 def _pack(codes: list[int], names: list[Any]) -> bytes:
@@ -400,30 +401,3 @@ def _from_row(row: dict[str, Any]) -> VolumeRecord:
     ):
         row[name] = tuple(row[name])
     return VolumeRecord(**row)
-
-
-class _Remote(io.RawIOBase):
-    """A read-only file over an object, for pyarrow."""
-
-    def __init__(self, store: ByteStore, key: str, size: int) -> None:
-        self._store, self._key, self._size, self._at = store, key, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        base: tuple[int, int, int] = (0, self._at, self._size)
-        self._at = base[whence] + offset
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        stop = self._size if size is None or size < 0 else min(self._size, self._at + size)
-        data = self._store.get_range(self._key, self._at, stop) if stop > self._at else b""
-        self._at += len(data)
-        return data

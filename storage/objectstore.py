@@ -95,18 +95,18 @@ class ObjectStore:
                 return attempt()
             except (exceptions.NotFoundError, FileNotFoundError) as error:
                 raise NotFound(thing, expected="an object", found="none") from error
-            except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
-                raise StoreError(
-                    thing,
-                    expected=f"access at {self._where}",
-                    found=f"refused: {_reason(error)}",
-                    remedy="check the credentials of the AWS environment and the rights of that key",
-                ) from error
             except exceptions.BaseError as error:
-                reason = _reason(error)
+                refused = isinstance(error, (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError))
+                if refused or _status(error) in (401, 403):
+                    raise StoreError(
+                        thing,
+                        expected=f"access at {self._where}",
+                        found=f"refused: {_reason(error)}",
+                        remedy="check the credentials of the AWS environment and the rights of that key",
+                    ) from error
                 if _is_final(error):
-                    raise StoreError(thing, expected=f"an answer of {self._where}", found=reason) from error
-                raise Transient(reason) from error
+                    raise StoreError(thing, expected=f"an answer of {self._where}", found=_reason(error)) from error
+                raise Transient(_reason(error)) from error
 
         return retry(once, self._policy, thing)
 
@@ -202,7 +202,8 @@ class ObjectStore:
         def attempt() -> list[str]:
             return [m["path"] for batch in obstore.list(self._store, folder or None) for m in batch]
 
-        return iter(sorted(k for k in self._call(prefix or ".", attempt) if k.startswith(prefix)))
+        # Some programs mark "folders" by empty objects named like the prefix or ending in a slash; they hold nothing.
+        return iter(sorted(k for k in self._call(prefix, attempt) if k.startswith(prefix) and k and k[-1] != "/"))
 
     def delete(self, key: str) -> None:
         """See `ByteStore`."""
@@ -234,7 +235,7 @@ def _is_beyond(error: exceptions.BaseError) -> bool:
 
 
 def _is_final(error: exceptions.BaseError) -> bool:
-    """Whether repeating the request cannot help: a refusal by the server other than "too busy", or misuse of the client."""
+    """Whether repeating the request cannot help: misuse of the client, or a refusal other than "too busy"."""
     if isinstance(error, (exceptions.InvalidPathError, exceptions.NotSupportedError)):
         return True
     status = _status(error)

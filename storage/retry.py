@@ -62,7 +62,7 @@ class RetryPolicy:
             deadline = 0.0
         if not 0 < deadline < float("inf"):
             raise ConfigError("TOMOSCALE_STORE_DEADLINE_S", expected="a positive number of seconds", found=text)
-        return cls(deadline, attempt_s=min(ATTEMPT_S, deadline / 2), connect_s=min(CONNECT_S, deadline / 4))
+        return cls(deadline, attempt_s=min(ATTEMPT_S, deadline / 3), connect_s=min(CONNECT_S, deadline / 4))
 
 
 def retry(

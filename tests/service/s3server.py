@@ -46,21 +46,21 @@ class S3Server:
         }
         self.write_identities()
 
-    def write_identities(self, *, admin: bool = True) -> None:
-        """Write the server's credentials; read by it when it starts."""
+    def write_identities(self, *, reader: bool = True) -> None:
+        """Write the server's credentials, with or without those of the reader; read by it when it starts."""
         identities = [
             {
-                "name": "reader",
-                "credentials": [{"accessKey": READER[0], "secretKey": READER[1]}],
-                "actions": [f"Read:{self.bucket}", f"List:{self.bucket}"],
+                "name": "admin",
+                "credentials": [{"accessKey": ADMIN[0], "secretKey": ADMIN[1]}],
+                "actions": ["Admin", "Read", "Write", "List", "Tagging"],
             }
         ]
-        if admin:
+        if reader:
             identities.append(
                 {
-                    "name": "admin",
-                    "credentials": [{"accessKey": ADMIN[0], "secretKey": ADMIN[1]}],
-                    "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+                    "name": "reader",
+                    "credentials": [{"accessKey": READER[0], "secretKey": READER[1]}],
+                    "actions": [f"Read:{self.bucket}", f"List:{self.bucket}"],
                 }
             )
         (self._folder / "s3.json").write_text(json.dumps({"identities": identities}))
@@ -86,10 +86,15 @@ class S3Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=self._folder,
-                env={**os.environ, "TMPDIR": str(self._folder / "tmp"), "HOME": str(self._folder)},
+                env=self._environment(),
                 start_new_session=True,
             )
         self._wait()
+
+    def _environment(self) -> dict[str, str]:
+        # The server makes an administrator of any AWS keys that it finds in its environment.
+        own = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+        return {**own, "TMPDIR": str(self._folder / "tmp"), "HOME": str(self._folder)}
 
     def _wait(self) -> None:
         client = self.client()
@@ -131,9 +136,9 @@ class S3Server:
         """Stop the server; data and ports stay for `start`."""
         if self._process is None:
             return
-        self._process.send_signal(signal.SIGINT)
+        self._process.send_signal(signal.SIGTERM)
         try:
-            self._process.wait(10)
+            self._process.wait(2)  # its servers would wait longer for idle connections to end
             self._process = None
         except subprocess.TimeoutExpired:
             self.kill()

@@ -66,9 +66,9 @@ def test_the_deadline_is_never_passed(deadline: float, share: float, slow: float
 
 
 def test_the_environment_sets_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOMOSCALE_STORE_DEADLINE_S", "4")
+    monkeypatch.setenv("TOMOSCALE_STORE_DEADLINE_S", "6")
     policy = RetryPolicy.from_environment()
-    assert (policy.deadline_s, policy.attempt_s) == (4.0, 2.0)
+    assert (policy.deadline_s, policy.attempt_s) == (6.0, 2.0)
     for text in ("soon", "-1", "inf", "nan"):
         monkeypatch.setenv("TOMOSCALE_STORE_DEADLINE_S", text)
         with pytest.raises(ConfigError, match="TOMOSCALE_STORE_DEADLINE_S"):

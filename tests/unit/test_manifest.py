@@ -1,12 +1,15 @@
-"""The manifest: content and nothing else makes its fingerprint, publishing is one step, and a million rows open fast."""
+"""The manifest: its content alone makes its fingerprint, publishing is one step, opening reads the footer only."""
 
+import io
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -145,7 +148,7 @@ def test_versions_stay_and_are_opened_by_fingerprint(store: ByteStore) -> None:
 
 
 def test_nothing_published_says_so(store: ByteStore) -> None:
-    with pytest.raises(NotFound, match="published.*ingest"):
+    with pytest.raises(NotFound, match=r"published.*ingest"):
         Manifest.open(store.url)
 
 
@@ -219,6 +222,28 @@ def test_a_damaged_manifest_raises_and_names_itself(store: ByteStore, damage: st
         list(Manifest.open(store.url).records())
 
 
+def test_a_flipped_bit_anywhere_raises_or_changes_nothing() -> None:
+    records = [record(i) for i in range(5)]
+    manifest = Manifest.from_records(records, {"name": "x"})
+    assert manifest._bytes is not None
+    data, raised = manifest._bytes, 0
+    for at in np.random.default_rng(0).permutation(len(data))[:400].tolist():
+        try:
+            found = Manifest.from_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+            assert list(found.records()) == records
+            assert found.select("train", "organ").tolist() == manifest.select("train", "organ").tolist()
+            assert (found.fingerprint, found.dataset) == (manifest.fingerprint, manifest.dataset)
+        except CorruptChunk:
+            raised += 1
+    assert raised > 390
+
+
+def test_other_readers_of_parquet_open_it(store: ByteStore) -> None:
+    fingerprint = Manifest.from_records([record(i) for i in range(5)]).write(store)
+    table = pq.read_table(io.BytesIO(store.get(manifest_key(fingerprint))))
+    assert table.column("volume_id").to_pylist() == [f"v{i:05d}" for i in range(5)]
+
+
 def test_a_damaged_pointer_raises(store: ByteStore) -> None:
     for pointer in (b"", b"../../etc", b"\xff\xfe"):
         store.put(POINTER, pointer)
@@ -228,6 +253,7 @@ def test_a_damaged_pointer_raises(store: ByteStore) -> None:
 
 def test_a_large_manifest_is_read_by_parts(monkeypatch: pytest.MonkeyPatch, store: ByteStore) -> None:
     monkeypatch.setattr("storage.manifest.WHOLE_BYTES", 0)
+    monkeypatch.setattr("storage.sealed.TAIL_BYTES", 1000)
     records = [record(i) for i in range(2500)]
     Manifest.from_records(records).write(store)
     ranges: list[int] = []
@@ -247,7 +273,6 @@ def test_a_large_manifest_is_read_by_parts(monkeypatch: pytest.MonkeyPatch, stor
 
 
 def test_threads_read_records_together(store: ByteStore) -> None:
-    from concurrent.futures import ThreadPoolExecutor
 
     records = [record(i) for i in range(4000)]
     manifest = Manifest.from_records(records)
