@@ -1,0 +1,220 @@
+"""What the documentation says is there: configs parse, commands parse, links resolve, quoted tests exist, examples run."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs import cli, configs
+from ssl_core.config import Config, load
+from ssl_core.methods.base import method_names
+from storage.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+EXAMPLES = sorted(ROOT.glob("examples/configs/*.yaml"))
+KINDS: dict[str, type[Config]] = {
+    "pretrain": configs.PretrainConfig,
+    "tune": configs.TuneConfig,
+    "finetune": configs.FinetuneJobConfig,
+    "ingest": configs.IngestConfig,
+}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def page_id(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [body for name, body in FENCE.findall(page.read_text(encoding="utf-8")) if name == language]
+
+
+def words_after_tomoscale(page: Path) -> list[list[str]]:
+    """The words after each `tomoscale` that is written as code: in a fence or between backticks."""
+    text = page.read_text(encoding="utf-8")
+    code = [line for _, body in FENCE.findall(text) for line in body.splitlines()]
+    code += re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+    found = [re.findall(r"(?:^|[\s(/\"])tomoscale +([^`#]*)", line) for line in code if "import" not in line]
+    return [hit.split() for hits in found for hit in hits]
+
+
+def verbs() -> dict[str, set[str]]:
+    """Each verb of the command line and its actions."""
+    top = cli.parser()
+    chosen = {}
+    for verb, parser in _choices(top).items():
+        chosen[verb] = set(_choices(parser))
+    return chosen
+
+
+def _choices(parser):  # type: ignore[no-untyped-def]
+    nested = [a.choices for a in parser._actions if a.nargs == "A..."]
+    return nested[0] if nested else {}
+
+
+def kind_of(data: dict[str, object]) -> str:
+    """Which job a configuration is for, told by the keys that only it has."""
+    if "starts" in data:
+        return "finetune"
+    if "encoders" in data:
+        return "tune"
+    return "ingest" if set(data) <= set(configs.IngestConfig.model_fields) else "pretrain"
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=page_id)
+def test_example_configs_are_valid(path: Path) -> None:
+    kind = path.stem.partition("_")[0]
+    assert load(KINDS[kind], path).name
+
+
+def test_there_is_an_example_for_each_job_that_takes_a_config() -> None:
+    assert {path.stem.partition("_")[0] for path in EXAMPLES} == {"pretrain", "tune", "finetune"}
+
+
+def test_the_first_example_needs_nothing_but_a_fresh_stack() -> None:
+    config = load(configs.PretrainConfig, ROOT / "examples/configs/pretrain_pgl.yaml")
+    assert config.source == "simulated"
+    later = load(configs.FinetuneJobConfig, ROOT / "examples/configs/finetune.yaml")
+    search = load(configs.TuneConfig, ROOT / "examples/configs/tune.yaml")
+    encoder = f"models:/{config.model_name}@candidate"
+    assert encoder in later.starts.values()
+    assert encoder in search.encoders
+    assert later.labelled.data == search.labelled.data == config.data
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_yaml_blocks_are_valid_configs(page: Path) -> None:
+    for block in blocks(page, "yaml"):
+        data = yaml.safe_load(block)
+        load(KINDS[kind_of(data)], data)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_verb_that_is_named_exists(page: Path) -> None:
+    known = verbs()
+    for words in words_after_tomoscale(page):
+        verb = words[0].rstrip(",.;:)\"'") if words else ""
+        if verb.isupper() or verb.startswith(("-", "<", "[")):
+            continue  # a placeholder, or an option of the program itself
+        assert verb in known, f"`tomoscale {' '.join(words)}`: no verb {verb!r}"
+        if known[verb] and len(words) > 1:
+            actions = [w.rstrip(",.;:)\"'") for w in words[1].split("|")]
+            assert {a for a in actions if not (a.isupper() or a.startswith("-"))} <= known[verb], " ".join(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_command_in_a_shell_block_parses(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for block in blocks(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if not words or Path(words[0]).name != "tomoscale" or words[1:] == ["--help"]:
+                continue
+            try:
+                arguments = cli.parser().parse_args(words[1:])
+            except SystemExit:
+                pytest.fail(f"{line}: {capsys.readouterr().err}")
+            for value in (getattr(arguments, "config", None), getattr(arguments, "source", None)):
+                if value and value.startswith("examples/"):
+                    assert (ROOT / value).is_file(), line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_example_configs_that_are_named_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"^[^#\n]*?(examples/configs/[\w.-]+\.yaml)", text, re.MULTILINE))
+    assert {name for name in named if not (ROOT / name).is_file()} == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_resolve(page: Path) -> None:
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target in LINK.findall(text) + re.findall(r"src=\"([^\"]+)\"", text):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), f"{target} in {page.name}"
+        assert there.is_relative_to(ROOT), f"{target} leaves the repository"
+        if anchor and there.suffix == ".md":
+            assert anchor in anchors(there), f"{target}: no such heading"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as forges make them."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_page_is_reached_from_the_index() -> None:
+    text = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    linked = {(ROOT / "docs" / target.partition("#")[0]).resolve() for target in LINK.findall(text)}
+    missing = [page.name for page in ROOT.glob("docs/*.md") if page.name != "index.md" and page not in linked]
+    assert missing == []
+
+
+def test_tests_that_the_guarantees_quote_exist() -> None:
+    text = (ROOT / "docs/explain-guarantees.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"\[`(test_\w+)`\]\(\.\./([\w/.]+)\)", text)
+    assert len(quoted) > 20
+    assert len(quoted) == len(re.findall(r"`test_\w+`", text)), "a test is quoted without its file"
+    missing = [f"{file}: {name}" for name, file in quoted if f"def {name}(" not in (ROOT / file).read_text(encoding="utf-8")]
+    assert missing == []
+
+
+def test_methods_that_the_readme_rates_are_the_registered_ones() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## What is certain about the methods")[2].partition("\n## ")[0]
+    rated = {name for row in re.findall(r"^\| (`.+?) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    assert rated == set(method_names())
+
+
+@pytest.mark.parametrize("key", ["PretrainConfig", "TuneConfig", "FinetuneJobConfig", "IngestConfig"])
+def test_the_reference_lists_every_key(key: str) -> None:
+    text = (ROOT / "docs/reference-configs.md").read_text(encoding="utf-8")
+    section = text.partition(f"`{key}`")[2].partition("\n## ")[0]
+    listed = set(re.findall(r"^\| `(\w+)`", section, re.MULTILINE))
+    assert set(getattr(configs, key).model_fields) <= listed
+
+
+def test_unknown_keys_are_refused_as_the_reference_says() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'steps'"):
+        load(configs.PretrainConfig, {"name": "a", "data": "s3://b/c", "engine": {"stps": 3}})
+
+
+def test_the_picture_is_well_formed_and_says_what_it_shows() -> None:
+    root = ElementTree.parse(ROOT / "docs/flow.svg").getroot()
+    space = "{http://www.w3.org/2000/svg}"
+    assert root.find(f"{space}title") is not None
+    assert root.find(f"{space}desc") is not None
+    assert "prefers-color-scheme" in "".join(root.itertext())
+
+
+def test_the_method_of_the_how_to_meets_the_contract(tmp_path: Path) -> None:
+    """Puts the page's file where the page says, in a copy of the packages, and runs the command's tests there."""
+    (method,) = blocks(ROOT / "docs/how-to-add-a-method.md", "python")
+    for package in ("storage", "ssl_core", "tests/contract"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "tests/__init__.py").touch()
+    (tmp_path / "ssl_core/methods/whereabouts.py").write_text(method, encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "tests/contract/test_methods.py", "-k", "whereabouts"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\b1\d passed", done.stdout), done.stdout
