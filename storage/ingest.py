@@ -6,7 +6,7 @@ under `ingest/`: a run that was killed finds these records and goes on from ther
 are in the published manifest is not touched again. Refused volumes are listed in `quarantine.jsonl` and the rest goes
 on; nothing is ever put in a volume's place. Published volumes are never rewritten: what changed gets a new id.
 
-Memory of a task: at most about 20 bytes a voxel of the larger of source and resampled volume (source, float work
+Memory of a task: at most about 26 bytes a voxel of the larger of source and resampled volume (source, float work
 copies, percentile copy, stored int16, label); `ReadPolicy.max_voxels` bounds it.
 """
 

@@ -72,6 +72,7 @@ def read_series(files: Sequence[str], policy: ReadPolicy, thing: str) -> RawVolu
     volume = np.stack([np.stack([_pixels(thing, place[c]) for place in places]) for c in range(channels)])
     planes = [place[0] for place in places]
     differ = any((s.slope, s.intercept) != (slices[0].slope, slices[0].intercept) for s in slices)
+    burned = any(str(s.dataset.get("BurnedInAnnotation") or "") == "YES" for s in slices)
     for s in slices:
         s.dataset = None  # its pixels are in the volume now
     volume, affine = _grid(thing, volume, planes, normal, policy, notes)
@@ -79,6 +80,8 @@ def read_series(files: Sequence[str], policy: ReadPolicy, thing: str) -> RawVolu
     facts = allowed_facts(first)
     facts.pop("Modality", None)
     modality = modality if modality in ("CT", "MR", "PT", "US", "NM") else ""
+    if burned:
+        notes.append("the pixels may show identifying text: BurnedInAnnotation is YES")
     if differ:
         notes.append("rescale slope and intercept differ between slices and were applied slice by slice")
     return RawVolume(volume, geometry.check_affine(affine, thing), READER, modality, notes, facts)

@@ -6,6 +6,7 @@ times as fast as zlib. A gzip member is read to its end, so that its CRC is chec
 
 import io
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,24 +91,33 @@ class _Source:
         self._head = self._more(n)
         return self._head
 
-    def take(self, offset: int, n: int) -> bytes | bytearray:
+    def take(self, offset: int, n: int) -> bytearray:
         """Exactly n bytes from `offset`, and the rest of a gzip read to its checksum."""
         skip = max(0, offset - len(self._head))
         if skip:
             self._more(skip)
-        out = bytearray(self._head[offset : offset + n])
-        out += self._more(n - len(out))
-        if len(out) < n:
+        kept = self._head[offset : offset + n]
+        out = bytearray(n)
+        out[: len(kept)] = kept
+        have = len(kept)
+        with memoryview(out) as view:  # filled in place: a large volume is not copied
+            while have < n and (got := self._guarded(self._file.readinto, view[have:])):
+                have += int(got)
+        if have < n:
             raise RefusedInput(
-                self._path, expected=f"{n:,} bytes of voxels", found=f"{len(out):,}", remedy="the file is truncated"
+                self._path, expected=f"{n:,} bytes of voxels", found=f"{have:,}", remedy="the file is truncated"
             )
         while self._more(1 << 20):
             pass
         return out
 
     def _more(self, n: int) -> bytes:
+        data: bytes = self._guarded(self._file.read, n)
+        return data
+
+    def _guarded(self, read: Callable[[Any], Any], argument: Any) -> Any:
         try:
-            data: bytes = self._file.read(n)
+            return read(argument)
         except (EOFError, OSError, zlib.error, _gzip_error) as error:
             raise RefusedInput(
                 self._path,
@@ -115,7 +125,6 @@ class _Source:
                 found=" ".join(str(error).split()),
                 remedy="the file is truncated or damaged; fetch it again",
             ) from error
-        return data
 
 
 def _glimpse(data: bytes) -> str:

@@ -45,7 +45,7 @@ class ReadPolicy(BaseModel):
     max_voxels: int = Field(
         default=400_000_000,
         ge=1,
-        description="a larger volume is refused; bounds the memory of a task at about 20 bytes a voxel",
+        description="a larger volume is refused; bounds the memory of a task at about 26 bytes a voxel",
     )
 
 
@@ -105,5 +105,5 @@ def check_size(thing: str, shape: tuple[int, ...], policy: ReadPolicy) -> None:
             thing,
             expected=f"at most {policy.max_voxels:,} voxels",
             found=f"shape {shape}, {voxels:,} voxels",
-            remedy="raise max_voxels where a task may use about 20 bytes a voxel",
+            remedy="raise max_voxels where a task may use about 26 bytes a voxel",
         )

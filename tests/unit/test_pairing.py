@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, MediaStorageDirectoryStorage, generate_uid
 
 from storage.errors import ConfigError, RefusedInput
 from storage.pairing import discover, split_name
@@ -115,13 +117,20 @@ def test_mixed_dicom_series_are_told_apart_by_uid_not_by_folder(tmp_path):
     save_dicom(tmp_path / "exam", [*one, *two[:2]], [f"f{i}" for i in (3, 1, 0, 2, 5, 4)])
     save_dicom(tmp_path / "moved", two[2:])
     save_dicom(tmp_path / "seg", [segmentation(one, disc((4, 6, 5)))])
-    (tmp_path / "exam" / "DICOMDIR.txt").write_text("not dicom")
+    (tmp_path / "exam" / "notes.txt").write_text("not dicom")
+    index = Dataset()
+    index.file_meta = FileMetaDataset()
+    index.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    index.file_meta.MediaStorageSOPClassUID = MediaStorageDirectoryStorage
+    index.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    index.FileSetID = "EXAM"
+    index.save_as(tmp_path / "exam" / "DICOMDIR", enforce_file_format=True)
     found = discover(tmp_path)
     assert sorted(len(i.images) for i in found.items) == [3, 4]
     by_patient = {i.subject: i for i in found.items}
     assert by_patient["P1"].label is not None
     assert by_patient["P2"].label is None
-    assert found.ignored == ("exam/DICOMDIR.txt",)
+    assert found.ignored == ("exam/notes.txt",)
 
 
 def test_a_segmentation_without_its_series_is_an_orphan(tmp_path):

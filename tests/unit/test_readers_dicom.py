@@ -153,6 +153,11 @@ def test_truncated_pixels_are_refused(tmp_path):
         read_any(str(tmp_path))
 
 
+def test_burned_in_text_is_noted(tmp_path):
+    raw = read(tmp_path, slices(ARRAY, BurnedInAnnotation="YES"))
+    assert "identifying text" in raw.notes[0]
+
+
 def test_multi_frame_objects(tmp_path):
     flat = slices(ARRAY)
     ds = flat[0]
