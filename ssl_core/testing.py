@@ -39,7 +39,7 @@ class Ranks:
         timeout_s: Longest that one `run` may take; then all processes are ended and `TimeoutError` is raised.
     """
 
-    def __init__(self, world: int, timeout_s: float = 120.0) -> None:
+    def __init__(self, world: int, timeout_s: float = 240.0) -> None:
         self.world, self.timeout_s = world, timeout_s
         self._folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("spawn")

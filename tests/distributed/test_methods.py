@@ -1,0 +1,80 @@
+"""Three ranks are one rank too; two are in the contract. Also that a group of ranks reports and ends."""
+
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from ssl_core.distributed import Collectives
+from ssl_core.methods.base import method_names
+from ssl_core.norm import GlobalBatchNorm
+from ssl_core.testing import Ranks, assert_same_on_ranks
+
+
+@pytest.fixture(scope="module")
+def three_ranks() -> Iterator[Ranks]:
+    with Ranks(3) as ranks:
+        yield ranks
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_three_ranks_equal_one(name: str, three_ranks: Ranks) -> None:
+    assert_same_on_ranks(three_ranks, name, each=1, steps=2)
+
+
+def _normalise(collectives: Collectives, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    whole = 3 + torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    each = shape[0] // collectives.world
+    mine = whole[collectives.rank * each : (collectives.rank + 1) * each].clone().requires_grad_()
+    norm = GlobalBatchNorm(shape[1]).double()
+    norm.collectives = collectives
+    out = norm(mine)
+    out.pow(3).mean().backward()
+    assert mine.grad is not None
+    return out.detach(), mine.grad / collectives.world, norm.running_var
+
+
+def test_the_norm_of_three_ranks_is_torchs_on_the_joined_batch(three_ranks: Ranks) -> None:
+    shape = (6, 4, 2, 3, 3)
+    x = (3 + torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).requires_grad_()
+    norm = torch.nn.BatchNorm3d(4).double()
+    wanted = norm(x)
+    wanted.pow(3).mean().backward()
+    results = three_ranks.run(_normalise, shape)
+    assert x.grad is not None
+    assert torch.allclose(torch.cat([r[0] for r in results]), wanted.detach(), atol=1e-12)
+    assert torch.allclose(torch.cat([r[1] for r in results]), x.grad, atol=1e-12)
+    assert norm.running_var is not None
+    assert all(torch.allclose(r[2], norm.running_var, atol=1e-12) for r in results)
+
+
+def _fail(collectives: Collectives) -> None:
+    raise ValueError(f"rank {collectives.rank} says no")
+
+
+def _sleep(collectives: Collectives) -> None:
+    time.sleep(60)
+
+
+def _identity(collectives: Collectives) -> int:
+    return os.getpid()
+
+
+def test_an_error_on_a_rank_is_reported() -> None:
+    with Ranks(2) as ranks, pytest.raises(RuntimeError, match="says no"):
+        ranks.run(_fail)
+
+
+def test_a_rank_that_hangs_is_ended_in_time() -> None:
+    ranks = Ranks(2, timeout_s=60.0)
+    pids = ranks.run(_identity)
+    ranks.timeout_s = 0.5
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        ranks.run(_sleep)
+    assert time.monotonic() - began < 30
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
