@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster import buckets
 from cluster import state as states
 from cluster.processes import SERVICE_MARK, STACK_MARK
 from storage.errors import StackError
@@ -253,10 +254,7 @@ def s3_problem(state_dir: Path, port: int) -> str:
 
     try:
         client = s3_client(state_dir, port)
-        there = {bucket["Name"] for bucket in client.list_buckets().get("Buckets", [])}
-        for bucket in BUCKETS:
-            if bucket not in there:
-                client.create_bucket(Bucket=bucket)
+        buckets.ensure(client, BUCKETS)
         client.put_object(Bucket="runs", Key=".health", Body=b"ok")
         client.delete_object(Bucket="runs", Key=".health")
     except (BotoCoreError, ClientError) as error:

@@ -1,0 +1,35 @@
+#!/bin/sh
+# Make the secrets that compose.yaml mounts, once, in docker/secrets. Others on this machine cannot enter the folder; the
+# files in it are readable, because the containers' user has another number than yours.
+set -eu
+cd "$(dirname "$0")"
+if [ -e secrets ]; then
+    echo "docker/secrets is there already; remove it to make new ones (the stored data then needs the old ones)" >&2
+    exit 1
+fi
+random() { od -An -N"$1" -tx1 /dev/urandom | tr -d ' \n'; }
+umask 022
+mkdir -m 700 secrets
+access=$(random 10) secret=$(random 32) password=$(random 32)
+random 32 > secrets/ray_token
+cat > secrets/s3.json <<END
+{"identities": [{"name": "tomoscale", "credentials": [{"accessKey": "$access", "secretKey": "$secret"}],
+ "actions": ["Admin", "Read", "List", "Tagging", "Write"]}]}
+END
+cat > secrets/aws_credentials <<END
+[default]
+aws_access_key_id = $access
+aws_secret_access_key = $secret
+END
+cat > secrets/mlflow_auth.ini <<END
+[mlflow]
+default_permission = READ
+database_uri = sqlite:////data/auth.db
+admin_username = admin
+admin_password = $password
+authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+auth_cache_ttl_seconds = 60
+END
+echo "MLFLOW_FLASK_SERVER_SECRET_KEY=$(random 32)" > secrets/mlflow_server.env
+printf 'MLFLOW_TRACKING_USERNAME=admin\nMLFLOW_TRACKING_PASSWORD=%s\n' "$password" > secrets/mlflow_client.env
+echo "made docker/secrets"
