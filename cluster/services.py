@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -29,6 +28,7 @@ BUCKETS = ("volumes", "runs", "mlflow")
 MLFLOW_USER = "admin"
 OBJECT_STORE_BYTES = 256 * 1024**2
 DRIVER_SLOTS = 16
+SOCKETS = Path("/tmp")  # where weed puts its sockets, whatever TMPDIR says
 # One port a purpose; the first is the one that clients use.
 PORTS = {
     "s3": ("s3", "s3_grpc", "master", "master_grpc", "volume", "volume_grpc", "filer", "filer_grpc"),
@@ -296,8 +296,8 @@ def http_problem(url: str, *, bearer: str = "", basic: tuple[str, str] | None = 
 
 
 def remove_sockets(ports: dict[str, int]) -> None:
-    """Remove the Unix sockets that weed leaves in the temporary folder, those of these ports only."""
+    """Remove the Unix sockets that weed leaves behind, those of these ports only."""
     for port in ports.values():
-        for path in Path(tempfile.gettempdir()).glob(f"seaweedfs-*-{port}.sock"):
+        for path in SOCKETS.glob(f"seaweedfs-*-{port}.sock"):
             with contextlib.suppress(OSError):
                 path.unlink()

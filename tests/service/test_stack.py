@@ -132,6 +132,16 @@ def test_a_job_from_a_bare_shell_finds_the_stack_and_leaks_nothing(local_stack: 
     )
     assert refused.returncode != 0
     assert "Missing authentication token" in refused.stderr + refused.stdout
+    told = {**shell, **stack.environment(folder)}
+    asked = subprocess.run(
+        [BIN / "ray", "job", "list", "--address", local_stack.url("ray")],
+        env=told,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert asked.returncode == 0, asked.stderr
+    assert "bare" in asked.stdout
 
 
 def test_a_second_up_changes_nothing(local_stack: StackInfo) -> None:

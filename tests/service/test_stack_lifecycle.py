@@ -38,7 +38,7 @@ def assert_gone(state: states.State, members: list[psutil.Process]) -> None:
     assert [process for process in members if processes.alive(process)] == []
     busy = {port: processes.port_owner(port) for ports in state.ports.values() for port in ports.values()}
     assert {port: owner for port, owner in busy.items() if not processes.port_free(port)} == {}
-    sockets = [p for p in Path(tempfile.gettempdir()).glob("seaweedfs-*.sock") if int(p.stem.rsplit("-", 1)[1]) in busy]
+    sockets = [p for p in services.SOCKETS.glob("seaweedfs-*.sock") if int(p.stem.rsplit("-", 1)[1]) in busy]
     assert sockets == []
 
 

@@ -93,7 +93,7 @@ def test_a_missing_program_names_what_to_install(folder: Path, tmp_path: Path, m
 
 
 def test_only_sockets_of_own_ports_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(services, "SOCKETS", tmp_path)
     for name in ("seaweedfs-s3-1234.sock", "seaweedfs-filer-grpc-5678.sock", "seaweedfs-s3-11234.sock", "x-1234.sock"):
         (tmp_path / name).write_text("")
     services.remove_sockets({"s3": 1234, "filer_grpc": 5678})
