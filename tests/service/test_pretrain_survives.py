@@ -22,7 +22,7 @@ from ssl_core.config import parse
 from storage.bytestore import open_store
 
 pytestmark = [pytest.mark.service, pytest.mark.chaos, pytest.mark.timeout(420)]
-STEPS = 240
+STEPS = 120
 
 
 def config(name: str, data: str, **engine: Any) -> PretrainConfig:
@@ -35,7 +35,7 @@ def config(name: str, data: str, **engine: Any) -> PretrainConfig:
             "method": {"name": "pgl", "crops": crops, "hidden": 32, "out": 16},
             "backbone": {"name": "basic_unet", "arguments": {"features": [4, 4, 8, 8, 16, 4]}},
             "stream": {"global_batch": 4, "lanes": 8},
-            "engine": {"steps": STEPS, "warmup_steps": 4, "log_every": 5, "checkpoint_every": 40, "probe_every": 0}
+            "engine": {"steps": STEPS, "warmup_steps": 4, "log_every": 5, "checkpoint_every": 20, "probe_every": 0}
             | engine,
             "cluster": {"workers": 2},
         },
@@ -136,7 +136,7 @@ def calm(local_stack: StackInfo, phantoms: str, tmp_path_factory: pytest.TempPat
 def test_a_killed_worker_changes_neither_samples_nor_weights(
     calm: Any, local_stack: StackInfo, phantoms: str, tmp_path: Path
 ) -> None:
-    at = random.SystemRandom().randrange(45, 180)
+    at = random.SystemRandom().randrange(25, 85)
     print(f"killing a worker after step {at}")
     watched = Watched(local_stack, config("killed-worker", phantoms))
     watched.wait_for_step(at)
@@ -151,7 +151,7 @@ def test_a_killed_driver_changes_neither_samples_nor_weights(
     calm: Any, local_stack: StackInfo, phantoms: str, tmp_path: Path
 ) -> None:
     watched = Watched(local_stack, config("killed-driver", phantoms))
-    watched.wait_for_step(random.SystemRandom().randrange(45, 180))
+    watched.wait_for_step(random.SystemRandom().randrange(25, 85))
     kill(lambda p: named("jobs.pretrain")(p) and p.cmdline()[0].endswith(("python", "python3", "python3.11")))
     watched.finish()
     assert any("submitting again" in line for line in watched.lines), watched.lines
@@ -163,7 +163,7 @@ def test_a_restarted_object_store_changes_neither_samples_nor_weights(
     calm: Any, local_stack: StackInfo, phantoms: str, tmp_path: Path
 ) -> None:
     watched = Watched(local_stack, config("store-restarted", phantoms))
-    watched.wait_for_step(45)
+    watched.wait_for_step(25)
     s3 = next(s for s in local_stack.services if s.name == "s3")
     assert s3.pid is not None
     os.kill(s3.pid, signal.SIGKILL)
@@ -176,9 +176,13 @@ def test_a_restarted_object_store_changes_neither_samples_nor_weights(
 
 def test_secrets_are_in_no_job_metadata(calm: Any, local_stack: StackInfo) -> None:
     secrets = Path(os.environ["TOMOSCALE_STATE"], "secrets")
-    words = [line.split("=")[-1].strip() for f in secrets.iterdir() if f.is_file() for line in f.read_text().splitlines()]
+    words = [
+        line.split("=")[-1].strip() for f in secrets.iterdir() if f.is_file() for line in f.read_text().splitlines()
+    ]
     words = [word for word in words if len(word) >= 16]
     assert words
     shown = str([job.to_json() for job in jobclient.list_jobs(local_stack.jobs_address)])
-    shown += "".join(jobclient.logs(local_stack.jobs_address, j.id) for j in jobclient.list_jobs(local_stack.jobs_address))
+    shown += "".join(
+        jobclient.logs(local_stack.jobs_address, j.id) for j in jobclient.list_jobs(local_stack.jobs_address)
+    )
     assert not [word for word in words if word in shown]
