@@ -1,7 +1,7 @@
 """Every collective of the project, given to methods and the engine as one small object.
 
-The gather is differentiable: its backward pass sums the gradients that all ranks send to a slice, so that "local anchors
-against gathered keys", averaged over ranks, has the gradient of one rank on the joined batch.
+The gather is differentiable: its backward pass sums the gradients that all ranks send to a slice, so that "local
+anchors against gathered keys", averaged over ranks, has the gradient of one rank on the joined batch.
 """
 
 from typing import Any, Protocol
