@@ -54,7 +54,7 @@ def same(pid: int | None, created: float | None) -> psutil.Process | None:
 def alive(process: psutil.Process) -> bool:
     """Whether it runs; a zombie that nobody collected does not count."""
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
         return False
 
@@ -187,7 +187,8 @@ def free_ports(count: int, avoid: Iterable[int] = ()) -> list[int]:
     Raises:
         OSError: there are not that many.
     """
-    taken, ports = set(avoid), []
+    taken = set(avoid)
+    ports: list[int] = []
     for port in random.SystemRandom().sample(_PORT_RANGE, len(_PORT_RANGE)):
         if len(ports) == count:
             break

@@ -56,8 +56,8 @@ class Server:
 
 def client_environment(state_dir: Path, ports: dict[str, dict[str, int]]) -> dict[str, str]:
     """What a process needs to use the stack; see `stack.environment`."""
-    no_proxy = [part for part in os.environ.get("NO_PROXY", os.environ.get("no_proxy", "")).split(",") if part]
-    no_proxy = ",".join(dict.fromkeys([*no_proxy, HOST, "localhost"]))
+    around = [part for part in os.environ.get("NO_PROXY", os.environ.get("no_proxy", "")).split(",") if part]
+    no_proxy = ",".join(dict.fromkeys([*around, HOST, "localhost"]))
     jobs = f"http://{HOST}:{ports['ray']['dashboard']}"
     return {
         "AWS_SHARED_CREDENTIALS_FILE": str(state_dir / "secrets" / "aws_credentials"),
