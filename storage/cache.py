@@ -1,36 +1,47 @@
-"""A bounded on-disk cache of decoded chunks, shared by the processes of a node.
+"""A bounded on-disk cache of decoded voxels, shared by the processes of a node.
 
-One sparse file (a slab) holds the chunks of one shard in fixed slots: the voxels as they are used, then a checksum and the
-slot's own number. Warm reads therefore cost one `pread` a chunk and no decompression.
+One file (a slab) holds the voxels of one shard as a plain array that is mapped into memory: a warm crop costs one
+strided copy, as from a raw memory map, and no decompression. A chunk counts as present if its seal, a checksum of its
+voxels, is right. Seals are checked when a process first touches a chunk, again whenever the file was changed by
+someone, and again after ten minutes; voxels that do not match are never returned but fetched again from the store.
 
-Nothing needs a lock between processes. A slab appears by an atomic link of a finished file; a slot is valid only if its
-checksum says so, so that a write that was torn by a kill, by a full disk or by another writer is a miss. Voxels that do
-not match are never returned: they are fetched again from the store. Whole slabs are evicted, longest unused first;
-a process that still has an evicted slab open notices by its link count and lets it go.
+Nothing needs a lock between processes. A slab appears by an atomic link of a finished file; what a kill, a full disk or
+another writer left half done has no right seal and is a miss. Whole slabs are evicted, longest unused first; a process
+that still has an evicted slab open notices by its link count and lets it go. Disk space is taken when a slab is made,
+since a mapped file on a full disk would otherwise end the process.
 """
 
 import fcntl
 import hashlib
+import math
+import mmap
 import os
 import tempfile
 import threading
 import time
 import warnings
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from isal import isal_zlib
 
 from storage.errors import ConfigError
 
 SUFFIX = ".slab"
-OPEN_SLABS = 128
+MAPPED_BYTES, OPEN_SLABS = 2 << 30, 128  # kept open by one process; a slab takes two file descriptors
 TOUCH_S = 30.0  # how exactly "longest unused" is known
+TRUST_S = 600.0  # after which checked voxels are checked again
 PAUSE_S = 60.0  # after a failed write, for example on a full disk
-_MAGIC = b"tomoscale-slab-1"
-_HEADER = 4096
+_MAGIC = b"tomoscale-slab-2"
+_PAGE = 4096
+_BLOCK = 512  # unit of st_blocks
+Array = npt.NDArray[Any]
 
 
 class NodeCache:
@@ -38,8 +49,8 @@ class NodeCache:
 
     Args:
         path: A directory on a local disk; made where it is missing. Its slabs may be deleted at any time.
-        max_bytes: Bound of the disk space used. It holds for up to eight processes that fill the cache at the same time;
-            each further one may add a 64th.
+        max_bytes: Bound of the disk space used. It holds for up to eight processes that fill the cache at the same
+            time; each further one may add a 64th.
     """
 
     def __init__(self, path: str | Path, max_bytes: int) -> None:
@@ -54,36 +65,47 @@ class NodeCache:
             ) from error
         self._slabs: OrderedDict[str, Slab] = OrderedDict()
         self._lock = threading.Lock()
-        self._written = self.max_bytes  # so that the first write looks at what is there
+        self._made = self.max_bytes  # so that the first slab looks at what is there
+        self._mapped = 0
         self._paused_until = 0.0
         self._warned = False
 
-    def slab(self, key: str, slots: int, slot_bytes: int) -> "Slab | None":
+    def slab(self, key: str, shape: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype[Any]) -> "Slab | None":
         """The slab of one shard, made where it is missing; None while the disk does not take it.
 
         Args:
             key: Names store, object and content: equal keys hold equal voxels for ever.
-            slots: Chunks in the shard.
-            slot_bytes: Decoded bytes of a chunk.
+            shape: Voxels of the shard that lie in the array.
+            chunk: Extent of a chunk.
+            dtype: Of the voxels.
         """
-        name = hashlib.sha256(f"{key}|{slots}|{slot_bytes}".encode()).hexdigest()
+        name = hashlib.sha256(f"{key}|{shape}|{chunk}|{dtype.str}".encode()).hexdigest()
         with self._lock:
             slab = self._slabs.get(name)
             if slab is not None and slab.linked():
                 self._slabs.move_to_end(name)
                 slab.touch()
                 return slab
-            if time.monotonic() < self._paused_until and not self._file(name).exists():
+            path = self.path / name[:2] / (name + SUFFIX)
+            if time.monotonic() < self._paused_until and not path.exists():
+                return None
+            size = slab_bytes(shape, chunk, dtype)
+            if size > self.max_bytes // 4:
+                self._warn(f"a shard of {size} bytes is more than a quarter of its bound of {self.max_bytes}")
                 return None
             try:
-                slab = Slab(self, self._file(name), bytes.fromhex(name), slots, slot_bytes)
+                if not path.exists():
+                    self._make_room(size)
+                slab = Slab(path, bytes.fromhex(name), shape, chunk, dtype)
             except OSError as error:
-                self.failed(error)
+                self._failed(error)
                 return None
+            old = self._slabs.pop(name, None)
+            self._mapped += size - (old.size if old is not None else 0)
             self._slabs[name] = slab
-            self._slabs.move_to_end(name)
-            while len(self._slabs) > OPEN_SLABS:
-                self._slabs.popitem(last=False)  # its file closes with the last reader that holds it
+            while len(self._slabs) > OPEN_SLABS or (self._mapped > MAPPED_BYTES and len(self._slabs) > 1):
+                # Its memory is unmapped with the last reader that holds it.
+                self._mapped -= self._slabs.popitem(last=False)[1].size
             return slab
 
     def used_bytes(self) -> int:
@@ -94,34 +116,20 @@ class NodeCache:
         """Forget the open slabs; the files stay."""
         with self._lock:
             self._slabs.clear()
+            self._mapped = 0
 
-    def failed(self, error: OSError) -> None:
-        """Stop writing for a while; say so once."""
+    def _failed(self, error: OSError) -> None:
+        """Make no slab for a while."""
         self._paused_until = time.monotonic() + PAUSE_S
+        self._warn(error.strerror or str(error))
+
+    def _warn(self, what: str) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(
-                f"cache {self.path}: {error.strerror or error}; reading from the store without it", RuntimeWarning, 3
-            )
-
-    def writable(self) -> bool:
-        """Whether writes are worth trying now."""
-        return time.monotonic() >= self._paused_until
-
-    def account(self, nbytes: int) -> None:
-        """Count bytes written by this process, and make room when a 64th of the bound has come together."""
-        with self._lock:
-            self._written += nbytes
-            due = self._written >= self.max_bytes // 64
-            if due:
-                self._written = 0
-        if due:
-            self._evict()
-
-    def _file(self, name: str) -> Path:
-        return self.path / name[:2] / (name + SUFFIX)
+            warnings.warn(f"cache {self.path}: {what}; reading from the store without it", RuntimeWarning, 3)
 
     def _scan(self) -> list[tuple[float, int, Path]]:
+        """Last use, disk space and path of every file."""
         found = []
         for folder in self.path.iterdir():
             if len(folder.name) != 2:
@@ -130,40 +138,61 @@ class NodeCache:
                 for entry in os.scandir(folder):
                     with suppress(OSError):
                         stat = entry.stat(follow_symlinks=False)
-                        found.append((stat.st_mtime, stat.st_blocks * 512, Path(entry.path)))
+                        found.append((stat.st_atime, stat.st_blocks * _BLOCK, Path(entry.path)))
         return found
 
-    def _evict(self) -> None:
-        try:
-            with open(self.path / "evict.lock", "w") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    return  # another process is at it
-                found = sorted(self._scan())
-                used = sum(blocks for _, blocks, _ in found)
-                for when, blocks, path in found:
-                    unfinished = path.suffix != SUFFIX
-                    if unfinished and time.time() - when < 3600:
-                        continue
-                    if not unfinished and used <= self.max_bytes - self.max_bytes // 8:
-                        continue
-                    with suppress(OSError):
-                        path.unlink()
-                        used -= blocks
-        except OSError as error:
-            self.failed(error)
+    def _make_room(self, size: int) -> None:
+        """Evict until `size` more bytes fit, looking at the disk each time a 64th of the bound was made since."""
+        self._made += size
+        if self._made < self.max_bytes // 64:
+            return
+        with open(self.path / "evict.lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return  # another process is at it, and counts what this one made
+            found = sorted(self._scan())
+            used = sum(blocks for _, blocks, _ in found)
+            limit = self.max_bytes - self.max_bytes // 8 - size
+            for when, blocks, path in found:
+                unfinished = path.suffix != SUFFIX
+                if (unfinished and time.time() - when < 3600) or (not unfinished and used <= limit):
+                    continue
+                with suppress(OSError):
+                    path.unlink()
+                    used -= blocks
+            self._made = 0
+
+
+def slab_bytes(shape: Sequence[int], chunk: Sequence[int], dtype: np.dtype[Any]) -> int:
+    """Size of a slab's file."""
+    return _head_bytes(shape, chunk) + math.prod(shape) * dtype.itemsize
+
+
+def _head_bytes(shape: Sequence[int], chunk: Sequence[int]) -> int:
+    return -(-(256 + 8 * math.prod(_grid(shape, chunk))) // _PAGE) * _PAGE
+
+
+def _grid(shape: Sequence[int], chunk: Sequence[int]) -> tuple[int, ...]:
+    return tuple(-(-n // c) for n, c in zip(shape, chunk, strict=True))
 
 
 class Slab:
-    """The slots of one shard; see `NodeCache.slab`."""
+    """The voxels of one shard; see `NodeCache.slab`. Thread-safe."""
 
-    def __init__(self, cache: NodeCache, path: Path, name: bytes, slots: int, slot_bytes: int) -> None:
-        self._cache, self._path = cache, path
-        self._slots, self._bytes = slots, slot_bytes
-        self._stride = slot_bytes + 8
-        header = _MAGIC + name + slots.to_bytes(8, "little") + slot_bytes.to_bytes(8, "little")
-        self._fd = self._open(header)
+    def __init__(
+        self, path: Path, name: bytes, shape: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> None:
+        self.size = slab_bytes(shape, chunk, dtype)
+        self._path, self._chunk, self._grid = path, chunk, _grid(shape, chunk)
+        self._fd = self._open(_MAGIC + name)
+        memory = mmap.mmap(self._fd, self.size)  # the arrays keep it mapped
+        self._seals = np.frombuffer(memory, np.uint64, math.prod(self._grid), 256).reshape(self._grid)
+        at = _head_bytes(shape, chunk)
+        self._voxels: Array = np.frombuffer(memory, dtype, math.prod(shape), at).reshape(shape)
+        self._right = np.zeros(self._grid, dtype=bool)
+        self._changed = self._stat()
+        self._trusted_until = time.monotonic() + TRUST_S
         self._touched = 0.0
         self.touch()
 
@@ -174,8 +203,9 @@ class Slab:
                 os.close(fd)
 
     def linked(self) -> bool:
-        """Whether the file is still in the cache."""
-        return os.fstat(self._fd).st_nlink > 0
+        """Whether the file is still in the cache, whole."""
+        stat = os.fstat(self._fd)
+        return stat.st_nlink > 0 and stat.st_size == self.size
 
     def touch(self) -> None:
         """Mark as used, at most every `TOUCH_S`."""
@@ -183,42 +213,54 @@ class Slab:
         if now - self._touched > TOUCH_S:
             self._touched = now
             with suppress(OSError):
-                os.utime(self._fd)
+                # The time of change is left as it is: it says whether somebody wrote.
+                os.utime(self._fd, ns=(time.time_ns(), os.fstat(self._fd).st_mtime_ns))
 
-    def read(self, number: int, into: memoryview) -> bool:
-        """Read slot `number` into a buffer of the slot's size plus 8 bytes; False where it is empty or damaged."""
-        try:
-            if os.preadv(self._fd, [into[: self._stride]], _HEADER + number * self._stride) != self._stride:
-                return False
-        except OSError:
-            return False  # a bad disk is a miss: the store still has it
-        tail = int.from_bytes(into[self._bytes : self._stride], "little")
-        return tail != 0 and tail == _seal(into[: self._bytes], number)
+    def read(self, low: Sequence[int], high: Sequence[int], into: Array) -> list[tuple[int, ...]]:
+        """Copy voxels [low, high) of the shard; returns the chunks that are absent, whose voxels are not to be used."""
+        changed, now = self._stat(), time.monotonic()
+        if changed != self._changed or now > self._trusted_until:
+            self._right[:] = False
+            self._changed, self._trusted_until = changed, now + TRUST_S
+        first = [a // c for a, c in zip(low, self._chunk, strict=True)]
+        last = [-(-b // c) for b, c in zip(high, self._chunk, strict=True)]
+        absent = []
+        if not self._right[tuple(map(slice, first, last))].all():
+            for at in product(*map(range, first, last)):
+                if not self._right[at]:
+                    if self._seals[at] and int(self._seals[at]) == self._seal(at):
+                        self._right[at] = True
+                    else:
+                        absent.append(at)
+        into[...] = self._voxels[tuple(map(slice, low, high))]
+        return absent
 
-    def write(self, number: int, data: Any) -> None:
-        """Fill slot `number`; failures to write are not errors."""
-        if not self._cache.writable():
-            return
-        view = memoryview(data).cast("B")
-        if len(view) != self._bytes:
-            raise ValueError(f"{len(view)} bytes for a slot of {self._bytes}")
-        at = _HEADER + number * self._stride
-        try:
-            # The seal comes after the voxels, so that a kill in between leaves an empty slot.
-            done = os.pwrite(self._fd, view, at)
-            if done == self._bytes:
-                os.pwrite(self._fd, _seal(view, number).to_bytes(8, "little"), at + self._bytes)
-        except OSError as error:
-            self._cache.failed(error)
-            return
-        self._cache.account(self._stride)
+    def write(self, at: tuple[int, ...], chunk: Array) -> None:
+        """Keep one chunk, which may reach beyond the shard's part of the array."""
+        part = self._part(at)
+        # The seal comes after the voxels, so that a kill in between leaves a miss.
+        self._voxels[part] = chunk[tuple(slice(p.stop - p.start) for p in part)]
+        self._seals[at] = self._seal(at)
+        self._right[at] = True
+
+    def _part(self, at: tuple[int, ...]) -> tuple[slice, ...]:
+        shape = self._voxels.shape
+        return tuple(slice(a * c, min(n, a * c + c)) for a, c, n in zip(at, self._chunk, shape, strict=True))
+
+    def _seal(self, at: tuple[int, ...]) -> int:
+        """Checksum of a chunk's voxels in the low half, its number plus one in the high half: never 0."""
+        number = int(np.ravel_multi_index(at, self._grid))
+        voxels = np.ascontiguousarray(self._voxels[self._part(at)])
+        return int(isal_zlib.crc32(voxels.reshape(-1).view(np.uint8))) | ((number + 1) & 0xFFFFFFFF) << 32
+
+    def _stat(self) -> int:
+        return os.fstat(self._fd).st_mtime_ns
 
     def _open(self, header: bytes) -> int:
-        size = _HEADER + self._slots * self._stride
         for _ in range(3):
             with suppress(FileNotFoundError):
                 fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
-                if os.fstat(fd).st_size == size and os.pread(fd, len(header), 0) == header:
+                if os.fstat(fd).st_size == self.size and os.pread(fd, len(header), 0) == header:
                     return fd
                 os.close(fd)  # damaged or of another format: begin anew
                 with suppress(FileNotFoundError):
@@ -226,16 +268,11 @@ class Slab:
             self._path.parent.mkdir(exist_ok=True)
             fd, temporary = tempfile.mkstemp(dir=self._path.parent, suffix=".new")
             try:
+                os.posix_fallocate(fd, 0, self.size)
                 os.pwrite(fd, header, 0)
-                os.ftruncate(fd, size)
                 with suppress(FileExistsError):
                     os.link(temporary, self._path)
             finally:
                 os.close(fd)
                 os.unlink(temporary)
         raise OSError(f"{self._path} vanishes while it is opened")
-
-
-def _seal(view: Any, number: int) -> int:
-    """Checksum of the voxels in the low half, the slot's number plus one in the high half: never 0."""
-    return int(isal_zlib.crc32(view)) | ((number + 1) & 0xFFFFFFFF) << 32

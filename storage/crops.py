@@ -1,11 +1,13 @@
 """Executing a read plan: node cache, shard indexes, merged range requests, checks and decoding, in threads."""
 
 import math
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -15,7 +17,7 @@ from storage.bytestore import ByteStore, join
 from storage.cache import NodeCache, Slab
 from storage.codecs import Damaged, Scratch
 from storage.errors import CorruptChunk, NotFound
-from storage.readplan import Box, Need, Range, merge, needs, overlap
+from storage.readplan import Box, Need, Range, merge, needs, overlap, shards
 from storage.shardindex import Index, parse_index
 from storage.zarrmeta import ArrayMeta
 
@@ -25,7 +27,7 @@ S = TypeVar("S")
 INDEXES_KEPT = 4096
 SMALL_SHARD = 1 << 20
 """Raw bytes up to which a shard is fetched whole: its index would cost a round trip and save little."""
-CACHED_TOGETHER = 24  # chunks that one thread takes from the node cache
+CORES = len(os.sched_getaffinity(0))
 REMEDY = "`tomoscale data verify` lists every damage; ingest the volume again"
 
 
@@ -35,7 +37,7 @@ class Source:
 
     Args:
         root: Its key in the store.
-        content: Digest of the volume's voxels, which keeps cached chunks of an older volume from being taken for this one.
+        content: Digest of the volume, which keeps cached voxels of an older one from being taken for it.
     """
 
     volume_id: str
@@ -58,6 +60,7 @@ class _Part:
     """Chunks of one shard that a request needs."""
 
     request: Request
+    shard: tuple[int, ...]
     key: str
     wanted: Sequence[Need]
 
@@ -90,22 +93,7 @@ class Executor:
             CorruptChunk: an index or a chunk is missing, truncated or altered.
             StoreError: the store did not answer.
         """
-        parts = [
-            _Part(request, f"{request.source.root}/{request.source.meta.shard_key(shard)}", list(found.values()))
-            for request in requests
-            for shard, found in needs(request.source.meta, request.boxes).items()
-        ]
-        if self._cache is not None:
-            groups = [
-                _Part(part.request, part.key, part.wanted[at : at + CACHED_TOGETHER])
-                for part in parts
-                for at in range(0, len(part.wanted), CACHED_TOGETHER)
-            ]
-            missed = self.each(self._from_cache, groups)
-            left: dict[tuple[int, str], list[Need]] = {}
-            for group, wanted in zip(groups, missed, strict=True):
-                left.setdefault((id(group.request), group.key), []).extend(wanted)
-            parts = [_Part(p.request, p.key, found) for p in parts if (found := left[(id(p.request), p.key)])]
+        parts = self._parts(requests) if self._cache is None else self._uncached(requests)
         fetches = [item for items in self.each(self._locate, parts) for item in items]
         self.each(self._fetch, fetches)
 
@@ -145,30 +133,65 @@ class Executor:
             remedy=REMEDY,
         )
 
-    def _slab(self, source: Source, key: str) -> Slab | None:
+    @staticmethod
+    def _parts(requests: Sequence[Request]) -> list[_Part]:
+        return [
+            _Part(request, shard, f"{request.source.root}/{request.source.meta.shard_key(shard)}", list(found.values()))
+            for request in requests
+            for shard, found in needs(request.source.meta, request.boxes).items()
+        ]
+
+    def _uncached(self, requests: Sequence[Request]) -> list[_Part]:
+        """Take what the node has; returns the rest."""
+        pieces = [
+            (request, b, shard)
+            for request in requests
+            for b, box in enumerate(request.boxes)
+            for shard in shards(request.source.meta, box)
+        ]
+        # Copies are short: more threads than cores would only pass the interpreter's lock around.
+        count = min(len(pieces), CORES)
+        groups = [pieces[k::count] for k in range(count)]
+        absent: dict[tuple[int, tuple[int, ...]], dict[int, Need]] = {}
+        for group, answers in zip(groups, self.each(self._copy, groups), strict=True):
+            for (request, b, shard), missing in zip(group, answers, strict=True):
+                meta = request.source.meta
+                for at in missing:
+                    wanted = absent.setdefault((id(request), shard), {})
+                    number = int(np.ravel_multi_index(at, meta.grid))
+                    place = [s * g + a for s, g, a in zip(shard, meta.grid, at, strict=True)]
+                    origin = tuple(p * c for p, c in zip(place, meta.chunk, strict=True))
+                    wanted.setdefault(number, Need(number, origin)).boxes.append(b)
+        by_id = {id(request): request for request in requests}
+        return [
+            _Part(request, shard, f"{request.source.root}/{request.source.meta.shard_key(shard)}", list(found.values()))
+            for (which, shard), found in absent.items()
+            for request in (by_id[which],)
+        ]
+
+    def _copy(self, pieces: Sequence[tuple[Request, int, tuple[int, ...]]]) -> list[list[tuple[int, ...]]]:
+        """Fill the part of a box that lies in one shard, for each piece; returns the chunks that are absent."""
+        answers = []
+        for request, b, shard in pieces:
+            meta, box = request.source.meta, request.boxes[b]
+            origin = tuple(a * s for a, s in zip(shard, meta.shard, strict=True))
+            into, inside = overlap(box, origin, meta.shard, meta.shape)
+            low, high = [part.start for part in inside], [part.stop for part in inside]
+            slab = self._slab(request.source, shard)
+            if slab is not None:
+                answers.append(slab.read(low, high, request.outs[b][into]))
+            else:
+                spans = (range(a // c, -(-z // c)) for a, z, c in zip(low, high, meta.chunk, strict=True))
+                answers.append(list(product(*spans)))
+        return answers
+
+    def _slab(self, source: Source, shard: tuple[int, ...]) -> Slab | None:
         if self._cache is None:
             return None
         meta = source.meta
-        name = f"{join(self._store.url, key)}|{source.content}"
-        return self._cache.slab(name, math.prod(meta.grid), math.prod(meta.chunk) * meta.chain.dtype.itemsize)
-
-    def _from_cache(self, part: _Part) -> Sequence[Need]:
-        """Take what the node has; returns the rest."""
-        source = part.request.source
-        slab = self._slab(source, part.key)
-        if slab is None:
-            return part.wanted
-        meta = source.meta
-        size = math.prod(meta.chunk) * meta.chain.dtype.itemsize
-        native = meta.chain.dtype.newbyteorder("=")
-        missed = []
-        for need in part.wanted:
-            buffer = self._scratch.take(size + 8)
-            if slab.read(need.number, buffer):
-                _scatter(part.request, need, np.frombuffer(buffer[:size], native).reshape(meta.chunk))
-            else:
-                missed.append(need)
-        return missed
+        name = f"{join(self._store.url, source.root)}/{meta.shard_key(shard)}|{source.content}"
+        part = tuple(min(s, n - a * s) for s, n, a in zip(meta.shard, meta.shape, shard, strict=True))
+        return self._cache.slab(name, part, meta.chunk, meta.chain.dtype.newbyteorder("="))
 
     def _locate(self, part: _Part) -> list[tuple[_Part, Range]]:
         """The ranges to fetch of one shard; a small shard is fetched and done with here."""
@@ -239,7 +262,7 @@ class Executor:
         """Check, decode, keep and hand out the chunks of one range."""
         source, key = part.request.source, part.key
         meta = source.meta
-        slab = self._slab(source, key)
+        slab = self._slab(source, part.shard)
         for need, start, stop in found.chunks:
             raw = data[start - found.start : stop - found.start]
             try:
@@ -253,8 +276,7 @@ class Executor:
                     raise self.corrupt(source, key, f"{place}: {error}") from error
             _scatter(part.request, need, chunk)
             if slab is not None:
-                native = np.ascontiguousarray(chunk, dtype=chunk.dtype.newbyteorder("="))
-                slab.write(need.number, native.reshape(-1).view(np.uint8))
+                slab.write(tuple(int(i) for i in np.unravel_index(need.number, meta.grid)), chunk)
 
 
 def _scatter(request: Request, need: Need, chunk: Array) -> None:

@@ -73,6 +73,15 @@ def needs(meta: ArrayMeta, boxes: Sequence[Box]) -> dict[tuple[int, ...], dict[i
     return found
 
 
+def shards(meta: ArrayMeta, box: Box) -> list[tuple[int, ...]]:
+    """Positions of the shards that hold any voxel of the box."""
+    spans = []
+    for start, stop, extent, shard in zip(box.start, box.stop, meta.shape, meta.shard, strict=True):
+        low, high = max(0, start), min(extent, stop)
+        spans.append(range(low // shard, -(-high // shard)) if low < high else range(0))
+    return list(product(*spans))
+
+
 def merge(wanted: Iterable[Need], index: Index, *, gap: int = GAP, most: int = MOST) -> list[Range]:
     """Ranges of one shard that together hold exactly the wanted chunks and gaps of at most `gap` bytes between them.
 

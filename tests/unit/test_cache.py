@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from storage.bytestore import open_store
-from storage.cache import NodeCache
+from storage.cache import NodeCache, Slab
 from storage.errors import ConfigError, NotFound
 from storage.layout import Layout
 from storage.testing import publish_phantoms
@@ -31,17 +31,31 @@ def voxels(seed: int) -> bytes:
     return np.random.default_rng(seed).bytes(N)
 
 
-def get(cache: NodeCache, key: str, number: int) -> bytes | None:
-    slab = cache.slab(key, 8, N)
+SHAPE, CHUNK = (8, 10, 10, 10), (1, 10, 10, 10)
+HEAD = 4096
+SLAB = 12288  # header and voxels, in whole blocks of the disk
+BOUND = 24 * SLAB  # of the tests that evict all the time
+
+
+def slab_of(cache: NodeCache, key: str) -> Slab:
+    slab = cache.slab(key, SHAPE, CHUNK, np.dtype(np.uint8))
     assert slab is not None
-    buffer = memoryview(bytearray(N + 8))
-    return bytes(buffer[:N]) if slab.read(number, buffer) else None
+    return slab
+
+
+def get(cache: NodeCache, key: str, number: int) -> bytes | None:
+    return take(slab_of(cache, key), number)
+
+
+def take(slab: Slab, number: int) -> bytes | None:
+    out = np.empty(CHUNK, np.uint8)
+    absent = slab.read((number, 0, 0, 0), (number + 1, 10, 10, 10), out)
+    assert absent in ([], [(number, 0, 0, 0)])
+    return None if absent else out.tobytes()
 
 
 def put(cache: NodeCache, key: str, number: int, data: bytes) -> None:
-    slab = cache.slab(key, 8, N)
-    assert slab is not None
-    slab.write(number, data)
+    slab_of(cache, key).write((number, 0, 0, 0), np.frombuffer(data, np.uint8).reshape(CHUNK))
 
 
 def files(path: Path) -> list[Path]:
@@ -60,30 +74,70 @@ def test_what_was_written_is_read_also_by_another_opener(tmp_path: Path) -> None
         assert get(cache, "b", 3) is None
 
 
-@pytest.mark.parametrize(
-    "at", [4096 + 3 * (N + 8), 4096 + 3 * (N + 8) + N - 1, 4096 + 4 * (N + 8) - 8, 4096 + 4 * (N + 8) - 1]
-)
-def test_a_damaged_slot_is_a_miss(tmp_path: Path, at: int) -> None:
-    put(NodeCache(tmp_path, 1 << 20), "a", 3, voxels(3))
+@pytest.mark.parametrize("at", [HEAD + 3 * N, HEAD + 4 * N - 1, 256 + 3 * 8, 256 + 3 * 8 + 7])
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_damaged_chunk_is_a_miss(tmp_path: Path, at: int, opened: bool) -> None:
+    cache = NodeCache(tmp_path, 1 << 20)
+    put(cache, "a", 3, voxels(3))
+    put(cache, "a", 4, voxels(4))
+    assert get(cache, "a", 3) == voxels(3)
     (path,) = files(tmp_path)
+    time.sleep(0.02)  # the file system's clock has ticked since the last write
     with path.open("r+b") as file:
         file.seek(at)
         byte = file.read(1)
         file.seek(at)
         file.write(bytes([byte[0] ^ 1]))
-    assert get(NodeCache(tmp_path, 1 << 20), "a", 3) is None
+    cache = cache if opened else NodeCache(tmp_path, 1 << 20)
+    assert get(cache, "a", 3) is None
+    assert get(cache, "a", 4) == voxels(4)
 
 
-def test_a_slot_in_the_place_of_another_is_a_miss(tmp_path: Path) -> None:
+def test_voxels_are_checked_again_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damage that leaves the time of change alone, as a failing disk does."""
+    monkeypatch.setattr("storage.cache.TRUST_S", 0.2)
+    cache = NodeCache(tmp_path, 1 << 20)
+    put(cache, "a", 3, voxels(3))
+    (path,) = files(tmp_path)
+    stat = path.stat()
+    with path.open("r+b") as file:
+        file.seek(HEAD + 3 * N + 5)
+        file.write(b"\x00\xff")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    time.sleep(0.25)
+    assert get(cache, "a", 3) is None
+
+
+def test_a_chunk_in_the_place_of_another_is_a_miss(tmp_path: Path) -> None:
     cache = NodeCache(tmp_path, 1 << 20)
     put(cache, "a", 3, voxels(3))
     (path,) = files(tmp_path)
     with path.open("r+b") as file:
-        file.seek(4096 + 3 * (N + 8))
-        slot = file.read(N + 8)
-        file.seek(4096 + 4 * (N + 8))
-        file.write(slot)
-    assert get(cache, "a", 4) is None
+        for at, size in ((HEAD, N), (256, 8)):
+            file.seek(at + 3 * size)
+            part = file.read(size)
+            file.seek(at + 4 * size)
+            file.write(part)
+    assert get(NodeCache(tmp_path, 1 << 20), "a", 4) is None
+
+
+def test_parts_of_chunks_and_a_ragged_shard(tmp_path: Path) -> None:
+    shape, chunk = (1, 7, 9, 5), (1, 3, 4, 5)
+    voxel = np.random.default_rng(0).integers(-999, 999, shape).astype(np.int16)
+    slab = NodeCache(tmp_path, 1 << 20).slab("a", shape, chunk, np.dtype(np.int16))
+    assert slab is not None
+    for at in np.ndindex(1, 3, 3, 1):
+        padded = np.full(chunk, 77, np.int16)
+        part = voxel[tuple(slice(a * c, a * c + c) for a, c in zip(at, chunk, strict=True))]
+        padded[tuple(slice(n) for n in part.shape)] = part
+        slab.write(at, padded)
+    generator = np.random.default_rng(1)
+    for _ in range(50):
+        low = [int(generator.integers(n)) for n in shape]
+        high = [int(generator.integers(a + 1, n + 1)) for a, n in zip(low, shape, strict=True)]
+        out = np.empty([b - a for a, b in zip(low, high, strict=True)], np.int16)
+        assert slab.read(low, high, out) == []
+        np.testing.assert_array_equal(out, voxel[tuple(map(slice, low, high))])
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "another header", "deleted", "directory"])
@@ -104,7 +158,7 @@ def test_a_damaged_slab_is_begun_anew(tmp_path: Path, damage: str) -> None:
         path.mkdir()
         with warnings.catch_warnings(record=True):
             warnings.simplefilter("always")
-            assert cache.slab("a", 8, N) is None
+            assert cache.slab("a", SHAPE, CHUNK, np.dtype(np.uint8)) is None
         return
     assert get(cache, "a", 3) is None
     put(cache, "a", 3, voxels(4))
@@ -112,49 +166,71 @@ def test_a_damaged_slab_is_begun_anew(tmp_path: Path, damage: str) -> None:
 
 
 def test_the_bound_holds_and_the_used_stay(tmp_path: Path) -> None:
-    bound = 1 << 19
+    bound = 40 * SLAB
     cache = NodeCache(tmp_path, bound)
     now = time.time()
-    for i in range(180):
+    for i in range(120):
         put(cache, f"shard-{i}", 0, voxels(i))
-        newest = max(files(tmp_path), key=lambda p: p.stat().st_ctime)
-        os.utime(newest, (now - 10_000 + i, now - 10_000 + i))
-        if i % 50 == 0:
-            assert cache.used_bytes() <= bound
-    assert cache.used_bytes() <= bound
-    kept = len(files(tmp_path))
-    assert kept > 50, "not everything goes"
-    assert get(cache, "shard-179", 0) == voxels(179)
+        newest = max(files(tmp_path), key=lambda p: p.stat().st_ctime_ns)
+        os.utime(newest, (now - 10_000 + i, newest.stat().st_mtime))
+        assert cache.used_bytes() <= bound
+    assert len(files(tmp_path)) > 25, "not everything goes"
+    assert get(cache, "shard-119", 0) == voxels(119)
     assert get(NodeCache(tmp_path, bound), "shard-0", 0) is None
+
+
+def test_use_keeps_a_slab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.cache.TOUCH_S", 0.0)
+    cache = NodeCache(tmp_path, 20 * SLAB)
+    for i in range(100):
+        put(cache, f"shard-{i}", 0, voxels(i))
+        assert get(cache, "shard-0", 0) == voxels(0)
+
+
+def test_a_shard_too_large_for_the_bound_is_not_cached(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert NodeCache(tmp_path, 2 * SLAB).slab("a", SHAPE, CHUNK, np.dtype(np.uint8)) is None
+    assert len(caught) == 1
+    assert files(tmp_path) == []
 
 
 def test_a_slab_evicted_under_a_reader_is_noticed(tmp_path: Path) -> None:
     cache = NodeCache(tmp_path, 1 << 20)
     put(cache, "a", 1, voxels(1))
-    slab = cache.slab("a", 8, N)
-    assert slab is not None
+    slab = slab_of(cache, "a")
     files(tmp_path)[0].unlink()
-    buffer = memoryview(bytearray(N + 8))
-    assert slab.read(1, buffer), "a reader that holds it may finish"
+    assert take(slab, 1) == voxels(1), "a reader that holds it may finish"
     assert get(cache, "a", 1) is None, "the next one sees that it is gone"
     put(cache, "a", 1, voxels(2))
     assert get(NodeCache(tmp_path, 1 << 20), "a", 1) == voxels(2)
 
 
+def test_few_slabs_are_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.cache.MAPPED_BYTES", 3 * SLAB)
+    cache = NodeCache(tmp_path, 1 << 20)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        for i in range(20):
+            put(cache, f"shard-{i}", 0, voxels(i))
+            assert get(cache, f"shard-{i}", 0) == voxels(i)
+    assert len(os.listdir("/proc/self/fd")) <= before + 2 * 4
+
+
 def _fill(path: str, seed: int, rounds: int) -> int:
     """Read and fill at random with a bound that forces eviction all the time; returns wrong reads."""
-    cache, generator, wrong = NodeCache(path, 300_000), np.random.default_rng(seed), 0
+    cache, generator, wrong = NodeCache(path, BOUND), np.random.default_rng(seed), 0
     for _ in range(rounds):
         shard, number = int(generator.integers(40)), int(generator.integers(8))
-        slab = cache.slab(f"s{shard}", 8, N)
+        slab = cache.slab(f"s{shard}", SHAPE, CHUNK, np.dtype(np.uint8))
         if slab is None:
             continue
-        buffer = memoryview(bytearray(N + 8))
         expected = voxels(shard * 8 + number)
-        if slab.read(number, buffer):
-            wrong += bytes(buffer[:N]) != expected
+        found = take(slab, number)
+        if found is None:
+            slab.write((number, 0, 0, 0), np.frombuffer(expected, np.uint8).reshape(CHUNK))
         else:
-            slab.write(number, expected)
+            wrong += found != expected
     return wrong
 
 
@@ -164,7 +240,7 @@ def test_processes_and_threads_fill_it_together(tmp_path: Path) -> None:
         others = pool.starmap_async(_fill, [(str(tmp_path), seed, 500) for seed in (1, 2)])
         assert sum(threads.map(lambda seed: _fill(str(tmp_path), seed, 150), (3, 4, 5, 6))) == 0
         assert sum(others.get(60)) == 0
-    assert NodeCache(tmp_path, 300_000).used_bytes() <= 300_000
+    assert NodeCache(tmp_path, BOUND).used_bytes() <= BOUND
     assert not list(tmp_path.rglob("*.new"))
 
 
@@ -250,6 +326,7 @@ def test_a_damaged_cache_is_read_again_from_the_store(published: str, tmp_path: 
     with VolumeStore(published, cache=NodeCache(tmp_path, 1 << 26)) as store:
         np.testing.assert_array_equal(store.read_volume("phantom-000"), expected)
         generator = np.random.default_rng(0)
+        time.sleep(0.02)
         for path in files(tmp_path):
             size = path.stat().st_size
             with path.open("r+b") as file:
@@ -275,7 +352,7 @@ def test_threads_share_one_store_and_cache(published: str, tmp_path: Path) -> No
     starts = [tuple(int(x) for x in generator.integers(0, 20, 3)) for _ in range(60)]
     before = threading.active_count()
     with (
-        VolumeStore(published, cache=NodeCache(tmp_path, 200_000), threads=4) as store,
+        VolumeStore(published, cache=NodeCache(tmp_path, 400_000), threads=4) as store,
         ThreadPoolExecutor(6) as pool,
     ):
         found = list(pool.map(lambda start: store.read(Crop("phantom-000", start, (20, 20, 20))), starts))
