@@ -127,7 +127,13 @@ class LabelledConfig(Config):
     subjects: int = Field(8, ge=2, description="labelled training subjects to use, drawn by `subjects_seed`")
     subjects_seed: int = Field(0, description="seed of that draw")
     inner: int = Field(2, ge=1, description="of those, subjects held out as the inner split that steers the search")
-    test_limit: int | None = Field(None, ge=1, description="most test subjects to evaluate; all when empty")
+    test_limit: int | None = Field(None, ge=1, description="most test volumes to evaluate; all when empty")
+
+    @model_validator(mode="after")
+    def _check_inner(self) -> Self:
+        if self.inner >= self.subjects:
+            raise ValueError(f"inner ({self.inner}) to be less than subjects ({self.subjects}); the rest train")
+        return self
 
 
 class SearchSpace(Config):

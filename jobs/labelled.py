@@ -29,10 +29,10 @@ def draw(manifest: Manifest, config: LabelledConfig) -> Subjects:
     for index in labelled.tolist():
         by_subject.setdefault(manifest.record(index).subject, []).append(index)
     names = sorted(by_subject)
-    if len(names) < config.subjects or config.inner >= config.subjects:
+    if len(names) < config.subjects:
         raise RefusedInput(
             f"labelled subjects of {config.data}",
-            expected=f"{config.subjects} with label {config.label!r} in the train split, {config.inner} of them inner",
+            expected=f"{config.subjects} with label {config.label!r} in the train split",
             found=str(len(names)),
             remedy="lower labelled.subjects or ingest more labelled volumes",
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cluster import jobclient
 from ssl_core.config import Config, dump_yaml
-from storage.errors import StackError
+from storage.errors import ConfigError, RefusedInput, StackError, TomoscaleError
 
 _RESUBMISSIONS = 3
 _PREFIX = re.compile(r"\x1b\[\d+m\((?:RayTrainWorker|one|trial)[^)]*\)\x1b\[0m ?")
@@ -44,7 +44,7 @@ def run(address: str, module: str, config: Config, name: str, *, show: Callable[
     """Submit, follow the log, and submit again when the driver was killed.
 
     Raises:
-        StackError: the job failed; names it and its last message.
+        TomoscaleError: the job failed; names it and its last line, and has its exit code.
     """
     for attempt in range(_RESUBMISSIONS + 1):
         submission = submit(address, module, config, name)
@@ -62,16 +62,36 @@ def run(address: str, module: str, config: Config, name: str, *, show: Callable[
         if job.status == "SUCCEEDED":
             return
         if not (job.status == "FAILED" and _was_killed(job.message)) or attempt == _RESUBMISSIONS:
-            raise StackError(
-                f"job {submission}",
-                expected="success",
-                found=f"{job.status}: {' '.join(job.message.split())[-300:]}",
-                remedy=f"the log is above, and again with: tomoscale jobs logs {submission}",
-            )
+            raise failure(submission, job.status, job.message)
         show(f"the driver of {submission} was killed; submitting again to go on from the last checkpoint")
 
 
+def failure(submission: str, status: str, message: str) -> TomoscaleError:
+    """The error of a job that failed by itself: of the kind that its driver's exit code names, with its last line."""
+    code = _exit_code(message)
+    kind = {ConfigError.exit_code: ConfigError, RefusedInput.exit_code: RefusedInput}.get(code or 0, StackError)
+    lines = [_PREFIX.sub("", line).strip() for line in message.splitlines()]
+    last = next((line for line in reversed(lines) if line and not _NOISE.search(line)), "")
+    return kind(
+        f"job {submission}",
+        expected="success",
+        found=f"{status}" + ("" if code is None else f" with exit code {code}") + (f": {last[-400:]}" if last else ""),
+        remedy=f"the log is above, and again with: tomoscale jobs logs {submission}",
+    )
+
+
+def _exit_code(message: str) -> int | None:
+    """The driver's exit code from Ray's message, negative for a signal; None where it never ran or was lost."""
+    code = re.match(r"Job entrypoint command failed with exit code (-?\d+)", message)
+    return int(code[1]) if code else None
+
+
 def _was_killed(message: str) -> bool:
-    """Whether a signal ended the driver, or Ray lost it, rather than an error of its own (exit codes 1, 2, 3)."""
-    code = re.search(r"exit code (-?\d+)", message)
-    return code is None or not 0 <= int(code[1]) < 128
+    """Whether a signal ended the driver, or Ray lost it, rather than an error of its own (exit codes 1, 2, 3).
+
+    A job that could not be scheduled or whose environment could not be made would fail again, so it does not count.
+    """
+    code = _exit_code(message)
+    if code is None:
+        return message.startswith(("Job supervisor actor died", "Unexpected error occurred"))
+    return not 0 <= code < 128
