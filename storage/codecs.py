@@ -18,7 +18,9 @@ from numcodecs import blosc, gzip, zstd
 
 Array = npt.NDArray[Any]
 Buffer = bytes | memoryview
-BLOSC_LEVEL = 3
+COMPRESSORS = {"zstd": 3, "lz4": 5}
+"""Blosc's compressors that are written, each with its level."""
+COMPRESSOR = "zstd"
 RESIDUE = 0x48674BC7
 
 
@@ -119,12 +121,12 @@ def parse_chain(codecs: Sequence[dict[str, Any]], dtype: np.dtype[Any], ndim: in
     return Chain(order, stored, tuple(steps))
 
 
-def default_codecs(dtype: np.dtype[Any]) -> list[dict[str, Any]]:
-    """The codec list this project writes, as Zarr v3 metadata."""
+def default_codecs(dtype: np.dtype[Any], compressor: str = COMPRESSOR) -> list[dict[str, Any]]:
+    """The codec list this project writes, as Zarr v3 metadata. Readers need not know the compressor: blosc says it."""
     settings = {
         "typesize": dtype.itemsize,
-        "cname": "zstd",
-        "clevel": BLOSC_LEVEL,
+        "cname": compressor,
+        "clevel": COMPRESSORS[compressor],
         "shuffle": "bitshuffle",
         "blocksize": 0,
     }
@@ -135,10 +137,10 @@ def default_codecs(dtype: np.dtype[Any]) -> list[dict[str, Any]]:
     ]
 
 
-def encode_default(chunk: Array) -> bytes:
+def encode_default(chunk: Array, compressor: str = COMPRESSOR) -> bytes:
     """One chunk through `default_codecs`."""
     little = np.ascontiguousarray(chunk, dtype=chunk.dtype.newbyteorder("<"))
-    packed = blosc.compress(little.reshape(-1), b"zstd", BLOSC_LEVEL, blosc.BITSHUFFLE)
+    packed = blosc.compress(little.reshape(-1), compressor.encode(), COMPRESSORS[compressor], blosc.BITSHUFFLE)
     return append_crc32c(bytes(packed))
 
 

@@ -9,6 +9,7 @@ that no edge chunk is mostly padding; a volume of one chunk or of few megabytes 
 from dataclasses import dataclass
 from math import ceil, prod
 
+from storage.codecs import COMPRESSOR, COMPRESSORS
 from storage.errors import ConfigError
 
 Triple = tuple[int, int, int]
@@ -19,12 +20,17 @@ SMALLEST_CHUNK, LARGEST_CHUNK = 16, 64
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Chunk and shard edges in voxels; each shard edge is a multiple of the chunk edge."""
+    """Chunk and shard edges in voxels, each shard edge a multiple of the chunk edge; and blosc's compressor."""
 
     chunk_DHW: Triple
     shard_DHW: Triple
+    compressor: str = COMPRESSOR
 
     def __post_init__(self) -> None:
+        if self.compressor not in COMPRESSORS:
+            raise ConfigError(
+                "layout", expected=f"a compressor among {', '.join(COMPRESSORS)}", found=repr(self.compressor)
+            )
         if any(c < 1 or s < c or s % c for c, s in zip(self.chunk_DHW, self.shard_DHW, strict=True)):
             raise ConfigError(
                 "layout",

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.bytestore import ByteStore, check_key
-from storage.codecs import encode_default
+from storage.codecs import COMPRESSOR, encode_default
 from storage.errors import ConfigError, RefusedInput
 from storage.intensity_stats import foreground_box, foreground_mask, foreground_stats
 from storage.layout import Layout, choose_layout
@@ -92,9 +92,10 @@ def write_volume(
     content = content_sha256(array_CDHW, labels)
     root = f"volumes/{volume_id}"
     chunk, shard = (1, *layout.chunk_DHW), (channels, *layout.shard_DHW)
-    _write_array(store, f"{root}/0", array_CDHW, shard, chunk, "czyx")
+    kind = layout.compressor
+    _write_array(store, f"{root}/0", array_CDHW, shard, chunk, "czyx", kind)
     for name, label in labels.items():
-        _write_array(store, f"{root}/labels/{name}/0", label, layout.shard_DHW, layout.chunk_DHW, "zyx")
+        _write_array(store, f"{root}/labels/{name}/0", label, layout.shard_DHW, layout.chunk_DHW, "zyx", kind)
         entry = {
             "version": "0.5",
             "multiscales": multiscales(name, "zyx", spacing),
@@ -179,7 +180,7 @@ def label_record(name: str, label_DHW: Array) -> LabelRecord:
     )
 
 
-def encode_shard(block: Array, chunk: tuple[int, ...], inside: tuple[int, ...]) -> bytes:
+def encode_shard(block: Array, chunk: tuple[int, ...], inside: tuple[int, ...], compressor: str = COMPRESSOR) -> bytes:
     """One shard: chunks along a space-filling curve, then the index.
 
     Args:
@@ -197,24 +198,23 @@ def encode_shard(block: Array, chunk: tuple[int, ...], inside: tuple[int, ...]) 
         if any(o >= n for o, n in zip(origin, inside, strict=True)):
             continue
         piece = block[tuple(slice(o, o + c) for o, c in zip(origin, chunk, strict=True))]
-        parts.append(encode_default(piece))
+        parts.append(encode_default(piece, compressor))
         entries[int(number)] = (at, len(parts[-1]))
         at += len(parts[-1])
     return b"".join(parts) + build_index(entries, math.prod(grid))
 
 
 def _write_array(
-    store: ByteStore, root: str, array: Array, shard: tuple[int, ...], chunk: tuple[int, ...], axes: str
+    store: ByteStore, root: str, array: Array, shard: tuple[int, ...], chunk: tuple[int, ...], axes: str, kind: str
 ) -> None:
-    fill = 0 if array.dtype.kind != "f" else 0.0
     for at in product(*(range(math.ceil(n / s)) for n, s in zip(array.shape, shard, strict=True))):
         part = array[tuple(slice(a * s, (a + 1) * s) for a, s in zip(at, shard, strict=True))]
         block = part
         if part.shape != shard:
             # Repeating the border compresses better than a constant and is never read.
             block = np.pad(part, [(0, s - n) for s, n in zip(shard, part.shape, strict=True)], mode="edge")
-        store.put(f"{root}/c/" + "/".join(map(str, at)), encode_shard(block, chunk, part.shape))
-    store.put(f"{root}/zarr.json", array_document(array.shape, shard, chunk, array.dtype, fill, axes))
+        store.put(f"{root}/c/" + "/".join(map(str, at)), encode_shard(block, chunk, part.shape, kind))
+    store.put(f"{root}/zarr.json", array_document(array.shape, shard, chunk, array.dtype, axes, kind))
 
 
 def _check_label(thing: str, name: str, label: Array, shape: Triple) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from storage.codecs import Chain, UnknownCodec, default_codecs, parse_chain
+from storage.codecs import COMPRESSOR, Chain, UnknownCodec, default_codecs, parse_chain
 from storage.errors import CorruptChunk, StoreError
 
 DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "float16", "float32")
@@ -61,12 +61,17 @@ def default_meta(shape: Sequence[int], shard: Sequence[int], chunk: Sequence[int
 
 
 def array_document(
-    shape: Sequence[int], shard: Sequence[int], chunk: Sequence[int], dtype: np.dtype[Any], fill: float, axes: str
+    shape: Sequence[int],
+    shard: Sequence[int],
+    chunk: Sequence[int],
+    dtype: np.dtype[Any],
+    axes: str,
+    compressor: str = COMPRESSOR,
 ) -> bytes:
-    """`zarr.json` of a sharded array in our codecs."""
+    """`zarr.json` of a sharded array in our codecs; `axes` has one letter an axis. Fill value 0, which no reader needs."""
     inner = {
         "chunk_shape": list(chunk),
-        "codecs": default_codecs(dtype),
+        "codecs": default_codecs(dtype, compressor),
         "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
         "index_location": "end",
     }
@@ -78,7 +83,7 @@ def array_document(
             "data_type": dtype.name,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shard)}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-            "fill_value": float(fill) if dtype.kind == "f" else int(fill),
+            "fill_value": 0.0 if dtype.kind == "f" else 0,
             "codecs": [{"name": "sharding_indexed", "configuration": inner}],
             "dimension_names": list(axes),
             "attributes": {},
