@@ -18,7 +18,7 @@ from storage.errors import StackError
 Progress = Callable[[str], None]
 START_TIMEOUT_S = 120.0
 _LEAST_FREE_BYTES = 2 * 1024**3
-_GRACE_S = {"ray": 10.0, "mlflow": 5.0, "s3": 2.0}
+_GRACE_S = {"ray": 5.0, "mlflow": 4.0, "s3": 2.0}  # jobs were asked before; weed never ends by itself
 TITLES = {"s3": "S3 (SeaweedFS)", "mlflow": "MLflow", "ray": "Ray"}
 
 
