@@ -1,6 +1,5 @@
 """The main job, end to end on real parts: volumes in, a registered segmenter and a report out."""
 
-import json
 import os
 import platform
 import shutil
@@ -21,6 +20,7 @@ from cluster import stack
 from jobs import entry, presets, report, submit, tracking
 from jobs.configs import FinetuneJobConfig, PretrainConfig, TuneConfig
 from jobs.ingest import ingest
+from jobs.text import to_json
 from ssl_core.config import dump_yaml, parse
 from storage import cohort
 from storage.errors import ConfigError, TomoscaleError
@@ -123,7 +123,7 @@ class Demo:
         summary = self._summary(title, simulated, url, found, pre, searched, tuned, predicted, configs)
         page = self.out / "report.html"
         _write(page, report.render(summary, {"views": views, **previews}, {"views": caption, **captions}))
-        _write(self.out / "summary.json", json.dumps(summary, indent=2, default=str))
+        _write(self.out / "summary.json", to_json(summary))
         self.say("")
         self.say(report.text(summary))
         if simulated:

@@ -88,7 +88,9 @@ def dice_figure(cases: Sequence[Mapping[str, Any]]) -> bytes:
             whiskerprops={"color": _INK},
             capprops={"color": _INK},
         )
-        axis.scatter(i + jitter, values[start], s=15, color=_COLOURS[i - 1], alpha=0.85, zorder=3, lw=0)
+        axis.scatter(
+            i + jitter, values[start], s=15, color=_COLOURS[(i - 1) % len(_COLOURS)], alpha=0.85, zorder=3, lw=0
+        )
     axis.set_xticks(range(1, len(starts) + 1), starts)
     axis.set_ylabel("Dice of a test case\n(mean of labels and seeds)")
     return _png(figure, axis)

@@ -1,23 +1,40 @@
 """Tables, JSON and progress for a person at a terminal or a log."""
 
+import itertools
 import json
+import math
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from typing import Any
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Left-aligned columns; numbers right-aligned."""
-    cells = [[_cell(value) for value in row] for row in rows]
-    widths = [max(len(str(h)), *(len(row[i]) for row in cells)) if cells else len(h) for i, h in enumerate(header)]
+    """Left-aligned columns; numbers right-aligned. Cells may have several lines, see `wrap`."""
+    cells = [[_cell(value).split("\n") for value in row] for row in rows]
+    widths = [max(len(str(h)), *(len(part) for row in cells for part in row[i]), 0) for i, h in enumerate(header)]
     numeric = [all(isinstance(row[i], int | float) or row[i] is None for row in rows) for i in range(len(header))]
 
     def line(values: Sequence[str]) -> str:
         aligned = [v.rjust(w) if right else v.ljust(w) for v, w, right in zip(values, widths, numeric, strict=True)]
         return "  ".join(aligned).rstrip()
 
-    return "\n".join([line(list(header)), line(["-" * w for w in widths]), *(line(row) for row in cells)])
+    body = [line(values) for row in cells for values in itertools.zip_longest(*row, fillvalue="")]
+    return "\n".join([line(list(header)), line(["-" * w for w in widths]), *body])
+
+
+def wrap(text: str, width: int) -> str:
+    """The text on lines of at most `width` characters, paragraphs kept apart and code words whole."""
+    paragraphs = (" ".join(p.split()) for p in text.split("\n\n"))
+    folded = (textwrap.fill(p, max(20, width), break_long_words=False, break_on_hyphens=False) for p in paragraphs)
+    return "\n\n".join(folded)
+
+
+def columns() -> int:
+    """Characters of a line here: the terminal's, 100 where there is none, never more than are easy to read."""
+    return min(120, shutil.get_terminal_size((100, 24)).columns)
 
 
 def _cell(value: Any) -> str:
@@ -30,7 +47,20 @@ def _cell(value: Any) -> str:
 
 def emit(data: Any, as_json: bool, text: str) -> None:
     """Print `data` as JSON when asked, else the text."""
-    print(json.dumps(data, indent=2, default=str) if as_json else text)
+    print(to_json(data) if as_json else text)
+
+
+def to_json(data: Any) -> str:
+    """JSON that every reader takes: what is not finite becomes null, what JSON does not know becomes text."""
+    return json.dumps(_finite(data), indent=2, default=str, allow_nan=False)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 class Progress:
