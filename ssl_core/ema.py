@@ -33,3 +33,12 @@ def momentum_at(step: int, max_steps: int, start: float) -> float:
     """Cosine from `start` at step 0 to 1 at `max_steps`: 1 - (1 - start) (1 + cos(pi k / K)) / 2 (BYOL, 2006.07733)."""
     done = min(step / max(max_steps, 1), 1.0)
     return 1 - (1 - start) * (1 + math.cos(math.pi * done)) / 2
+
+
+def short_run_momentum(step: int, max_steps: int, start: float) -> float:
+    """`momentum_at`, but never above (1 + k) / (10 + k).
+
+    Our choice: a target that averages over more steps than there have been is mostly its random start, and short runs
+    would spend themselves on predicting it.
+    """
+    return min(momentum_at(step, max_steps, start), (1 + step) / (10 + step))

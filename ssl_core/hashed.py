@@ -3,8 +3,6 @@
 An integer hash in place of a generator: a sample gets the same numbers in any batch, on any rank and any device.
 """
 
-import hashlib
-
 import torch
 from torch import Tensor
 
@@ -13,21 +11,34 @@ _MASK = 0xFFFFFFFF
 
 def uniforms(seed: int, sample_B: Tensor, purpose: str, count: int) -> Tensor:
     """`count` numbers in the open interval (0, 1) for each sample, (B, count), float64, on the samples' device."""
-    digest = hashlib.blake2b(repr((seed, purpose)).encode(), digest_size=4).digest()
-    key = int.from_bytes(digest, "little")
-    sample = sample_B.long()
-    stream_B = _mix(_mix((sample & _MASK) ^ key) + (sample >> 32))
-    index = torch.arange(count, device=sample.device)
-    words = _mix(_mix(stream_B[:, None] ^ index * 0x9E3779B1 & _MASK) + stream_B[:, None])
+    stream_B = _stream(seed, sample_B, purpose)
+    index = torch.arange(count, device=sample_B.device)
+    words = _mix(_mix(stream_B[:, None] ^ (index * 0x9E3779B1 & _MASK)) + stream_B[:, None])
     return (words.double() + 0.5) / 2.0**32
 
 
 def of(values: Tensor, sample_B: Tensor, seed: int, purpose: str) -> Tensor:
     """One number in (0, 1) for each integer of `values` (B, ...), the same wherever the integer occurs in a sample."""
-    digest = hashlib.blake2b(repr((seed, purpose)).encode(), digest_size=4).digest()
-    stream_B = _mix(sample_B.long() & _MASK ^ int.from_bytes(digest, "little"))
-    stream = stream_B.view(-1, *(1,) * (values.dim() - 1))
+    stream = _stream(seed, sample_B, purpose).view(-1, *(1,) * (values.dim() - 1))
     return (_mix(_mix((values.long() & _MASK) ^ stream) + stream).double() + 0.5) / 2.0**32
+
+
+def _stream(seed: int, sample_B: Tensor, purpose: str) -> Tensor:
+    """A 32-bit word for each sample."""
+    sample = sample_B.long()
+    word = _mix(_mix(sample) + (sample >> 32))
+    # Two keys, so that one seed's sample meets another seed's sample in one of them at most.
+    for start in (0x811C9DC5, 0x050C5D1F):
+        word = _mix(word + _key(start, seed, purpose))
+    return word
+
+
+def _key(start: int, seed: int, purpose: str) -> int:
+    """FNV-1a over the seed's bytes and the purpose; plain arithmetic, which `torch.compile` can follow."""
+    key = start
+    for byte in [(seed >> shift) & 0xFF for shift in range(0, 64, 8)] + [ord(letter) for letter in purpose]:
+        key = ((key ^ byte) * 0x01000193) & _MASK
+    return key
 
 
 def _mix(x: Tensor) -> Tensor:

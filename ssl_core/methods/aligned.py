@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ssl_core.align import sample_features, shared_points
 from ssl_core.backbones.base import Backbone
-from ssl_core.ema import follow, momentum_at, target_of
+from ssl_core.ema import follow, short_run_momentum, target_of
 from ssl_core.heads import Norm, PixelHead, head
 from ssl_core.losses.cosine import distance, masked_mean
 from ssl_core.losses.restoration import Kind, restoration
@@ -69,7 +69,10 @@ class Aligned(nn.Module):
         out: int = Field(default=256, ge=1, description="Embedding width; our choice (CVA: 2048)")
         norm: Norm = Field(default="batch", description="Norm in the heads, over the global batch and positions")
         ema_start: float = Field(
-            default=0.99, ge=0, le=1, description="Momentum at step 0, cosine to 1; our choice (CVA: 0.995)"
+            default=0.99,
+            ge=0,
+            le=1,
+            description="Momentum, on a cosine to 1, lower in the first steps; our choice (CVA: 0.995)",
         )
 
         @model_validator(mode="after")
@@ -126,7 +129,7 @@ class Aligned(nn.Module):
         """Moves the target towards the online network."""
         if not self.config.w_consistency:
             return
-        momentum = momentum_at(ctx.step, ctx.max_steps, self.config.ema_start)
+        momentum = short_run_momentum(ctx.step, ctx.max_steps, self.config.ema_start)
         follow(self.target_backbone, self.backbone, momentum)
         follow(self.target_projectors, self.projectors, momentum)
 

@@ -5,7 +5,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_core.backbones.base import Backbone
-from ssl_core.ema import follow, momentum_at, target_of
+from ssl_core.ema import follow, short_run_momentum, target_of
 from ssl_core.heads import Norm, head
 from ssl_core.losses.cosine import distance
 from ssl_core.methods.base import (
@@ -29,7 +29,7 @@ class BYOL(nn.Module):
     Idea: an online network predicts the embedding that a moving average of itself gives to another crop of the scan.
 
     Formula: L = mean of |q(x1) - sg z(x2)|^2 + |q(x2) - sg z(x1)|^2 with unit vectors, in [0, 8]; weights of the target
-    move as xi <- m xi + (1 - m) theta, m on a cosine from `ema_start` to 1.
+    move as xi <- m xi + (1 - m) theta, m on a cosine from `ema_start` to 1, and at most (1 + k) / (10 + k) at step k.
 
     Traps: nothing but the predictor, the moving average and the norms keeps it from collapsing, so watch `feature_std`;
     m = 0.996 over a few hundred steps leaves the target near its random start.
@@ -47,7 +47,10 @@ class BYOL(nn.Module):
         out: int = Field(default=256, ge=1, description="Embedding width; BYOL's 256")
         norm: Norm = Field(default="batch", description="Norm in the heads, over the global batch; BYOL")
         ema_start: float = Field(
-            default=0.99, ge=0, le=1, description="Momentum at step 0, cosine to 1; our choice (BYOL: 0.996)"
+            default=0.99,
+            ge=0,
+            le=1,
+            description="Momentum, on a cosine to 1, lower in the first steps; our choice (BYOL: 0.996)",
         )
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
@@ -76,7 +79,7 @@ class BYOL(nn.Module):
 
     def after_step(self, ctx: StepContext) -> None:
         """Moves the target towards the online network."""
-        momentum = momentum_at(ctx.step, ctx.max_steps, self.config.ema_start)
+        momentum = short_run_momentum(ctx.step, ctx.max_steps, self.config.ema_start)
         follow(self.target_backbone, self.backbone, momentum)
         follow(self.target_projector, self.projector, momentum)
 

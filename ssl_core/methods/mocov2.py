@@ -103,8 +103,10 @@ class MoCoV2(nn.Module):
         self.queue_KE[place] = key.to(self.queue_KE.dtype)
         self.queue_volume_K[place] = volume
         self.queue_next.copy_((self.queue_next + len(key)) % self.config.queue)
-        follow(self.target_backbone, self.backbone, self.config.momentum)
-        follow(self.target_projector, self.projector, self.config.momentum)
+        # A young target follows faster, as in `short_run_momentum`.
+        momentum = min(self.config.momentum, (1 + ctx.step) / (10 + ctx.step))
+        follow(self.target_backbone, self.backbone, momentum)
+        follow(self.target_projector, self.projector, momentum)
 
     def encoder(self) -> Backbone:
         """The online backbone."""

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ssl_core.align import sample_features, shared_points
 from ssl_core.backbones.base import Backbone
-from ssl_core.ema import follow, momentum_at, target_of
+from ssl_core.ema import follow, short_run_momentum, target_of
 from ssl_core.heads import Norm, head
 from ssl_core.losses.cosine import distance, masked_mean
 from ssl_core.methods.base import (
@@ -66,7 +66,7 @@ class PGL(nn.Module):
             default=0.99,
             ge=0,
             le=1,
-            description="Momentum at step 0, cosine to 1; our choice for short runs (BYOL: 0.996)",
+            description="Momentum, on a cosine to 1, lower in the first steps; our choice for short runs (BYOL: 0.996)",
         )
         w_global: float = Field(default=0.0, ge=0, description="Weight of BYOL's loss on pooled features; our choice")
 
@@ -106,7 +106,7 @@ class PGL(nn.Module):
 
     def after_step(self, ctx: StepContext) -> None:
         """Moves the target towards the online network."""
-        momentum = momentum_at(ctx.step, ctx.max_steps, self.config.ema_start)
+        momentum = short_run_momentum(ctx.step, ctx.max_steps, self.config.ema_start)
         follow(self.target_backbone, self.backbone, momentum)
         follow(self.target_projector, self.projector, momentum)
         if self.config.w_global:

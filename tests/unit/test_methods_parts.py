@@ -8,7 +8,7 @@ from torch import nn
 
 from ssl_core import hashed
 from ssl_core.backbones.base import Level
-from ssl_core.ema import follow, momentum_at, target_of
+from ssl_core.ema import follow, momentum_at, short_run_momentum, target_of
 from ssl_core.heads import PixelHead, head
 from ssl_core.masking import block_mask
 from ssl_core.norm import GlobalBatchNorm, globalise
@@ -64,6 +64,11 @@ def test_batch_norms_inside_a_network_are_replaced_under_their_names() -> None:
 def test_momentum_follows_a_cosine_to_one() -> None:
     found = [momentum_at(k, 400, 0.996) for k in (0, 100, 200, 300, 400, 500)]
     assert found == pytest.approx([0.996, 0.9965858, 0.998, 0.9994142, 1.0, 1.0], abs=1e-7)
+
+
+def test_a_young_target_follows_faster_and_an_old_one_by_the_cosine() -> None:
+    assert [short_run_momentum(k, 10**6, 0.99) for k in (0, 8, 90)] == pytest.approx([0.1, 0.5, 0.91])
+    assert short_run_momentum(5000, 10**4, 0.99) == momentum_at(5000, 10**4, 0.99)
 
 
 def test_the_target_follows_exactly_and_takes_no_gradient() -> None:
