@@ -1,5 +1,7 @@
-"""What the documentation says is there: configs parse, commands parse, links resolve, quoted tests exist, examples run."""
+"""What the documentation says is there: configurations and commands parse, links resolve, quoted tests exist."""
 
+import argparse
+import json
 import os
 import re
 import shlex
@@ -7,15 +9,22 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from jobs import cli, configs
-from ssl_core.config import Config, load
-from ssl_core.methods.base import method_names
+from ssl_core.config import Config, load, resolved
+from ssl_core.engine import EngineConfig
+from ssl_core.finetune import FinetuneConfig
+from ssl_core.intensity import IntensityPolicy
+from ssl_core.methods.base import Crops, method_names
 from storage.errors import ConfigError
+from storage.ingest_policy import IngestPolicy
+from storage.readers.raw import ReadPolicy
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -26,21 +35,70 @@ KINDS: dict[str, type[Config]] = {
     "finetune": configs.FinetuneJobConfig,
     "ingest": configs.IngestConfig,
 }
+REFERENCE = ROOT / "docs/reference-configs.md"
+MARKED = r"<!-- {} -->\n(.*?)<!-- end -->"
+TABLES: tuple[type[BaseModel], ...] = (
+    configs.PretrainConfig,
+    configs.BackboneConfig,
+    IntensityPolicy,
+    configs.StreamConfig,
+    EngineConfig,
+    configs.ClusterConfig,
+    Crops,
+    configs.TuneConfig,
+    configs.SearchSpace,
+    configs.FinetuneJobConfig,
+    configs.LabelledConfig,
+    FinetuneConfig,
+    configs.IngestConfig,
+    IngestPolicy,
+    ReadPolicy,
+)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 def page_id(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+def table(model: type[BaseModel]) -> str:
+    """The keys of a configuration as a table, in the order of their definition."""
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for name, field in model.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        if isinstance(default, BaseModel):
+            shown = f"see `{type(default).__name__}`"
+        else:
+            shown = "required" if field.is_required() else f"`{json.dumps(default)}`"
+        rows.append(f"| `{name}` | {shown} | {field.description or ''} |".replace("|  |", "| |"))
+    return "\n".join(rows) + "\n"
+
+
+def _value(new: str, _match: re.Match[str]) -> str:
+    return new
+
+
+def update_reference() -> None:
+    """Write every table of the reference anew."""
+    text = read(REFERENCE)
+    for model in TABLES:
+        new = f"<!-- {model.__name__} -->\n{table(model)}<!-- end -->"
+        text = re.sub(MARKED.format(model.__name__), partial(_value, new), text, flags=re.DOTALL)
+    REFERENCE.write_text(text, encoding="utf-8")
+
+
 def blocks(page: Path, language: str) -> list[str]:
-    return [body for name, body in FENCE.findall(page.read_text(encoding="utf-8")) if name == language]
+    return [body for name, body in FENCE.findall(read(page)) if name == language]
 
 
 def words_after_tomoscale(page: Path) -> list[list[str]]:
     """The words after each `tomoscale` that is written as code: in a fence or between backticks."""
-    text = page.read_text(encoding="utf-8")
+    text = read(page)
     code = [line for _, body in FENCE.findall(text) for line in body.splitlines()]
     code += re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
     found = [re.findall(r"(?:^|[\s(/\"])tomoscale +([^`#]*)", line) for line in code if "import" not in line]
@@ -56,9 +114,9 @@ def verbs() -> dict[str, set[str]]:
     return chosen
 
 
-def _choices(parser):  # type: ignore[no-untyped-def]
-    nested = [a.choices for a in parser._actions if a.nargs == "A..."]
-    return nested[0] if nested else {}
+def _choices(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    nested = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return dict(nested[0].choices) if nested else {}
 
 
 def kind_of(data: dict[str, object]) -> str:
@@ -73,7 +131,7 @@ def kind_of(data: dict[str, object]) -> str:
 @pytest.mark.parametrize("path", EXAMPLES, ids=page_id)
 def test_example_configs_are_valid(path: Path) -> None:
     kind = path.stem.partition("_")[0]
-    assert load(KINDS[kind], path).name
+    assert resolved(load(KINDS[kind], path))["name"]
 
 
 def test_there_is_an_example_for_each_job_that_takes_a_config() -> None:
@@ -128,15 +186,24 @@ def test_every_command_in_a_shell_block_parses(page: Path, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_make_target_that_is_named_exists(page: Path) -> None:
+    targets = set(re.findall(r"^([\w-]+):", read(ROOT / "Makefile"), re.MULTILINE))
+    code = [line for _, body in FENCE.findall(read(page)) for line in body.splitlines()]
+    code += re.findall(r"`([^`\n]+)`", FENCE.sub("", read(page)))
+    named = [word for line in code if line.startswith("make ") for word in shlex.split(line, comments=True)[1:]]
+    assert {word for word in named if re.fullmatch(r"[a-z][a-z-]*", word)} <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_example_configs_that_are_named_exist(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
+    text = read(page)
     named = set(re.findall(r"^[^#\n]*?(examples/configs/[\w.-]+\.yaml)", text, re.MULTILINE))
     assert {name for name in named if not (ROOT / name).is_file()} == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_links_resolve(page: Path) -> None:
-    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    text = FENCE.sub("", read(page))
     for target in LINK.findall(text) + re.findall(r"src=\"([^\"]+)\"", text):
         if "://" in target or target.startswith("mailto:"):
             continue
@@ -150,40 +217,41 @@ def test_links_resolve(page: Path) -> None:
 
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as forges make them."""
-    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    text = FENCE.sub("", read(page))
     titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_every_page_is_reached_from_the_index() -> None:
-    text = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    text = read(ROOT / "docs/index.md")
     linked = {(ROOT / "docs" / target.partition("#")[0]).resolve() for target in LINK.findall(text)}
     missing = [page.name for page in ROOT.glob("docs/*.md") if page.name != "index.md" and page not in linked]
     assert missing == []
 
 
 def test_tests_that_the_guarantees_quote_exist() -> None:
-    text = (ROOT / "docs/explain-guarantees.md").read_text(encoding="utf-8")
+    text = read(ROOT / "docs/explain-guarantees.md")
     quoted = re.findall(r"\[`(test_\w+)`\]\(\.\./([\w/.]+)\)", text)
     assert len(quoted) > 20
     assert len(quoted) == len(re.findall(r"`test_\w+`", text)), "a test is quoted without its file"
-    missing = [f"{file}: {name}" for name, file in quoted if f"def {name}(" not in (ROOT / file).read_text(encoding="utf-8")]
+    missing = [f"{file}: {name}" for name, file in quoted if f"def {name}(" not in read(ROOT / file)]
     assert missing == []
 
 
 def test_methods_that_the_readme_rates_are_the_registered_ones() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = read(ROOT / "README.md")
     section = text.partition("## What is certain about the methods")[2].partition("\n## ")[0]
-    rated = {name for row in re.findall(r"^\| (`.+?) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    rated = {
+        name for row in re.findall(r"^\| (`.+?) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
+    }
     assert rated == set(method_names())
 
 
-@pytest.mark.parametrize("key", ["PretrainConfig", "TuneConfig", "FinetuneJobConfig", "IngestConfig"])
-def test_the_reference_lists_every_key(key: str) -> None:
-    text = (ROOT / "docs/reference-configs.md").read_text(encoding="utf-8")
-    section = text.partition(f"`{key}`")[2].partition("\n## ")[0]
-    listed = set(re.findall(r"^\| `(\w+)`", section, re.MULTILINE))
-    assert set(getattr(configs, key).model_fields) <= listed
+@pytest.mark.parametrize("model", TABLES, ids=lambda model: model.__name__)
+def test_the_reference_lists_every_key_with_its_default_and_meaning(model: type[BaseModel]) -> None:
+    text = read(REFERENCE)
+    (written,) = re.findall(MARKED.format(model.__name__), text, re.DOTALL)
+    assert written == table(model), "bring it up to date: python -m tests.unit.test_docs"
 
 
 def test_unknown_keys_are_refused_as_the_reference_says() -> None:
@@ -218,3 +286,7 @@ def test_the_method_of_the_how_to_meets_the_contract(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\b1\d passed", done.stdout), done.stdout
+
+
+if __name__ == "__main__":
+    update_reference()
