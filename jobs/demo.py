@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from cluster import stack
+from cluster import services, stack
 from jobs import entry, presets, report, submit, tracking
 from jobs.configs import FinetuneJobConfig, PretrainConfig, TuneConfig
 from jobs.ingest import ingest
@@ -82,6 +82,8 @@ class Demo:
         try:
             with self._stage("stack"):
                 info = stack.up(self.state, progress=self.say)
+            for key in services.UNSET:
+                os.environ.pop(key, None)
             os.environ.update(stack.environment(self.state))
             self.memory = Memory(self.state)
             return self._work(info.jobs_address)

@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from cluster import stack
+from cluster import services, stack
 from cluster.state import default_dir
 from storage.errors import StackError
 
@@ -28,9 +28,11 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def use_stack(arguments: argparse.Namespace) -> None:
-    """Point this process at the local stack, if one is up; what is already set in the environment stays."""
+    """Point this process at the local stack, if one is up; what else is set in the environment stays."""
     folder = state_dir(arguments)
     if stack.status(folder).running:
+        for key in services.UNSET:  # keys of another store in the environment would beat the stack's profile
+            os.environ.pop(key, None)
         for key, value in stack.environment(folder).items():
             os.environ.setdefault(key, value)
 

@@ -4,7 +4,7 @@ import argparse
 import shlex
 import sys
 
-from cluster import doctor, stack
+from cluster import doctor, services, stack
 from jobs.commands.common import add_json, add_state, state_dir, use_stack
 from jobs.text import emit, table
 
@@ -60,6 +60,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _env(arguments: argparse.Namespace) -> int:
+    print(f"unset {' '.join(services.UNSET)}")
     for key, value in stack.environment(state_dir(arguments)).items():
         print(f"export {key}={shlex.quote(value)}")
     return 0

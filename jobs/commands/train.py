@@ -1,13 +1,12 @@
 """methods, plan, pretrain, tune, finetune."""
 
 import argparse
-import inspect
 import os
 from pathlib import Path
 from typing import Any
 
 from jobs.commands.common import add_json, add_state, job_address, use_stack
-from jobs.text import emit, table
+from jobs.text import emit
 
 _MODULES = {"pretrain": "jobs.pretrain", "tune": "jobs.tune", "finetune": "jobs.finetune"}
 _HELP = {
@@ -21,6 +20,8 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register the verbs."""
     methods = verbs.add_parser("methods", help="list the methods, or explain one")
     methods.add_argument("name", nargs="?", help="a method")
+    methods.add_argument("--markdown", action="store_true", help="as a page of the documentation")
+    methods.add_argument("--out", type=Path, metavar="DIR", help="write the pages of all methods there, in Markdown")
     add_json(methods)
     methods.set_defaults(run=_methods)
     plan = verbs.add_parser("plan", help="print the resolved configuration of a job")
@@ -54,29 +55,25 @@ def _load(kind: str, arguments: argparse.Namespace) -> Any:
 
 
 def _methods(arguments: argparse.Namespace) -> int:
-    import ssl_core.methods  # noqa: F401  registers them
-    from ssl_core.methods.base import method_class, method_names
+    from jobs import method_pages as pages
+    from jobs.text import columns
+    from ssl_core.methods.base import method_names
 
-    if arguments.name:
-        kind = method_class(arguments.name)
-        rows = [(name, str(field.default), field.description or "") for name, field in kind.Config.model_fields.items()]
-        page = inspect.getdoc(inspect.getmodule(kind)) or inspect.getdoc(kind) or ""
-        text = f"{arguments.name}\n\n{page}\n\n{table(('setting', 'default', 'meaning and source'), rows)}"
-        data = {
-            "name": arguments.name,
-            "text": page,
-            "settings": [dict(zip(("name", "default", "text"), r, strict=True)) for r in rows],
-        }
-        emit(data, arguments.json, text)
-        return 0
-    found = [(name, _summary(method_class(name))) for name in method_names()]
-    emit([{"name": n, "text": s} for n, s in found], arguments.json, table(("method", "idea"), found))
+    name = arguments.name
+    if arguments.out is not None:
+        for path in pages.write_pages(arguments.out):
+            print(path)
+    elif arguments.markdown:
+        print(pages.markdown_page(name) if name else pages.markdown_index(), end="")
+    elif name:
+        keys = ("name", "default", "text")
+        rows = [dict(zip(keys, row, strict=True)) for row in pages.settings(name)]
+        data = {"name": name, "idea": pages.idea(name), "text": pages.description(name), "settings": rows}
+        emit(data, arguments.json, pages.text_page(name, columns()))
+    else:
+        found = [{"name": n, "text": pages.idea(n)} for n in method_names()]
+        emit(found, arguments.json, pages.text_index(columns()))
     return 0
-
-
-def _summary(kind: type) -> str:
-    text = inspect.getdoc(inspect.getmodule(kind)) or inspect.getdoc(kind) or ""
-    return text.split("\n", 1)[0]
 
 
 def _plan(arguments: argparse.Namespace) -> int:
