@@ -63,9 +63,10 @@ def markdown_page(name: str) -> str:
             parts.append(f"## {_SECTIONS[start]}")
             text = text.removeprefix(start).strip() if start.endswith(":") else text
         parts.append(_inline(text[:1].upper() + text[1:] if start else text, name))
-    rows = [
-        (f"`{key}`", f"`{value}`", _inline(meaning, name).replace("|", "\\|")) for key, value, meaning in settings(name)
-    ]
+    rows = []
+    for key, value, meaning in settings(name):
+        shown = value if value == _BELOW else f"`{value}`"
+        rows.append((f"`{key}`", shown, _inline(meaning, name).replace("|", "\\|")))
     parts += [
         "## Settings",
         f"Below `method:` of a configuration, beside `name: {name}`.",

@@ -1,0 +1,49 @@
+from pathlib import Path
+
+import pytest
+
+from jobs import cli, method_pages
+from ssl_core.methods.base import method_class, method_names
+
+PAGES = Path(__file__).parents[2] / "docs/methods"
+
+
+def test_the_pages_are_those_that_the_code_makes() -> None:
+    made = method_pages.markdown_pages()
+    assert {path.name for path in PAGES.iterdir()} == set(made)
+    stale = [name for name, text in made.items() if (PAGES / name).read_text(encoding="utf-8") != text]
+    assert stale == [], "run `tomoscale methods --markdown --out docs/methods`"
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_a_page_has_all_parts_and_every_setting(name: str) -> None:
+    page = method_pages.markdown_page(name)
+    heads = [line[3:] for line in page.splitlines() if line.startswith("## ")]
+    assert heads == ["Idea", "Formula", "Traps", "Cost", "When", "Settings"]
+    rows = [line.split(" | ") for line in page.replace("\\|", "/").splitlines() if line.startswith("| `")]
+    assert {row[0].strip("|` ") for row in rows} >= set(method_class(name).Config.model_fields)
+    assert all(len(row) == 3 and len(row[2]) > 4 for row in rows)
+
+
+@pytest.mark.parametrize("name", [*method_names(), ""])
+def test_a_terminal_of_100_columns_shows_all_of_it(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert cli.main(["methods", *([name] if name else [])]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    wanted = method_pages.description(name) if name else method_names()[0]
+    assert " ".join(wanted.split()) in " ".join(" ".join(lines).split())
+
+
+def test_settings_within_settings_are_listed_with_this_methods_defaults() -> None:
+    found = {key: default for key, default, _ in method_pages.settings("pgl")}
+    assert found["crops.scale"] == "[1.1, 1.4]"
+    assert found["feature_level"] == "unset"
+
+
+def test_writing_the_pages_writes_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["methods", "--out", str(tmp_path / "new")]) == 0
+    assert {path.name for path in (tmp_path / "new").iterdir()} == set(method_pages.markdown_pages())
+    assert str(tmp_path / "new" / "index.md") in capsys.readouterr().out
