@@ -24,11 +24,11 @@ COMPRESSOR = "zstd"
 RESIDUE = 0x48674BC7
 
 
-class Damaged(ValueError):
+class DamagedError(ValueError):
     """Bytes that do not decode to what the metadata promise; the caller adds the volume and the key."""
 
 
-class UnknownCodec(ValueError):
+class UnknownCodecError(ValueError):
     """A codec, or a setting of one, that this reader does not know."""
 
 
@@ -55,7 +55,7 @@ class Chain:
             scratch: Where given, the result may lie in its memory, valid until its next use.
 
         Raises:
-            Damaged: checksum, compressed stream or size is wrong.
+            DamagedError: checksum, compressed stream or size is wrong.
         """
         data: Any = raw
         expected = math.prod(shape) * self.dtype.itemsize
@@ -71,9 +71,9 @@ class Chain:
                 else:
                     data = gzip.GZip().decode(data)
             except (RuntimeError, ValueError, EOFError, OSError, zlib.error) as error:
-                raise Damaged(f"{step} cannot decode it: {error}") from error
+                raise DamagedError(f"{step} cannot decode it: {error}") from error
         if len(data) != expected:
-            raise Damaged(f"{len(data)} decoded bytes where {expected} belong")
+            raise DamagedError(f"{len(data)} decoded bytes where {expected} belong")
         flat: Array = np.frombuffer(data, dtype=self.dtype)
         if self.order is None:
             return flat.reshape(shape)
@@ -98,7 +98,7 @@ def parse_chain(codecs: Sequence[dict[str, Any]], dtype: np.dtype[Any], ndim: in
     """Read the `codecs` list of Zarr v3 metadata.
 
     Raises:
-        UnknownCodec: names the codec or the setting.
+        UnknownCodecError: names the codec or the setting.
     """
     order: tuple[int, ...] | None = None
     steps: list[str] = []
@@ -115,9 +115,9 @@ def parse_chain(codecs: Sequence[dict[str, Any]], dtype: np.dtype[Any], ndim: in
         elif name in ("blosc", "zstd", "gzip", "crc32c") and stored is not None:
             steps.append(name)
         else:
-            raise UnknownCodec(f"codec {name!r}; known are transpose, bytes, blosc, zstd, gzip, crc32c")
+            raise UnknownCodecError(f"codec {name!r}; known are transpose, bytes, blosc, zstd, gzip, crc32c")
     if stored is None:
-        raise UnknownCodec("a codec list without 'bytes'")
+        raise UnknownCodecError("a codec list without 'bytes'")
     return Chain(order, stored, tuple(steps))
 
 
@@ -158,24 +158,24 @@ def strip_crc32c(data: Buffer) -> memoryview:
     """Data without its trailing CRC32C.
 
     Raises:
-        Damaged: the checksum does not match.
+        DamagedError: the checksum does not match.
     """
     if len(data) < 4:
-        raise Damaged(f"{len(data)} bytes where a checksum alone takes 4")
+        raise DamagedError(f"{len(data)} bytes where a checksum alone takes 4")
     # Data followed by their own CRC have a CRC that is the same for all data, which saves cutting the tail off first.
     if int(google_crc32c.value(data if isinstance(data, bytes) else bytes(data))) != RESIDUE:
-        raise Damaged("the CRC32C does not match")
+        raise DamagedError("the CRC32C does not match")
     return memoryview(data)[:-4]
 
 
 def _unblosc(data: Buffer, expected: int, scratch: Scratch | None) -> Any:
     # The header's sizes are checked first: the decoder trusts them.
     if len(data) < 16:
-        raise Damaged(f"{len(data)} bytes where a blosc header alone takes 16")
+        raise DamagedError(f"{len(data)} bytes where a blosc header alone takes 16")
     view = memoryview(data)
     unpacked, packed = int.from_bytes(view[4:8], "little"), int.from_bytes(view[12:16], "little")
     if unpacked != expected or packed != len(view):
-        raise Damaged(f"a blosc frame of {packed} bytes for {unpacked}, where {len(view)} for {expected} belong")
+        raise DamagedError(f"a blosc frame of {packed} bytes for {unpacked}, where {len(view)} for {expected} belong")
     if scratch is None:
         return blosc.decompress(data)
     return blosc.decompress(data, scratch.take(expected))

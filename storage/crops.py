@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from storage.bytestore import ByteStore, join
 from storage.cache import NodeCache, Slab
-from storage.codecs import Damaged, Scratch
+from storage.codecs import DamagedError, Scratch
 from storage.errors import CorruptChunk, NotFound
 from storage.readplan import Box, Need, Range, merge, needs, overlap, shards
 from storage.shardindex import Index, parse_index
@@ -226,10 +226,10 @@ class Executor:
 
         try:
             return self._parse(meta, read(), None)
-        except Damaged:
+        except DamagedError:
             try:  # once more: it may have been damaged on the way
                 return self._parse(meta, read(), None)
-            except Damaged as error:
+            except DamagedError as error:
                 raise self.corrupt(source, key, f"shard index: {error}") from error
 
     def _whole(self, source: Source, key: str) -> tuple[Index, bytes]:
@@ -242,10 +242,10 @@ class Executor:
 
         try:
             return read()
-        except Damaged:
+        except DamagedError:
             try:
                 return read()
-            except Damaged as error:
+            except DamagedError as error:
                 raise self.corrupt(source, key, f"shard index: {error}") from error
 
     @staticmethod
@@ -267,11 +267,11 @@ class Executor:
             raw = data[start - found.start : stop - found.start]
             try:
                 chunk = meta.chain.decode(raw, meta.chunk, self._scratch)
-            except Damaged:
+            except DamagedError:
                 try:  # once more: it may have been damaged on the way
                     raw = self.checked(source, key, lambda a=start, b=stop: self._store.get_range(key, a, b))  # type: ignore[misc]
                     chunk = meta.chain.decode(raw, meta.chunk, self._scratch)
-                except Damaged as error:
+                except DamagedError as error:
                     place = f"chunk {need.number}, bytes [{start}, {stop})"
                     raise self.corrupt(source, key, f"{place}: {error}") from error
             _scatter(part.request, need, chunk)

@@ -1,7 +1,7 @@
 """An HTTP proxy on loopback that misbehaves on command, to test what a client makes of a bad network or server.
 
-It stands between a client and a real server: `proxy.inject(Status(503), times=3)` answers the next three requests itself;
-everything else passes byte for byte. With `latency_s` alone it is a long way to the server, for benchmarks.
+It stands between a client and a real server: `proxy.inject(Status(503), times=3)` answers the next three requests
+itself; everything else passes byte for byte. With `latency_s` alone it is a long way to the server, for benchmarks.
 """
 
 import asyncio
@@ -166,6 +166,8 @@ class FaultProxy:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
+        # asyncio does this by itself only for sockets that were made with the protocol spelled out.
+        writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         upstream: asyncio.StreamWriter | None = None
         try:
             answers: asyncio.StreamReader | None = None

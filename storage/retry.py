@@ -16,7 +16,7 @@ T = TypeVar("T")
 ATTEMPT_S, CONNECT_S = 30.0, 5.0
 
 
-class Transient(Exception):
+class TransientError(Exception):
     """Raised by an attempt that may succeed when repeated: 5xx, 429, reset, timeout, truncated body."""
 
 
@@ -74,7 +74,7 @@ def retry(
     sleep: Callable[[float], None] = time.sleep,
     uniform: Callable[[float, float], float] = random.uniform,
 ) -> T:
-    """Call `attempt` until it returns or raises anything but `Transient`, or the deadline would be passed.
+    """Call `attempt` until it returns or raises anything but `TransientError`, or the deadline would be passed.
 
     A new attempt starts only if it can run its full `attempt_s` before the deadline, so the deadline is an upper bound.
 
@@ -87,7 +87,7 @@ def retry(
         tries += 1
         try:
             return attempt()
-        except Transient as error:
+        except TransientError as error:
             spent = clock() - start
             room = policy.deadline_s - policy.attempt_s - spent
             wait = min(room, uniform(0.0, min(policy.cap_s, policy.first_s * 2.0 ** min(tries - 1, 30))))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from storage.codecs import Damaged, append_crc32c, strip_crc32c
+from storage.codecs import DamagedError, append_crc32c, strip_crc32c
 
 MISSING = np.iinfo(np.uint64).max
 Index = npt.NDArray[np.int64]
@@ -27,18 +27,18 @@ def parse_index(raw: bytes, chunks: int, *, crc: bool, size: int | None = None) 
         size: The object's size where it is known, to check offsets against.
 
     Raises:
-        Damaged: wrong size or checksum, or a chunk outside the object.
+        DamagedError: wrong size or checksum, or a chunk outside the object.
     """
     expected = 16 * chunks + (4 if crc else 0)
     if len(raw) != expected:
-        raise Damaged(f"a shard of {len(raw)} bytes where its index alone takes {expected}")
+        raise DamagedError(f"a shard of {len(raw)} bytes where its index alone takes {expected}")
     body: Any = strip_crc32c(raw) if crc else raw
     pairs = np.frombuffer(body, dtype="<u8").reshape(chunks, 2)
     missing = (pairs[:, 0] == MISSING) & (pairs[:, 1] == MISSING)
     limit = np.uint64(2**62 if size is None else size)
     wrong = ~missing & ((pairs[:, 0] > limit) | (pairs[:, 1] > limit) | (pairs[:, 0] + pairs[:, 1] > limit))
     if wrong.any():
-        raise Damaged("an index entry that points outside the object")
+        raise DamagedError("an index entry that points outside the object")
     index = pairs.astype(np.int64)
     index[missing] = (-1, 0)
     return index
@@ -53,11 +53,11 @@ def build_index(entries: dict[int, tuple[int, int]], chunks: int) -> bytes:
 
 
 def curve_order(grid: tuple[int, ...]) -> npt.NDArray[np.int64]:
-    """Chunk numbers (C order) along a Hilbert curve of the last three axes; chunks that differ in earlier axes only adjoin.
+    """Chunk numbers (C order) along a Hilbert curve of the last three axes; those that differ in earlier axes adjoin.
 
     The format leaves the order inside a shard free. A 96^3 crop of 32^3 chunks then lies in 13 runs of bytes, where the
-    Z-order of other writers gives 21 and C order 16; with gaps of up to 64 KiB fetched as well, 9 runs and 15 % more
-    bytes. The index of a point follows Skilling, "Programming the Hilbert curve", AIP Conf. Proc. 707, 381 (2004).
+    Z-order of other writers gives 21 and C order 16. The index of a point follows Skilling, "Programming the Hilbert
+    curve", AIP Conf. Proc. 707, 381 (2004).
     """
     lead, last = grid[:-3], grid[-3:]
     x = [axis.astype(np.int64) for axis in np.indices(last).reshape(len(last), -1)]

@@ -1,6 +1,7 @@
-"""What other backends and stores can be tested with: a public contract and phantom volumes; see also `storage.faultproxy`.
+"""What other backends and stores are tested with: a public contract and phantom volumes.
 
-Needs pytest. `StoreContract` is subclassed by a test class that gives the fixture `store`.
+Needs pytest. `StoreContract` is subclassed by a test class that gives the fixture `store`. See also
+`storage.faultproxy`.
 """
 
 from collections.abc import Callable, Sequence
@@ -175,7 +176,7 @@ def publish_phantoms(
     channels: int = 1,
     labelled: bool = True,
 ) -> tuple[Manifest, dict[str, npt.NDArray[np.int16]]]:
-    """Write and publish one phantom a shape, two thirds of them for training; returns the manifest and the arrays by id."""
+    """Write and publish one phantom a shape, two thirds of them for training; returns manifest and arrays by id."""
     store = open_store(url)
     records, arrays = [], {}
     for i, shape in enumerate(shapes_DHW):

@@ -59,7 +59,7 @@ Progress = Callable[[int, int, int], None]
 """Called with volumes done, volumes in all, decoded bytes so far."""
 
 
-def verify(url: str, progress: Progress | None = None, *, fingerprint: str | None = None, threads: int = 8) -> Report:
+def verify(url: str, progress: Progress | None = None, *, fingerprint: str | None = None, threads: int = 16) -> Report:
     """Read every volume of the published manifest and compare it with its digest. Holds one volume in memory.
 
     Raises:

@@ -1,7 +1,7 @@
 """Reading crops of volumes: planned, merged, concurrent and checked range reads.
 
-A crop comes back as exactly the stored voxels, or as an error that names volume and key. Nothing is substituted: padding
-is added only where a crop reaches beyond its volume.
+A crop comes back as exactly the stored voxels, or as an error that names volume and key. Nothing is substituted:
+padding is added only where a crop reaches beyond its volume.
 """
 
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ class VolumeStore:
         url: The data set's URL.
         manifest: The manifest to read by; the published one where not given.
         cache: On-disk cache of this node.
-        threads: Requests in flight, each decoded by the thread that fetched it.
+        threads: Requests in flight, each decoded by the thread that fetched it; they mostly wait for the store.
         gap, most: See `storage.readplan`.
     """
 
@@ -66,7 +66,7 @@ class VolumeStore:
         manifest: Manifest | None = None,
         *,
         cache: NodeCache | None = None,
-        threads: int = 8,
+        threads: int = 16,
         gap: int = GAP,
         most: int = MOST,
     ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from storage.codecs import COMPRESSOR, Chain, UnknownCodec, default_codecs, parse_chain
+from storage.codecs import COMPRESSOR, Chain, UnknownCodecError, default_codecs, parse_chain
 from storage.errors import CorruptChunk, StoreError
 
 DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "float16", "float32")
@@ -68,7 +68,7 @@ def array_document(
     axes: str,
     compressor: str = COMPRESSOR,
 ) -> bytes:
-    """`zarr.json` of a sharded array in our codecs; `axes` has one letter an axis. Fill value 0, which no reader needs."""
+    """`zarr.json` of a sharded array in our codecs; `axes` has one letter an axis. No reader needs the fill value."""
     inner = {
         "chunk_shape": list(chunk),
         "codecs": default_codecs(dtype, compressor),
@@ -164,7 +164,7 @@ def parse_array(document: bytes, thing: str) -> ArrayMeta:
         raise CorruptChunk(thing, expected="shards that are multiples of chunks", found=f"{shard} and {chunk}")
     try:
         chain = parse_chain(settings["codecs"], np.dtype(type_name), len(shape))
-    except (UnknownCodec, KeyError, TypeError) as error:
+    except (UnknownCodecError, KeyError, TypeError) as error:
         raise StoreError(thing, expected="codecs this reader knows", found=str(error)) from error
     return ArrayMeta(shape, shard, chunk, chain, settings.get("index_location", "end") == "end", len(index) == 2)
 

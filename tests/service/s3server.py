@@ -1,4 +1,4 @@
-"""A real S3 server (SeaweedFS) for tests: on loopback, with credentials, in a temporary directory, ended with the test."""
+"""A real S3 server (SeaweedFS) for tests: on loopback, with credentials, in a temporary directory."""
 
 import json
 import os
@@ -148,7 +148,7 @@ class S3Server:
         self.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
         # The server puts its sockets into the temporary folder of the machine whatever TMPDIR says.
-        for port in (twin for port in self._ports for twin in (port, port + 10000)):
+        for port in [twin for base in self._ports for twin in (base, base + 10000)]:
             for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
                 left.unlink(missing_ok=True)
 

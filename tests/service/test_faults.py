@@ -1,4 +1,4 @@
-"""Reads and writes against a real S3 server behind a proxy that misbehaves: the same bytes, or an error with its name."""
+"""Reads and writes against a real S3 server behind a misbehaving proxy: the same bytes, or an error with a name."""
 
 import threading
 import time

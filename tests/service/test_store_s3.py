@@ -5,11 +5,16 @@ import time
 import uuid
 from pathlib import Path
 
+import numpy as np
 import pytest
+import zarr
 
 from storage.bytestore import ByteStore, open_store
 from storage.errors import StoreError
-from storage.testing import StoreContract
+from storage.layout import Layout
+from storage.testing import StoreContract, phantom_label, publish_phantoms
+from storage.verify import verify
+from storage.volumes import VolumeStore
 from tests.service.s3server import ADMIN, READER, S3Server
 
 pytestmark = pytest.mark.service
@@ -62,6 +67,28 @@ def test_credentials_and_endpoint_come_from_files(
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_PROFILE", "lab")
     assert open_store(f"s3://{s3_environment.bucket}/f").get("x") == b"-"
+
+
+def test_stock_zarr_reads_a_volume_from_s3(s3_environment: S3Server) -> None:
+    url = f"s3://{s3_environment.bucket}/{uuid.uuid4().hex}"
+    _, arrays = publish_phantoms(url, [(40, 50, 60)], layout=Layout((16, 16, 16), (48, 64, 64)))
+    options = {
+        "key": ADMIN[0],
+        "secret": ADMIN[1],
+        "client_kwargs": {"endpoint_url": s3_environment.endpoint, "region_name": "us-east-1"},
+    }
+    group = zarr.open_group(f"{url}/volumes/phantom-000", mode="r", storage_options=options)
+    np.testing.assert_array_equal(group["0"][:], arrays["phantom-000"])  # type: ignore[index]
+    np.testing.assert_array_equal(group["labels/tissue/0"][:], phantom_label(arrays["phantom-000"]))  # type: ignore[index]
+
+
+def test_verify_and_read_on_s3(s3_environment: S3Server) -> None:
+    url = f"s3://{s3_environment.bucket}/{uuid.uuid4().hex}"
+    _, arrays = publish_phantoms(url, [(40, 50, 60), (20, 20, 20)], layout=Layout((16, 16, 16), (32, 32, 64)))
+    assert verify(url).ok
+    with VolumeStore(url) as store:
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(store.read_volume(name), array)
 
 
 def test_a_pickled_store_holds_no_secret(s3_environment: S3Server) -> None:

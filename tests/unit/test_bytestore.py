@@ -4,18 +4,22 @@ import os
 import pickle
 import threading
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from storage.bytestore import ByteStore, FileStore, join, open_store
 from storage.errors import ConfigError, NotFound, StoreError
 from storage.fsspecstore import FsspecStore
+from storage.layout import Layout
 from storage.retry import RetryPolicy
-from storage.testing import StoreContract
+from storage.testing import StoreContract, publish_phantoms
+from storage.volumes import VolumeStore
 
 
 class TestFile(StoreContract):
@@ -137,14 +141,25 @@ class _Ranges(SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
 
-def test_http_reads_and_does_not_write(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "x").write_bytes(b"0123456789")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Ranges, directory=str(tmp_path)))
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The URL of a plain file server."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Ranges, directory=str(folder)))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        store = open_store(f"http://127.0.0.1:{server.server_port}/folder")
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_http_reads_and_does_not_write(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "x").write_bytes(b"0123456789")
+    with served(tmp_path) as url:
+        store = open_store(f"{url}/folder")
         assert store.get("x") == b"0123456789"
         assert store.get_range("x", 2, 5) == b"234"
         assert store.get_ranges("x", [(0, 1), (4, 6)]) == [b"0", b"45"]
@@ -154,7 +169,9 @@ def test_http_reads_and_does_not_write(tmp_path: Path) -> None:
             store.get("y")
         with pytest.raises(StoreError, match="read-only"):
             store.put("y", b"-")
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+
+
+def test_a_data_set_is_read_over_http(tmp_path: Path) -> None:
+    _, arrays = publish_phantoms(tmp_path.as_uri(), [(40, 50, 60)], layout=Layout((16, 16, 16), (48, 64, 64)))
+    with served(tmp_path) as url, VolumeStore(url) as store:
+        np.testing.assert_array_equal(store.read_volume("phantom-000"), arrays["phantom-000"])

@@ -5,7 +5,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.readplan import Box, Need, merge, needs, overlap, plan
@@ -31,6 +31,7 @@ def boxes_in(draw: st.DrawFn, meta: ArrayMeta) -> list[Box]:
     return out
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_needs_are_exactly_the_chunks_with_a_wanted_voxel(data: st.DataObject) -> None:
     meta = data.draw(metas())
@@ -51,6 +52,7 @@ def test_needs_are_exactly_the_chunks_with_a_wanted_voxel(data: st.DataObject) -
     assert found == expected
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_chunks_fill_a_box_exactly_once(data: st.DataObject) -> None:
     meta = data.draw(metas())
@@ -71,6 +73,7 @@ def test_chunks_fill_a_box_exactly_once(data: st.DataObject) -> None:
         assert out[place] == (array[voxel] if inside_array else -1)
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 50), min_size=1, max_size=30),
     seed=st.integers(0, 2**32 - 1),

@@ -318,6 +318,7 @@ def test_unknown_names_are_not_found(published: tuple[str, dict[str, Any]]) -> N
             store.read(Crop("phantom-000", (0, 0, 0), (4, 0, 4)))
 
 
+@settings(deadline=None)
 @given(
     shape=st.tuples(*[st.integers(1, 700)] * 3),
     crop=st.tuples(*[st.integers(1, 256)] * 3),
