@@ -43,7 +43,7 @@ def guarded(main: Callable[[Sequence[str]], int]) -> int:
 
 def quiet() -> None:
     """Keep the log for what a reader can act on: libraries speak from warnings upwards, and not of deprecations."""
-    for name in ("ray", "botocore", "mlflow", "optuna", "alembic"):
+    for name in ("ray", "ray.train", "ray.tune", "botocore", "mlflow", "optuna", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"(mlflow|monai|ray|torch)(\.|$)")
 
