@@ -60,10 +60,12 @@ def parse(kind: type[C], data: dict[str, Any], name: str = "config") -> C:
         thing = f"{name}: {path}" if path else name
         if first["type"] == "extra_forbidden":
             near = difflib.get_close_matches(str(first["loc"][-1]), list(_field_names(kind)), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "remove it; `tomoscale plan CONFIG` prints every key"
-            raise ConfigError(thing, expected="a known key", found=f"unknown key {first['loc'][-1]!r}", remedy=hint) from error
+            hint = f"did you mean {near[0]!r}?" if near else "remove it; `tomoscale plan KIND CONFIG` prints every key"
+            found = f"unknown key {first['loc'][-1]!r}"
+            raise ConfigError(thing, expected="a known key", found=found, remedy=hint) from error
         if first["type"] == "missing":
-            raise ConfigError(thing, expected="a value", found="none", remedy="set it in the file or as key=value") from error
+            remedy = "set it in the file or as key=value"
+            raise ConfigError(thing, expected="a value", found="none", remedy=remedy) from error
         message = first["msg"].removeprefix("Value error, ")
         raise ConfigError(thing, expected=message, found=repr(first.get("input"))[:120]) from error
 

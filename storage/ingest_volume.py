@@ -116,8 +116,8 @@ def quantise(
     """Values as int16 with value = stored * scale + offset.
 
     Whole numbers that span at most 65,535 are stored exactly (offset 0 where int16 holds them as they are). CT that is
-    no longer whole is rounded to 1 HU. Everything else is spread over the int16 range; half a step stays below 1e-4 of the
-    robust range p99.5 - p0.5, for which outliers beyond 12 such ranges are clipped, with a note.
+    no longer whole is rounded to 1 HU. Everything else is spread over the int16 range; half a step stays below 1e-4 of
+    the robust range p99.5 - p0.5, for which outliers beyond 12 such ranges are clipped, with a note.
     """
     low, high = float(values_CDHW.min()), float(values_CDHW.max())
     whole = whole or (high - low <= 65535 and bool((values_CDHW == np.rint(values_CDHW)).all()))
