@@ -1,8 +1,9 @@
-"""bench reads | overhead."""
+"""bench reads | loader | step | overhead."""
 
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,24 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     reads = names.add_parser("reads", help="crop reads: ours and peers, local and from S3")
     reads.add_argument("--quick", action="store_true", help="about two minutes")
     reads.add_argument("--peers", nargs="+", help="only these")
-    reads.add_argument(
-        "--store", metavar="URL", help="s3:// prefix to measure on (default: the local stack's, when up)"
+    loader = names.add_parser("loader", help="does the stream keep a trainer fed: data wait, throughput, memory")
+    loader.add_argument("--quick", action="store_true", help="about two minutes")
+    for action in (reads, loader):
+        action.add_argument(
+            "--store", metavar="URL", help="s3:// prefix to measure on (default: the local stack's, when up)"
+        )
+    step = names.add_parser("step", help="what a training step costs, by method, backbone and device")
+    step.add_argument("--quick", action="store_true", help="small views and few steps")
+    # Comma-separated, since settings follow: a list by spaces would take them for its own.
+    step.add_argument("--methods", type=_names, default=[], metavar="A,B", help="only these")
+    step.add_argument("--backbones", type=_names, default=["basic_unet"], metavar="A,B", help="default basic_unet")
+    step.add_argument(
+        "--devices", type=_names, default=[], metavar="A,B", help="such as cpu,cuda; default: all there are"
     )
+    step.add_argument("--size", type=int, nargs=3, metavar=("D", "H", "W"), help="voxels of a view (default 64 64 64)")
+    step.add_argument("--batch", type=int, help="samples a step (default 4)")
+    step.add_argument("--steps", type=int, help="steps measured (default 10)")
+    step.add_argument("overrides", nargs="*", metavar="key=value", help="of the engine, such as precision=bf16")
     overhead = names.add_parser(
         "overhead", help="Ray Train beside torchrun: step time and data wait, two processes each"
     )
@@ -27,7 +43,7 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     overhead.add_argument("--rounds", type=int, default=3)
     overhead.add_argument("--steps", type=int, default=60)
     overhead.add_argument("--address", metavar="URL", help="job server; the local stack's when empty")
-    for action, run in ((reads, _reads), (overhead, _overhead)):
+    for action, run in ((reads, _reads), (loader, _loader), (step, _step), (overhead, _overhead)):
         action.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there")
         add_json(action)
         add_state(action)
@@ -37,10 +53,40 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
 def _reads(arguments: argparse.Namespace) -> int:
     from storage.bench.reads import bench_reads, format_reads
 
-    use_stack(arguments)
-    url = arguments.store or ("s3://volumes/bench-reads" if "AWS_ENDPOINT_URL_S3" in os.environ else None)
+    url = _prefix(arguments)
     result = bench_reads(arguments.quick, arguments.peers, url, arguments.out, progress=_say)
     emit(result, arguments.json, format_reads(result))
+    return 0
+
+
+def _loader(arguments: argparse.Namespace) -> int:
+    from storage.bench.loader import bench_loader, format_loader
+
+    result = bench_loader(arguments.quick, _prefix(arguments), arguments.out, progress=_say)
+    emit(result, arguments.json, format_loader(result))
+    return 0
+
+
+def _step(arguments: argparse.Namespace) -> int:
+    from ssl_core.bench.step import Row, bench_step
+    from ssl_core.bench.step import table as step_table
+    from ssl_core.config import load
+    from ssl_core.engine import EngineConfig
+    from ssl_core.methods.base import method_names
+
+    size, batch, steps = ((32, 32, 32), 2, 3) if arguments.quick else ((64, 64, 64), 4, 10)
+    result = bench_step(
+        arguments.methods or method_names(),
+        arguments.backbones,
+        devices=arguments.devices,
+        say=_say,
+        size_DHW=tuple(arguments.size or size),
+        batch=arguments.batch or batch,
+        steps=arguments.steps or steps,
+        engine_settings=load(EngineConfig, {}, arguments.overrides).model_dump(exclude_unset=True),
+    )
+    _write(arguments.out, result)
+    emit(result, arguments.json, step_table([Row(**row) for row in result["rows"]]))
     return 0
 
 
@@ -60,10 +106,22 @@ def _overhead(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _prefix(arguments: argparse.Namespace) -> str | None:
+    """Where to measure S3: as told, else on the local stack, else nowhere."""
+    use_stack(arguments)
+    given: str | None = arguments.store
+    return given or (f"s3://volumes/bench-{arguments.name}" if "AWS_ENDPOINT_URL_S3" in os.environ else None)
+
+
 def _write(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
         path.write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
 def _say(line: str) -> None:
-    print(line, flush=True)
+    """Progress goes beside the result, so that `--json` can be piped."""
+    print(line, file=sys.stderr, flush=True)
