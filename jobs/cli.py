@@ -1,7 +1,9 @@
 """The command line. Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 refused input."""
 
 import argparse
+import contextlib
 import os
+import select
 import signal
 import sys
 import traceback
@@ -30,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     try:
         code: int | None = arguments.run(arguments)
+        sys.stdout.flush()  # a reader that went away shows here, and not when the interpreter ends
         return code or 0
     except TomoscaleError as error:
         print(f"tomoscale: {error}", file=sys.stderr)
@@ -39,10 +42,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("tomoscale: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of our output went away, as with `| head`; nothing is wrong.
-        sys.stderr.close()
-        return 0
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_gone():
+            return 128 + signal.SIGPIPE  # as with `| head`: nothing to say, and nobody to say it to
+        name = f"{error.filename}: " if error.filename else ""
+        print(f"tomoscale: {name}{error.strerror or error}", file=sys.stderr)
+        if os.environ.get("TOMOSCALE_TRACEBACK"):
+            traceback.print_exc()
+        return 1
+
+
+def _reader_gone() -> bool:
+    """Whether our output or messages went into a pipe that nobody reads any more; if so, the rest goes nowhere."""
+    gone = False
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a stream without a file, as in a notebook
+            look = select.poll()
+            look.register(stream.fileno(), 0)
+            if any(event & (select.POLLERR | select.POLLHUP) for _, event in look.poll(0)):
+                gone = True
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return gone
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
