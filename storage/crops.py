@@ -159,9 +159,10 @@ class Executor:
                 for at in missing:
                     wanted = absent.setdefault((id(request), shard), {})
                     number = int(np.ravel_multi_index(at, meta.grid))
-                    place = [s * g + a for s, g, a in zip(shard, meta.grid, at, strict=True)]
-                    origin = tuple(p * c for p, c in zip(place, meta.chunk, strict=True))
-                    wanted.setdefault(number, Need(number, origin)).boxes.append(b)
+                    place = (s * g + a for s, g, a in zip(shard, meta.grid, at, strict=True))
+                    origin = [p * c for p, c in zip(place, meta.chunk, strict=True)]
+                    part = overlap(request.boxes[b], origin, meta.chunk, meta.shape)
+                    wanted.setdefault(number, Need(number)).parts.append((b, *part))
         by_id = {id(request): request for request in requests}
         return [
             _Part(request, shard, f"{request.source.root}/{request.source.meta.shard_key(shard)}", list(found.values()))
@@ -263,6 +264,7 @@ class Executor:
         source, key = part.request.source, part.key
         meta = source.meta
         slab = self._slab(source, part.shard)
+        outs = part.request.outs
         for need, start, stop in found.chunks:
             raw = data[start - found.start : stop - found.start]
             try:
@@ -274,16 +276,10 @@ class Executor:
                 except DamagedError as error:
                     place = f"chunk {need.number}, bytes [{start}, {stop})"
                     raise self.corrupt(source, key, f"{place}: {error}") from error
-            _scatter(part.request, need, chunk)
+            for b, into, out_of in need.parts:
+                outs[b][into] = chunk[out_of]
             if slab is not None:
                 slab.write(tuple(int(i) for i in np.unravel_index(need.number, meta.grid)), chunk)
-
-
-def _scatter(request: Request, need: Need, chunk: Array) -> None:
-    meta = request.source.meta
-    for b in need.boxes:
-        into, out_of = overlap(request.boxes[b], need.origin, meta.chunk, meta.shape)
-        request.outs[b][into] = chunk[out_of]
 
 
 class Recent(Generic[T]):

@@ -27,19 +27,16 @@ class Box:
     stop: tuple[int, ...]
 
 
+Part = tuple[int, tuple[slice, ...], tuple[slice, ...]]
+"""Number of a box, the voxels of its array that a chunk fills, and the voxels of the chunk that fill them."""
+
+
 @dataclass(slots=True)
 class Need:
-    """One chunk that has to be decoded.
-
-    Args:
-        number: Its place in the shard's index.
-        origin: Its first voxel in the array.
-        boxes: Numbers of the boxes that want a part of it.
-    """
+    """One chunk that has to be decoded: its place in the shard's index, and what wants a part of it."""
 
     number: int
-    origin: tuple[int, ...]
-    boxes: list[int] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +55,29 @@ def needs(meta: ArrayMeta, boxes: Sequence[Box]) -> dict[tuple[int, ...], dict[i
     """
     found: dict[tuple[int, ...], dict[int, Need]] = {}
     for b, box in enumerate(boxes):
-        spans = []
-        for start, stop, extent, chunk in zip(box.start, box.stop, meta.shape, meta.chunk, strict=True):
-            low, high = max(0, start), min(extent, stop)
-            spans.append(range(low // chunk, -(-high // chunk)) if low < high else range(0))
-        for at in product(*spans):
-            shard = tuple(a // g for a, g in zip(at, meta.grid, strict=True))
+        # What depends on one axis only is worked out once an axis, not once a chunk.
+        axes = [_steps(*step) for step in zip(box.start, box.stop, meta.shape, meta.chunk, meta.grid, strict=True)]
+        for steps in product(*axes):
+            shard, inner, into, out_of = zip(*steps, strict=True)
             number = 0
-            for a, g in zip(at, meta.grid, strict=True):
-                number = number * g + a % g
+            for place, count in zip(inner, meta.grid, strict=True):
+                number = number * count + place
             inside = found.setdefault(shard, {})
             need = inside.get(number)
             if need is None:
-                origin = tuple(a * c for a, c in zip(at, meta.chunk, strict=True))
-                need = inside[number] = Need(number, origin)
-            need.boxes.append(b)
+                need = inside[number] = Need(number)
+            need.parts.append((b, into, out_of))
     return found
+
+
+def _steps(start: int, stop: int, extent: int, chunk: int, grid: int) -> list[tuple[int, int, slice, slice]]:
+    """Along one axis the chunks that a box meets: shard, place in the shard, voxels of the box, voxels of the chunk."""
+    low, high = max(0, start), min(extent, stop)
+    steps = []
+    for at in range(low // chunk, -(-high // chunk)) if low < high else ():
+        a, b = max(low, at * chunk), min(high, at * chunk + chunk)
+        steps.append((at // grid, at % grid, slice(a - start, b - start), slice(a - at * chunk, b - at * chunk)))
+    return steps
 
 
 def shards(meta: ArrayMeta, box: Box) -> list[tuple[int, ...]]:
@@ -130,7 +134,12 @@ def plan(
 def overlap(
     box: Box, origin: Sequence[int], chunk: Sequence[int], shape: Sequence[int]
 ) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """Where a chunk's voxels go: (slices of the box's array, slices of the chunk), without voxels beyond the array."""
+    """Where a block's voxels go: (slices of the box's array, slices of the block), none beyond the array.
+
+    Args:
+        origin, chunk: The block's first voxel and extent.
+        shape: Extent of the array.
+    """
     into: list[slice] = []
     out_of: list[slice] = []
     for start, stop, o, c, extent in zip(box.start, box.stop, origin, chunk, shape, strict=True):

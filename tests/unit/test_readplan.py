@@ -36,17 +36,16 @@ def boxes_in(draw: st.DrawFn, meta: ArrayMeta) -> list[Box]:
 def test_needs_are_exactly_the_chunks_with_a_wanted_voxel(data: st.DataObject) -> None:
     meta = data.draw(metas())
     boxes = data.draw(boxes_in(meta))
-    expected: dict[tuple[int, ...], dict[int, tuple[tuple[int, ...], set[int]]]] = {}
+    expected: dict[tuple[int, ...], dict[int, set[int]]] = {}
     for voxel in product(*(range(n) for n in meta.shape)):
         for b, box in enumerate(boxes):
             if all(lo <= x < hi for lo, x, hi in zip(box.start, voxel, box.stop, strict=True)):
                 shard = tuple(x // s for x, s in zip(voxel, meta.shard, strict=True))
                 inner = tuple(x % s // c for x, s, c in zip(voxel, meta.shard, meta.chunk, strict=True))
                 number = int(np.ravel_multi_index(inner, meta.grid))
-                origin = tuple(x // c * c for x, c in zip(voxel, meta.chunk, strict=True))
-                expected.setdefault(shard, {}).setdefault(number, (origin, set()))[1].add(b)
+                expected.setdefault(shard, {}).setdefault(number, set()).add(b)
     found = {
-        shard: {number: (need.origin, set(need.boxes)) for number, need in inside.items()}
+        shard: {number: {b for b, _, _ in need.parts} for number, need in inside.items()}
         for shard, inside in needs(meta, boxes).items()
     }
     assert found == expected
@@ -59,11 +58,14 @@ def test_chunks_fill_a_box_exactly_once(data: st.DataObject) -> None:
     box = data.draw(boxes_in(meta))[0]
     array = np.arange(math.prod(meta.shape)).reshape(meta.shape)
     out = np.full([b - a for a, b in zip(box.start, box.stop, strict=True)], -1)
-    for inside in needs(meta, [box]).values():
+    for shard, inside in needs(meta, [box]).items():
         for need in inside.values():
-            into, out_of = overlap(box, need.origin, meta.chunk, meta.shape)
+            ((_, into, out_of),) = need.parts
+            inner = np.unravel_index(need.number, meta.grid)
+            origin = [(s * g + int(i)) * c for s, g, i, c in zip(shard, meta.grid, inner, meta.chunk, strict=True)]
+            assert (into, out_of) == overlap(box, origin, meta.chunk, meta.shape)
             piece = np.full(meta.chunk, -7)
-            part = array[tuple(slice(o, o + c) for o, c in zip(need.origin, meta.chunk, strict=True))]
+            part = array[tuple(slice(o, o + c) for o, c in zip(origin, meta.chunk, strict=True))]
             piece[tuple(slice(0, n) for n in part.shape)] = part
             assert (out[into] == -1).all(), "no voxel twice"
             out[into] = piece[out_of]
@@ -84,7 +86,7 @@ def test_ranges_cover_exactly_the_wanted_chunks(lengths: list[int], seed: int, g
     generator = np.random.default_rng(seed)
     offsets = np.concatenate([[0], np.cumsum(lengths)])[:-1] + np.cumsum(generator.integers(0, 3, len(lengths)))
     index = np.stack([offsets, lengths], axis=1)[generator.permutation(len(lengths))]
-    wanted = [Need(int(n), (0,)) for n in np.flatnonzero(generator.random(len(lengths)) < 0.5)]
+    wanted = [Need(int(n)) for n in np.flatnonzero(generator.random(len(lengths)) < 0.5)]
     ranges = merge(wanted, index, gap=gap, most=most)
 
     assert sorted(need.number for r in ranges for need, _, _ in r.chunks) == [need.number for need in wanted]
@@ -110,7 +112,7 @@ def test_ranges_cover_exactly_the_wanted_chunks(lengths: list[int], seed: int, g
 
 def test_merging_stops_at_the_gap_and_at_the_size() -> None:
     index = np.array([[0, 10], [10, 10], [25, 10], [35, 10]])
-    wanted = [Need(n, (0,)) for n in (3, 0, 1, 2)]
+    wanted = [Need(n) for n in (3, 0, 1, 2)]
 
     def bounds(gap: int, most: int) -> list[tuple[int, int]]:
         return [(r.start, r.stop) for r in merge(wanted, index, gap=gap, most=most)]
