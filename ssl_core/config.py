@@ -55,7 +55,8 @@ def parse(kind: type[C], data: dict[str, Any], name: str = "config") -> C:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        # An unknown key first: where it is a misspelt one, the missing right one is only its consequence.
+        first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
         path = ".".join(str(p) for p in first["loc"])
         thing = f"{name}: {path}" if path else name
         if first["type"] == "extra_forbidden":

@@ -149,6 +149,10 @@ def _predict(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             str(arguments.output), expected="a name that ends in .nii or .nii.gz", found=arguments.output.suffix
         )
+    if not arguments.input.is_file():
+        raise ConfigError(str(arguments.input), expected="a NIfTI file", found="no such file", remedy="check the path")
+    if not arguments.output.parent.is_dir():
+        raise ConfigError(str(arguments.output.parent), expected="a folder", found="none", remedy="create it first")
     use_stack(arguments)
     with tempfile.TemporaryDirectory(prefix="tomoscale-model-") as folder:
         predictor = _predictor(arguments.model, Path(folder))
