@@ -162,6 +162,33 @@ def overlay_picture(
     return _png(figure)
 
 
+def thumbnail(
+    image_HW: NDArray[Any], mask_HW: NDArray[Any] | None = None, *, spacing_mm: Sequence[float] = (1.0, 1.0)
+) -> bytes:
+    """One axial slice and the outlines of its labels, without margins, longer side 240 pixels.
+
+    Args:
+        image_HW: Intensities.
+        mask_HW: Integer labels, 0 background; or `None`.
+        spacing_mm: (H, W), for the proportions.
+    """
+    sides = np.array(image_HW.shape) * np.array(spacing_mm)
+    height, width = sides / sides.max()
+    figure = Figure(figsize=(max(width, 0.1), max(height, 0.1)), dpi=240, facecolor="black")
+    axes = figure.add_axes((0, 0, 1, 1))
+    _show(axes, image_HW, spacing_mm[0] / spacing_mm[1], np.percentile(image_HW, [0.5, 99.5]))
+    axes.set_aspect("auto")  # the figure has the slice's proportions
+    if mask_HW is not None and min(mask_HW.shape) > 1:
+        padded = np.pad(mask_HW, 1)  # so that a label at the border has its outline closed there
+        centres = [np.arange(n) - 0.5 for n in padded.shape]
+        for value in (int(v) for v in np.unique(mask_HW) if v):
+            one = (padded == value).astype(float)
+            axes.contour(centres[1], centres[0], one, levels=[0.5], colors=_colour(value), linewidths=0.6)
+        axes.set(xlim=(0, mask_HW.shape[1]), ylim=(0, mask_HW.shape[0]))
+    axes.invert_xaxis()
+    return _png(figure)
+
+
 def _one(view: View, sample: int) -> View:
     keep, elastic = slice(sample, sample + 1), view.elastic
     return View(

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         add_json(action)
         add_state(action)
         action.set_defaults(run=run)
+    show.add_argument("--html", type=Path, metavar="FILE", help="also write a page with histograms and slices")
     fetch = actions.add_parser("fetch", help="download a public data set where the network allows")
     fetch.add_argument("dataset", choices=["hippocampus"])
     fetch.add_argument("folder", type=Path, help="where to put it")
@@ -96,6 +98,13 @@ def _show(arguments: argparse.Namespace) -> int:
         (k, v if not isinstance(v, dict) else ", ".join(f"{n} {c}" for n, c in v.items())) for k, v in facts.items()
     ]
     emit(facts, arguments.json, table(("fact", "value"), rows))
+    if arguments.html is not None:
+        from jobs.store_page import render
+        from storage.volumes import VolumeStore
+
+        with VolumeStore(arguments.data, manifest) as store:
+            arguments.html.write_text(render(store, facts), encoding="utf-8")
+        print(f"wrote {arguments.html}", file=sys.stderr)
     return 0
 
 
