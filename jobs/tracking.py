@@ -18,7 +18,7 @@ from storage.errors import StackError
 
 SENTINEL = "step"  # logged with every point; its history says which points the server has
 _BATCH = 900  # MLflow takes at most 1000 metrics in one request
-_MAX_PAUSE_S = 5.0
+_FIRST_PAUSE_S, _MAX_PAUSE_S = 0.5, 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ def send(api: Any, run_id: str, points: Iterable[Point]) -> None:
     batch: list[Any] = []
     for item in points:
         metrics = [Metric(k, v, item.time_ms, item.step) for k, v in item.metrics.items()]
-        if len(batch) + len(metrics) > _BATCH:
+        if batch and len(batch) + len(metrics) > _BATCH:
             api.log_batch(run_id, metrics=batch)
             batch = []
         batch += metrics
@@ -200,31 +200,38 @@ class Sender:
         api: Any = None
         known: set[int] | None = None
         waiting: list[Point] = []
-        closing, pause = False, 0.5
-        while not (closing and not waiting):
-            if not closing:
-                item = self._queue.get()
-                while item is not None:
-                    waiting.append(item)
-                    try:
-                        item = self._queue.get_nowait()
-                    except queue.Empty:
-                        break
-                closing = item is None
+        pause, again_at = _FIRST_PAUSE_S, None
+        closing = False
+        while not closing:
+            closing = self._gather(waiting, again_at)
+            if not waiting:
+                continue
             try:
                 api = api or client()
                 known = steps_on_server(api, self._run_id) if known is None else known
                 fresh = [p for p in waiting if p.step not in known]
                 send(api, self._run_id, fresh)
                 known |= {p.step for p in fresh}
-                waiting, pause = [], 0.5
+                waiting, pause, again_at = [], _FIRST_PAUSE_S, None
             except Exception as error:  # noqa: BLE001  whatever the network did, training goes on
                 known = None
-                print(f"MLflow did not take metrics ({type(error).__name__}); they wait in the journal", flush=True)
-                if closing:
-                    return
-                time.sleep(pause)
+                if again_at is None:  # once an outage
+                    print(f"MLflow did not take metrics ({type(error).__name__}); they wait in the journal", flush=True)
+                again_at = time.monotonic() + pause
                 pause = min(_MAX_PAUSE_S, 2 * pause)
+
+    def _gather(self, waiting: list[Point], again_at: float | None) -> bool:
+        """Add what was put: without a time at least one point, else all until then. True when `close` was called."""
+        while True:
+            left = None if again_at is None else max(0.0, again_at - time.monotonic())
+            try:
+                item = self._queue.get(timeout=left)
+            except queue.Empty:
+                return False
+            if item is None:
+                return True
+            waiting.append(item)
+            again_at = again_at or time.monotonic()
 
 
 def _code_tags() -> dict[str, str]:
