@@ -9,6 +9,7 @@ import numpy.typing as npt
 from matplotlib import pyplot as plt
 
 from jobs.page import COLOURS, INK, chart, escape, figure, headline, html_table, page, section
+from ssl_core.picture import COLOURS as OUTLINES
 from ssl_core.picture import thumbnail
 from storage.manifest import Manifest, VolumeRecord
 from storage.volumes import Crop, VolumeStore
@@ -62,9 +63,9 @@ def render(store: VolumeStore, facts: Mapping[str, Any]) -> str:
     by = "Of each volume's foreground, in units of its values (HU for CT); outliers here are odd scans or wrong scales."
     parts.append(section("Intensity", figure(histograms(values), by)))
     if labels:
-        most = sorted(labels, key=lambda name: -len(labels[name]))[:LABELS]
-        kept = {name: labels[name] for name in labels if name in most}
-        said = "Millilitres of each label value; a dot is a volume that has it, the bar is the median."
+        most = sorted(labels, key=lambda key: -len(labels[key]))[:LABELS]
+        kept = {key: labels[key] for key in labels if key in most}
+        said = "Millilitres of each label value, in the colour of its outline; a dot is a volume, the bar the median."
         if len(kept) < len(labels):
             said += f" The {len(kept)} most frequent of {len(labels)} are shown."
         parts.append(section("Label volumes", figure(label_figure(kept), said)))
@@ -78,47 +79,68 @@ def evenly(count: int, most: int) -> list[int]:
     return sorted({int(i) for i in np.linspace(0, count - 1, min(count, most)).round()})
 
 
-def label_volumes(manifest: Manifest) -> dict[str, Floats]:
-    """Millilitres of each label value ("name value") in the volumes that have it, names and values in order."""
+def label_volumes(manifest: Manifest) -> dict[tuple[str, int], Floats]:
+    """Millilitres of each label, by (name, value), in the volumes that have it, names and values in order."""
     found: dict[tuple[str, int], list[float]] = defaultdict(list)
     for record in manifest.records():
         millilitres = float(np.prod(record.spacing_mm)) / 1000
         for label in record.labels:
             for value, voxels in zip(label.values, label.voxels, strict=True):
                 found[label.name, value].append(voxels * millilitres)
-    return {f"{name} {value}": np.array(found[name, value]) for name, value in sorted(found)}
+    return {key: np.array(found[key]) for key in sorted(found)}
 
 
 def histograms(panels: Mapping[str, Floats]) -> bytes:
-    """PNG with a histogram a panel; a panel whose volumes all agree says so instead."""
-    drawing, axes = plt.subplots(1, len(panels), figsize=(8.4, 2.3), squeeze=False)
-    for axis, (name, given) in zip(axes[0], panels.items(), strict=True):
-        values = given[np.isfinite(given)]
+    """PNG with a histogram a panel; a panel whose volumes all agree says so instead.
+
+    Values with a long tail, such as MR of several scanners, are shown on an axis that is linear near 0 and logarithmic
+    far from it.
+    """
+    finite = {name: given[np.isfinite(given)] for name, given in panels.items()}
+    plain = {name for name, values in finite.items() if _agree(values)}
+    height = 2.3 if len(plain) < len(panels) else 1.0
+    drawing, axes = plt.subplots(1, len(panels), figsize=(8.4, height), squeeze=False)
+    for axis, (name, values) in zip(axes[0], finite.items(), strict=True):
         axis.set_xlabel(name)
-        if values.size == 0 or np.ptp(values) < 1e-9 * max(1.0, float(np.abs(values).max(initial=0))):
-            text = f"all {values.size:,}:\n{values[0]:g}" if values.size else "none known"
-            axis.text(0.5, 0.5, text, ha="center", va="center", color=INK, transform=axis.transAxes)
+        if name in plain:
+            text = f"all {values.size:,}: {values[0]:g}" if values.size else "none known"
+            axis.text(0.5, 0.5, text, ha="center", va="center", color=INK, fontsize=11, transform=axis.transAxes)
             axis.set(xticks=[], yticks=[])
             axis.spines["left"].set_visible(False)
             continue
-        bins = min(40, len(np.histogram_bin_edges(values, "auto")) - 1)
-        axis.hist(values, bins=max(5, bins), color=COLOURS[0], edgecolor="white", lw=0.5)
+        bins: int | Floats = min(40, max(5, len(np.histogram_bin_edges(values, "auto")) - 1))
+        typical = float(np.median(np.abs(values)))
+        if typical > 0 and np.abs(values).max() > 50 * typical:
+            low, high = np.arcsinh(np.array([values.min(), values.max()]) / typical)
+            bins = typical * np.sinh(np.linspace(low, high, 25))
+            axis.set_xscale("asinh", linear_width=typical)
+            powers = [sign * 10.0**k for sign in (-1, 1) for k in range(-6, 13) if 10.0**k > 2 * typical]
+            ticks = [t for t in (0.0, *powers) if values.min() - typical <= t <= values.max()]
+            axis.set_xticks(ticks, [f"{t:g}" if abs(t) < 1e3 else _short(t) for t in ticks])
+        else:
+            axis.locator_params(axis="x", nbins=5)
+        axis.hist(values, bins=bins, color=COLOURS[0], edgecolor="white", lw=0.5)
         axis.yaxis.get_major_locator().set_params(integer=True)
-        axis.locator_params(axis="x", nbins=5)
-    axes[0][0].set_ylabel("volumes")
+    if len(plain) < len(panels):
+        axes[0][0].set_ylabel("volumes")
     return chart(drawing, list(axes[0]))
 
 
-def label_figure(labels: Mapping[str, Floats]) -> bytes:
-    """PNG with a row of dots for each label value on a logarithmic axis."""
+def _agree(values: Floats) -> bool:
+    """Whether they are one value, but for what rounding of an affine to single precision does."""
+    return values.size == 0 or bool(np.ptp(values) <= 1e-5 * np.abs(values).max())
+
+
+def label_figure(labels: Mapping[tuple[str, int], Floats]) -> bytes:
+    """PNG with a row of dots for each label value, on a logarithmic axis where they differ much."""
     drawing, axis = plt.subplots(figsize=(8.4, 0.9 + 0.36 * len(labels)))
     random = np.random.default_rng(0)
-    for row, values in enumerate(labels.values()):
+    for row, ((_, value), values) in enumerate(labels.items()):
         dots = values[evenly(len(values), DOTS)]
-        colour = COLOURS[row % len(COLOURS)]
+        colour = OUTLINES[(value - 1) % len(OUTLINES)]
         axis.scatter(dots, row + random.uniform(-0.22, 0.22, len(dots)), s=11, color=colour, alpha=0.6, lw=0)
         axis.plot([np.median(values)] * 2, [row - 0.34, row + 0.34], color=INK, lw=1.8)
-    axis.set_yticks(range(len(labels)), [f"{name}  (n = {len(v):,})" for name, v in labels.items()])
+    axis.set_yticks(range(len(labels)), [f"{name} {i}  (n = {len(v):,})" for (name, i), v in labels.items()])
     axis.set_ylim(len(labels) - 0.4, -0.6)
     largest, smallest = (f(float(f(v)) for v in labels.values()) for f in (max, min))
     if smallest > 0 and largest / smallest > 20:
@@ -153,6 +175,6 @@ def _by_axis(values: Floats, name: str) -> dict[str, Floats]:
 
 def _short(number: float) -> str:
     for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if number >= size:
+        if abs(number) >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:g}"

@@ -89,8 +89,8 @@ def test_label_volumes_are_in_millilitres(store: str) -> None:
     found = store_page.label_volumes(manifest)
     with VolumeStore(store, manifest) as volumes:
         mask = volumes.read_volume("phantom-004", "labels")
-    assert set(found) == {"labels 1"}
-    assert found["labels 1"][4] == pytest.approx((mask == 1).sum() / 1000)
+    assert set(found) == {("labels", 1)}
+    assert found["labels", 1][4] == pytest.approx((mask == 1).sum() / 1000)
 
 
 @pytest.mark.parametrize(("count", "most"), [(1, 24), (5, 24), (24, 24), (25, 24), (10**6, 24)])
@@ -106,5 +106,9 @@ def test_histograms_take_what_stores_hold() -> None:
     same, one = np.ones(5), np.array([3.0])
     assert store_page.histograms({"a": same}) != store_page.histograms({"a": one})
     assert store_page.histograms({"a": np.array([np.nan])}).startswith(b"\x89PNG")
-    wide = {"a": np.array([1e-3, 5.0, 1e6])}
+    rounded = np.array([1.25, 1.25 + 1e-7, 1.25])
+    assert store_page.histograms({"a": rounded}) == store_page.histograms({"a": np.full(3, 1.25)})
+    tail = np.array([-3.0, 1.0, 2.0, 3.0, 1e6])
+    assert store_page.histograms({"a": tail}).startswith(b"\x89PNG")
+    wide = {("a", 1): np.array([1e-3, 5.0, 1e6]), ("b", 9): np.array([0.0])}
     assert store_page.label_figure(wide).startswith(b"\x89PNG")
