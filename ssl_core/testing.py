@@ -387,7 +387,7 @@ class MethodContract:
         batch = self.views(method, [0, 1, 2], torch.float64)
         here = method(batch, context(0)).total
         there = copy.deepcopy(method)(take(batch, [2, 0, 1]), context(0)).total
-        assert abs(float(here - there)) < 1e-9
+        assert abs((here - there).item()) < 1e-9
 
     def test_two_ranks_equal_one(self, name: str, two_ranks: Ranks) -> None:
         """Losses, weights, targets, queues and norm statistics after three steps in float64."""
