@@ -87,11 +87,21 @@ def open_run(
     """The run id of a logical job: found by its tags when it exists, else created. Sets it running.
 
     Params are logged once; a restarted job with other settings keeps the first ones and tags the change.
+
+    Raises:
+        StackError: the experiment was deleted.
     """
     found = api.get_experiment_by_name(experiment)
+    if found and found.lifecycle_stage == "deleted":
+        raise StackError(
+            f"MLflow experiment {experiment!r}",
+            expected="an active one, or none",
+            found="a deleted one",
+            remedy="restore it in MLflow, or name another with experiment=NAME",
+        )
     experiment_id = found.experiment_id if found else api.create_experiment(experiment)
     identity = {"tomoscale.job": name, "tomoscale.kind": kind}
-    query = " and ".join(f"tags.`{k}` = '{v}'" for k, v in identity.items())
+    query = " and ".join(f"tags.`{k}` = {_quoted(v)}" for k, v in identity.items())
     runs = api.search_runs([experiment_id], query, max_results=1)
     all_tags = {**identity, **_code_tags(), **tags}
     if parent:
@@ -109,6 +119,11 @@ def open_run(
     for start in range(0, len(flat), 100):
         api.log_batch(run.info.run_id, params=flat[start : start + 100])
     return str(run.info.run_id)
+
+
+def _quoted(text: str) -> str:
+    """As a literal of MLflow's query language, which has no escapes but two kinds of quotes."""
+    return f'"{text}"' if "'" in text else f"'{text}'"
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -157,7 +172,11 @@ def find_run(api: Any, experiment: str, name: str) -> tuple[str, str]:
         StackError: MLflow has no run of that name.
     """
     found = api.get_experiment_by_name(experiment)
-    runs = api.search_runs([found.experiment_id], f"tags.`tomoscale.job` = '{name}'", max_results=1) if found else []
+    runs = (
+        api.search_runs([found.experiment_id], f"tags.`tomoscale.job` = {_quoted(name)}", max_results=1)
+        if found
+        else []
+    )
     if not runs:
         raise StackError(f"run of job {name!r}", expected=f"one in experiment {experiment!r}", found="none")
     return runs[0].info.run_id, found.experiment_id

@@ -28,13 +28,22 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def use_stack(arguments: argparse.Namespace) -> None:
-    """Point this process at the local stack, if one is up; what else is set in the environment stays."""
+    """Point this process at the local stack, if one is up; what else is set in the environment stays.
+
+    Where $AWS_ENDPOINT_URL_S3 names another server, that one is meant and all S3 settings stay as they are.
+    """
     folder = state_dir(arguments)
-    if stack.status(folder).running:
+    if not stack.status(folder).running:
+        return
+    settings = stack.environment(folder)
+    s3 = "AWS_ENDPOINT_URL_S3"
+    if os.environ.get(s3) not in (None, "", settings[s3]):
+        settings = {key: value for key, value in settings.items() if not key.startswith("AWS_")}
+    else:
         for key in services.UNSET:  # keys of another store in the environment would beat the stack's profile
             os.environ.pop(key, None)
-        for key, value in stack.environment(folder).items():
-            os.environ.setdefault(key, value)
+    for key, value in settings.items():
+        os.environ.setdefault(key, value)
 
 
 def job_address(arguments: argparse.Namespace) -> str:

@@ -1,0 +1,128 @@
+"""Tracking on a real MLflow server: every point once, the same run found again."""
+
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from cluster.stack import StackInfo
+from jobs import tracking
+from jobs.tracking import SENTINEL, Sender
+from storage.errors import StackError
+
+pytestmark = pytest.mark.service
+
+
+@pytest.fixture
+def api(local_stack: StackInfo) -> Any:
+    return tracking.client()
+
+
+@pytest.fixture
+def run(api: Any) -> Iterator[str]:
+    run_id = tracking.open_run(api, "tracking", uuid.uuid4().hex, "pretrain", params={}, tags={})
+    yield run_id
+    api.delete_run(run_id)
+
+
+def history(api: Any, run: str, name: str) -> list[tuple[int, float, int]]:
+    return sorted((m.step, m.value, m.timestamp) for m in api.get_metric_history(run, name))
+
+
+def test_backfill_sends_each_missing_point_once(api: Any, run: str) -> None:
+    journal = [tracking.point(step, {"loss": 1.0 / step, "lr": 1e-3}) for step in range(1, 701)]
+    tracking.send(api, run, [p for p in journal if p.step % 5 == 0])
+    assert tracking.backfill(api, run, journal) == 560
+    assert tracking.backfill(api, run, journal) == 0
+    wanted = [(p.step, p.metrics["loss"], p.time_ms) for p in journal]
+    assert history(api, run, "loss") == wanted
+    assert [step for step, _, _ in history(api, run, SENTINEL)] == list(range(1, 701))
+
+
+def test_a_run_with_more_points_than_a_page_is_known_whole(api: Any, run: str) -> None:
+    journal = [tracking.point(step, {}) for step in range(1, 3201)]
+    assert tracking.backfill(api, run, journal) == 3200
+    assert tracking.steps_on_server(api, run) == set(range(1, 3201))
+    assert tracking.backfill(api, run, journal) == 0
+
+
+def test_a_sender_and_the_drivers_backfill_do_not_double(api: Any, run: str) -> None:
+    journal = [tracking.point(step, {"loss": float(step)}) for step in range(1, 41)]
+    first = Sender(run)
+    for item in journal[:25]:
+        first.put(item)
+    first.close(timeout_s=30)
+    again = Sender(run)  # a restarted worker repeats the steps since its checkpoint
+    for item in journal[20:35]:
+        again.put(item)
+    again.close(timeout_s=30)
+    assert tracking.backfill(api, run, journal) == 5
+    assert history(api, run, "loss") == [(p.step, float(p.step), p.time_ms) for p in journal]
+
+
+def test_values_that_are_no_number_arrive(api: Any, run: str) -> None:
+    tracking.send(api, run, [tracking.point(1, {"loss": float("nan"), "norm": float("inf")})])
+    ((_, value, _),) = history(api, run, "loss")
+    assert value != value
+    assert tracking.backfill(api, run, [tracking.point(1, {"loss": 0.0})]) == 0
+
+
+def test_the_same_job_is_the_same_run(api: Any) -> None:
+    name = uuid.uuid4().hex
+    long = "x" * 9000
+    first = tracking.open_run(
+        api, "tracking", name, "pretrain", params={"engine": {"lr": 0.1}, "text": long, "none": None}, tags={"a": "1"}
+    )
+    api.set_terminated(first, "FAILED")
+    again = tracking.open_run(api, "tracking", name, "pretrain", params={"engine": {"lr": 0.2}}, tags={"a": "2"})
+    assert again == first
+    found = api.get_run(first)
+    assert found.info.status == "RUNNING"
+    assert found.info.run_name == name
+    assert found.data.params["engine.lr"] == "0.1"
+    assert found.data.params["none"] == "None"
+    assert found.data.tags["a"] == "2"
+    assert found.data.tags["tomoscale.version"]
+    assert tracking.find_run(api, "tracking", name) == (first, found.info.experiment_id)
+    other = tracking.open_run(api, "tracking", name, "trial", params={}, tags={}, parent=first)
+    assert other != first
+    assert api.get_run(other).data.tags["mlflow.parentRunId"] == first
+
+
+def test_many_params_fit(api: Any) -> None:
+    params = {f"p{i}": i for i in range(250)}
+    run = tracking.open_run(api, "tracking", uuid.uuid4().hex, "pretrain", params=params, tags={})
+    assert len(api.get_run(run).data.params) == 250
+
+
+@pytest.mark.parametrize("name", ["it's", 'a "b"', "a`b", "100%", "a_b"])
+def test_a_name_may_hold_quotes(api: Any, name: str) -> None:
+    name = f"{name}-{uuid.uuid4().hex}"
+    first = tracking.open_run(api, "tracking", name, "pretrain", params={}, tags={})
+    assert tracking.open_run(api, "tracking", name, "pretrain", params={}, tags={}) == first
+    assert tracking.find_run(api, "tracking", name)[0] == first
+
+
+def test_a_job_that_never_ran_is_named(api: Any) -> None:
+    for experiment in ("tracking", "no-such-experiment"):
+        with pytest.raises(StackError, match="'nobody'"):
+            tracking.find_run(api, experiment, "nobody")
+
+
+def test_points_of_a_job_come_back_in_order(api: Any) -> None:
+    name = uuid.uuid4().hex
+    run = tracking.open_run(api, "tracking", name, "pretrain", params={}, tags={})
+    journal = [
+        tracking.point(step, {"loss": 1.0 / step, **({"probe": 2.0} if step == 4 else {})}) for step in (4, 2, 9)
+    ]
+    tracking.send(api, run, journal)
+    found = tracking.points_of("tracking", name)
+    assert found == [p.to_json() for p in sorted(journal, key=lambda p: p.step)]
+
+
+def test_a_deleted_experiment_is_one_clear_error(api: Any) -> None:
+    name = f"deleted-{uuid.uuid4().hex}"
+    api.delete_experiment(api.create_experiment(name))
+    with pytest.raises(StackError, match=f"{name}.*deleted.*restore"):
+        tracking.open_run(api, name, "n", "pretrain", params={}, tags={})
