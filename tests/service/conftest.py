@@ -36,22 +36,30 @@ def s3_environment(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Se
 
 
 @pytest.fixture(scope="session")
-def local_stack() -> Iterator[StackInfo]:
-    """The whole local stack on free ports with a state folder of its own; this process is pointed at it."""
+def running_stack() -> Iterator[Path]:
+    """State folder of a whole local stack on free ports, started once."""
     folder = Path(tempfile.mkdtemp(prefix="ts-", dir="/tmp"))  # short: Ray's sockets have a length limit
-    saved = dict(os.environ)
     try:
-        info = stack.up(folder, progress=print)
-        os.environ.update(stack.environment(folder), TOMOSCALE_STATE=str(folder))
-        yield info
+        stack.up(folder, progress=print)
+        yield folder
     finally:
-        os.environ.clear()
-        os.environ.update(saved)
         stack.down(folder, purge=True)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def local_stack(running_stack: Path) -> Iterator[StackInfo]:
+    """The running stack; this process is pointed at it for the length of a module, and not after it."""
+    saved = dict(os.environ)
+    os.environ.update(stack.environment(running_stack), TOMOSCALE_STATE=str(running_stack))
+    try:
+        yield stack.status(running_stack)
+    finally:
+        os.environ.clear()
+        os.environ.update(saved)
+
+
+@pytest.fixture(scope="module")
 def phantoms(local_stack: StackInfo) -> str:
     """URL of a small published store: 16 labelled volumes of noise with a bright ball, on the stack's S3."""
     url = "s3://volumes/phantoms"
