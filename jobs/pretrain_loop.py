@@ -63,14 +63,12 @@ class Hooks:
         on_point: Called on rank 0 with each new point.
         say: Called on rank 0 with a line for the log.
         stop: Asked before each step.
-        on_step: Called on every rank after each step.
     """
 
     publish: Callable[[int, Path | None, dict[str, float]], None]
     on_point: Callable[[Point], None] = lambda _point: None
     say: Callable[[str], None] = lambda _line: None
     stop: Callable[[], bool] | None = None
-    on_step: Callable[[int], None] | None = None
     last: dict[str, float] = field(default_factory=dict)
 
 
@@ -208,18 +206,11 @@ def run(
             hooks.publish(step, directory, hooks.last)
 
     try:
-        steps = fit(engine, _stepwise(batches(), engine, hooks), report=report, save=save, stop=hooks.stop, probe=probe)
+        steps = fit(engine, batches(), report=report, save=save, stop=hooks.stop, probe=probe)
     finally:
         stream.close()
         store.close()
     return {"steps": steps, "samples": record.value, **hooks.last}
-
-
-def _stepwise(batches: Iterator[Any], engine: Engine, hooks: Hooks) -> Iterator[Any]:
-    for item in batches:
-        if hooks.on_step is not None:
-            hooks.on_step(engine.step_done)
-        yield item
 
 
 def _line(step: int, steps: int, metrics: dict[str, float]) -> str:
