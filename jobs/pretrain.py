@@ -17,7 +17,7 @@ from jobs import entry
 from jobs.configs import PretrainConfig
 from jobs.filesystem import storage_for
 from ssl_core.config import parse, resolved
-from storage.errors import StackError
+from storage.errors import StackError, TomoscaleError
 
 _CONTROLLER_TRIES = 5
 
@@ -103,11 +103,14 @@ def fit(config: PretrainConfig, run_id: str) -> Any:
     A controller that dies of its storage is started again under the same name, with growing pauses.
 
     Raises:
-        StackError: training failed for good; carries the first line of the cause.
+        TomoscaleError: training failed for good: the error of a worker that another try would meet again, or a
+            StackError that carries the last line of the cause.
     """
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
+
+    from jobs.failures import FINAL, StopOnFinalErrors
 
     path, filesystem = storage_for(config.runs)
     need = config.cluster
@@ -128,22 +131,23 @@ def fit(config: PretrainConfig, run_id: str) -> Any:
                 failure_config=FailureConfig(max_failures=need.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
                 logging_config=LoggingConfig(log_level="WARNING"),
+                callbacks=[StopOnFinalErrors()],
             ),
         )
         try:
             result = trainer.fit()
         except ControllerError as error:
+            cause = error.controller_failure
+            if isinstance(cause, TomoscaleError):
+                raise cause from error
+            if isinstance(cause, FINAL):
+                raise _ended(config, f"{type(cause).__name__}: {_first(cause)}") from error
             pause = min(60, 5 * 2**attempt)
             print(f"the training controller failed ({_first(error)}); again in {pause} s", flush=True)
             time.sleep(pause)
             continue
         except TrainingFailedError as error:
-            raise StackError(
-                f"pre-training {config.name}",
-                expected="all steps",
-                found=_first(error),
-                remedy="the cause is in the log above; the same name goes on from the last checkpoint",
-            ) from error
+            raise _ended(config, _first(error)) from error
         return result.checkpoint
     raise StackError(
         f"pre-training {config.name}",
@@ -168,6 +172,15 @@ def _complete(api: Any, config: PretrainConfig, run_id: str, directory: Path) ->
     with tempfile.TemporaryDirectory(prefix="tomoscale-bundle-") as folder:
         bundle = bundling.write_encoder(config, directory, Path(folder) / "bundle", run_id=run_id)
         return registry.register(bundle, config.model_name, run_id=run_id)
+
+
+def _ended(config: PretrainConfig, found: str) -> StackError:
+    return StackError(
+        f"pre-training {config.name}",
+        expected="all steps",
+        found=found,
+        remedy="the cause is in the log above; the same name goes on from the last checkpoint",
+    )
 
 
 def _first(error: BaseException) -> str:

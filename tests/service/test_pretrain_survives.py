@@ -20,6 +20,8 @@ from jobs.configs import PretrainConfig
 from ssl_core import checkpoint
 from ssl_core.config import parse
 from storage.bytestore import open_store
+from storage.errors import StackError
+from tests.phantoms import write_phantoms
 
 pytestmark = [pytest.mark.service, pytest.mark.chaos, pytest.mark.timeout(420)]
 STEPS = 120
@@ -172,6 +174,22 @@ def test_a_restarted_object_store_changes_neither_samples_nor_weights(
     watched.finish()
     assert_same(calm, outcome("store-restarted", tmp_path))
     assert_each_point_once("store-restarted")
+
+
+def test_a_damaged_volume_ends_the_job_at_once_and_by_name(local_stack: StackInfo) -> None:
+    url = "s3://volumes/damaged"
+    write_phantoms(url, 8)
+    store = open_store(url)
+    for shard in [key for key in store.list("volumes/phantom-002/") if "/c/" in key and "labels" not in key]:
+        data = bytearray(store.get(shard))
+        data[100] ^= 1
+        store.put(shard, bytes(data))
+    watched = Watched(local_stack, config("damaged", url))
+    with pytest.raises(StackError, match="phantom-002") as refused:
+        watched.finish()
+    assert "ingest the volume again" in str(refused.value)
+    assert refused.value.exit_code == 1
+    assert "\n".join(watched.lines).count("CorruptChunk: volume phantom-002") == 1, "tried again, or another error"
 
 
 def test_secrets_are_in_no_job_metadata(calm: Any, local_stack: StackInfo) -> None:
