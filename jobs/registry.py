@@ -1,8 +1,8 @@
 """Models in MLflow: register, pull, list and promote bundles.
 
 A registered model version is one bundle, stored beside `jobs/model_code.py` so that `mlflow.pyfunc.load_model` works in
-an environment with mlflow, torch and monai alone. `candidate` is the newest version; `champion` moves only to a version
-that beat the current one on the same held-out cases.
+an environment with mlflow, torch, monai and what the network's class needs, without this project. `candidate` is the
+newest version; `champion` moves only to a version that beat the current one on the same held-out cases.
 """
 
 import json
@@ -21,6 +21,7 @@ import numpy as np
 
 from jobs import tracking
 from ssl_core.bundle import fingerprint
+from ssl_core.portable.network import PACKAGES
 from ssl_core.portable.predictor import check_bundle
 from ssl_core.stats import compare
 from storage.errors import ConfigError, NotFound, RefusedInput, StackError
@@ -273,6 +274,7 @@ def _log(
     from mlflow.types import Schema, TensorSpec
 
     plan = json.loads((bundle / "preprocess.json").read_text(encoding="utf-8"))
+    packages = PACKAGES[json.loads((bundle / "architecture.json").read_text(encoding="utf-8"))["class"]]
     if card["kind"] == "segmenter":
         values = [entry["value"] for entry in plan["labels"]]
         output = TensorSpec(np.dtype(np.uint8 if max(values) < 256 else np.int32), (-1, -1, -1), "mask")
@@ -302,7 +304,7 @@ def _log(
             # Only the output is a schema: a path, an array with its affine and lists of both are all inputs.
             signature=ModelSignature(outputs=Schema([output])),
             input_example=_example(plan),
-            pip_requirements=[f"{package}=={_public(package)}" for package in ("mlflow", "torch", "monai")],
+            pip_requirements=[f"{package}=={_public(package)}" for package in ("mlflow", "torch", *packages)],
             metadata={"tomoscale_kind": card["kind"]},
         )
     return str(info.registered_model_version)

@@ -91,20 +91,20 @@ def write_bundle(
         facts: The rest.
 
     Raises:
-        ConfigError: the target exists, the network is not one that MONAI alone can rebuild, labels do not fit the
+        ConfigError: the target exists, the network is not one that its package alone can rebuild, labels do not fit the
             number of output channels, or the portable code computes something else.
     """
     path = Path(target)
     if path.exists():
         raise ConfigError(str(path), expected="a new directory", found="one that exists", remedy="choose another name")
-    if _class_of(backbone) not in portable_network.ALLOWED:
+    if _class_of(backbone) not in portable_network.PACKAGES:
         raise ConfigError(
             f"bundle {facts.name}",
-            expected="a network that MONAI alone can rebuild: " + ", ".join(portable_network.ALLOWED),
+            expected="a network that its package alone can rebuild: " + ", ".join(portable_network.PACKAGES),
             found=_class_of(backbone),
             remedy="choose another backbone; checkpoints of this one are not affected",
         )
-    outputs = int(_stock_arguments(backbone).get("out_channels", 0))
+    outputs = _ports(backbone)[1]
     if kind == "segmenter" and len(facts.labels) != outputs:
         raise ConfigError(f"bundle {facts.name}", expected=f"{outputs} labels", found=str(facts.labels))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,10 +181,10 @@ def _write(work: Path, kind: str, backbone: Backbone, facts: BundleFacts) -> Non
     kept = keys if kind == "encoder" else list(state)
     tensors = {key: state[key].detach().cpu().contiguous().clone() for key in kept}
     save_file(tensors, work / "weights.safetensors")
-    arguments = _stock_arguments(backbone)
     architecture = {
         "class": _class_of(backbone),
-        "arguments": arguments,
+        "arguments": _stock_arguments(backbone),
+        "dims": int(backbone.arguments.get("spatial_dims", 3)),
         "backbone": backbone.name,
         "backbone_arguments": backbone.arguments,
         "levels": [
@@ -194,7 +194,7 @@ def _write(work: Path, kind: str, backbone: Backbone, facts: BundleFacts) -> Non
         "encoder_keys": keys,
     }
     plan = Preprocess(
-        channels=int(arguments.get("in_channels", 1)),
+        channels=_ports(backbone)[0],
         spacing_mm=facts.spacing_mm,
         interpolation=facts.interpolation,
         intensity=facts.intensity.model_dump(mode="json"),
@@ -273,6 +273,9 @@ def _stock_arguments(backbone: Backbone) -> dict[str, Any]:
 
     The defaults are in the builder's signature; a builder that takes keywords only leaves them on the network.
     """
+    stock_of = architecture_of(backbone.name).stock
+    if stock_of is not None:
+        return stock_of(dict(backbone.arguments))
     parameters = inspect.signature(architecture_of(backbone.name).make).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     if not defaults:
@@ -280,6 +283,13 @@ def _stock_arguments(backbone: Backbone) -> dict[str, Any]:
         plain = (bool, int, float, str, list, tuple)
         defaults = {k: v for k in stock if isinstance(v := getattr(backbone.net, k, None), plain)}
     return {**defaults, **backbone.arguments}
+
+
+def _ports(backbone: Backbone) -> tuple[int, int]:
+    """Channels in and out; 1 and 0 where the arguments do not say."""
+    given = {**_stock_arguments(backbone), **backbone.arguments}
+    inputs = given.get("in_channels", given.get("input_channels", 1))
+    return int(inputs), int(given.get("out_channels", given.get("num_classes", 0)))
 
 
 def _level_modules(backbone: Backbone) -> list[str]:
@@ -320,16 +330,17 @@ def _dump(path: Path, data: Mapping[str, Any]) -> None:
 def _card(kind: str, backbone: Backbone, facts: BundleFacts, tensors: Mapping[str, Tensor]) -> str:
     count = sum(t.numel() for t in tensors.values())
     verb = "mask" if kind == "segmenter" else "features"
+    class_ = _class_of(backbone)
+    needed = ", ".join(portable_network.PACKAGES[class_])
     spacing = "each volume's own" if facts.spacing_mm is None else f"resampled to {facts.spacing_mm} mm (D, H, W)"
     lines = [
         f"# {facts.name}",
         "",
-        f"A {kind} for 3-D medical volumes: `{type(backbone.net).__name__}` of MONAI, {len(tensors)} tensors, "
-        f"{count:,} values.",
+        f"A {kind} for 3-D medical volumes: `{class_}`, {len(tensors)} tensors, {count:,} values.",
         "",
         "## Use",
         "",
-        "From a registry, with mlflow, torch and monai installed and nothing else:",
+        f"From a registry, with mlflow, torch, {needed} installed and nothing else:",
         "",
         "```python",
         "import mlflow",
@@ -339,7 +350,7 @@ def _card(kind: str, backbone: Backbone, facts: BundleFacts, tensors: Mapping[st
     ]
     if kind == "segmenter":
         lines += [
-            "From this directory, with torch and monai installed:",
+            f"From this directory, with torch, {needed} installed:",
             "",
             "```bash",
             f"python -m {CODE} . volume.nii.gz mask.nii.gz",
@@ -349,7 +360,7 @@ def _card(kind: str, backbone: Backbone, facts: BundleFacts, tensors: Mapping[st
     lines += [
         "## Input",
         "",
-        f"- channels: {int(_stock_arguments(backbone).get('in_channels', 1))}; axes are brought to RAS+ and back",
+        f"- channels: {_ports(backbone)[0]}; axes are brought to RAS+ and back",
         f"- spacing: {spacing}",
         f"- intensity policy: {facts.intensity.kind}",
         f"- window: {facts.patch_DHW} voxels (D, H, W)",

@@ -67,6 +67,8 @@ class Architecture:
         encoder_prefixes: State dict prefixes of the whole encoder.
         decoder_prefixes: State dict prefixes that `decode` uses.
         slim: Arguments of a narrow network with the same geometry, for measuring.
+        stock: Arguments of the stock class itself, where `make` takes others: plain values, and `{"torch.nn": NAME}`
+            where the class wants a class. None where `make` passes its arguments on.
     """
 
     make: Callable[..., nn.Module]
@@ -77,6 +79,7 @@ class Architecture:
     encoder_prefixes: Callable[[Any], list[str]]
     decoder_prefixes: Callable[[Any], list[str]]
     slim: Callable[[dict[str, Any]], dict[str, Any]]
+    stock: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
 
 class Pyramid(nn.Module):

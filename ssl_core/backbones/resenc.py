@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_core.backbones.pyramid import Architecture, Geometry, cumulative
+from ssl_core.portable.network import with_classes
 
 # L has nnU-Net's residual blocks per stage and widths; nnU-Net's own M differs from it only in the patch that its
 # memory holds, so a lighter M and S are our choice.
@@ -37,21 +38,25 @@ def _full(arguments: dict[str, Any]) -> dict[str, Any]:
     return defaults | {k: v for k, v in arguments.items() if k != "preset"}
 
 
-def _make(**arguments: Any) -> ResidualEncoderUNet:
+def _stock(arguments: dict[str, Any]) -> dict[str, Any]:
     full = _full(arguments)
     dims = full.pop("spatial_dims")
-    return ResidualEncoderUNet(
-        input_channels=full.pop("in_channels"),
-        num_classes=full.pop("out_channels"),
-        conv_op=nn.Conv3d if dims == 3 else nn.Conv2d,
-        norm_op=nn.InstanceNorm3d if dims == 3 else nn.InstanceNorm2d,
-        norm_op_kwargs={"eps": 1e-5, "affine": True},
-        nonlin=nn.LeakyReLU,
-        nonlin_kwargs={"inplace": True},
-        conv_bias=True,
-        deep_supervision=False,
+    return {
+        "input_channels": full.pop("in_channels"),
+        "num_classes": full.pop("out_channels"),
+        "conv_op": {"torch.nn": f"Conv{dims}d"},
+        "norm_op": {"torch.nn": f"InstanceNorm{dims}d"},
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "nonlin": {"torch.nn": "LeakyReLU"},
+        "nonlin_kwargs": {"inplace": True},
+        "conv_bias": True,
+        "deep_supervision": False,
         **full,
-    )
+    }
+
+
+def _make(**arguments: Any) -> ResidualEncoderUNet:
+    return ResidualEncoderUNet(**with_classes(_stock(arguments)))
 
 
 def _geometry(arguments: dict[str, Any]) -> list[Geometry]:
@@ -96,4 +101,5 @@ RESENC = Architecture(
     encoder_prefixes=lambda net: ["encoder", "decoder.encoder"],
     decoder_prefixes=lambda net: ["decoder.transpconvs", "decoder.stages"],
     slim=lambda arguments: arguments | {"features_per_stage": (8,) * _full(arguments)["n_stages"]},
+    stock=_stock,
 )

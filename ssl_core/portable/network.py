@@ -1,4 +1,4 @@
-"""`architecture.json` and weights to a stock MONAI network, nothing renamed and nothing left over."""
+"""`architecture.json` and weights to a stock network, nothing renamed and nothing left over."""
 
 import importlib
 from typing import Any
@@ -8,30 +8,51 @@ from torch import Tensor, nn
 
 from .errors import RefusedInput
 
-ALLOWED = tuple(f"monai.networks.nets.{name}" for name in ("BasicUNet", "UNet", "DynUNet", "SegResNet", "SwinUNETR"))
-"""The only classes that an `architecture.json` may name."""
+_NETS = "monai.networks.nets."
+PACKAGES = {
+    f"{_NETS}BasicUNet": ("monai",),
+    f"{_NETS}UNet": ("monai",),
+    f"{_NETS}DynUNet": ("monai",),
+    f"{_NETS}SegResNet": ("monai",),
+    f"{_NETS}SwinUNETR": ("monai", "einops"),
+    "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet": ("monai", "dynamic-network-architectures"),
+}
+"""The only classes that an `architecture.json` may name, and what each needs beside torch."""
 
 
 def build(name: str, architecture: dict[str, Any]) -> nn.Module:
     """The stock network, with fresh weights; the caller's random state is left as it was.
 
     Raises:
-        RefusedInput: a class outside `ALLOWED`, or arguments that the class does not take.
+        RefusedInput: a class outside `PACKAGES`, its package is missing, or arguments that the class does not take.
     """
     kind = architecture.get("class")
-    if kind not in ALLOWED:
+    if kind not in PACKAGES:
         raise RefusedInput(
-            name, expected="one of " + ", ".join(ALLOWED), found=repr(kind), remedy="use a bundle of a known network"
+            name, expected="one of " + ", ".join(PACKAGES), found=repr(kind), remedy="use a bundle of a known network"
         )
     module, _, attribute = str(kind).rpartition(".")
-    stock = getattr(importlib.import_module(module), attribute)
-    arguments = {key: _frozen(value) for key, value in architecture["arguments"].items()}
     try:
+        stock = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        packages = " ".join(PACKAGES[kind])
+        raise RefusedInput(name, expected=packages, found=str(error), remedy=f"pip install {packages}") from error
+    try:
+        arguments = with_classes(architecture["arguments"])
         with torch.random.fork_rng(devices=[]):
             network: nn.Module = stock(**arguments)
-    except (TypeError, ValueError) as error:
+    except (AttributeError, ImportError, TypeError, ValueError) as error:  # MONAI looks for einops only now
         raise RefusedInput(name, expected=f"arguments of {kind}", found=str(error)) from error
     return network.eval()
+
+
+def with_classes(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments as the class wants them: tuples for JSON's lists, layers of torch for `{"torch.nn": NAME}`.
+
+    Raises:
+        AttributeError: no layer of that name.
+    """
+    return {key: _frozen(value) for key, value in arguments.items()}
 
 
 def load(name: str, network: nn.Module, weights: dict[str, Tensor], keys: list[str] | None) -> None:
@@ -101,9 +122,13 @@ def _unfold(x: Tensor, like_BCDHW: Tensor) -> Tensor:
 
 
 def _frozen(value: Any) -> Any:
-    """JSON lists to the tuples that MONAI's arguments are."""
     if isinstance(value, list):
         return tuple(_frozen(item) for item in value)
     if isinstance(value, dict):
+        if list(value) == ["torch.nn"]:
+            layer = getattr(nn, str(value["torch.nn"]))
+            if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
+                raise AttributeError(f"torch.nn has no layer {value['torch.nn']!r}")
+            return layer
         return {key: _frozen(item) for key, item in value.items()}
     return value

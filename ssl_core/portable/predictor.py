@@ -51,7 +51,7 @@ class Predictor:
         keys = self.architecture["encoder_keys"] if self.kind == "encoder" else None
         load(name, network, read_safetensors(name), keys)
         self.network = network.to(self.device)
-        self.dims = int(self.architecture["arguments"].get("spatial_dims", 3))
+        self.dims = int(self.architecture["dims"])
 
     def forward(self, x_BCDHW: Tensor) -> Tensor:
         """Logits of a batch of windows, (B, K, D, H, W)."""

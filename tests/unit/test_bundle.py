@@ -64,25 +64,27 @@ def test_a_bundle_says_what_it_is(segmenter: Path) -> None:
     assert not list(segmenter.parent.glob(".*")), "no half-written directory stays behind"
 
 
-_MONAI = [
+_STOCK = [
     ("basic_unet", {}),
     ("basic_unet", {"spatial_dims": 2, "features": FEATURES}),
     ("unet", {"channels": [4, 8, 16], "strides": [2, 2]}),
     ("unet", {"num_res_units": 2, "norm": "batch"}),
     ("dynunet", {"filters": [4, 8, 16, 16, 16, 16]}),
     ("segresnet", {"init_filters": 8}),
+    ("resenc", {"n_blocks_per_stage": [1, 1, 1], "features_per_stage": [4, 8, 8]}),
+    ("resenc", {"spatial_dims": 2, "n_blocks_per_stage": [1, 1], "features_per_stage": [4, 8]}),
 ]
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "kind"),
-    [(*each, kind) for each in _MONAI for kind in ("encoder", "segmenter")]
+    [(*each, kind) for each in _STOCK for kind in ("encoder", "segmenter")]
     + [("swin_unetr", {"feature_size": 12}, "encoder")],  # slow; its encoder is what differs
 )
-def test_every_monai_backbone_makes_a_bundle(tmp_path: Path, name: str, arguments: dict, kind: str) -> None:
+def test_every_backbone_makes_a_bundle(tmp_path: Path, name: str, arguments: dict, kind: str) -> None:
     """`write_bundle` itself compares the portable network with the backbone; here: it did, and levels are found."""
-    if name == "swin_unetr":
-        pytest.importorskip("einops")
+    for package in {"swin_unetr": ["einops"], "resenc": ["dynamic_network_architectures"]}.get(name, []):
+        pytest.importorskip(package)
     net = build(name, **arguments, out_channels=3)
     patch = tuple(max(32, m) for m in net.multiple_DHW())
     bundle = write_bundle(tmp_path / "b", kind, net, facts(patch_DHW=patch))  # type: ignore[arg-type]
