@@ -1,14 +1,17 @@
 """The pre-training loop without Ray: `torchrun --nproc-per-node 2 -m jobs.torchrun CONFIG [--out FOLDER]`.
 
 For a single machine with no cluster, and as the yardstick of what Ray Train costs. Checkpoints go to the folder; the
-newest is resumed from. Metrics are written beside them, one JSON line a report; nothing is registered.
+newest is resumed from. Metrics are written beside them, one JSON line a report; nothing is registered. SIGTERM and
+Ctrl-C end the run with a checkpoint after the step that was under way.
 """
 
 import argparse
 import json
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,11 +53,20 @@ def main(argv: Sequence[str]) -> int:
         with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(item.to_json()) + "\n")
 
+    asked = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: asked.set())
     try:
-        hooks = Hooks(publish=publish, on_point=log, say=lambda line: print(line, flush=True))
-        run(config, hooks, restore=done[-1] if done else None, device=device)
+        hooks = Hooks(publish=publish, on_point=log, say=lambda line: print(line, flush=True), stop=asked.is_set)
+        steps = run(config, hooks, restore=done[-1] if done else None, device=device)["steps"]
     finally:
         dist.destroy_process_group()
+    if steps < config.engine.steps:
+        if rank == 0:
+            print(
+                f"stopped after step {steps} of {config.engine.steps}; the same command goes on from there", flush=True
+            )
+        return 128 + signal.SIGTERM
     return 0
 
 

@@ -1,0 +1,76 @@
+"""The loop under `torchrun`: asked to stop, it saves; started again, it ends as if it had never stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jobs.configs import PretrainConfig
+from ssl_core import checkpoint
+from ssl_core.config import dump_yaml, parse
+from tests.phantoms import write_phantoms
+
+STEPS = 60
+
+
+def start(out: Path, config: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "jobs.torchrun", str(config), "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command,
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def result(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    return checkpoint.load(out / "run" / f"step-{STEPS:08d}")
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    write_phantoms(f"file://{tmp_path}/store", 8)
+    crops = {"size_DHW": [16, 16, 16], "scale": [1.0, 1.2], "min_overlap": 0.3}
+    job = {
+        "name": "run",
+        "data": f"file://{tmp_path}/store",
+        "runs": f"file://{tmp_path}/runs",
+        "method": {"name": "pgl", "crops": crops, "hidden": 32, "out": 16},
+        "backbone": {"name": "basic_unet", "arguments": {"features": [4, 4, 8, 8, 16, 4]}},
+        "stream": {"global_batch": 4, "lanes": 8},
+        "engine": {"steps": STEPS, "warmup_steps": 4, "log_every": 1, "checkpoint_every": 1000, "probe_every": 0},
+    }
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_yaml(parse(PretrainConfig, job)))
+
+    whole = start(tmp_path / "whole", config)
+    said, _ = whole.communicate(timeout=120)
+    assert whole.returncode == 0, said
+
+    halted = start(tmp_path / "halted", config)
+    assert halted.stdout is not None
+    for line in halted.stdout:
+        if line.startswith("step 5/"):
+            os.killpg(halted.pid, signal.SIGTERM)
+            break
+    said, _ = halted.communicate(timeout=60)
+    assert halted.returncode != 0
+    assert "stopped after step" in said, said
+    (left,) = (tmp_path / "halted" / "run").glob("step-*")
+    assert 5 <= int(left.name[5:]) < STEPS
+
+    again = start(tmp_path / "halted", config)
+    said, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, said
+    assert f"resumed at step {int(left.name[5:])}" in said, said
+    (state, meta), (other, facts) = result(tmp_path / "whole"), result(tmp_path / "halted")
+    assert facts["samples"] == meta["samples"]
+    assert all(torch.equal(tensor, other["method"][name]) for name, tensor in state["method"].items())
