@@ -59,6 +59,24 @@ class IngestConfig(Config):
     append: bool = Field(False, description="keep published volumes that the source does not hold")
 
 
+class ProbeConfig(Config):
+    """How well labels follow from the features, watched on a few labelled crops that nothing is ever trained on."""
+
+    label: str | None = Field(
+        "auto", description="label map to watch; `auto` takes the store's first, where it has any; null watches none"
+    )
+    every: int | None = Field(
+        None, ge=1, description="steps between; a multiple of `engine.probe_every`, which it is when empty"
+    )
+    train: int = Field(4, ge=1, description="subjects whose labels are known")
+    test: int = Field(4, ge=1, description="other subjects, whose labels are asked")
+    k: int = Field(5, ge=1, description="nearest features that vote")
+    voxels: int = Field(1024, ge=8, description="places looked at in a crop, at most")
+    most_share: float = Field(
+        0.02, gt=0, le=1, description="largest share of the run's time, after the first; beyond it turns are left out"
+    )
+
+
 class PretrainConfig(Config):
     """A pre-training job.
 
@@ -79,6 +97,7 @@ class PretrainConfig(Config):
     intensity: IntensityPolicy = IntensityPolicy()
     stream: StreamConfig = StreamConfig()
     engine: EngineConfig = EngineConfig()
+    probe: ProbeConfig = ProbeConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @field_validator("method")
@@ -98,6 +117,13 @@ class PretrainConfig(Config):
                 f"stream.global_batch ({self.stream.global_batch}) and stream.lanes ({self.stream.lanes})"
                 f" to be multiples of cluster.workers ({world})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_probe(self) -> Self:
+        every, signs = self.probe.every, self.engine.probe_every
+        if every is not None and (not signs or every % signs):
+            raise ValueError(f"probe.every ({every}) to be a multiple of engine.probe_every ({signs})")
         return self
 
     @property

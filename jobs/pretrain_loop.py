@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs.configs import PretrainConfig
+from jobs.configs import PretrainConfig, ProbeConfig
+from jobs.label_probe import LabelProbe
 from jobs.tracking import Point, point
 from ssl_core import checkpoint
 from ssl_core.backbones.registry import build
@@ -24,7 +25,6 @@ from ssl_core.distributed import Collectives, current
 from ssl_core.engine import Engine, fit
 from ssl_core.make_views import make_views
 from ssl_core.methods.base import method_class
-from ssl_core.probes import probe
 from ssl_core.views import ViewBatch
 from storage.cache import NodeCache
 from storage.errors import ConfigError
@@ -88,6 +88,7 @@ def open_manifest(config: PretrainConfig) -> Manifest:
 def identity(config: PretrainConfig, manifest: Manifest) -> dict[str, str]:
     """What a checkpoint must agree with to be resumed: everything that changes the result."""
     neutral = {
+        "probe": ProbeConfig(),
         "runs": "",
         "experiment": "",
         "cluster": {},
@@ -205,12 +206,17 @@ def run(
             directory = checkpoint.save(Path(folder) / "checkpoint", state, facts)
             hooks.publish(step, directory, hooks.last)
 
+    probe = LabelProbe(config, store, view_spec, hooks.say if collectives.rank == 0 else _silent)
     try:
         steps = fit(engine, batches(), report=report, save=save, stop=hooks.stop, probe=probe)
     finally:
         stream.close()
         store.close()
     return {"steps": steps, "samples": record.value, **hooks.last}
+
+
+def _silent(_line: str) -> None:
+    """Rank 0 speaks for all."""
 
 
 def _line(step: int, steps: int, metrics: dict[str, float]) -> str:

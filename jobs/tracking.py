@@ -17,6 +17,7 @@ from typing import Any
 from storage.errors import StackError
 
 SENTINEL = "step"  # logged with every point; its history says which points the server has
+COLLAPSE = "tomoscale.warning.collapse"
 _BATCH = 900  # MLflow takes at most 1000 metrics in one request
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.5, 5.0
 
@@ -143,16 +144,24 @@ def steps_on_server(api: Any, run_id: str) -> set[int]:
 
 
 def send(api: Any, run_id: str, points: Iterable[Point]) -> None:
-    """Log points in order; each request is atomic on the server and holds whole points."""
+    """Log points in order; each request is atomic on the server and holds whole points.
+
+    The last point that found features collapsed is also named in the run's tag `tomoscale.warning.collapse`.
+    """
     from mlflow.entities import Metric
 
     batch: list[Any] = []
+    collapsed: Point | None = None
     for item in points:
+        collapsed = item if item.metrics.get("probe/collapsed") else collapsed
         metrics = [Metric(k, v, item.time_ms, item.step) for k, v in item.metrics.items()]
         if batch and len(batch) + len(metrics) > _BATCH:
             api.log_batch(run_id, metrics=batch)
             batch = []
         batch += metrics
+    if collapsed is not None:
+        signs = (f"{name} {collapsed.metrics[f'probe/{name}']:.3g}" for name in ("feature_std", "effective_rank"))
+        api.set_tag(run_id, COLLAPSE, f"features had collapsed at step {collapsed.step}: {', '.join(signs)}")
     if batch:
         api.log_batch(run_id, metrics=batch)
 

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ssl_core import determinism
+from ssl_core import determinism, recompute
 from ssl_core.batching import split
 from ssl_core.config import Config, digest
 from ssl_core.distributed import Collectives, Single
@@ -61,6 +61,12 @@ class EngineConfig(Config):
     )
     channels_last: bool = Field(default=False, description="Kernels and activations in channels_last_3d order")
     compile: bool = Field(default=False, description="Run the method's forward pass through torch.compile")
+    fused: bool = Field(default=True, description="Fused optimizer kernels")
+    activation_checkpointing: bool = Field(
+        default=False,
+        description="Keep only the inputs of the network's blocks and compute the rest again in the backward pass: "
+        "less memory, more time",
+    )
     deterministic: bool = Field(default=True, description="Deterministic kernels where torch has them; slower on CUDA")
     seed: int = Field(default=0, ge=0, description="Seed of everything drawn inside a step")
     log_every: int = Field(default=10, ge=1, description="Steps between reports")
@@ -134,7 +140,11 @@ class Engine:
         self._lag = 1 if self.device.type == "cuda" else 0
         self._pending: list[Verdict] = []
         self._grads = FlatGradients(list(named.values()))
-        self.optimizer = NamedOptimizer(named, config.optimizer, betas=config.betas, momentum=config.momentum)
+        self.optimizer = NamedOptimizer(
+            named, config.optimizer, betas=config.betas, momentum=config.momentum, fused=config.fused
+        )
+        if config.activation_checkpointing:
+            recompute.enable(method)
         if config.compile:
             method.compile()
 

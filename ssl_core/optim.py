@@ -10,7 +10,7 @@ from storage.errors import ConfigError
 
 
 class NamedOptimizer:
-    """AdamW or SGD, fused, with decay for kernels only.
+    """AdamW or SGD, fused by default, with decay for kernels only.
 
     Decay pulls biases and the scales of norms to zero for no gain, so only parameters of two and more axes have it.
 
@@ -19,6 +19,7 @@ class NamedOptimizer:
         kind: `adamw`, or `sgd` with momentum.
         betas: AdamW's decay rates of the two moments.
         momentum: SGD's.
+        fused: One kernel for all parameters; plain loops over them otherwise, to compare with.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class NamedOptimizer:
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         momentum: float = 0.9,
+        fused: bool = True,
     ) -> None:
         kernels = {n: p for n, p in named.items() if p.dim() > 1}
         others = {n: p for n, p in named.items() if p.dim() <= 1}
@@ -40,9 +42,9 @@ class NamedOptimizer:
         groups = [group for group in groups if group["params"]]
         self._optimizer: torch.optim.Optimizer
         if kind == "sgd":
-            self._optimizer = torch.optim.SGD(groups, lr=0.0, momentum=momentum, fused=True)
+            self._optimizer = torch.optim.SGD(groups, lr=0.0, momentum=momentum, fused=fused)
         else:
-            self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+            self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=fused)
 
     def step(self, lr: float, weight_decay: float) -> None:
         """Apply the gradients once."""

@@ -1,14 +1,13 @@
 """Cheap signs of what a representation is worth while it is learned, and of its collapse.
 
 A loss can fall to its least while features turn constant (no repulsion), fill one direction (dimensional collapse), or
-stop telling places apart. Features are vectors of an encoder map, one a location. N vectors, C channels, K classes.
+stop telling places apart. Features are vectors of an encoder map, one a location. N vectors, C channels.
 """
 
 import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -33,20 +32,7 @@ class CollapseWarning(UserWarning):
     """Features have become (nearly) constant, or vary along one direction only."""
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """A few labelled crops of different subjects, for `label_transfer`.
-
-    Attributes:
-        image_BCDHW: Normalised intensities, on the engine's device, in its dtype.
-        label_BDHW: Classes; 0 is background.
-    """
-
-    image_BCDHW: Tensor
-    label_BDHW: Tensor
-
-
-def probe(engine: Engine, views: ViewBatch, labelled: Labelled | None = None) -> dict[str, float]:
+def probe(engine: Engine, views: ViewBatch) -> dict[str, float]:
     """Probe the encoder on a batch; a hook for `ssl_core.engine.fit`.
 
     Spread is measured at the deepest level that the method trains, alignment at the deepest of these that has four
@@ -55,12 +41,10 @@ def probe(engine: Engine, views: ViewBatch, labelled: Labelled | None = None) ->
     Args:
         engine: Its method is put into evaluation mode for the probe and back; nothing of its state changes.
         views: The step's views.
-        labelled: For `probe/label_transfer`; bind it with `functools.partial`.
 
     Returns:
         Means over ranks: `probe/feature_std` (share of 1/sqrt(C)), `probe/effective_rank`, `probe/uniformity`,
-        `probe/alignment` where the sample has two views that overlap, `probe/label_transfer`, and `probe/collapsed`
-        (0 or 1).
+        `probe/alignment` where the sample has two views that overlap, and `probe/collapsed` (0 or 1).
 
     Warns:
         CollapseWarning: on rank 0, when `feature_std` is below `LEAST_STD` or the rank below `LEAST_RANK`.
@@ -68,10 +52,9 @@ def probe(engine: Engine, views: ViewBatch, labelled: Labelled | None = None) ->
     method: nn.Module = engine.method
     encoder: Backbone = method.encoder()  # type: ignore[operator]
     shown = [view for role in views.roles.values() for view in role]
-    with _evaluation(method), torch.autocast(engine.device.type, torch.bfloat16, enabled=engine.precision == "bf16"):
+    with evaluation(method), torch.autocast(engine.device.type, torch.bfloat16, enabled=engine.precision == "bf16"):
         upto = deepest_trained(encoder)
         maps = [encoder.features(view.image_BCDHW, upto) for view in shown[:2]]
-        transfer = None if labelled is None else label_transfer(encoder, labelled, upto)
     vectors_NC = thin(vectors(maps[0][-1]))
     found = {
         "probe/feature_std": feature_std(vectors_NC),
@@ -84,8 +67,6 @@ def probe(engine: Engine, views: ViewBatch, labelled: Labelled | None = None) ->
         sums = engine.collectives.sum(_aligned(encoder, maps[0], maps[1], shown)).tolist()
         if sums[1]:
             means["probe/alignment"] = sums[0] / sums[1]
-    if transfer is not None:
-        means["probe/label_transfer"] = transfer
     collapsed = means["probe/feature_std"] < LEAST_STD or means["probe/effective_rank"] < LEAST_RANK
     if collapsed and engine.collectives.rank == 0:
         warnings.warn(
@@ -163,60 +144,9 @@ def uniformity(vectors_NC: Tensor) -> Tensor:
     return torch.logsumexp(logs_NN.flatten(), dim=0) - math.log(n * (n - 1))
 
 
-def nearest_labels(bank_NC: Tensor, bank_N: Tensor, query_MC: Tensor, classes: int, k: int = 5) -> Tensor:
-    """Labels (M,) that most of the k most similar bank vectors have, similar ones counting more.
-
-    Cosine similarity; a vote has the weight exp(similarity / 0.07) (Wu et al. 2018, non-parametric classifier).
-    """
-    similar_MN = functional.normalize(query_MC, dim=1) @ functional.normalize(bank_NC, dim=1).T
-    top_Mk, where_Mk = similar_MN.topk(min(k, len(bank_NC)), dim=1)
-    votes_MK = torch.zeros(len(query_MC), classes, dtype=top_Mk.dtype, device=top_Mk.device)
-    votes_MK.scatter_add_(1, bank_N[where_Mk], ((top_Mk - top_Mk[:, :1]) / 0.07).exp())
-    return votes_MK.argmax(dim=1)
-
-
-def label_transfer(
-    backbone: Backbone, labelled: Labelled, upto: int | None = None, *, per_class: int = 64, k: int = 5
-) -> float:
-    """How well the labels of some crops follow from the features of the others: balanced accuracy of k-NN.
-
-    Voxels of each crop, up to `per_class` of each class and evenly spread, are classified from those of all other
-    crops. A voxel's feature is the concatenation of the encoder levels (up to `upto`) at its place, each of unit
-    length. Accuracies are averaged over classes, so chance is 1/K whatever their sizes.
-
-    Returns:
-        0 to 1; 0 when no class is in two crops.
-    """
-    image_BCDHW, label_BDHW = labelled.image_BCDHW, labelled.label_BDHW
-    maps = backbone.features(image_BCDHW, upto)
-    bank: list[tuple[Tensor, Tensor]] = []
-    for index in range(len(image_BCDHW)):
-        places_M3 = _spread_voxels(label_BDHW[index], per_class)
-        centres_1M3 = (places_M3.double() + 0.5)[None]
-        sampled = [
-            sample_features(m[index : index + 1], level, centres_1M3)[0][0]
-            for m, level in zip(maps, backbone.levels[: len(maps)], strict=True)
-        ]
-        features_MC = torch.cat([functional.normalize(s, dim=1) for s in sampled], dim=1)
-        bank.append((features_MC, label_BDHW[index][places_M3.unbind(1)].long()))
-    classes = int(label_BDHW.max()) + 1
-    right = torch.zeros(classes, dtype=torch.float64)
-    total = torch.zeros(classes, dtype=torch.float64)
-    for index, (query_MC, truth_M) in enumerate(bank):
-        others = [entry for i, entry in enumerate(bank) if i != index]
-        if not others:
-            continue
-        bank_N = torch.cat([labels for _, labels in others])
-        known_M = torch.isin(truth_M, bank_N)
-        guess_M = nearest_labels(torch.cat([f for f, _ in others]), bank_N, query_MC, classes, k)
-        total += torch.bincount(truth_M[known_M], minlength=classes).cpu()
-        right += torch.bincount(truth_M[known_M & (guess_M == truth_M)], minlength=classes).cpu()
-    present = total > 0
-    return float((right[present] / total[present]).mean()) if bool(present.any()) else 0.0
-
-
 @contextmanager
-def _evaluation(method: nn.Module) -> Iterator[None]:
+def evaluation(method: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, and back to every module's own mode."""
     modes = [(module, module.training) for module in method.modules()]
     method.eval()
     try:
@@ -239,12 +169,3 @@ def _aligned(encoder: Backbone, maps_a: list[Tensor], maps_b: list[Tensor], show
     count = keep_BM.sum().double()
     mean = alignment(a_BMC[keep_BM], b_BMC[keep_BM]).double() if bool(count) else count
     return torch.stack([mean * count, count])
-
-
-def _spread_voxels(label_DHW: Tensor, per_class: int) -> Tensor:
-    """Voxels (M, 3) of a label map: of each class up to `per_class`, evenly spread in storage order."""
-    chosen = []
-    for value in label_DHW.unique().tolist():
-        places = (label_DHW == value).nonzero()
-        chosen.append(places[torch.arange(min(per_class, len(places))) * len(places) // min(per_class, len(places))])
-    return torch.cat(chosen)

@@ -198,6 +198,10 @@ class Manifest:
             keep &= np.isin(self._label_codes, [i for i, s in enumerate(self._label_sets) if labelled in s])
         return np.flatnonzero(keep).astype(np.int64)
 
+    def label_names(self) -> tuple[str, ...]:
+        """Every label or derived map that some volume has, sorted."""
+        return tuple(sorted({name for names in self._label_sets for name in names}))
+
     def subjects(self) -> tuple[str, ...]:
         """The subject of every row."""
         return tuple(self.column("subject"))

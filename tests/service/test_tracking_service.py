@@ -40,6 +40,17 @@ def test_backfill_sends_each_missing_point_once(api: Any, run: str) -> None:
     assert [step for step, _, _ in history(api, run, SENTINEL)] == list(range(1, 701))
 
 
+def test_a_collapse_is_a_metric_and_a_named_tag_of_the_run(api: Any, run: str) -> None:
+    healthy = {"probe/collapsed": 0.0, "probe/feature_std": 0.8, "probe/effective_rank": 9.0}
+    tracking.send(api, run, [tracking.point(10, healthy)])
+    assert tracking.COLLAPSE not in api.get_run(run).data.tags
+    dead = {"probe/collapsed": 1.0, "probe/feature_std": 0.0123, "probe/effective_rank": 1.0}
+    tracking.backfill(api, run, [tracking.point(step, metrics) for step, metrics in ((10, healthy), (20, dead))])
+    assert [(step, value) for step, value, _ in history(api, run, "probe/collapsed")] == [(10, 0.0), (20, 1.0)]
+    told = api.get_run(run).data.tags[tracking.COLLAPSE]
+    assert told == "features had collapsed at step 20: feature_std 0.0123, effective_rank 1"
+
+
 def test_a_run_with_more_points_than_a_page_is_known_whole(api: Any, run: str) -> None:
     journal = [tracking.point(step, {}) for step in range(1, 3201)]
     assert tracking.backfill(api, run, journal) == 3200

@@ -43,6 +43,7 @@ TABLES: tuple[type[BaseModel], ...] = (
     IntensityPolicy,
     configs.StreamConfig,
     EngineConfig,
+    configs.ProbeConfig,
     configs.ClusterConfig,
     Crops,
     configs.TuneConfig,

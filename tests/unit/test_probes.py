@@ -13,13 +13,10 @@ from ssl_core.engine import Engine, EngineConfig
 from ssl_core.methods.base import LossTerms, MethodConfig, train_only
 from ssl_core.probes import (
     CollapseWarning,
-    Labelled,
     alignment,
     deepest_trained,
     effective_rank,
     feature_std,
-    label_transfer,
-    nearest_labels,
     probe,
     thin,
     uniformity,
@@ -80,12 +77,6 @@ def test_uniformity_against_a_loop() -> None:
     terms = [math.exp(-2 * float((unit[i] - unit[j]).square().sum())) for i in range(12) for j in range(12) if i != j]
     assert float(uniformity(x)) == pytest.approx(math.log(sum(terms) / len(terms)))
     assert float(uniformity(torch.ones(5, 3))) == pytest.approx(0.0, abs=1e-6)
-
-
-def test_nearest_labels_weighs_likeness() -> None:
-    bank = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8]])
-    query = torch.tensor([[1.0, 0.01], [0.5, 0.9]])
-    assert nearest_labels(bank, torch.tensor([1, 0, 0]), query, classes=2, k=3).tolist() == [1, 0]
 
 
 def test_vectors_and_thinning_keep_places_apart() -> None:
@@ -196,22 +187,3 @@ def test_probes_watch_the_levels_that_are_trained() -> None:
     assert math.isfinite(probe(engine, two_views(0.0))["probe/feature_std"])
     method.backbone.requires_grad_(False)
     assert deepest_trained(method.backbone) == 4
-
-
-def test_labels_transfer_where_features_tell_them_and_not_by_chance() -> None:
-    backbone = Net().backbone.eval()
-    g = torch.Generator().manual_seed(1)
-    label = (torch.rand(3, 2, 2, 2, generator=g) > 0.5).long()
-    label = label.repeat_interleave(16, 1).repeat_interleave(16, 2).repeat_interleave(16, 3)
-    noise = torch.randn(3, 1, 32, 32, 32, generator=g)
-    with torch.no_grad():
-        told = label_transfer(backbone, Labelled(3.0 * label[:, None] + 0.1 * noise, label))
-        blind = label_transfer(backbone, Labelled(noise, label))
-    assert told > 0.85
-    assert 0.35 < blind < 0.65
-
-
-def test_labels_of_one_crop_transfer_nowhere() -> None:
-    label = torch.zeros(1, 32, 32, 32, dtype=torch.long)
-    with torch.no_grad():
-        assert label_transfer(Net().backbone, Labelled(torch.randn(1, 1, 32, 32, 32), label)) == 0.0
