@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -252,6 +253,10 @@ def _client(address: str, token: str | None, job: str = "") -> "Iterator[JobSubm
             client = JobSubmissionClient(url, headers=headers)
         yield client
     except AuthenticationError as error:
+        # A process that has used a token once is asked for one by Ray before anything is sent.
+        silent = None if token else _silence(url)
+        if silent is not None:
+            raise _absent(url, silent) from error
         raise StackError(
             f"Ray jobs at {url}",
             expected="a valid token",
@@ -259,12 +264,7 @@ def _client(address: str, token: str | None, job: str = "") -> "Iterator[JobSubm
             remedy="set RAY_AUTH_TOKEN_PATH to the cluster's token file; for the local stack, check TOMOSCALE_STATE",
         ) from error
     except (ConnectionError, OSError) as error:
-        raise StackError(
-            f"Ray jobs at {url}",
-            expected="a job server",
-            found=" ".join(str(error).split())[:200],
-            remedy="check the address and the network; `tomoscale up` starts a local one",
-        ) from ConnectionError(str(error))
+        raise _absent(url, error) from ConnectionError(str(error))
     except (RuntimeError, ValueError) as error:
         # The server answers with its whole traceback; the last line is the reason.
         lines = [line.strip() for line in str(error).splitlines() if line.strip(" .")]
@@ -277,6 +277,26 @@ def _client(address: str, token: str | None, job: str = "") -> "Iterator[JobSubm
                 remedy="`tomoscale jobs list`",
             ) from error
         raise StackError(f"Ray jobs at {url}", expected="the request to be accepted", found=text[:400]) from error
+
+
+def _absent(url: str, error: Exception) -> StackError:
+    return StackError(
+        f"Ray jobs at {url}",
+        expected="a job server",
+        found=" ".join(str(error).split())[:200],
+        remedy="check the address and the network; `tomoscale up` starts a local one",
+    )
+
+
+def _silence(url: str) -> OSError | None:
+    """Why nobody listens at a URL's host and port; None when somebody does."""
+    parts = urlsplit(url)
+    try:
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        socket.create_connection((parts.hostname or "", port), timeout=5).close()
+    except OSError as error:
+        return error
+    return None
 
 
 @contextlib.contextmanager

@@ -73,8 +73,6 @@ def test_nobody_at_the_address(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     url = f"http://127.0.0.1:{processes.free_ports(1)[0]}"
     # Ray would let this variable win over the address that was named.
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
-    # Once a process has used a token, Ray asks for one before it even tries to connect.
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 32)
     with pytest.raises(StackError) as caught:
         jobclient.status(url, "job-1")
     assert url in str(caught.value)
