@@ -68,7 +68,7 @@ def train_once(
     store = VolumeStore(labelled.data, manifest)
     encoder = bundling.pull_encoder(like or "" if start == "none" else start)
     values = label_values(store, subjects.train, labelled.label)
-    labels = {value: f"{labelled.label}-{value}" for value in values}
+    labels = split.value_names(manifest, labelled.label, values)
     network = build_segmenter(
         encoder.backbone,
         encoder.arguments,

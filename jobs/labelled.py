@@ -1,5 +1,6 @@
 """Which labelled subjects train, which steer the search and which are only ever tested."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,3 +54,12 @@ def draw(manifest: Manifest, config: LabelledConfig) -> Subjects:
         inner=tuple(i for name in inner for i in by_subject[name]),
         test=tuple(test[:limit]),
     )
+
+
+def value_names(manifest: Manifest, label: str, values: Sequence[int]) -> dict[int, str]:
+    """A name for each value: that of the data set's own description where it has one for each, all different."""
+    known = manifest.dataset.get("labels") or {}
+    names = [str(known.get(str(value), "")).strip() for value in values]
+    if not all(names) or len(set(names)) < len(names):
+        names = [f"{label}-{value}" for value in values]
+    return dict(zip(values, names, strict=True))

@@ -37,7 +37,7 @@ def pretrain(name: str, data: str, runs: str, **changes: Any) -> dict[str, Any]:
 
 def finetuning() -> dict[str, Any]:
     """Budget of one fine-tuning, the same in the search and after it."""
-    return {"epochs": 6, "steps_per_epoch": 15, "batch": 2, "patch_DHW": PATCH}
+    return {"epochs": 8, "steps_per_epoch": 15, "batch": 2, "patch_DHW": PATCH}
 
 
 def labelled(data: str, label: str) -> dict[str, Any]:

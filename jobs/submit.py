@@ -5,6 +5,7 @@ directory; credentials stay on the nodes. A driver that was killed is submitted 
 job goes on from its last checkpoint; a job that failed by itself is not.
 """
 
+import importlib
 import logging
 import re
 import tempfile
@@ -21,13 +22,15 @@ _PREFIX = re.compile(r"\x1b\[\d+m\((?:RayTrainWorker|one|trial)[^)]*\)\x1b\[0m ?
 # Ray's own chatter about a healthy job; `tomoscale jobs logs` shows it all.
 _NOISE = re.compile(
     r"RayDeprecationWarning|self\.exclude_resources|PreemptionWatcher|Runtime env is setting up"
-    r"|Running entrypoint for job|FutureWarning|repeated \d+x across cluster"
+    r"|Running entrypoint for job|FutureWarning|repeated \d+x across cluster|Reporting training result"
 )
 
 
 def submit(address: str, module: str, config: Config, name: str) -> str:
     """Send `python -m MODULE config.yaml` with its configuration; returns the submission id."""
-    logging.getLogger("ray").setLevel(logging.WARNING)
+    for chatty in ("dashboard_sdk", "job.sdk"):  # they set their own level when they are imported
+        importlib.import_module(f"ray.dashboard.modules.{chatty}")
+        logging.getLogger(f"ray.dashboard.modules.{chatty}").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="tomoscale-job-") as folder:
         (Path(folder) / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
         submission = f"{name}-{time.strftime('%H%M%S')}-{time.time_ns() % 10000:04d}"

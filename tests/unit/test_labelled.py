@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jobs.configs import LabelledConfig
-from jobs.labelled import Subjects, draw
+from jobs.labelled import Subjects, draw, value_names
 from ssl_core.config import parse
 from storage.bytestore import open_store
 from storage.errors import ConfigError, RefusedInput
@@ -109,3 +109,20 @@ def test_a_store_without_a_test_split_is_refused(manifest: Manifest) -> None:
 def test_an_inner_split_that_leaves_nothing_to_train_on_is_a_wrong_setting(manifest: Manifest) -> None:
     with pytest.raises(ConfigError, match="inner"):
         config(subjects=4, inner=4)
+
+
+@pytest.mark.parametrize(
+    ("described", "names"),
+    [
+        ({"1": "liver", "2": "tumour", "9": "other"}, {1: "liver", 2: "tumour"}),
+        ({"1": "liver"}, {1: "organ-1", 2: "organ-2"}),
+        ({"1": "liver", "2": "liver"}, {1: "organ-1", 2: "organ-2"}),
+        (None, {1: "organ-1", 2: "organ-2"}),
+    ],
+)
+def test_values_are_called_what_the_data_set_calls_them(
+    described: dict[str, str] | None, names: dict[int, str]
+) -> None:
+    """Scores are joined by name, so a partial or ambiguous description is not used at all."""
+    facts = {"name": "n", **({} if described is None else {"labels": described})}
+    assert value_names(Manifest.from_records([], facts), "organ", [1, 2]) == names
