@@ -13,6 +13,7 @@ from ssl_core.engine import EngineConfig
 from ssl_core.finetune import FinetuneConfig
 from ssl_core.intensity import IntensityPolicy
 from ssl_core.methods.base import MethodConfig, method_class
+from ssl_core.superpixel_settings import Superpixels
 from storage.errors import ConfigError
 from storage.ingest_policy import IngestPolicy
 
@@ -57,6 +58,14 @@ class IngestConfig(Config):
     data: str = Field(description="URL of the store")
     policy: IngestPolicy = IngestPolicy()
     append: bool = Field(False, description="keep published volumes that the source does not hold")
+
+
+class SuperpixelConfig(Config):
+    """A job that computes super-pixels beside the images of a store."""
+
+    name: str = Field("superpixels", description="name of the job", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    data: str = Field(description="URL of an ingested store")
+    superpixels: Superpixels = Superpixels()
 
 
 class ProbeConfig(Config):

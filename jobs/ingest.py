@@ -7,24 +7,27 @@ any process: over Ray tasks where that process is in a cluster, over threads whe
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
+import ray.exceptions
 
 from jobs import entry
 from jobs.configs import IngestConfig
 from jobs.text import Progress as Bar
-from storage.errors import ConfigError
-from storage.ingest import IngestReport, Outcome, Progress, Work, map_threads, run
+from storage.errors import ConfigError, TomoscaleError
+from storage.ingest import IngestReport, Progress, map_threads, run
 from storage.ingest_policy import IngestPolicy
+
+W, R = TypeVar("W"), TypeVar("R")
 
 SIMULATED = "simulated"
 
 
-def ray_map(function: Callable[[Work], Outcome], items: Iterable[Work], *, in_flight: int = 16) -> Iterator[Outcome]:
+def ray_map(function: Callable[[W], R], items: Iterable[W], *, in_flight: int = 16) -> Iterator[R]:
     """Map over Ray tasks with bounded back-pressure, yielding results as they finish.
 
-    A task whose worker dies is run again by Ray; an error of the store is raised here.
+    A task whose worker dies is run again by Ray; an error of ours is raised here as it was there.
     """
     task: Any = ray.remote(max_retries=3)(function)
     running: list[Any] = []
@@ -32,10 +35,19 @@ def ray_map(function: Callable[[Work], Outcome], items: Iterable[Work], *, in_fl
         running.append(task.remote(item))
         if len(running) >= in_flight:
             done, running = ray.wait(running, num_returns=1)
-            yield ray.get(done[0])
+            yield _result(done[0])
     while running:
         done, running = ray.wait(running, num_returns=1)
-        yield ray.get(done[0])
+        yield _result(done[0])
+
+
+def _result(done: Any) -> Any:
+    try:
+        return ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, TomoscaleError):
+            raise error.cause from None  # Ray's own text is the remote traceback
+        raise
 
 
 def ingest(

@@ -68,7 +68,9 @@ def main(argv: Sequence[str]) -> int:
     api = tracking.client()
     entry.ensure_data(config.data, config.source)
     from jobs.pretrain_loop import open_manifest
+    from jobs.superpixels import ensure_superpixels
 
+    ensure_superpixels(config)
     manifest = open_manifest(config)
     run_id = tracking.open_run(
         api,

@@ -17,6 +17,7 @@ import torch
 
 from jobs.configs import PretrainConfig, ProbeConfig
 from jobs.label_probe import LabelProbe
+from jobs.superpixels import require_superpixels
 from jobs.tracking import Point, point
 from ssl_core import checkpoint
 from ssl_core.backbones.registry import build
@@ -25,7 +26,7 @@ from ssl_core.distributed import Collectives, current
 from ssl_core.engine import Engine, fit
 from ssl_core.make_views import make_views
 from ssl_core.methods.base import method_class
-from ssl_core.views import ViewBatch
+from ssl_core.views import ViewBatch, ViewSpec
 from storage.cache import NodeCache
 from storage.errors import ConfigError
 from storage.manifest import Manifest
@@ -73,7 +74,11 @@ class Hooks:
 
 
 def open_manifest(config: PretrainConfig) -> Manifest:
-    """The manifest that the job reads, checked to have volumes of its split."""
+    """The manifest that the job reads, checked to have volumes of its split and what the method wants beside them.
+
+    Raises:
+        ConfigError: no such volumes, or some of them without the method's super-pixels; says how to make them.
+    """
     manifest = Manifest.open(config.data, config.fingerprint)
     if not len(manifest.select(split=config.stream.split)):
         raise ConfigError(
@@ -82,6 +87,7 @@ def open_manifest(config: PretrainConfig) -> Manifest:
             found="none",
             remedy="`tomoscale data show URL` lists the splits",
         )
+    require_superpixels(config, manifest, _view_spec(config))
     return manifest
 
 
@@ -115,7 +121,7 @@ def build_engine(config: PretrainConfig, device: torch.device) -> Engine:
 
 def stream_spec(config: PretrainConfig) -> StreamSpec:
     """The stream that the method's views need."""
-    views = method_class(config.method_name).view_spec(config.method_config)
+    views = _view_spec(config)
     return StreamSpec(
         seed=config.engine.seed,
         global_batch=config.stream.global_batch,
@@ -124,7 +130,13 @@ def stream_spec(config: PretrainConfig) -> StreamSpec:
         crops_per_visit=config.stream.crops_per_visit,
         split=config.stream.split,
         foreground=config.stream.foreground,
+        maps=views.maps,
     )
+
+
+def _view_spec(config: PretrainConfig) -> ViewSpec:
+    spec: ViewSpec = method_class(config.method_name).view_spec(config.method_config)
+    return spec
 
 
 def run(
@@ -169,13 +181,19 @@ def run(
         prefetch=config.stream.prefetch,
         threads=config.stream.threads,
     )
-    view_spec = method_class(config.method_name).view_spec(config.method_config)
+    view_spec = _view_spec(config)
 
     def batches() -> Iterator[tuple[ViewBatch, float]]:
         for batch in stream:
             record.add(batch, collectives)
             views = make_views(
-                batch, view_spec, seed=config.engine.seed, policy=config.intensity, device=device, dtype=engine.dtype
+                batch,
+                view_spec,
+                seed=config.engine.seed,
+                policy=config.intensity,
+                device=device,
+                dtype=engine.dtype,
+                maps=batch.maps_BDHW,
             )
             yield views, batch.wait_s
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ssl_core.superpixel_settings import Superpixels
+
 
 @dataclass(frozen=True)
 class View:
@@ -126,11 +128,15 @@ class RoleSpec:
 class ViewSpec:
     """All roles of a method and the integer maps it needs.
 
+    `maps` are names of maps in the store: labels, or maps that were computed, such as super-pixels. `superpixels` says
+    how those among them are made that a job may compute itself, each under its settings' `name`.
+
     `host_size_DHW` is the crop that the stream must read so that every view of a sample lies inside it.
     """
 
     roles: tuple[RoleSpec, ...]
     maps: tuple[str, ...] = ()
+    superpixels: tuple[Superpixels, ...] = ()
 
     @property
     def host_size_DHW(self) -> tuple[int, int, int]:

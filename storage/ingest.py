@@ -18,7 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from storage import splits
 from storage.bytestore import ByteStore, open_store
@@ -36,6 +36,7 @@ __all__ = ["IngestPolicy", "IngestReport", "Outcome", "Progress", "Quarantined",
 __all__ += ["ingest_work", "map_serial", "map_threads", "publish", "run"]
 
 QUARANTINE = "quarantine.jsonl"
+W, R = TypeVar("W"), TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +127,11 @@ def map_serial(function: Callable[[Work], Outcome], items: Iterable[Work]) -> It
     return map(function, items)
 
 
-def map_threads(function: Callable[[Work], Outcome], items: Iterable[Work]) -> Iterator[Outcome]:
+def map_threads(function: Callable[[W], R], items: Iterable[W]) -> Iterator[R]:
     """A thread a core, with as many volumes in memory; decompression and hashing run outside the interpreter lock."""
     workers = min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers, thread_name_prefix="ingest") as pool:
-        running: set[Future[Outcome]] = set()
+        running: set[Future[R]] = set()
         try:
             for item in items:
                 running.add(pool.submit(function, item))

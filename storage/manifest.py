@@ -16,6 +16,7 @@ import zlib
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -27,10 +28,11 @@ import pyarrow.parquet as pq
 
 from storage.bytestore import ByteStore, open_store
 from storage.errors import ConfigError, CorruptChunk, NotFound, StoreError
-from storage.records import DEFAULT_CODECS, LabelRecord, Triple, VolumeRecord
+from storage.records import DEFAULT_CODECS, DerivedRecord, LabelRecord, Triple, VolumeRecord
 from storage.sealed import SealedParquet, seal
 
-__all__ = ["DEFAULT_CODECS", "LabelRecord", "Manifest", "Triple", "VolumeRecord", "fingerprint_of", "manifest_key"]
+__all__ = ["DEFAULT_CODECS", "DerivedRecord", "LabelRecord", "Manifest", "Triple", "VolumeRecord", "fingerprint_of"]
+__all__ += ["manifest_key"]
 
 POINTER = "latest"
 ROWS_PER_GROUP = 1024
@@ -50,6 +52,15 @@ _LABEL = pa.struct(
         ("dtype", pa.string()),
     ]
 )
+_DERIVED = pa.struct(
+    [
+        ("name", pa.string()),
+        ("made", pa.string()),
+        ("regions", pa.int64()),
+        ("content_sha256", pa.string()),
+        ("dtype", pa.string()),
+    ]
+)
 _TYPES: dict[str, pa.DataType] = {
     **dict.fromkeys(("volume_id", "subject", "study", "split", "modality", "orientation", "dtype"), pa.string()),
     **dict.fromkeys(("source", "source_sha256", "content_sha256", "reader", "policy", "codecs"), pa.string()),
@@ -60,6 +71,7 @@ _TYPES: dict[str, pa.DataType] = {
     "stats": pa.list_(pa.struct([("name", pa.string()), ("value", _F)])),
     "labels": pa.list_(_LABEL),
     "notes": pa.list_(pa.string()),
+    "derived": pa.list_(_DERIVED),
 }
 _FIELDS = tuple(VolumeRecord.__dataclass_fields__)
 _SCHEMA = pa.schema([(name, _TYPES[name]) for name in _FIELDS])
@@ -190,7 +202,7 @@ class Manifest:
         raise NotFound(f"volume {volume_id}", expected=f"a volume of {self._thing}", found="none of that name")
 
     def select(self, split: str | None = None, labelled: str | None = None) -> npt.NDArray[np.int64]:
-        """Rows of a split, and with a label of that name, ascending."""
+        """Rows of a split, and with a label or derived map of that name, ascending."""
         keep = np.ones(self._rows, dtype=bool)
         if split is not None:
             keep &= np.isin(self._split_codes, [i for i, s in enumerate(self._splits) if s == split])
@@ -249,7 +261,7 @@ def _canonical(data: Any) -> bytes:
 
 def _to_parquet(records: list[VolumeRecord], dataset: dict[str, Any]) -> bytes:
     splits = sorted({r.split for r in records})
-    sets = sorted({tuple(sorted(label.name for label in r.labels)) for r in records})
+    sets = sorted({r.map_names() for r in records})
     split_code = {s: i for i, s in enumerate(splits)}
     set_code = {s: i for i, s in enumerate(sets)}
     rows = [_to_row(record) for record in records]
@@ -258,7 +270,7 @@ def _to_parquet(records: list[VolumeRecord], dataset: dict[str, Any]) -> bytes:
         "tomoscale.fingerprint": _fingerprint(rows, dataset),
         "tomoscale.dataset": _canonical(dataset),
         "tomoscale.splits": _pack([split_code[r.split] for r in records], splits),
-        "tomoscale.labels": _pack([set_code[tuple(sorted(x.name for x in r.labels))] for r in records], sets),
+        "tomoscale.labels": _pack([set_code[r.map_names()] for r in records], sets),
         "tomoscale.first": json.dumps([r.volume_id for r in records[::ROWS_PER_GROUP]]),
     }
     schema = _SCHEMA.with_metadata(meta)
@@ -295,6 +307,10 @@ def _to_row(record: VolumeRecord) -> dict[str, Any]:
         }
         for label in record.labels
     ]
+    if record.derived:
+        row["derived"] = [asdict(derived) for derived in record.derived]
+    else:
+        del row["derived"]  # so that a data set without any has the fingerprint it had before there could be any
     return row
 
 
@@ -315,6 +331,7 @@ def _from_row(row: dict[str, Any]) -> VolumeRecord:
         )
         for label in row["labels"]
     )
+    row["derived"] = tuple(DerivedRecord(**derived) for derived in row.get("derived") or ())
     for name in (
         "shape_DHW",
         "foreground_lo",

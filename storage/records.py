@@ -30,6 +30,27 @@ class LabelRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class DerivedRecord:
+    """Facts of one map that was computed from a volume after its ingest, such as its super-pixels.
+
+    It lies beside the labels, but is none: the volume's content digest does not cover it.
+
+    Args:
+        name: Key below `labels/`; ends in a digest of what made it, so that another setting is another map.
+        made: What made it, as text.
+        regions: Different values but 0.
+        content_sha256: Digest of its values, as `volumewriter.content_sha256` makes it.
+        dtype: Stored dtype.
+    """
+
+    name: str
+    made: str
+    regions: int
+    content_sha256: str
+    dtype: str = "int32"
+
+
+@dataclass(frozen=True, slots=True)
 class VolumeRecord:
     """Facts of one volume; see DESIGN section 3.
 
@@ -41,6 +62,7 @@ class VolumeRecord:
         foreground_lo, foreground_hi: Box of the foreground, D, H, W, one past the last.
         stats: Statistics of foreground values (after scale and offset); keys of `STATS_ORDER`.
         codecs: `DEFAULT_CODECS` where the arrays are encoded as this project does, so that readers need not ask.
+        derived: Maps that were computed from the volume later on.
     """
 
     volume_id: str
@@ -69,6 +91,7 @@ class VolumeRecord:
     chunk_DHW: Triple
     shard_DHW: Triple
     codecs: str = ""
+    derived: tuple[DerivedRecord, ...] = ()
 
     def label(self, name: str) -> LabelRecord:
         """The facts of one label.
@@ -82,5 +105,20 @@ class VolumeRecord:
         raise NotFound(
             f"label {name!r} of volume {self.volume_id}",
             expected="a label of that name",
-            found=", ".join(record.name for record in self.labels) or "no labels",
+            found=", ".join(self.map_names()) or "no labels",
         )
+
+    def map_names(self) -> tuple[str, ...]:
+        """Labels and derived maps, sorted."""
+        return tuple(sorted([*(x.name for x in self.labels), *(x.name for x in self.derived)]))
+
+    def map_facts(self, name: str) -> tuple[str, str]:
+        """Stored dtype of a label or derived map, and the digest that covers its values.
+
+        Raises:
+            NotFound: the volume has no such map; lists those it has.
+        """
+        for derived in self.derived:
+            if derived.name == name:
+                return derived.dtype, derived.content_sha256
+        return self.label(name).dtype, self.content_sha256

@@ -6,7 +6,7 @@ when a batch is ready, never what is in it. Resuming takes two integers, `state_
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -34,7 +34,7 @@ class CropSource(Protocol):
         """The volumes."""
 
     def read_many(self, crops: Sequence[Crop], label: str | None = None) -> list[npt.NDArray[Any]]:
-        """Crops as (C, D, H, W) arrays, or label crops, in the order asked."""
+        """Crops as (C, D, H, W) arrays, or crops of a label or derived map, in the order asked."""
 
 
 @dataclass
@@ -53,6 +53,7 @@ class HostBatch:
         spacing_B3: mm, (D, H, W), float64.
         stats_BS: float32; columns of `storage.intensity_stats.STATS_ORDER`.
         wait_s: Seconds the consumer waited for this batch.
+        maps_BDHW: The maps of the spec by name, each (B, D, H, W), integers; 0 beyond the volume.
     """
 
     image_BCDHW: npt.NDArray[Any]
@@ -66,6 +67,7 @@ class HostBatch:
     spacing_B3: npt.NDArray[np.float64]
     stats_BS: npt.NDArray[np.float32]
     wait_s: float = 0.0
+    maps_BDHW: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
 
 
 class CropStream:
@@ -172,6 +174,7 @@ class _Held:
     cut: Cut
     image_CDHW: npt.NDArray[Any]
     label_DHW: npt.NDArray[Any] | None
+    maps_DHW: dict[str, npt.NDArray[Any]]
 
 
 class _Reader:
@@ -191,10 +194,12 @@ class _Reader:
         return held + (self._call(call) if call else [])
 
     def _call(self, cuts: list[Cut]) -> list[_Held]:
-        label = self._plan.spec.label
+        spec = self._plan.spec
         images = self._read_many(cuts, None)
-        labels = [None] * len(cuts) if label is None else self._read_many(cuts, label)
-        return [_Held(*parts) for parts in zip(cuts, images, labels, strict=True)]
+        labels = [None] * len(cuts) if spec.label is None else self._read_many(cuts, spec.label)
+        read = {name: self._read_many(cuts, name) for name in spec.maps}
+        maps = [{name: arrays[i] for name, arrays in read.items()} for i in range(len(cuts))]
+        return [_Held(*parts) for parts in zip(cuts, images, labels, maps, strict=True)]
 
     def _read_many(self, cuts: list[Cut], label: str | None) -> list[npt.NDArray[Any]]:
         names = ", ".join(dict.fromkeys(cut.crop.volume_id for cut in cuts))
@@ -247,6 +252,7 @@ class _Assembler:
             shape_B3=np.array([r.shape_DHW for r in records], dtype=np.float64),
             spacing_B3=np.array([r.spacing_mm for r in records], dtype=np.float64),
             stats_BS=np.array([[r.stats[key] for key in STATS_ORDER] for r in records], dtype=np.float32),
+            maps_BDHW={name: _stack([h.maps_DHW[name] for h in held]) for name in self._plan.spec.maps},
         )
 
 

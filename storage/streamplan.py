@@ -29,6 +29,8 @@ class StreamSpec:
         foreground: Probability that a crop is centred in the volume's foreground box, not just anywhere in the volume.
         class_balance: Probability that a crop is centred on a voxel of a labelled class instead, each class as likely;
             needs `label`.
+        maps: Names of further label maps or derived maps that are read along; volumes without them are left out of
+            `split` as well.
     """
 
     seed: int
@@ -41,6 +43,7 @@ class StreamSpec:
     label: str | None = None
     foreground: float = 1.0
     class_balance: float = 0.0
+    maps: tuple[str, ...] = ()
 
 
 def check_spec(spec: StreamSpec, *, rank: int = 0, world: int = 1) -> None:
@@ -76,9 +79,13 @@ def select(manifest: Manifest, spec: StreamSpec) -> npt.NDArray[np.int64]:
     """
     if spec.indices is None:
         chosen = np.asarray(manifest.select(split=spec.split or None, labelled=spec.label), dtype=np.int64)
+        for name in spec.maps:
+            chosen = np.intersect1d(chosen, manifest.select(labelled=name))
         wanted = f"volumes of split {spec.split!r}" if spec.split else "volumes"
         if spec.label is not None:
             wanted += f" with label {spec.label!r}"
+        if spec.maps:
+            wanted += " with " + ", ".join(map(repr, spec.maps))
         if not len(chosen):
             remedy = "`tomoscale data show` lists splits and labels"
             raise ConfigError("stream", expected=wanted, found=f"none among {len(manifest)}", remedy=remedy)
@@ -118,7 +125,8 @@ class Plan:
         # Reading a row of the manifest costs more than planning a crop, and a visit asks for it several times.
         self.record = lru_cache(maxsize=4096)(manifest.record)
         first: VolumeRecord = self.record(int(indices[0]))
-        voxel_bytes = first.channels * np.dtype(first.dtype).itemsize + (spec.label is not None)
+        map_bytes = sum(np.dtype(first.map_facts(name)[0] or "uint8").itemsize for name in spec.maps)
+        voxel_bytes = first.channels * np.dtype(first.dtype).itemsize + (spec.label is not None) + map_bytes
         crop_bytes = int(np.prod(spec.crop_DHW)) * voxel_bytes
         # A lane that reads k crops at a time holds (k - 1) / 2 of them on average.
         room = 2 * memory_bytes * world // (spec.lanes * crop_bytes) + 1

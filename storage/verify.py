@@ -12,7 +12,7 @@ from storage.bytestore import join
 from storage.errors import NotFound, StoreError
 from storage.manifest import Manifest, VolumeRecord, fingerprint_of, manifest_key
 from storage.volumes import VolumeStore
-from storage.volumewriter import content_sha256, label_record
+from storage.volumewriter import content_sha256, label_record, region_count
 from storage.zarrmeta import parse_array
 
 
@@ -92,13 +92,19 @@ def _volume(store: VolumeStore, record: VolumeRecord) -> tuple[int, list[str]]:
     wrong: list[str] = []
     nbytes = 0
     arrays = {}
-    for name in (None, *(label.name for label in record.labels)):
+    derived = {found.name: found for found in record.derived}
+    for name in (None, *record.map_names()):
         try:
             array = store.read_volume(record.volume_id, name)
         except StoreError as error:
             wrong.append(str(error))
             continue
         nbytes += array.nbytes
+        if name in derived:
+            said = derived[name]
+            if content_sha256(array) != said.content_sha256 or region_count(array) != said.regions:
+                wrong.append(f"map {name!r} does not hold what the manifest says of it")
+            continue
         arrays[name] = array if name is None else array[0]
         if name is not None and label_record(name, array[0]) != record.label(name):
             wrong.append(f"label {name!r} does not hold what the manifest says of it")
@@ -116,9 +122,9 @@ def _documents(store: VolumeStore, record: VolumeRecord) -> list[str]:
     root = f"volumes/{record.volume_id}"
     arrays: dict[str, str | None] = {f"{root}/0/zarr.json": None}
     groups = [f"{root}/zarr.json"]
-    for label in record.labels:
-        arrays[f"{root}/labels/{label.name}/0/zarr.json"] = label.name
-        groups += [f"{root}/labels/zarr.json", f"{root}/labels/{label.name}/zarr.json"]
+    for name in record.map_names():
+        arrays[f"{root}/labels/{name}/0/zarr.json"] = name
+        groups += [f"{root}/labels/zarr.json", f"{root}/labels/{name}/zarr.json"]
     wrong = []
     for key in sorted({*arrays, *groups}):
         thing = join(store.url, key)

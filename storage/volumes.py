@@ -98,7 +98,7 @@ class VolumeStore:
         return self._source(self.record(volume_id), label).meta
 
     def read(self, crop: Crop, label: str | None = None) -> Array:
-        """One crop, (C, D, H, W) in the stored type, or (1, D, H, W) of a label; see `read_many`."""
+        """One crop, (C, D, H, W) in the stored type, or (1, D, H, W) of a label or derived map; see `read_many`."""
         return self.read_many([crop], label)[0]
 
     def read_many(self, crops: Sequence[Crop], label: str | None = None) -> list[Array]:
@@ -137,24 +137,24 @@ class VolumeStore:
     def _find(self, record: VolumeRecord, label: str | None) -> Source:
         """The array's metadata: as the manifest implies them, or read where it does not."""
         root = f"volumes/{record.volume_id}"
-        dtype = record.dtype
+        dtype, content = record.dtype, record.content_sha256
         shape: tuple[int, ...] = (record.channels, *record.shape_DHW)
         chunk: tuple[int, ...] = (1, *record.chunk_DHW)
         shard: tuple[int, ...] = (record.channels, *record.shard_DHW)
         if label is not None:
-            dtype = record.label(label).dtype
+            dtype, content = record.map_facts(label)
             root, shape, chunk, shard = f"{root}/labels/{label}", shape[1:], chunk[1:], shard[1:]
         root = f"{root}/0"
         if record.codecs == DEFAULT_CODECS and dtype:
             meta = default_meta(shape, shard, chunk, np.dtype(dtype))
-            return Source(record.volume_id, root, meta, record.content_sha256)
+            return Source(record.volume_id, root, meta, content)
         key = f"{root}/zarr.json"
         unread = Source(record.volume_id, root, default_meta(shape, shape, shape, np.dtype("u1")), "")
         document = self._executor.checked(unread, key, lambda: self.store.get(key))
         meta = parse_array(document, f"volume {record.volume_id}: {join(self.url, key)}")
         if meta.shape != shape:
             raise self._executor.corrupt(unread, key, f"shape {meta.shape} where the manifest says {shape}")
-        return Source(record.volume_id, root, meta, record.content_sha256)
+        return Source(record.volume_id, root, meta, content)
 
 
 def _box_and_array(crop: Crop, meta: ArrayMeta, record: VolumeRecord, label: str | None) -> tuple[Box, Array]:

@@ -1,8 +1,10 @@
 """Writing one volume: OME-Zarr 0.5 metadata, sharded arrays, and the record of its facts."""
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import product
 from typing import Any
 
@@ -11,10 +13,10 @@ import numpy.typing as npt
 
 from storage.bytestore import ByteStore, check_key
 from storage.codecs import COMPRESSOR, encode_default
-from storage.errors import ConfigError, RefusedInput
+from storage.errors import ConfigError, NotFound, RefusedInput
 from storage.intensity_stats import foreground_box, foreground_mask, foreground_stats
 from storage.layout import Layout, choose_layout
-from storage.manifest import DEFAULT_CODECS, LabelRecord, Triple, VolumeRecord
+from storage.manifest import DEFAULT_CODECS, DerivedRecord, LabelRecord, Triple, VolumeRecord
 from storage.shardindex import build_index, curve_order
 from storage.zarrmeta import DTYPES, array_document, group_document, multiscales
 
@@ -95,13 +97,7 @@ def write_volume(
     kind = layout.compressor
     _write_array(store, f"{root}/0", array_CDHW, shard, chunk, "czyx", kind)
     for name, label in labels.items():
-        _write_array(store, f"{root}/labels/{name}/0", label, layout.shard_DHW, layout.chunk_DHW, "zyx", kind)
-        entry = {
-            "version": "0.5",
-            "multiscales": multiscales(name, "zyx", spacing),
-            "image-label": {"source": {"image": "../../"}},
-        }
-        store.put(f"{root}/labels/{name}/zarr.json", group_document({"ome": entry}))
+        _write_label(store, root, name, label, layout, spacing)
     if labels:
         listing = {"version": "0.5", "labels": sorted(labels)}
         store.put(f"{root}/labels/zarr.json", group_document({"ome": listing}))
@@ -143,6 +139,42 @@ def write_volume(
         shard_DHW=layout.shard_DHW,
         codecs=DEFAULT_CODECS,
     )
+
+
+def write_derived(store: ByteStore, record: VolumeRecord, name: str, map_DHW: Array, made: str) -> DerivedRecord:
+    """Write a map beside the labels of a published volume and return its facts; the image is not touched.
+
+    It exists for readers once a manifest names it. Writing the same map again writes the same bytes.
+
+    Args:
+        record: The volume.
+        name: Of the map; not that of a label.
+        map_DHW: int32, of the image's shape.
+        made: What made it, as text.
+
+    Raises:
+        ConfigError: the name is a label's, or none that a key may have.
+        RefusedInput: type or shape is not what the format holds; nothing is written then.
+    """
+    thing = f"map {name!r} of volume {record.volume_id}"
+    if name in (label.name for label in record.labels):
+        raise ConfigError(thing, expected="a name that no label has", found="a label of that name")
+    _check_label(thing, name, map_DHW, record.shape_DHW)
+    if map_DHW.dtype != np.int32:
+        raise RefusedInput(thing, expected="int32", found=map_DHW.dtype.name)
+    root = f"volumes/{record.volume_id}"
+    _write_label(store, root, name, map_DHW, Layout(record.chunk_DHW, record.shard_DHW), record.spacing_mm)
+    listed = {*record.map_names(), name}
+    with suppress(NotFound, ValueError, KeyError, TypeError):  # what another map's job has listed meanwhile stays
+        listed |= set(json.loads(store.get(f"{root}/labels/zarr.json"))["attributes"]["ome"]["labels"])
+    store.put(f"{root}/labels/zarr.json", group_document({"ome": {"version": "0.5", "labels": sorted(listed)}}))
+    return DerivedRecord(name, made, region_count(map_DHW), content_sha256(map_DHW[None]))
+
+
+def region_count(map_DHW: Array) -> int:
+    """Different values but 0."""
+    values = np.unique(map_DHW)
+    return int(len(values) - (values == 0).any())
 
 
 def content_sha256(array_CDHW: Array, labels: Mapping[str, Array] | None = None) -> str:
@@ -202,6 +234,19 @@ def encode_shard(block: Array, chunk: tuple[int, ...], inside: tuple[int, ...], 
         entries[int(number)] = (at, len(parts[-1]))
         at += len(parts[-1])
     return b"".join(parts) + build_index(entries, math.prod(grid))
+
+
+def _write_label(
+    store: ByteStore, root: str, name: str, label: Array, layout: Layout, spacing: tuple[float, ...]
+) -> None:
+    kind = layout.compressor
+    _write_array(store, f"{root}/labels/{name}/0", label, layout.shard_DHW, layout.chunk_DHW, "zyx", kind)
+    entry = {
+        "version": "0.5",
+        "multiscales": multiscales(name, "zyx", spacing),
+        "image-label": {"source": {"image": "../../"}},
+    }
+    store.put(f"{root}/labels/{name}/zarr.json", group_document({"ome": entry}))
 
 
 def _write_array(

@@ -1,9 +1,10 @@
-"""data ingest | append | verify | show | fetch."""
+"""data ingest | append | superpixels | verify | show | fetch."""
 
 import argparse
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from jobs.text import Progress, emit, table
 
 def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register the verbs."""
-    data = verbs.add_parser("data", help="volumes: ingest, append, verify, show, fetch")
+    data = verbs.add_parser("data", help="volumes: ingest, append, superpixels, verify, show, fetch")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, text in (
         ("ingest", "bring a folder of scans into a store; idempotent, and a killed run goes on"),
@@ -29,6 +30,17 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         action.add_argument("--local", action="store_true", help="in this process, without a cluster")
         add_state(action)
         action.set_defaults(run=_ingest, append=name == "append")
+    regions = actions.add_parser(
+        "superpixels", help="put super-pixels beside the images of a store; idempotent, and a killed run goes on"
+    )
+    regions.add_argument("data", help="URL of the store")
+    regions.add_argument(
+        "settings", nargs="*", metavar="key=value", help="how they are made, such as scale=50 or mode=volume"
+    )
+    regions.add_argument("--address", metavar="URL", help="job server; the local stack's when it is up")
+    regions.add_argument("--local", action="store_true", help="in this process, without a cluster")
+    add_state(regions)
+    regions.set_defaults(run=_superpixels)
     verify = actions.add_parser("verify", help="read every chunk of a store again and check it")
     show = actions.add_parser("show", help="summarise a store")
     for action, run in ((verify, _verify), (show, _show)):
@@ -44,9 +56,7 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
 
 
 def _ingest(arguments: argparse.Namespace) -> int:
-    from cluster import stack
     from jobs import submit
-    from jobs.commands.common import state_dir
     from jobs.configs import IngestConfig
     from jobs.ingest import SIMULATED, ingest
     from ssl_core.config import load
@@ -58,14 +68,35 @@ def _ingest(arguments: argparse.Namespace) -> int:
         [f"policy.{item}" for item in arguments.policy],
     )
     use_stack(arguments)
-    clustered = (
-        arguments.address or os.environ.get("TOMOSCALE_JOBS_ADDRESS") or stack.status(state_dir(arguments)).running
-    )
-    if arguments.local or not clustered:
+    if arguments.local or not _clustered(arguments):
         ingest(config.source, config.data, config.policy, append=config.append)
         return 0
     submit.run(job_address(arguments), "jobs.ingest", config, config.name, show=lambda line: print(line, flush=True))
     return 0
+
+
+def _superpixels(arguments: argparse.Namespace) -> int:
+    from jobs import submit
+    from jobs.configs import SuperpixelConfig
+    from jobs.superpixels import compute
+    from ssl_core.config import load
+
+    config = load(SuperpixelConfig, {"data": arguments.data}, [f"superpixels.{item}" for item in arguments.settings])
+    use_stack(arguments)
+    if arguments.local or not _clustered(arguments):
+        compute(config.data, config.superpixels)
+        return 0
+    show = partial(print, flush=True)
+    submit.run(job_address(arguments), "jobs.superpixels", config, config.name, show=show)
+    return 0
+
+
+def _clustered(arguments: argparse.Namespace) -> bool:
+    from cluster import stack
+    from jobs.commands.common import state_dir
+
+    named = arguments.address or os.environ.get("TOMOSCALE_JOBS_ADDRESS")
+    return bool(named) or stack.status(state_dir(arguments)).running
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -112,10 +143,15 @@ def _facts(manifest: Any) -> dict[str, Any]:
     shapes, spacings = np.array(manifest.column("shape_DHW")), np.array(manifest.column("spacing_mm"))
     labels: Counter[str] = Counter()
     voxels: Counter[str] = Counter()
+    derived: dict[str, list[int]] = defaultdict(list)
+    made: dict[str, str] = {}
     for record in manifest.records():
         for label in record.labels:
             labels[label.name] += 1
             voxels.update({f"{label.name} {v}": n for v, n in zip(label.values, label.voxels, strict=True)})
+        for found in record.derived:
+            derived[found.name].append(found.regions)
+            made[found.name] = found.made
 
     def span(values: Any) -> str:
         low, middle, high = values.min(0), np.median(values, 0), values.max(0)
@@ -134,6 +170,10 @@ def _facts(manifest: Any) -> dict[str, Any]:
         "voxels": int(shapes.prod(1).sum()),
         "labelled volumes": dict(labels),
         "label voxels": dict(voxels.most_common(20)),
+        "computed maps": {
+            name: f"in {len(counts)} volumes, {int(np.median(counts))} regions (median), {made[name]}"
+            for name, counts in sorted(derived.items())
+        },
         "volumes with notes": sum(bool(n) for n in manifest.column("notes")),
     }
 

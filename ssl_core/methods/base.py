@@ -59,8 +59,8 @@ class StepContext:
         max_steps: Steps of the whole run.
         seed: Seed of the run; draw with `numpy.random.Philox` keyed by (seed, sample index), never from a global.
         collectives: Differentiable gathers and reductions over ranks; `Single()` on one rank.
-        memo: Encoder maps made so far in this forward pass, so that objectives composed over shared views do not make
-            them twice; see `encode`. `None` outside such a composition.
+        memo: Encoder and decoder maps made so far in this forward pass, so that objectives composed over shared views
+            do not make them twice; see `encode`. `None` outside such a composition.
     """
 
     step: int
@@ -130,6 +130,16 @@ def encode(backbone: Backbone, view: View, ctx: StepContext, upto: int | None = 
     key = (id(backbone), id(view))
     if key not in ctx.memo:
         ctx.memo[key] = backbone.features(view.image_BCDHW)
+    return ctx.memo[key]
+
+
+def decode(backbone: Backbone, view: View, ctx: StepContext) -> list[Tensor]:
+    """Decoder maps of a view, coarsest first; made once as `encode` does."""
+    if ctx.memo is None:
+        return backbone.decode(encode(backbone, view, ctx))
+    key = (id(backbone), -id(view))  # no id is negative, so that encoder and decoder maps do not meet
+    if key not in ctx.memo:
+        ctx.memo[key] = backbone.decode(encode(backbone, view, ctx))
     return ctx.memo[key]
 
 

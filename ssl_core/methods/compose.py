@@ -126,4 +126,5 @@ def merge(specs: list[ViewSpec]) -> ViewSpec:
             if both[0] != both[1]:
                 raise ConfigError(f"view role {role.name!r}", expected=str(both[0]), found=str(both[1]))
             roles[role.name] = both[0]
-    return ViewSpec(tuple(roles.values()), tuple(dict.fromkeys(m for spec in specs for m in spec.maps)))
+    maps = tuple(dict.fromkeys(m for spec in specs for m in spec.maps))
+    return ViewSpec(tuple(roles.values()), maps, tuple(dict.fromkeys(s for spec in specs for s in spec.superpixels)))

@@ -1,4 +1,4 @@
-"""LRC-style: pixels of one super-pixel attract, the image's other super-pixels repel, beside a global method."""
+"""LRC-style: pixels of one super-pixel attract, the image's other super-pixels repel, beside another method."""
 
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from ssl_core.methods.base import (
     LossTerms,
     MethodConfig,
     StepContext,
-    encode,
+    decode,
     method_class,
     register,
     spread,
@@ -25,41 +25,48 @@ from ssl_core.methods.base import (
 )
 from ssl_core.norm import bind
 from ssl_core.sampling import map_at, region_pixels
+from ssl_core.superpixel_settings import Superpixels
 from ssl_core.views import View, ViewBatch, ViewSpec
-
-MAP = "superpixels"
 
 
 @register("lrc")
 class LRC(nn.Module):
     """In the style of localized region contrast (Yan et al., arXiv 2304.03406), whose loss and settings are unread.
 
-    Idea: Felzenszwalb's super-pixels are free pseudo-regions. Beside a global method on the same views, the decoder's
-    features of sampled pixels are contrasted by region.
+    Idea: Felzenszwalb's super-pixels are free pseudo-regions. Beside a global method, or supervised pre-training, on
+    the same views, the decoder's features of sampled pixels are contrasted by region.
 
-    Formula: L = L_global + `w_local` L_local. Form A, over R regions of K pixels of one image: mean over pixels n of
+    Formula: L = L_base + `w_local` L_local. Form A, over R regions of K pixels of one image: mean over pixels n of
     -1/|P(n)| sum over p in P(n) of log( exp(z_n . z_p / t) / sum over a != n of exp(z_n . z_a / t) ), P(n) the other
     pixels of n's region. Form B contrasts a region's mean embedding in view 1 with those in view 2.
 
     Traps: form A cannot fall below about log(K - 1), so judge it against that floor; region 0 means padding; regions
     with fewer than K pixels at the feature's resolution are dropped, so low-resolution features lose small regions;
-    neighbouring super-pixels of one organ are pushed apart, which `w_local` and the super-pixels' scale control.
+    neighbouring super-pixels of one organ are pushed apart, which `w_local` and the super-pixels' scale control; their
+    lengths are in voxels, so that volumes of unlike spacing should be ingested with one `spacing_mm`.
 
-    Cost: that of the base method, a decoder pass a view, and B (R K)^2 cosines.
+    Cost: that of the base method, a decoder pass a view (shared with a base that decodes), and B (R K)^2 cosines; the
+    super-pixels once a volume, 0.4 s for a slice of 512 x 512 on one core, and some 10 % of a volume's size in the
+    store.
 
-    Use it as an addition to `base`, to be compared with the base alone at equal steps. Needs the integer map
-    `superpixels` beside the images (see `ssl_core.superpixels`).
+    Use it as an addition to `base`, to be compared with the base alone at equal steps. The super-pixels are read from
+    the store, where `tomoscale data superpixels URL` puts them beside the images; a job that finds a volume without
+    them makes them first. Views carry them with nearest sampling.
     """
 
     class Config(MethodConfig):
         """Settings of the LRC-style method."""
 
         crops: Crops = Field(default=Crops(min_overlap=0.3, intensity="strong"), description="Views; our choice")
-        base: Literal["mocov2", "byol", "simclr"] = Field(
-            default="mocov2", description="The global method; MoCo in the paper's overview"
+        base: Literal["mocov2", "byol", "simclr", "supervised"] = Field(
+            default="mocov2",
+            description="What it is added to; MoCo in the paper's overview, supervised pre-training in its abstract",
         )
         base_settings: dict[str, Any] = Field(
-            default={}, description="Settings of the global method; it gets these crops; our choice: its defaults"
+            default={}, description="Settings of `base`; it gets these crops; our choice: its defaults"
+        )
+        superpixels: Superpixels = Field(
+            default=Superpixels(), description="How the super-pixels are made, which names their map in the store"
         )
         w_local: float = Field(default=1.0, gt=0, description="Weight of the region loss; our choice")
         form: Literal["A", "B"] = Field(default="A", description="Pixels, or means of regions; our choice")
@@ -72,7 +79,9 @@ class LRC(nn.Module):
 
         @model_validator(mode="after")
         def _base_fits(self) -> "LRC.Config":
-            _base_config(self)
+            base = method_class(self.base).view_spec(_base_config(self))
+            if self.form == "B" and base.roles[0].count < 2:
+                raise ValueError(f"two views of a sample for form B: set `views` in base_settings of {self.base}")
             return self
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
@@ -87,17 +96,17 @@ class LRC(nn.Module):
     def view_spec(cls, config: Config) -> ViewSpec:
         """The base method's views, with super-pixels."""
         base: ViewSpec = method_class(config.base).view_spec(_base_config(config))
-        return ViewSpec(base.roles, (*base.maps, MAP))
+        return ViewSpec(base.roles, (*base.maps, config.superpixels.name), (config.superpixels,))
 
     def forward(self, views: ViewBatch, ctx: StepContext) -> LossTerms:
         """The base's terms and `region`; monitors also the regions drawn from a view and the dense spread."""
         ctx = with_memo(ctx)
         terms = self.base(views, ctx)
         bind(self, ctx.collectives)
-        pair = views.roles["global"]
-        dense = [self.dense(self.backbone.decode(encode(self.backbone, view, ctx))[-1]) for view in pair]
+        shown = views.roles["global"]
+        dense = [self.dense(decode(self.backbone, view, ctx)[-1]) for view in shown]
         form = self._pixels if self.config.form == "A" else self._means
-        local, drawn = form(pair, dense, views, ctx)
+        local, drawn = form(shown, dense, views, ctx)
         return LossTerms(
             {**terms.terms, "region": self.config.w_local * local},
             {**terms.monitors, "regions": drawn, "dense_std": spread(dense[0])},
@@ -112,17 +121,20 @@ class LRC(nn.Module):
         return self.backbone
 
     def _draw(self, view: View, dense: Tensor, views: ViewBatch, ctx: StepContext, v: int) -> tuple[Tensor, ...]:
-        d, h, w = dense.shape[2:]
-        ids = map_at(self.level, view.maps[MAP], (int(d), int(h), int(w))).flatten(1)
+        ids = self._ids(view, dense)
         pixels = self.config.pixels
         drawn = region_pixels(ids, ids > 0, self.config.regions, pixels, seed=ctx.seed + v, sample_B=views.sample_B)
         return ids, *drawn
 
+    def _ids(self, view: View, dense: Tensor) -> Tensor:
+        d, h, w = dense.shape[2:]
+        return map_at(self.level, view.maps[self.config.superpixels.name], (int(d), int(h), int(w))).flatten(1)
+
     def _pixels(
-        self, pair: tuple[View, ...], dense: list[Tensor], views: ViewBatch, ctx: StepContext
+        self, shown: tuple[View, ...], dense: list[Tensor], views: ViewBatch, ctx: StepContext
     ) -> tuple[Tensor, Tensor]:
         losses, counts = [], []
-        for v, (view, z) in enumerate(zip(pair, dense, strict=True)):
+        for v, (view, z) in enumerate(zip(shown, dense, strict=True)):
             _, index_BRK, region_BR, valid_BR = self._draw(view, z, views, ctx, v)
             index_BN = index_BRK.flatten(1)
             picked = z.flatten(2).gather(2, index_BN[:, None].expand(-1, z.shape[1], -1)).transpose(1, 2)
@@ -139,11 +151,10 @@ class LRC(nn.Module):
         return torch.stack(losses).mean(), torch.stack(counts).mean()
 
     def _means(
-        self, pair: tuple[View, ...], dense: list[Tensor], views: ViewBatch, ctx: StepContext
+        self, shown: tuple[View, ...], dense: list[Tensor], views: ViewBatch, ctx: StepContext
     ) -> tuple[Tensor, Tensor]:
-        ids, _, region_BR, valid_BR = self._draw(pair[0], dense[0], views, ctx, 0)
-        d, h, w = dense[1].shape[2:]
-        other_ids = map_at(self.level, pair[1].maps[MAP], (int(d), int(h), int(w))).flatten(1)
+        ids, _, region_BR, valid_BR = self._draw(shown[0], dense[0], views, ctx, 0)
+        other_ids = self._ids(shown[1], dense[1])
         v, seen_v = region_means(unit(dense[0], 1).flatten(2), ids, region_BR)
         u, seen_u = region_means(unit(dense[1], 1).flatten(2), other_ids, region_BR)
         valid = valid_BR & seen_v & seen_u

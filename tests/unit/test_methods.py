@@ -35,7 +35,7 @@ def swap(batch: ViewBatch, role: str) -> ViewBatch:
 
 
 def test_every_promised_method_is_there() -> None:
-    wanted = "aligned byol compose lrc mae mocov2 models_genesis pcl pcrlv2 pgl simclr ssal"
+    wanted = "aligned byol compose lrc mae mocov2 models_genesis pcl pcrlv2 pgl simclr ssal supervised"
     assert method_names() == wanted.split()
 
 
@@ -213,7 +213,7 @@ def test_lrc_on_a_single_region_adds_nothing(form: str) -> None:
     lrc = tiny_method("lrc", changed("lrc", form=form))
     batch = batch_of(lrc, [0, 1])
     for view in batch.roles["global"]:
-        view.maps["superpixels"].fill_(1)
+        view.maps[lrc.config.superpixels.name].fill_(1)
     terms = lrc(batch, context(0))
     terms.total.backward()
     assert terms.terms["region"].item() == 0.0

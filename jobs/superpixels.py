@@ -1,0 +1,127 @@
+"""Super-pixels beside the images of a store: made once, by `tomoscale data superpixels` or by the job that needs them.
+
+`python -m jobs.superpixels CONFIG [key=value ...]` is the Ray job, with one Ray task a volume. `compute` does the same
+from any process: over Ray tasks where that process is in a cluster, over threads where it is not.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from jobs import entry
+from jobs.configs import PretrainConfig, SuperpixelConfig
+from jobs.text import Progress as Bar
+from ssl_core.config import resolved
+from ssl_core.methods.base import method_class
+from ssl_core.superpixel_settings import Superpixels
+from ssl_core.views import ViewSpec
+from storage import derive
+from storage.errors import ConfigError
+from storage.ingest import map_threads
+from storage.manifest import Manifest, VolumeRecord
+
+
+def compute(data: str, settings: Superpixels, *, say: Callable[[str], None] = print) -> derive.DeriveReport:
+    """Compute what is missing of one kind of super-pixels, publish it, and say what happened.
+
+    Args:
+        data: URL of the store.
+        settings: How they are made; names the map.
+        say: Hears the summary.
+
+    Raises:
+        TomoscaleError: as `storage.derive.run`.
+    """
+    import ray
+
+    from jobs.ingest import ray_map
+
+    bar: list[Bar] = []
+
+    def progress(done: int, total: int) -> None:
+        if not bar:
+            bar.append(Bar("super-pixels", total, "volumes"))
+        bar[0].update(done, "")
+
+    report = derive.run(
+        data,
+        settings.name,
+        partial(_of_volume, settings),
+        made=described(settings),
+        mapper=ray_map if ray.is_initialized() else map_threads,
+        progress=progress,
+    )
+    say(
+        f"{settings.name} beside the images of {data} (manifest {report.manifest.fingerprint}): {report.written}"
+        f" computed, {report.resumed} left by an earlier run, {report.skipped} already there, in {report.seconds:.1f} s"
+    )
+    if report.absent:
+        say(f"  {len(report.absent)} volumes were published meanwhile and have none: run it again")
+    return report
+
+
+def _of_volume(settings: Superpixels, stored_CDHW: npt.NDArray[Any], record: VolumeRecord) -> npt.NDArray[np.int32]:
+    from ssl_core.superpixels import of_volume  # here, as numba and scikit-image are slow to import
+
+    return of_volume(stored_CDHW, record, settings)
+
+
+def described(settings: Superpixels) -> str:
+    """What the manifest says of how a map was made."""
+    return "super-pixels " + " ".join(f"{key}={value}" for key, value in resolved(settings).items())
+
+
+def ensure_superpixels(config: PretrainConfig, *, say: Callable[[str], None] = print) -> None:
+    """Make the super-pixels that a job's method reads, where its store lacks some and the job pins no manifest.
+
+    A pinned manifest stays what it is: `require_superpixels` then says what to do.
+    """
+    if config.fingerprint is not None:
+        return
+    views: ViewSpec = method_class(config.method_name).view_spec(config.method_config)
+    for settings in views.superpixels:
+        if derive.lacking(Manifest.open(config.data), settings.name):
+            say(f"computing {settings.name}, which {config.method_name} reads")
+            compute(config.data, settings, say=say)
+
+
+def require_superpixels(config: PretrainConfig, manifest: Manifest, views: ViewSpec) -> None:
+    """Refuse a manifest in which volumes that the job would read lack super-pixels.
+
+    Raises:
+        ConfigError: names the store and the command that makes them.
+    """
+    made = {settings.name for settings in views.superpixels}
+    rows = set(manifest.select(split=config.stream.split).tolist())
+    for name in views.maps:
+        if name not in made:  # volumes without the label are left out anyway
+            rows &= set(manifest.select(labelled=name).tolist())
+    for settings in views.superpixels:
+        lacking = rows & set(derive.lacking(manifest, settings.name))
+        if lacking:
+            command = " ".join(["tomoscale data superpixels", config.data, *settings.overrides()])
+            unpin = ", and pin the new manifest or leave `fingerprint` empty" if config.fingerprint else ""
+            raise ConfigError(
+                f"super-pixels of {config.data}",
+                expected=f"{settings.name} beside all {len(rows)} volumes of split {config.stream.split!r}",
+                found=f"{len(lacking)} without it in manifest {manifest.fingerprint}",
+                remedy=f"make them: {command}{unpin}",
+            )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Driver of the Ray job."""
+    config = entry.load(SuperpixelConfig, argv, "jobs.superpixels")
+    from jobs.ray_session import connect
+
+    connect()
+    compute(config.data, config.superpixels, say=lambda line: print(line, flush=True))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(entry.guarded(main))
