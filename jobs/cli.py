@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from jobs import interrupts
 from jobs.commands import bench, data, demo, models, stack, submit, train
 from storage.errors import TomoscaleError
 
@@ -28,7 +29,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code."""
-    signal.signal(signal.SIGTERM, _terminated)
+    if argv is None:
+        interrupts.watch()
     arguments = _parse(argv)
     try:
         code: int | None = arguments.run(arguments)
@@ -75,10 +77,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if takes and rest:
         setattr(arguments, takes, [*getattr(arguments, takes), *rest])
     return arguments
-
-
-def _terminated(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
