@@ -185,6 +185,7 @@ class Demo:
                 store.read_volume(volume, label=LABEL)[0],
                 to_canonical(str(written), np.asarray(mask.dataobj), mask.affine).values_CDHW[0],
                 spacing_mm=record.spacing_mm,
+                labels=dict(predictor.plan.labels),
             )
             captions[f"preview-{rank}"] = (
                 f"{rank} test case of the registered model, {volume}: Dice {score[volume]:.3f}"

@@ -6,7 +6,7 @@ views are shown as the network gets them, flips included.
 
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,7 +105,7 @@ def overlay_picture(
     prediction_DHW: NDArray[Any] | None,
     *,
     spacing_mm: Sequence[float] = (1.0, 1.0, 1.0),
-    labels: Sequence[str] = (),
+    labels: Mapping[int, str] | None = None,
     slices: int = 5,
     title: str = "",
 ) -> bytes:
@@ -116,7 +116,7 @@ def overlay_picture(
         truth_DHW: Integer labels, 0 background; or `None`.
         prediction_DHW: Likewise. Its row also shows the outline of the truth, dashed.
         spacing_mm: (D, H, W), for the proportions.
-        labels: Names of the labels 1, 2, ... for the legend.
+        labels: Name of each label value, for the legend.
         slices: Columns.
         title: Over everything.
     """
@@ -148,9 +148,8 @@ def overlay_picture(
         place = {"transform": corner.transAxes, "ha": "center", "va": "center"}
         corner.text(x, 0.5, side_name, color="white", fontsize=7, bbox=box, **place)
     values = sorted({int(v) for m in known for v in np.unique(m)} - {0})
-    entries: list[Patch | Line2D] = [
-        Patch(color=_colour(v), label=labels[v - 1] if 0 < v <= len(labels) else f"label {v}") for v in values
-    ]
+    names = labels or {}
+    entries: list[Patch | Line2D] = [Patch(color=_colour(v), label=names.get(v, f"label {v}")) for v in values]
     if truth_DHW is not None and prediction_DHW is not None:
         entries.append(Line2D([], [], color=INK, linestyle="--", label="outline of the truth"))
     if entries:

@@ -44,7 +44,7 @@ def test_overlay_colours_every_label():
     volume = rng.normal(size=(12, 30, 40))
     truth = np.zeros(volume.shape, np.uint8)
     truth[3:9, 5:15, 5:20], truth[5:9, 18:28, 20:38] = 1, 2
-    pixels = _pixels(picture.overlay_picture(volume, truth, np.roll(truth, 1, 2), labels=["liver", "spleen"]))
+    pixels = _pixels(picture.overlay_picture(volume, truth, np.roll(truth, 1, 2), labels={1: "liver", 2: "spleen"}))
     assert min(_amount(pixels, c) for c in picture.COLOURS[:2]) > 50
     assert _amount(pixels, picture.COLOURS[2]) == 0
     tall = _pixels(picture.overlay_picture(volume, truth, None))
