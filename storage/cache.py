@@ -2,8 +2,9 @@
 
 One file (a slab) holds the voxels of one shard as a plain array that is mapped into memory: a warm crop costs one
 strided copy, as from a raw memory map, and no decompression. A chunk counts as present if its seal, a checksum of its
-voxels, is right. Seals are checked when a process first touches a chunk, again whenever the file was changed by
-someone, and again after ten minutes; voxels that do not match are never returned but fetched again from the store.
+voxels, is right. Seals are checked when a process first touches a chunk that another one wrote, again whenever the file
+was changed by someone else, and again after ten minutes; voxels that do not match are never returned but fetched again
+from the store.
 
 Nothing needs a lock between processes. A slab appears by an atomic link of a finished file; what a kill, a full disk or
 another writer left half done has no right seal and is a miss. Whole slabs are evicted, longest unused first; a process
@@ -191,6 +192,7 @@ class Slab:
         at = _head_bytes(shape, chunk)
         self._voxels: Array = np.frombuffer(memory, dtype, math.prod(shape), at).reshape(shape)
         self._right = np.zeros(self._grid, dtype=bool)
+        self._writing = threading.Lock()
         self._changed = self._stat()
         self._trusted_until = time.monotonic() + TRUST_S
         self._touched = 0.0
@@ -212,16 +214,14 @@ class Slab:
         now = time.monotonic()
         if now - self._touched > TOUCH_S:
             self._touched = now
-            with suppress(OSError):
+            with suppress(OSError), self._writing:
                 # The time of change is left as it is: it says whether somebody wrote.
                 os.utime(self._fd, ns=(time.time_ns(), os.fstat(self._fd).st_mtime_ns))
 
     def read(self, low: Sequence[int], high: Sequence[int], into: Array) -> list[tuple[int, ...]]:
         """Copy voxels [low, high) of the shard; returns the chunks that are absent, whose voxels are not to be used."""
-        changed, now = self._stat(), time.monotonic()
-        if changed != self._changed or now > self._trusted_until:
-            self._right[:] = False
-            self._changed, self._trusted_until = changed, now + TRUST_S
+        with self._writing:
+            self._distrust()
         first = [a // c for a, c in zip(low, self._chunk, strict=True)]
         last = [-(-b // c) for b, c in zip(high, self._chunk, strict=True)]
         absent = []
@@ -238,10 +238,21 @@ class Slab:
     def write(self, at: tuple[int, ...], chunk: Array) -> None:
         """Keep one chunk, which may reach beyond the shard's part of the array."""
         part = self._part(at)
-        # The seal comes after the voxels, so that a kill in between leaves a miss.
-        self._voxels[part] = chunk[tuple(slice(p.stop - p.start) for p in part)]
-        self._seals[at] = self._seal(at)
-        self._right[at] = True
+        with self._writing:
+            self._distrust()
+            # The seal comes after the voxels, so that a kill in between leaves a miss.
+            self._voxels[part] = chunk[tuple(slice(p.stop - p.start) for p in part)]
+            self._seals[at] = self._seal(at)
+            self._right[at] = True
+            # A change made here is no reason to check every chunk again, which costs more than copying it.
+            self._changed = self._stat()
+
+    def _distrust(self) -> None:
+        """Forget which seals were right if somebody else changed the file, or after a while."""
+        changed, now = self._stat(), time.monotonic()
+        if changed != self._changed or now > self._trusted_until:
+            self._right[:] = False
+            self._changed, self._trusted_until = changed, now + TRUST_S
 
     def _part(self, at: tuple[int, ...]) -> tuple[slice, ...]:
         shape = self._voxels.shape
