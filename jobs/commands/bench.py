@@ -51,10 +51,20 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
 
 
 def _reads(arguments: argparse.Namespace) -> int:
+    from ssl_core.bench.torch_readers import TORCH_PEERS, TORCH_WRITERS
+    from storage.bench.data import WRITERS
+    from storage.bench.readers import PEERS
     from storage.bench.reads import bench_reads, format_reads
 
-    url = _prefix(arguments)
-    result = bench_reads(arguments.quick, arguments.peers, url, arguments.out, progress=_say)
+    result = bench_reads(
+        arguments.quick,
+        arguments.peers,
+        _prefix(arguments),
+        arguments.out,
+        known=(*PEERS, *TORCH_PEERS),
+        writers={**WRITERS, **TORCH_WRITERS},
+        progress=_say,
+    )
     emit(result, arguments.json, format_reads(result))
     return 0
 

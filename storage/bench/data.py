@@ -196,13 +196,19 @@ WRITERS: dict[str, tuple[Writer, str]] = {
 class Layouts:
     """The layouts of one data set, written when first asked for: in a folder, and from there to S3."""
 
-    def __init__(self, data: DataSet, folder: Path, s3_url: str | None) -> None:
-        self.data, self._folder, self.s3_url = data, folder, s3_url
+    def __init__(
+        self,
+        data: DataSet,
+        folder: Path,
+        s3_url: str | None,
+        writers: Mapping[str, tuple[Writer, str]] = WRITERS,
+    ) -> None:
+        self.data, self._folder, self.s3_url, self._writers = data, folder, s3_url, writers
         self._uploaded: set[str] = set()
 
     def folder(self, layout: str) -> Path:
         """Where the layout lies on disk."""
-        writer, package = WRITERS[layout]
+        writer, package = self._writers[layout]
         target = self._folder / layout
         if not target.exists():
             if importlib.util.find_spec(package) is None:

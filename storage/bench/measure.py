@@ -14,7 +14,10 @@ from typing import Any
 from storage.aws import resolve
 from storage.errors import ConfigError
 
-_VERSIONS = ("numpy", "zarr", "s3fs", "obstore", "tensorstore", "blosc2", "h5py", "nibabel", "numcodecs", "fsspec")
+_VERSIONS = (
+    *("numpy", "zarr", "s3fs", "obstore", "numcodecs", "fsspec", "tensorstore", "zarrs", "blosc2", "h5py", "nibabel"),
+    *("isal", "torch", "monai", "torchio", "mosaicml-streaming"),
+)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -1,10 +1,12 @@
 """The readers that are compared. Each takes crops of one `DataSet` and returns the voxels as int16 (D, H, W).
 
 A reader is made anew for every cold pass. `in_flight` crops are asked for at a time, by whatever means the library has
-for that: one plan here, futures in tensorstore, threads elsewhere.
+for that: one plan here, futures in tensorstore, threads elsewhere. Readers that need torch live in
+`ssl_core.bench.torch_readers`.
 """
 
 import importlib
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,10 +36,10 @@ Want = tuple[str, Triple]
 
 
 class Reader(Protocol):
-    """An open reader."""
+    """An open reader. One that chooses its own crops has their list in `taken`."""
 
     def read(self, wants: Sequence[Want]) -> list[Voxels]:
-        """Crops (D, H, W) in the order asked, C-contiguous."""
+        """Crops (D, H, W) in the order asked, copied to memory of their own."""
 
     def close(self) -> None:
         """Let go of threads and files."""
@@ -54,6 +56,10 @@ class Peer:
         package: What has to be installed.
         make: Opens it; `scratch` is an empty folder of this reader's own.
         in_flight: Crops asked for at a time, in separate measurements.
+        states: Which of cold and warm mean something for it.
+        own_crops: It takes no list but draws crops itself; as many are counted.
+        note: What a reader of the table has to know.
+        install: How to get the package.
     """
 
     name: str
@@ -62,6 +68,10 @@ class Peer:
     package: str
     make: Callable[[Layouts, int, Path], Reader]
     in_flight: tuple[int, ...]
+    states: tuple[str, ...] = ("cold", "warm")
+    own_crops: bool = False
+    note: str = ""
+    install: str = "pip install 'tomoscale[bench]'"
 
 
 class _Ours:
@@ -180,29 +190,57 @@ def _zarr_s3fs(layout: str) -> Callable[[Layouts, int, Path], Reader]:
     return make
 
 
+def _object_store(url: str) -> Any:
+    from obstore.store import S3Store
+    from zarr.storage import ObjectStore
+
+    parts, access = urlsplit(url), resolve()
+    options: Any = {"region": access.region, "virtual_hosted_style_request": access.endpoint is None}
+    if access.endpoint is not None:
+        options["endpoint"] = access.endpoint
+    options["credential_provider"] = access.credential
+    remote = S3Store(
+        parts.netloc,
+        prefix=parts.path.strip("/"),
+        client_options={"allow_http": True},
+        **options,
+    )
+    return ObjectStore(remote, read_only=True)
+
+
 def _zarr_obstore(layout: str) -> Callable[[Layouts, int, Path], Reader]:
     def make(at: Layouts, in_flight: int, scratch: Path) -> Reader:
         import zarr
-        from obstore.store import S3Store
-        from zarr.storage import ObjectStore
 
-        parts, access = urlsplit(at.url(layout)), resolve()
-        options: Any = {"region": access.region, "virtual_hosted_style_request": access.endpoint is None}
-        if access.endpoint is not None:
-            options["endpoint"] = access.endpoint
-        options["credential_provider"] = access.credential
-        remote = S3Store(
-            parts.netloc,
-            prefix=parts.path.strip("/"),
-            client_options={"allow_http": True},
-            **options,
-        )
-        store = ObjectStore(remote, read_only=True)
+        store = _object_store(at.url(layout))
         return _Indexed(
             lambda name: zarr.open_array(store, path=_path(layout, name), mode="r"), at.data.crop_DHW, in_flight
         )
 
     return make
+
+
+def _zarrs(at: Layouts, in_flight: int, store: Any) -> Reader:
+    """zarr-python with the pipeline of zarrs, which is chosen when an array is opened, by a setting of the process."""
+    import zarr
+
+    setting = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "codec_pipeline.strict": True}
+    importlib.import_module("zarrs")
+    lock = threading.Lock()
+
+    def opener(name: str) -> Any:
+        with lock, zarr.config.set(setting):
+            return zarr.open_array(store, path=_path("tomoscale", name), mode="r")
+
+    return _Indexed(opener, at.data.crop_DHW, in_flight)
+
+
+def _zarrs_s3(at: Layouts, in_flight: int, scratch: Path) -> Reader:
+    return _zarrs(at, in_flight, _object_store(at.url("tomoscale")))
+
+
+def _zarrs_local(at: Layouts, in_flight: int, scratch: Path) -> Reader:
+    return _zarrs(at, in_flight, str(at.folder("tomoscale")))
 
 
 def _zarr_local(at: Layouts, in_flight: int, scratch: Path) -> Reader:
@@ -290,6 +328,7 @@ PEERS: tuple[Peer, ...] = (
     Peer("tomoscale", "s3", "tomoscale", "zarr", _ours_s3, (1, 8)),
     Peer("zarr + s3fs", "s3", "tomoscale", "s3fs", _zarr_s3fs("tomoscale"), (1, 8)),
     Peer("zarr + obstore", "s3", "tomoscale", "obstore", _zarr_obstore("tomoscale"), (1, 8)),
+    Peer("zarrs + obstore", "s3", "tomoscale", "zarrs", _zarrs_s3, (1, 8)),
     Peer("zarr + s3fs, unsharded", "s3", "chunks", "s3fs", _zarr_s3fs("chunks"), (8,)),
     Peer("zarr + obstore, unsharded", "s3", "chunks", "obstore", _zarr_obstore("chunks"), (8,)),
     Peer("tensorstore", "s3", "tomoscale", "tensorstore", _tensorstore_s3, (1, 8)),
@@ -297,6 +336,7 @@ PEERS: tuple[Peer, ...] = (
     Peer("tomoscale, node cache", "cache", "tomoscale", "zarr", _ours_cache, (1, 8)),
     Peer("tomoscale, local", "local", "tomoscale", "zarr", _ours_local, (1, 8)),
     Peer("zarr, local", "local", "tomoscale", "zarr", _zarr_local, (1,)),
+    Peer("zarrs, local", "local", "tomoscale", "zarrs", _zarrs_local, (1,)),
     Peer("tensorstore, local", "local", "tomoscale", "tensorstore", _tensorstore_local, (1, 8)),
     Peer("blosc2 b2nd", "local", "b2nd", "blosc2", _b2nd, (1,)),
     Peer("hdf5", "local", "hdf5", "h5py", _hdf5, (1,)),

@@ -6,6 +6,7 @@ in its own memory is not under the benchmark's control. A slow reader is cut off
 read. Every round measures every reader under every condition, so that a drift of the machine meets all alike.
 """
 
+import importlib
 import importlib.util
 import statistics
 import tempfile
@@ -21,7 +22,7 @@ import numpy as np
 
 from storage.bench import data as bench_data
 from storage.bench import measure
-from storage.bench.data import DataSet, Layouts
+from storage.bench.data import WRITERS, DataSet, Layouts, Writer
 from storage.bench.proxy import Proxy, delayed
 from storage.bench.readers import PEERS, Peer, Reader, Want
 from storage.bytestore import join
@@ -39,6 +40,7 @@ COLUMNS = {
     "requests": "requests/crop",
     "fetched_mb": "MB/crop",
     "crops": "crops",
+    "note": "note",
 }
 RATIO_COLUMNS = {"data": "data", "what": "ratio", "value": "found", "target": "target", "met": "met"}
 
@@ -77,10 +79,14 @@ class _Row:
     requests: list[float] = field(default_factory=list)
     fetched_mb: list[float] = field(default_factory=list)
     crops: int = 0
+    note: str = ""
 
     def result(self) -> dict[str, Any]:
         return {
-            **{k: getattr(self, k) for k in ("data", "where", "delay_ms", "peer", "in_flight", "state", "crops")},
+            **{
+                k: getattr(self, k)
+                for k in ("data", "where", "delay_ms", "peer", "in_flight", "state", "crops", "note")
+            },
             "crops_per_s": measure.spread(self.rates),
             "cpu_ms": statistics.median(self.cpu_ms),
             "requests": statistics.median(self.requests) if self.requests else None,
@@ -95,6 +101,8 @@ def bench_reads(
     s3_url: str | None = None,
     out: Path | None = None,
     *,
+    known: Sequence[Peer] = PEERS,
+    writers: Mapping[str, tuple[Writer, str]] = WRITERS,
     size: Size | None = None,
     data: Sequence[DataSet] | None = None,
     progress: Callable[[str], None] | None = None,
@@ -103,10 +111,12 @@ def bench_reads(
 
     Args:
         quick: A run of about two and a half minutes.
-        peers: Names of `storage.bench.readers.PEERS`; all by default. One whose package is missing is skipped.
+        peers: Names among `known`; all by default. One whose package is missing becomes a row that says so.
         s3_url: Where to put the volumes meanwhile; endpoint and credentials come from the AWS environment. Without it
             only local reads are measured.
         out: JSON file to write.
+        known: Readers there are.
+        writers: Layout name to its writer and the package it needs.
         size: Amounts other than those of `quick`.
         data: Volumes other than phantoms (and those of $TOMOSCALE_DATASETS in a full run).
         progress: Told what is measured next.
@@ -117,8 +127,8 @@ def bench_reads(
     """
     size = size or (QUICK if quick else FULL)
     say = progress or (lambda _: None)
-    names = measure.chosen(peers, [peer.name for peer in PEERS])
-    wanted = [peer for peer in PEERS if peer.name in names]
+    names = measure.chosen(peers, [peer.name for peer in known])
+    wanted = [peer for peer in known if peer.name in names]
     began = time.perf_counter()
     facts = measure.machine()
     sets = (
@@ -133,7 +143,7 @@ def bench_reads(
             if s3_url is not None:
                 stack.enter_context(measure.s3_environment(measure.s3_endpoint()))
                 url = join(s3_url, f"bench-{uuid.uuid4().hex[:12]}")
-            at = Layouts(one, Path(folder) / "layouts", url)
+            at = Layouts(one, Path(folder) / "layouts", url, writers)
             stack.callback(at.remove)
             run = _Run(at, size, Path(folder), say)
             usable = run.verified([p for p in wanted if s3_url is not None or p.where == "local"], skipped)
@@ -170,10 +180,10 @@ def format_reads(result: Mapping[str, Any]) -> str:
     facts = result["machine"]
     head = f"{facts['processor']}, {facts['cores']} cores, Python {facts['python']}, load {facts['load_1min']}"
     versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
-    parts = [head, versions, measure.table(result["rows"], COLUMNS)]
+    absent = [{"peer": name, "note": why} for name, why in result["skipped"].items()]
+    parts = [head, versions, measure.table([*result["rows"], *absent], COLUMNS)]
     if result["ratios"]:
         parts.append(measure.table(result["ratios"], RATIO_COLUMNS))
-    parts += [f"skipped {name}: {why}" for name, why in result["skipped"].items()]
     parts.append(f"took {result['took_s']} s; crops/s: median [least, greatest] of the rounds")
     return "\n\n".join(parts)
 
@@ -224,14 +234,16 @@ class _Run:
         """The peers that are installed, each after it has returned the right voxels."""
         usable = []
         for peer in peers:
-            if importlib.util.find_spec(peer.package) is None:
-                skipped[peer.name] = f"the package {peer.package} is not installed"
+            if why := _absent(peer.package):
+                skipped[peer.name] = f"{why}: {peer.install}"
                 continue
             self._say(f"{self._at.data.name}: check {peer.name}")
             wants = self._at.data.crops(4, seed=999)
             for in_flight in peer.in_flight:
                 with self._reader(peer, in_flight) as reader:
-                    for (name, start), found in zip(wants, reader.read(wants), strict=True):
+                    crops = reader.read(wants)
+                    asked = getattr(reader, "taken", wants) if peer.own_crops else wants
+                    for (name, start), found in zip(asked, crops, strict=True):
                         if found.dtype != np.int16 or not np.array_equal(found, self._at.data.cut(name, start)):
                             raise StoreError(
                                 f"{peer.name}: crop {start} of {name}", expected="the voxels that were written"
@@ -247,14 +259,14 @@ class _Run:
             for peer in _rotated([p for p in peers if p.where != "s3"], k):
                 if peer.where == "local":
                     self._at.forget_pages(peer.layout)
-                self._round(peer, k, 0, None, warm=True)
+                self._round(peer, k, 0, None)
             remote = _rotated([p for p in peers if p.where == "s3"], k)
             for delay in self._size.delays_ms if remote else ():
                 with self._delayed(delay, skipped) as proxy:
                     if delay and proxy is None:
                         continue
                     for peer in remote:
-                        self._round(peer, k, delay, proxy, warm=False)
+                        self._round(peer, k, delay, proxy)
             if 2 * time.perf_counter() - began > until:
                 break
         return sorted(self._rows.values(), key=lambda r: (("s3", "cache", "local").index(r.where), r.delay_ms))
@@ -271,16 +283,16 @@ class _Run:
             with delayed(endpoint, delay) as proxy, measure.s3_environment(proxy.endpoint):
                 yield proxy
 
-    def _round(self, peer: Peer, k: int, delay: float, proxy: Proxy | None, *, warm: bool) -> None:
+    def _round(self, peer: Peer, k: int, delay: float, proxy: Proxy | None) -> None:
         first, *wants = self._at.data.crops(self._size.crops + 1, seed=k)
         for in_flight in peer.in_flight:
             if peer.where == "local" and in_flight != peer.in_flight[0]:
                 self._at.forget_pages(peer.layout)
             with self._reader(peer, in_flight) as reader:
                 reader.read([first])
-                self._pass(reader, wants, self._row(peer, in_flight, "cold", delay), proxy)
-                if warm:
-                    self._pass(reader, wants, self._row(peer, in_flight, "warm", delay), proxy)
+                for state in peer.states:
+                    if state == "cold" or peer.where != "s3":
+                        self._pass(reader, wants, self._row(peer, in_flight, state, delay), proxy)
 
     def _pass(self, reader: Reader, wants: Sequence[Want], row: _Row, proxy: Proxy | None) -> None:
         before = proxy.counts() if proxy else (0, 0)
@@ -299,7 +311,7 @@ class _Run:
     def _row(self, peer: Peer, in_flight: int, state: str, delay: float) -> _Row:
         key = (peer.name, in_flight, state, delay)
         if key not in self._rows:
-            self._rows[key] = _Row(self._at.data.name, peer.where, delay, peer.name, in_flight, state)
+            self._rows[key] = _Row(self._at.data.name, peer.where, delay, peer.name, in_flight, state, note=peer.note)
         return self._rows[key]
 
     @contextmanager
@@ -310,6 +322,17 @@ class _Run:
                 yield reader
             finally:
                 reader.close()
+
+
+def _absent(package: str) -> str:
+    """Why a package cannot be used; empty where it can."""
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
+    try:
+        importlib.import_module(package)
+    except (ImportError, RuntimeError) as error:  # installed, but not what it needs itself
+        return f"{package} cannot be imported ({' '.join(str(error).split())[:100]})"
+    return ""
 
 
 def _rotated(peers: Sequence[Peer], k: int) -> list[Peer]:
