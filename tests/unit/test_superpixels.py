@@ -1,10 +1,16 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from skimage.segmentation import felzenszwalb
 from sklearn.metrics import adjusted_rand_score
 
-from ssl_core.superpixels import felzenszwalb_nd, superpixels
+from ssl_core.superpixel_settings import Superpixels
+from ssl_core.superpixels import felzenszwalb_nd, of_volume, superpixels
+from storage.bytestore import MemoryStore
 from storage.errors import RefusedInput
+from storage.manifest import VolumeRecord
+from storage.volumewriter import write_volume
 
 
 def phantom(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -54,3 +60,62 @@ def test_small_regions_are_merged() -> None:
 def test_images_that_would_be_misread_are_refused(image: np.ndarray) -> None:
     with pytest.raises(RefusedInput):
         superpixels(image)
+
+
+def record(low: float, high: float) -> VolumeRecord:
+    image = np.zeros((1, 2, 4, 4), np.int16)
+    made = write_volume(MemoryStore("memory://superpixels"), "v", image, spacing_mm=(1, 1, 1), affine=np.eye(4))
+    return replace(made, scale=2.0, offset=-10.0, stats={"p0_5": low, "p99_5": high})
+
+
+def halves() -> np.ndarray:
+    """Stored values of air at -60, and of two tissues at 20 and 60; of a second channel that nobody looks at."""
+    stored = np.full((2, 2, 24, 24), -25, np.int16)
+    stored[0, :, 4:20, 4:12], stored[0, :, 4:20, 12:20] = 15, 35
+    stored[1] = np.random.default_rng(0).integers(-100, 100, stored.shape[1:])
+    return stored
+
+
+@pytest.mark.parametrize("mode", ["slices", "volume"])
+def test_a_volume_is_windowed_and_its_air_is_left_out(mode: str) -> None:
+    settings = Superpixels(mode=mode, scale=20.0, sigma=0.0)
+    ids = of_volume(halves(), record(-50.0, 70.0), settings)
+    assert ids.dtype == np.int32
+    assert ids.shape == (2, 24, 24)
+    assert not ids[:, :4].any()
+    tissues = [set(np.unique(ids[0, 4:20, part])) for part in (slice(4, 12), slice(12, 20))]
+    assert all(len(found) == 1 for found in tissues)
+    assert tissues[0] != tissues[1]
+    assert (set(np.unique(ids[0])) == set(np.unique(ids[1]))) == (mode == "volume")
+    # A window that ends below both tissues shows them as one; one that begins above the first, the first as air.
+    together = of_volume(halves(), record(-50.0, 70.0), settings.model_copy(update={"window": (-50.0, 10.0)}))
+    assert len(np.unique(together[0])) == 2
+    alone = of_volume(halves(), record(-50.0, 70.0), settings.model_copy(update={"window": (30.0, 70.0)}))
+    assert not alone[:, :, 4:12].any()
+    assert alone[:, 4:20, 12:20].all()
+
+
+def test_a_constant_volume_has_no_region_and_a_broken_one_is_refused() -> None:
+    assert not of_volume(np.full((1, 3, 24, 24), 7, np.int16), record(4.0, 4.0), Superpixels()).any()
+    broken = np.zeros((1, 3, 24, 24), np.float32)
+    broken[0, 1, 2, 3] = np.nan
+    with pytest.raises(RefusedInput, match="NaN"):
+        of_volume(broken, record(0.0, 1.0), Superpixels())
+
+
+def test_a_large_volume_is_cut_into_slabs_whose_numbers_do_not_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = phantom((12, 16, 16))
+    monkeypatch.setattr("ssl_core.superpixels.SLAB_VOXELS", 12 * 16 * 16 // 3)
+    ids = superpixels(image, "volume")
+    for first in (0, 4, 8):
+        alone = felzenszwalb_nd(image[first : first + 4], 100.0, 0.5, 20)
+        assert adjusted_rand_score(alone.ravel(), ids[first : first + 4].ravel()) == 1.0
+    assert len(np.unique(ids)) == sum(len(np.unique(ids[first : first + 4])) for first in (0, 4, 8))
+
+
+def test_settings_name_the_map() -> None:
+    assert Superpixels(scale=100).name == Superpixels().name != Superpixels(scale=99).name
+    assert Superpixels().overrides() == ()
+    assert Superpixels(mode="volume", window=(-160, 240)).overrides() == ("mode=volume", "window=[-160.0,240.0]")
+    with pytest.raises(ValueError, match="lower"):
+        Superpixels(window=(240, -160))
