@@ -71,6 +71,18 @@ def parse(kind: type[C], data: dict[str, Any], name: str = "config") -> C:
         raise ConfigError(thing, expected=message, found=repr(first.get("input"))[:120]) from error
 
 
+def overridden(overrides: Iterable[str]) -> dict[str, Any]:
+    """`key.sub=value` items as nested mappings, the later one winning.
+
+    Raises:
+        ConfigError: an item of another form.
+    """
+    data: dict[str, Any] = {}
+    for item in overrides:
+        _override(data, item)
+    return data
+
+
 def resolved(config: Config) -> dict[str, Any]:
     """The whole configuration, defaults included, as plain JSON-able values."""
     return config.model_dump(mode="json")

@@ -1,0 +1,40 @@
+"""bench learn."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+
+def add(names: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+    """Register the verb; the caller adds what all benchmarks have."""
+    learn = names.add_parser("learn", help="do the methods learn: short runs, linear read-out beside random features")
+    learn.add_argument("--quick", action="store_true", help="one seed, few steps: does it run, not what is learned")
+    # Comma-separated, since settings follow: a list by spaces would take them for its own.
+    learn.add_argument("--methods", type=_names, default=[], metavar="A,B", help="only these, such as mae,lrc+byol")
+    learn.add_argument("--seeds", type=int, metavar="N", help="seeds of each method (default 3)")
+    learn.add_argument("--first-seed", type=int, default=0, metavar="N", help="number of the first seed (default 0)")
+    learn.add_argument("--steps", type=int, help="steps of a run (default 150)")
+    learn.add_argument(
+        "--part", choices=("test", "val"), default="test", help="subjects scored; `val` to choose settings by"
+    )
+    learn.add_argument("overrides", nargs="*", metavar="key=value", help="of the methods, such as w_consistency=0.2")
+    return learn
+
+
+def measure(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+    """The result, JSON-able, and its text."""
+    from ssl_core.bench.learn import FULL, QUICK, bench_learn, format_learn
+    from ssl_core.config import overridden
+
+    size = QUICK if arguments.quick else FULL
+    count = len(size.seeds) if arguments.seeds is None else arguments.seeds
+    seeds = tuple(range(arguments.first_seed, arguments.first_seed + count))
+    size = replace(size, steps=arguments.steps or size.steps, seeds=seeds)
+    overrides = overridden(arguments.overrides)
+    result = bench_learn(arguments.methods, size, part=arguments.part, overrides=overrides, say=say)
+    return result, format_learn(result)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]

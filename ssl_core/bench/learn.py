@@ -1,0 +1,434 @@
+"""Do the methods learn? Short pre-training of each on a CPU, then a linear read-out beside that of random features.
+
+Every row starts from the same weights as the random features of its seed, sees the same volumes for as many steps, and
+is read out at the same voxels of the same subjects (`ssl_core.bench.voxel_probe`). The labelled subjects that the
+read-out is fitted on are of the training split, those it is scored on of another, which pre-training never saw.
+
+This is evidence that objectives work as they are written, at a size where a fault shows within minutes. It is no
+ranking: networks, views, batches and runs are far below what any of the papers used.
+"""
+
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import ssl_core.methods  # noqa: F401  registers them
+from ssl_core.backbones.pyramid import Pyramid
+from ssl_core.backbones.registry import build
+from ssl_core.bench.voxel_probe import Case, evaluate, fit, load_case
+from ssl_core.config import parse, resolved
+from ssl_core.engine import Engine, EngineConfig
+from ssl_core.finetune import label_values
+from ssl_core.intensity import IntensityPolicy
+from ssl_core.make_views import make_views
+from ssl_core.methods.base import method_class, method_names
+from ssl_core.probes import CollapseWarning, probe
+from ssl_core.stats import compare, mean_over_seeds
+from ssl_core.superpixel_settings import Superpixels
+from ssl_core.superpixels import of_volume
+from ssl_core.views import ViewBatch, ViewSpec
+from storage import cohort, derive, ingest
+from storage.bench.measure import machine, table
+from storage.errors import ConfigError
+from storage.stream import CropStream, StreamSpec
+from storage.volumes import VolumeStore
+
+RANDOM = "random"
+LABEL = "label"
+BASES = ("mocov2", "byol", "simclr")
+POLICY = IntensityPolicy.model_validate({})
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is done.
+
+    Attributes:
+        view_DHW: Voxels of a view.
+        batch: Samples of a step.
+        steps: Optimizer steps of a run.
+        seeds: Of weights, crops and views, by number.
+        fitted: Labelled subjects that the read-out is fitted on.
+        scored: Subjects that it is scored on, at most.
+        filters: Channels of the DynUNet's levels, each after the first at half the resolution.
+        lr: Peak learning rate.
+    """
+
+    view_DHW: tuple[int, int, int] = (16, 32, 32)
+    batch: int = 4
+    steps: int = 150
+    seeds: tuple[int, ...] = (0, 1, 2)
+    fitted: int = 12
+    scored: int = 48
+    filters: tuple[int, ...] = (8, 16, 32, 64)
+    lr: float = 2e-3
+
+
+FULL = Size()
+QUICK = Size(steps=20, seeds=(0,), fitted=6, scored=12)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pre-training and its read-out.
+
+    Attributes:
+        loss: Median of the total loss over the first and over the last tenth of the steps.
+        terms: The same of every term.
+        rank: Effective rank of the deepest features trained; `std` their spread, as a share of 1/sqrt(C).
+        dice: Mean over the labelled classes, by subject.
+        steps_per_s: Views included.
+    """
+
+    seed: int
+    loss: tuple[float, float] | None
+    terms: dict[str, tuple[float, float]]
+    rank: float | None
+    std: float | None
+    collapsed: bool
+    dice: dict[str, float]
+    steps_per_s: float | None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A row of the table: a method with settings."""
+
+    name: str
+    method: str
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Data:
+    """An ingested data set and the subjects of the read-out."""
+
+    store: VolumeStore
+    simulated: bool
+    fitted: list[Case]
+    scored: dict[str, Case]
+    classes: int
+
+
+def arms(methods: Sequence[str], size: Size, overrides: Mapping[str, Any] | None = None) -> list[Arm]:
+    """A row for each method at this size; `lrc` has one for each global method it is added to.
+
+    Args:
+        methods: Registered names, or names of rows such as `lrc+byol`; all methods when empty.
+        size: Gives what does not fit a small run otherwise: views, blocks, widths of heads, the queue.
+        overrides: Settings on top, for all rows.
+
+    Raises:
+        ConfigError: unknown names or settings.
+    """
+    found = []
+    for name in methods or method_names():
+        method, _, base = name.partition("+")
+        for row in (f"lrc+{b}" for b in BASES) if name == "lrc" else (name,):
+            chosen = {"base": row.partition("+")[2]} if method == "lrc" else {}
+            if base and method != "lrc":
+                raise ConfigError(f"method {name!r}", expected="one of " + ", ".join(method_names()), found=repr(name))
+            settings = _small(method, size) | chosen
+            if method == "lrc":
+                settings["base_settings"] = _small(chosen["base"], size, views=False)
+            found.append(Arm(row, method, _merge(settings, overrides or {})))
+            parse(method_class(method).Config, found[-1].settings, f"settings of {row}")
+    return found
+
+
+def bench_learn(
+    methods: Sequence[str] = (),
+    size: Size = FULL,
+    *,
+    part: str = "test",
+    overrides: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Pre-train and read out every row with every seed.
+
+    Args:
+        methods: See `arms`.
+        size: How much.
+        part: Split whose subjects are scored: `test`, or `val` to choose settings by.
+        overrides: Settings of the methods, to study them.
+        say: Hears of each run when it is done.
+
+    Returns:
+        JSON-able: `machine`, `data`, `size`, `rows` (see `summary`), and `runs` by row.
+    """
+    wanted = arms(methods, size, overrides)
+    began = time.monotonic()
+    kinds = {s for arm in wanted for s in _spec(arm).superpixels}
+    with dataset(size, part, say, kinds) as data:
+        runs: dict[str, list[Run]] = {RANDOM: [], **{arm.name: [] for arm in wanted}}
+        for seed in size.seeds:
+            for arm in (None, *wanted):
+                run = one_run(arm, data, size, seed)
+                runs[RANDOM if arm is None else arm.name].append(run)
+                say(_line(RANDOM if arm is None else arm.name, run))
+        rows = [summary(name, found, runs[RANDOM]) for name, found in runs.items()]
+        facts = {
+            "name": data.store.manifest.dataset.get("name", ""),
+            "simulated": data.simulated,
+            "pretrained_on": len(data.store.manifest.select(split="train")),
+            "fitted": len(data.fitted),
+            "scored": sorted(data.scored),
+            "part": part,
+        }
+    return {
+        "machine": machine() | {"torch": torch.__version__, "threads": torch.get_num_threads()},
+        "data": facts,
+        "size": asdict(size),
+        "settings": {arm.name: resolved(_config(arm)) for arm in wanted},
+        "seconds": round(time.monotonic() - began, 1),
+        "rows": rows,
+        "runs": {name: [asdict(run) for run in found] for name, found in runs.items()},
+    }
+
+
+def network(size: Size) -> Pyramid:
+    """The small network, with fresh weights."""
+    levels = len(size.filters)
+    strides = (1,) + (2,) * (levels - 1)
+    return build("dynunet", filters=size.filters, strides=strides, kernel_size=(3,) * levels)
+
+
+def one_run(arm: Arm | None, data: Data, size: Size, seed: int) -> Run:
+    """Pre-train (not at all for `None`) from the weights of the seed, and read out."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = network(size)
+        course = None if arm is None else _pretrain(arm, backbone, data, size, seed)
+    backbone.eval()
+    read_out = fit(backbone, data.fitted, data.classes)
+    dice = dict(zip(data.scored, evaluate(backbone, read_out, list(data.scored.values())), strict=True))
+    if course is None:
+        return Run(seed, None, {}, None, None, False, dice, None)
+    losses, seen, seconds = course
+    ends = {name: _ends([step[name] for step in losses]) for name in losses[0]}
+    return Run(
+        seed=seed,
+        loss=ends.pop("loss"),
+        terms={name.removeprefix("loss/"): pair for name, pair in ends.items()},
+        rank=seen["probe/effective_rank"],
+        std=seen["probe/feature_std"],
+        collapsed=bool(seen["probe/collapsed"]),
+        dice=dice,
+        steps_per_s=size.steps / seconds,
+    )
+
+
+def summary(name: str, runs: Sequence[Run], random: Sequence[Run]) -> dict[str, Any]:
+    """One row: medians over seeds, Dice as mean and deviation over seeds, and the paired test over subjects."""
+    means = [statistics.fmean(run.dice.values()) for run in runs]
+    row: dict[str, Any] = {
+        "method": name,
+        "seeds": len(runs),
+        "dice": statistics.fmean(means),
+        "dice_sd": statistics.stdev(means) if len(means) > 1 else None,
+    }
+    trained = [run for run in runs if run.loss is not None]
+    if not trained:
+        return row
+    ours, theirs = _by_subject(runs), _by_subject(random)
+    cases = sorted(ours)
+    paired = compare(
+        np.array([ours[c] for c in cases]),
+        np.array([theirs[c] for c in cases]),
+        a=name,
+        b="random features",
+        seeds=len(runs),
+    )
+    losses = [run.loss for run in trained if run.loss is not None]
+    row |= {
+        "loss_first": statistics.median(first for first, _ in losses),
+        "loss_last": statistics.median(last for _, last in losses),
+        "effective_rank": statistics.median(run.rank or 0.0 for run in trained),
+        "feature_std": statistics.median(run.std or 0.0 for run in trained),
+        "steps_per_s": statistics.median(run.steps_per_s or 0.0 for run in trained),
+        "difference": paired.difference,
+        "low": paired.low,
+        "high": paired.high,
+        "p": paired.p,
+        "statement": paired.statement,
+        "falls": all(last < first for first, last in losses),
+        "no_collapse": not any(run.collapsed for run in trained),
+        "beats_random": paired.significant and paired.difference > 0,
+    }
+    return row
+
+
+def format_learn(result: Mapping[str, Any]) -> str:
+    """The table, and in words which rows do not do what they should."""
+    rows = [
+        {
+            "method": row["method"],
+            "seeds": row["seeds"],
+            "loss": f"{row['loss_first']:.3f} to {row['loss_last']:.3f}" if "loss_first" in row else "",
+            "rank": f"{row['effective_rank']:.1f}" if "effective_rank" in row else "",
+            "dice": f"{row['dice']:.3f}" + (f" ± {row['dice_sd']:.3f}" if row["dice_sd"] is not None else ""),
+            "difference": f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})" if "p" in row else "",
+            "p": f"{row['p']:.1g}" if "p" in row else "",
+            "speed": f"{row['steps_per_s']:.1f}" if "steps_per_s" in row else "",
+            **{key: {True: "yes", False: "NO", None: ""}[row.get(key)] for key in _CHECKS},
+        }
+        for row in result["rows"]
+    ]
+    columns = {"method": "method", "seeds": "seeds", "loss": "loss, first to last tenth", "rank": "effective rank"}
+    columns |= {"dice": "probe Dice", "difference": "against random (95 %)", "p": "p", "speed": "steps/s"} | _CHECKS
+    words = [f"{row['method']}: not {', not '.join(_failed(row))}." for row in result["rows"] if _failed(row)]
+    data = result["data"]
+    what = f"{data['name']}{' (SIMULATED)' if data['simulated'] else ''}: pre-trained on {data['pretrained_on']}"
+    what += f" volumes; read-out fitted on {data['fitted']} subjects, scored on {len(data['scored'])}"
+    what += f" of split {data['part']}"
+    return "\n".join([table(rows, columns), "", what + ".", *(words or ["Every row does all three."])])
+
+
+def _by_subject(runs: Sequence[Run]) -> dict[str, float]:
+    return mean_over_seeds({(case, run.seed): value for run in runs for case, value in run.dice.items()})
+
+
+_CHECKS = {"falls": "loss falls", "no_collapse": "no collapse", "beats_random": "beats random"}
+
+
+def _failed(row: Mapping[str, Any]) -> list[str]:
+    said = {"falls": "a falling loss", "no_collapse": "free of collapse", "beats_random": "better than random features"}
+    return [words for key, words in said.items() if row.get(key) is False]
+
+
+@contextmanager
+def dataset(
+    size: Size, part: str, say: Callable[[str], None], superpixels: Iterable[Superpixels] = ()
+) -> Iterator[Data]:
+    """The hippocampus data set where it is, else the simulated cohort, in a store that is gone afterwards."""
+    root = os.environ.get("TOMOSCALE_DATASETS")
+    folder = Path(root) / "msd_hippocampus" if root else None
+    if folder is None or not folder.is_dir():
+        folder = cohort.ensure()
+        say("no $TOMOSCALE_DATASETS/msd_hippocampus: SIMULATED subjects made from one head; figures are of them alone")
+    with tempfile.TemporaryDirectory(prefix="tomoscale-learn-") as held:
+        url = (Path(held) / folder.name).as_uri()
+        manifest = ingest.run(str(folder), url).manifest
+        for kind in superpixels:
+            compute = partial(of_volume, settings=kind)
+            manifest = derive.run(url, kind.name, compute, made=str(resolved(kind))).manifest
+        with VolumeStore(url, manifest) as store:
+            train = manifest.select(split="train", labelled=LABEL)
+            chosen = np.random.Generator(np.random.Philox(key=0)).permutation(train)[: size.fitted].tolist()
+            scored = manifest.select(split=part, labelled=LABEL)[: size.scored].tolist()
+            if not scored:
+                raise ConfigError(f"split {part!r}", expected="labelled volumes", found="none")
+            values = label_values(store, chosen, LABEL)
+            multiple = network(size).multiple_DHW()
+
+            def case(index: int) -> Case:
+                return load_case(store, index, label=LABEL, values=values, policy=POLICY, multiple_DHW=multiple)
+
+            yield Data(
+                store=store,
+                simulated=bool(manifest.dataset.get("simulated")),
+                fitted=[case(i) for i in chosen],
+                scored={manifest.record(i).volume_id: case(i) for i in scored},
+                classes=len(values) + 1,
+            )
+
+
+def _pretrain(
+    arm: Arm, backbone: Pyramid, data: Data, size: Size, seed: int
+) -> tuple[list[dict[str, float]], dict[str, float], float]:
+    """Losses of every step, the probe's figures at the end, and seconds."""
+    config, kind = _config(arm), method_class(arm.method)
+    settings: dict[str, Any] = {
+        "steps": size.steps,
+        "warmup_steps": size.steps // 20,
+        "lr": size.lr,
+        "seed": seed,
+        "log_every": 1,
+    }
+    settings |= {"channels_last": True, "precision": "fp32"}  # this layout takes two thirds of the time on a CPU
+    engine = Engine(kind(config, backbone), parse(EngineConfig, settings))
+    spec = _spec(arm)
+    stream = StreamSpec(
+        seed=seed,
+        global_batch=size.batch,
+        crop_DHW=spec.host_size_DHW,
+        lanes=size.batch,
+        crops_per_visit=2,
+        maps=spec.maps,
+    )
+    views: ViewBatch | None = None
+    losses, began = [], time.perf_counter()
+    with CropStream(data.store, stream, prefetch=2, threads=1) as batches:
+        for _ in range(size.steps):
+            host = next(batches)
+            views = make_views(host, spec, seed=seed, policy=POLICY, maps=host.maps_BDHW)
+            said = engine.step(views)
+            losses.append({name: value for name, value in said.items() if name.partition("/")[0] == "loss"})
+    seconds = time.perf_counter() - began
+    if views is None:
+        raise ConfigError("steps", expected="at least 1", found="0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CollapseWarning)  # the row says so
+        return losses, probe(engine, views), seconds
+
+
+def _small(method: str, size: Size, *, views: bool = True) -> dict[str, Any]:
+    """What a method has to be told at this size; everything else stays at its defaults."""
+    fields = method_class(method).Config.model_fields
+    fitting: dict[str, Any] = {"hidden": 128, "queue": 128, "block": 8, "locals": 2, "values": (1, 2)}
+    if method == "lrc":
+        fitting |= {"hidden": 32, "out": 32}  # its head is at full resolution
+    if views:
+        side = min(size.view_DHW)
+        fitting |= {"crops": {"size_DHW": size.view_DHW}, "local": {"size_DHW": (side,) * 3}}
+    found: dict[str, Any] = {}
+    for key in fields.keys() & fitting.keys():
+        value = fitting[key]
+        default = fields[key].get_default(call_default_factory=True)
+        found[key] = resolved(default) | value if isinstance(value, dict) else value
+    if "parts" in fields:
+        parts = fields["parts"].get_default(call_default_factory=True)
+        found["parts"] = [resolved(p) | {"settings": _small(p.name, size, views=False) | p.settings} for p in parts]
+    return found
+
+
+def _merge(settings: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with others on top, group by group."""
+    merged = dict(settings)
+    for key, value in overrides.items():
+        deeper = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if deeper else value
+    return merged
+
+
+def _config(arm: Arm) -> Any:
+    return parse(method_class(arm.method).Config, arm.settings, f"settings of {arm.name}")
+
+
+def _spec(arm: Arm) -> ViewSpec:
+    spec: ViewSpec = method_class(arm.method).view_spec(_config(arm))
+    return spec
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    """Medians over the first and the last tenth."""
+    tenth = max(len(values) // 10, 1)
+    return statistics.median(values[:tenth]), statistics.median(values[-tenth:])
+
+
+def _line(name: str, run: Run) -> str:
+    found = f"{name}, seed {run.seed}: probe Dice {statistics.fmean(run.dice.values()):.4f}"
+    if run.loss is None:
+        return found
+    return f"{found}, loss {run.loss[0]:.4f} to {run.loss[1]:.4f}, rank {run.rank:.1f}, {run.steps_per_s:.2f} steps/s"
