@@ -78,7 +78,8 @@ class Supervised(nn.Module):
             logits = self.classifier(decode(self.backbone, view, ctx)[-1])
             d, h, w = logits.shape[2:]
             wanted = self._classes(map_at(self.level, view.maps[self.config.label], (int(d), int(h), int(w))))
-            losses.append(self.loss(logits.float() if logits.dtype.itemsize < 4 else logits, wanted[:, None]))
+            exact = logits.float() if logits.dtype.itemsize < 4 else logits  # a sum of 16-bit shares loses voxels
+            losses.append(self.loss(exact, wanted[:, None]))
             right.append((logits.detach().argmax(1) == wanted).double().mean())
         deepest = encode(self.backbone, views.roles["global"][0], ctx)[-1]
         monitors = {"accuracy": stack(right).mean(), "feature_std": spread(deepest)}

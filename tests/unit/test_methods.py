@@ -197,9 +197,9 @@ def test_ssal_pairs_too_far_apart_do_not_align() -> None:
     assert far(batch, context(0)).terms["align"].item() == 0.0
 
 
-@pytest.mark.parametrize("base", ["mocov2", "byol", "simclr"])
+@pytest.mark.parametrize("base", ["mocov2", "byol", "simclr", "supervised"])
 def test_lrc_adds_to_its_base_without_changing_it(base: str) -> None:
-    settings = {"hidden": 16, "out": 8}
+    settings = {"views": 2, "values": [223, 322]} if base == "supervised" else {"hidden": 16, "out": 8}
     lrc = tiny_method("lrc", changed("lrc", base=base, base_settings=settings)).double()
     batch = batch_of(lrc, [0, 1], torch.float64)
     terms = lrc(batch, context(0)).terms
@@ -226,6 +226,51 @@ def test_lrc_form_b_learns() -> None:
     first = lrc(batch, context(0)).terms["region"].item()
     train(lrc, batch, range(15), torch.optim.AdamW(trained(lrc), lr=1e-2))
     assert lrc(batch, context(15)).terms["region"].item() < first
+
+
+def test_lrc_form_b_wants_two_views_of_a_sample() -> None:
+    with pytest.raises(ConfigError, match="two views"):
+        changed("lrc", form="B", base="supervised", base_settings={})
+    lrc = tiny_method("lrc", changed("lrc", form="B", base="supervised", base_settings={"views": 2}))
+    assert lrc(batch_of(lrc, [0, 1]), context(0)).terms["region"] > 0
+
+
+def test_lrc_and_a_base_that_decodes_share_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    lrc = tiny_method("lrc", changed("lrc", base="supervised", base_settings={"views": 2}))
+    passes: list[int] = []
+    decode = lrc.backbone.decode
+    monkeypatch.setattr(lrc.backbone, "decode", lambda features: passes.append(1) or decode(features))
+    lrc(batch_of(lrc, [0, 1]), context(0))
+    assert len(passes) == 2  # one a view
+
+
+def test_supervised_learns_its_values_and_takes_all_others_for_background() -> None:
+    method = tiny_method("supervised", changed("supervised", values=[222, 223])).double()
+    batch = batch_of(method, [0, 1], torch.float64)
+    (view,) = batch.roles["global"]
+    label = view.maps["label"]
+    classes = (label == 222) * 1 + (label == 223) * 2
+    terms = method(batch, context(0))
+    logits = method.classifier(method.backbone.decode(method.backbone.features(view.image_BCDHW))[-1])
+    share = logits.softmax(1)
+    entropy = -share.gather(1, classes[:, None]).log().mean()
+    dice = []
+    for b in range(2):
+        for value in (1, 2):
+            p, y = share[b, value], (classes[b] == value).double()
+            dice.append(1 - (2 * (p * y).sum() + 1e-5) / (p.sum() + y.sum() + 1e-5))
+    wanted = entropy + torch.stack(dice).mean()
+    assert terms.terms["segmentation"].item() == pytest.approx(wanted.item(), rel=1e-9)
+    assert terms.monitors["accuracy"].item() == pytest.approx((logits.argmax(1) == classes).double().mean().item())
+    # Which other values there are means nothing.
+    label[label < 222] = 7
+    assert method(batch, context(0)).total.item() == pytest.approx(terms.total.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("values", [[], [0, 1], [2, 2]])
+def test_supervised_refuses_values_that_are_no_classes(values: list[int]) -> None:
+    with pytest.raises(ConfigError, match="values"):
+        changed("supervised", values=values)
 
 
 def test_settings_of_an_inner_method_are_checked_at_once() -> None:
