@@ -28,7 +28,17 @@ from ssl_core.views import RoleSpec, View, ViewBatch, ViewSpec
 from ssl_core.weights import encoder_state, load_exact
 
 BACKBONE = ("dynunet", {"filters": [4, 8, 8], "strides": [1, 2, 2], "kernel_size": [3, 3, 3]})
-_SMALL = {"hidden": 16, "out": 8, "queue": 8, "block": 4, "regions": 4, "pixels": 4, "window": 2, "values": (223, 322)}
+_SMALL = {
+    "hidden": 16,
+    "out": 8,
+    "queue": 8,
+    "block": 4,
+    "regions": 4,
+    "pixels": 4,
+    "window": 2,
+    "values": (223, 322),
+    "grid": (1, 2, 2),
+}
 
 
 class Ranks:

@@ -22,6 +22,7 @@ from ssl_core.engine import EngineConfig
 from ssl_core.finetune import FinetuneConfig
 from ssl_core.intensity import IntensityPolicy
 from ssl_core.methods.base import Crops, method_names
+from ssl_core.testing import MethodContract
 from storage.errors import ConfigError
 from storage.ingest_policy import IngestPolicy
 from storage.readers.raw import ReadPolicy
@@ -268,25 +269,83 @@ def test_the_picture_is_well_formed_and_says_what_it_shows() -> None:
     assert "prefers-color-scheme" in "".join(root.itertext())
 
 
-def test_the_method_of_the_how_to_meets_the_contract(tmp_path: Path) -> None:
-    """Puts the page's file where the page says, in a copy of the packages, and runs the command's tests there."""
-    (method,) = blocks(ROOT / "docs/how-to-add-a-method.md", "python")
-    for package in ("storage", "ssl_core", "tests/contract"):
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "tests/__init__.py").touch()
-    (tmp_path / "ssl_core/methods/whereabouts.py").write_text(method, encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+@pytest.fixture(scope="module")
+def how_to(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the packages with the how-to's files where the page says that they belong."""
+    folder = tmp_path_factory.mktemp("how-to")
+    for package in ("storage", "ssl_core", "jobs", "cluster", "tests/contract"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "tests/phantoms.py", folder / "tests")
+    (folder / "tests/__init__.py").touch()
+    text = read(ROOT / "docs/how-to-add-a-method.md")
+    written = []
+    for fence in FENCE.finditer(text):
+        if fence[1] in ("python", "text"):
+            path = re.findall(r"`([\w./]+\.(?:py|yaml))`", text[: fence.start()])[-1]
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(fence[2], encoding="utf-8")
+            written.append(path)
+    assert written == ["ssl_core/methods/voco.py", "tests/unit/test_voco.py", "voco.yaml"]
+    return folder
+
+
+def python_in(folder: Path, *arguments: str) -> str:
     done = subprocess.run(
-        [*command, "tests/contract/test_methods.py", "-k", "whereabouts"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
         capture_output=True,
         text=True,
         timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\b1\d passed", done.stdout), done.stdout
+    return done.stdout
+
+
+def test_the_method_of_the_how_to_meets_the_contract_and_its_own_tests(how_to: Path) -> None:
+    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--rootdir", str(how_to), "-k", "voco"]
+    said = python_in(how_to, *command, "tests/contract/test_methods.py", "tests/unit/test_voco.py")
+    (passed,) = re.findall(r"\b(\d+) passed", said)
+    own = read(how_to / "tests/unit/test_voco.py").count("def test_")
+    contract = sum(
+        3 if name == "test_loss_is_finite" else 1 for name in vars(MethodContract) if name.startswith("test_")
+    )
+    assert int(passed) == own + contract
+    assert "deselected" in said
+
+
+def test_the_method_of_the_how_to_is_listed_and_pre_trains(how_to: Path) -> None:
+    program = """
+import json, sys
+from pathlib import Path
+from jobs import cli
+from jobs.configs import PretrainConfig
+from jobs.pretrain_loop import Hooks, run
+from ssl_core.config import load
+from tests.phantoms import write_phantoms
+import torch
+assert cli.main(["methods"]) == 0
+assert cli.main(["methods", "voco"]) == 0
+assert cli.main(["methods", "--out", "docs/methods"]) == 0
+assert cli.main(["plan", "pretrain", "voco.yaml"]) == 0
+assert cli.main(["pretrain", "voco.yaml", "--dry-run"]) == 0
+data = Path("store").absolute().as_uri()
+write_phantoms(data, 4, shape=(32, 40, 36))
+small = ["engine.steps=3", "engine.warmup_steps=1", "engine.log_every=1", "method.hidden=16"]
+small += ["backbone.arguments.features=[4,4,8,8,16,4]"]
+losses = []
+hooks = Hooks(publish=lambda *_: None, on_point=lambda p: losses.append(p.metrics["loss/position"]))
+run(load(PretrainConfig, Path("voco.yaml"), [f"data={data}", *small]), hooks, restore=None, device=torch.device("cpu"))
+print(json.dumps(losses))
+"""
+    said = python_in(how_to, "-c", program)
+    assert re.search(r"^voco +VoCo: tell from an embedding|^voco +Tell from an embedding", said, re.MULTILINE)
+    assert "w_discrepancy" in said
+    assert (how_to / "docs/methods/voco.md").is_file()
+    losses = json.loads(said.splitlines()[-1])
+    assert len(losses) == 3
+    assert all(0 < loss < 20 for loss in losses)
 
 
 if __name__ == "__main__":
