@@ -7,7 +7,9 @@ from storage.manifest import Manifest
 from storage.volumewriter import write_volume
 
 
-def write_phantoms(url: str, count: int, *, shape: tuple[int, int, int] = (20, 24, 22), seed: int = 0) -> Manifest:
+def write_phantoms(
+    url: str, count: int, *, shape: tuple[int, int, int] = (20, 24, 22), seed: int = 0, label: str = "labels"
+) -> Manifest:
     """Publish volumes of smooth noise with a bright ball, which is label 1; every fourth one is in the test split."""
     store = open_store(url)
     records = []
@@ -24,7 +26,7 @@ def write_phantoms(url: str, count: int, *, shape: tuple[int, int, int] = (20, 2
                 values.astype(np.int16)[None],
                 spacing_mm=(1.0, 1.0, 1.0),
                 affine=np.eye(4),
-                labels={"labels": ball.astype(np.uint8)},
+                labels={label: ball.astype(np.uint8)},
                 subject=f"subject-{i:03d}",
                 split="test" if i % 4 == 3 else "train",
                 modality="MR",

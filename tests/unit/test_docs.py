@@ -22,6 +22,7 @@ from ssl_core.engine import EngineConfig
 from ssl_core.finetune import FinetuneConfig
 from ssl_core.intensity import IntensityPolicy
 from ssl_core.methods.base import Crops, method_names
+from ssl_core.superpixel_settings import Superpixels
 from ssl_core.testing import MethodContract
 from storage.errors import ConfigError
 from storage.ingest_policy import IngestPolicy
@@ -55,6 +56,8 @@ TABLES: tuple[type[BaseModel], ...] = (
     configs.IngestConfig,
     IngestPolicy,
     ReadPolicy,
+    configs.SuperpixelConfig,
+    Superpixels,
 )
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
