@@ -5,6 +5,7 @@ checkpoint), of the driver (submit again) or of the store (writes are
 retried for minutes, and the controller is started again).
 """
 
+import json
 import os
 import sys
 import tempfile
@@ -17,9 +18,12 @@ from jobs import entry
 from jobs.configs import PretrainConfig
 from jobs.filesystem import storage_for
 from ssl_core.config import parse, resolved
-from storage.errors import StackError, TomoscaleError
+from storage.bytestore import join, open_store
+from storage.errors import NotFound, StackError, TomoscaleError
+from storage.manifest import Manifest
 
 _CONTROLLER_TRIES = 5
+_START = "start.json"
 
 
 def train_loop(payload: dict[str, Any]) -> None:
@@ -70,8 +74,10 @@ def main(argv: Sequence[str]) -> int:
     from jobs.pretrain_loop import open_manifest
     from jobs.superpixels import ensure_superpixels
 
+    config = as_started(config)
     ensure_superpixels(config)
     manifest = open_manifest(config)
+    note_start(config, manifest)
     run_id = tracking.open_run(
         api,
         config.experiment,
@@ -97,6 +103,31 @@ def main(argv: Sequence[str]) -> int:
         flush=True,
     )
     return 0
+
+
+def as_started(config: PretrainConfig) -> PretrainConfig:
+    """The configuration, with the manifest that the job of this name and these settings was first started with.
+
+    A store that has a newer manifest by the time a job goes on, such as one with super-pixels, does not stop it. With
+    other settings nothing is filled in, and the checkpoint refuses them.
+    """
+    if config.fingerprint is not None:
+        return config
+    try:
+        kept = json.loads(open_store(join(config.runs, config.name)).get(_START))
+    except NotFound:
+        return config
+    from jobs.pretrain_loop import config_digest
+
+    same = kept["config_digest"] == config_digest(config)
+    return config.model_copy(update={"fingerprint": kept["fingerprint"]}) if same else config
+
+
+def note_start(config: PretrainConfig, manifest: Manifest) -> None:
+    """Keep at `<runs>/<name>/start.json` what `as_started` looks for."""
+    from jobs.pretrain_loop import identity
+
+    open_store(join(config.runs, config.name)).put(_START, json.dumps(identity(config, manifest)).encode())
 
 
 def fit(config: PretrainConfig, run_id: str) -> Any:

@@ -93,6 +93,11 @@ def open_manifest(config: PretrainConfig) -> Manifest:
 
 def identity(config: PretrainConfig, manifest: Manifest) -> dict[str, str]:
     """What a checkpoint must agree with to be resumed: everything that changes the result."""
+    return {"config_digest": config_digest(config), "fingerprint": manifest.fingerprint}
+
+
+def config_digest(config: PretrainConfig) -> str:
+    """Names the settings that change the result; which manifest is not among them."""
     neutral = {
         "probe": ProbeConfig(),
         "runs": "",
@@ -105,10 +110,7 @@ def identity(config: PretrainConfig, manifest: Manifest) -> dict[str, str]:
     }
     plain = config.model_copy(update={"engine": type(config.engine)(), "cluster": type(config.cluster)()})
     kept = plain.model_copy(update={k: v for k, v in neutral.items() if k != "cluster"})
-    return {
-        "config_digest": f"{digest(kept)}-{config.engine.digest()}",
-        "fingerprint": manifest.fingerprint,
-    }
+    return f"{digest(kept)}-{config.engine.digest()}"
 
 
 def build_engine(config: PretrainConfig, device: torch.device) -> Engine:

@@ -287,9 +287,12 @@ def trained(method: Any) -> list[nn.Parameter]:
     return [p for p in method.parameters() if p.requires_grad]
 
 
-def steps_on_ranks(collectives: Collectives, name: str, each: int, steps: int) -> tuple[list[float], dict[str, Tensor]]:
+def steps_on_ranks(
+    collectives: Collectives, name: str, each: int, steps: int, settings: Mapping[str, Any]
+) -> tuple[list[float], dict[str, Tensor]]:
     """Losses and state of a float64 method after plain SGD on this rank's part of a batch of `each` a rank."""
-    method = tiny_method(name).double()
+    tiny = tiny_config(name)
+    method = tiny_method(name, parse(type(tiny), resolved(tiny) | dict(settings))).double()
     spec = type(method).view_spec(method.config)
     mine = range(collectives.rank * each, (collectives.rank + 1) * each)
     batch = synthetic_views(spec, list(mine), torch.float64)
@@ -297,10 +300,15 @@ def steps_on_ranks(collectives: Collectives, name: str, each: int, steps: int) -
     return losses, {k: v.detach().clone() for k, v in method.state_dict().items()}
 
 
-def assert_same_on_ranks(ranks: Ranks, name: str, each: int = 2, steps: int = 3, tolerance: float = 1e-10) -> None:
-    """Several ranks and one rank on the joined batch agree on losses, weights, targets, queues and norm statistics."""
-    alone_losses, alone = steps_on_ranks(_Joined(), name, each * ranks.world, steps)
-    for losses, state in ranks.run(steps_on_ranks, name, each, steps):
+def assert_same_on_ranks(
+    ranks: Ranks, name: str, each: int = 2, steps: int = 3, tolerance: float = 1e-10, **settings: Any
+) -> None:
+    """Several ranks and one rank on the joined batch agree on losses, weights, targets, queues and norm statistics.
+
+    `settings` change the method's tiny configuration.
+    """
+    alone_losses, alone = steps_on_ranks(_Joined(), name, each * ranks.world, steps, settings)
+    for losses, state in ranks.run(steps_on_ranks, name, each, steps, settings):
         for found, wanted in zip(losses, alone_losses, strict=True):
             assert abs(found - wanted) < tolerance, f"loss {found} on ranks, {wanted} on one"
         assert state.keys() == alone.keys()

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,18 @@ def three_ranks() -> Iterator[Ranks]:
 @pytest.mark.parametrize("name", method_names())
 def test_three_ranks_equal_one(name: str, three_ranks: Ranks) -> None:
     assert_same_on_ranks(three_ranks, name, each=1, steps=2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"base": "supervised", "base_settings": {"views": 2, "values": [223, 322]}, "form": "B"},
+        {"base": "byol", "base_settings": {"hidden": 16, "out": 8}},
+    ],
+    ids=["supervised, form B", "byol, form A"],
+)
+def test_three_ranks_equal_one_for_lrc_with_another_base(three_ranks: Ranks, settings: dict[str, Any]) -> None:
+    assert_same_on_ranks(three_ranks, "lrc", each=1, steps=2, **settings)
 
 
 def _normalise(collectives: Collectives, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -13,7 +13,8 @@ import torch
 
 from jobs import cli
 from jobs.configs import PretrainConfig
-from jobs.pretrain_loop import Hooks, open_manifest, run, stream_spec
+from jobs.pretrain import as_started, note_start
+from jobs.pretrain_loop import Hooks, identity, open_manifest, run, stream_spec
 from jobs.superpixels import compute, ensure_superpixels
 from ssl_core import checkpoint
 from ssl_core.config import parse
@@ -117,6 +118,24 @@ def test_the_job_leaves_a_pinned_manifest_alone(data: str) -> None:
     pinned = Manifest.open(data).fingerprint
     ensure_superpixels(config(data, fingerprint=pinned), say=pytest.fail)
     assert Manifest.open(data).fingerprint == pinned
+
+
+def test_a_job_goes_on_with_its_own_manifest_when_another_has_added_super_pixels(data: str) -> None:
+    runs = f"memory://{uuid.uuid4().hex}"
+    plain = {"name": "simclr", "crops": {"size_DHW": [16, 16, 16]}}
+    job = config(data, method=plain, runs=runs)
+    assert as_started(job) == job
+    started = open_manifest(job)
+    note_start(job, started)
+    ensure_superpixels(config(data), say=lambda _line: None)
+    assert Manifest.open(data).fingerprint != started.fingerprint
+    again = as_started(job)
+    assert again.fingerprint == started.fingerprint
+    assert identity(again, open_manifest(again)) == identity(job, started)
+    # Where it is said which manifest, or under other settings, nothing is filled in.
+    latest = Manifest.open(data).fingerprint
+    assert as_started(config(data, method=plain, runs=runs, fingerprint=latest)).fingerprint == latest
+    assert as_started(config(data, runs=runs)).fingerprint is None
 
 
 def test_methods_without_super_pixels_ask_for_none(data: str) -> None:
