@@ -19,7 +19,8 @@ from storage.errors import ConfigError, TomoscaleError
 from storage.ingest import IngestReport, Progress, map_threads, run
 from storage.ingest_policy import IngestPolicy
 
-W, R = TypeVar("W"), TypeVar("R")
+W = TypeVar("W")
+R = TypeVar("R")
 
 SIMULATED = "simulated"
 

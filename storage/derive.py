@@ -123,8 +123,8 @@ def run(
     works = [DeriveWork(url, manifest.record(i), name, made, compute) for i in lacking(manifest, name)]
     for record in manifest.records():
         if name in (label.name for label in record.labels):
-            found = f"a label of that name in volume {record.volume_id}"
-            raise ConfigError(f"map {name!r}", expected="a name that no label has", found=found)
+            taken = f"a label of that name in volume {record.volume_id}"
+            raise ConfigError(f"map {name!r}", expected="a name that no label has", found=taken)
     if not works:
         return DeriveReport(manifest, name, 0, 0, len(manifest), (), time.monotonic() - started)
     _check_writable(store, name)

@@ -36,7 +36,8 @@ __all__ = ["IngestPolicy", "IngestReport", "Outcome", "Progress", "Quarantined",
 __all__ += ["ingest_work", "map_serial", "map_threads", "publish", "run"]
 
 QUARANTINE = "quarantine.jsonl"
-W, R = TypeVar("W"), TypeVar("R")
+W = TypeVar("W")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
