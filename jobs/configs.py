@@ -153,6 +153,12 @@ class PretrainConfig(Config):
         return self.model or self.name
 
 
+def _with_a_network(starts: tuple[str, ...]) -> tuple[str, ...]:
+    if all(start == "none" for start in starts):
+        raise ValueError("at least one model URI, whose network `none` takes with random weights")
+    return starts
+
+
 class LabelledConfig(Config):
     """Which labelled subjects a fine-tuning sees; subject-level splits of the manifest throughout."""
 
@@ -184,7 +190,10 @@ class TuneConfig(Config):
     name: str = Field(description="name of the search; the same name resumes", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     runs: str = Field("s3://runs", description="URL below which the search's state is written")
     experiment: str = Field("tomoscale", description="MLflow experiment")
-    encoders: tuple[str, ...] = Field(description="model URIs to start from, or `none`; a dimension of the search")
+    encoders: tuple[str, ...] = Field(
+        description="model URIs to start from, or `none` for random weights of the first one's network; a dimension of"
+        " the search"
+    )
     labelled: LabelledConfig
     finetune: FinetuneConfig = FinetuneConfig()
     space: SearchSpace = SearchSpace()
@@ -195,6 +204,11 @@ class TuneConfig(Config):
     grace_epochs: int = Field(1, ge=1, description="ASHA: epochs before a trial may be stopped")
     reduction: int = Field(2, ge=2, description="ASHA: one in this many goes on at each rung")
     seed: int = Field(0, description="seed of the searcher")
+
+    @field_validator("encoders")
+    @classmethod
+    def _check_encoders(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _with_a_network(value)
 
 
 class FinetuneJobConfig(Config):
@@ -213,6 +227,12 @@ class FinetuneJobConfig(Config):
     model: str | None = Field(None, description="registered name of the segmenter; the job's name when empty")
     register_start: str | None = Field(None, description="start whose first seed is registered; the first when empty")
     nsd_tolerance_mm: float = Field(1.0, gt=0, description="tolerance of the normalised surface Dice")
+
+    @field_validator("starts")
+    @classmethod
+    def _check_starts(cls, value: dict[str, str]) -> dict[str, str]:
+        _with_a_network(tuple(value.values()))
+        return value
 
     @model_validator(mode="after")
     def _check_start(self) -> Self:

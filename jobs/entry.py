@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import sys
 import time
 import warnings
@@ -17,6 +18,9 @@ from storage.errors import NotFound, TomoscaleError
 from storage.manifest import Manifest
 
 C = TypeVar("C", bound=Config)
+
+# Ray drops lines that differ in their numbers only, which is what progress looks like; read when ray is imported.
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 
 
 def load(kind: type[C], argv: Sequence[str], program: str) -> C:

@@ -1,16 +1,19 @@
 """Fine-tuning as a Ray job: `python -m jobs.finetune CONFIG [key=value ...]`.
 
 Each start with each seed is one task. Every test case is scored, every training is a child run in MLflow, and one
-segmenter, chosen before any test score exists, is registered.
+segmenter, chosen before any test score exists, is registered. Each training's result is kept as it ends, so the same
+name goes on with those that are missing.
 """
 
 import dataclasses
+import json
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -18,6 +21,7 @@ from jobs import entry
 from jobs.configs import FinetuneJobConfig, LabelledConfig
 from ssl_core.config import parse, resolved
 from ssl_core.finetune import FinetuneConfig
+from storage.bytestore import join, open_store
 
 
 @dataclasses.dataclass
@@ -40,7 +44,7 @@ def train_once(
     start: str,
     seed: int,
     on_epoch: Callable[[int, dict[str, float]], None] = lambda _epoch, _metrics: None,
-    like: str | None = None,
+    like: str,
 ) -> Trained:
     """One training in this process.
 
@@ -66,7 +70,7 @@ def train_once(
     manifest = Manifest.open(labelled.data, labelled.fingerprint)
     subjects = split.draw(manifest, labelled)
     store = VolumeStore(labelled.data, manifest)
-    encoder = bundling.pull_encoder(like or "" if start == "none" else start)
+    encoder = bundling.pull_encoder(like if start == "none" else start)
     values = label_values(store, subjects.train, labelled.label)
     labels = split.value_names(manifest, labelled.label, values)
     network = build_segmenter(
@@ -99,7 +103,7 @@ def one(payload: dict[str, Any], start: str, seed: int) -> dict[str, Any]:
 
     config = parse(FinetuneJobConfig, payload["config"])
     began = time.monotonic()
-    like = next((uri for uri in config.starts.values() if uri != "none"), None)
+    like = next(uri for uri in config.starts.values() if uri != "none")
     trained = train_once(config.labelled, config.finetune, start=config.starts[start], seed=seed, like=like)
     cases = []
     for index, scores in score_volumes(
@@ -159,19 +163,25 @@ def main(argv: Sequence[str]) -> int:
     import ray
 
     from jobs import tracking
+    from jobs.pinning import pinned
     from jobs.ray_session import connect
 
     connect()
     api = tracking.client()
+    config = pinned(config)
     run_id = tracking.open_run(api, config.experiment, config.name, "finetune", params=resolved(config), tags={})
     payload = {"config": resolved(config), "run_id": run_id}
     todo = [(start, seed) for seed in config.seeds for start in config.starts]
+    kept = open_store(join(config.runs, config.name, "trainings"))
+    results = [json.loads(kept.get(key)) for pair in todo if kept.exists(key := _key(*pair))]
+    if results:
+        print(f"{len(results)} of {len(todo)} trainings were done before", flush=True)
+        todo = [pair for pair in todo if pair not in {(r["start"], r["seed"]) for r in results}]
     print(
         f"fine-tuning {config.name}: {len(todo)} trainings, {config.concurrent} at a time; MLflow run {run_id}",
         flush=True,
     )
     task = ray.remote(num_cpus=config.cpus_per_run, num_gpus=config.gpus_per_run, max_retries=2)(one)
-    results: list[dict[str, Any]] = []
     running: list[Any] = []
     began = time.monotonic()
     try:
@@ -181,8 +191,9 @@ def main(argv: Sequence[str]) -> int:
                 running.append(task.remote(payload, start, seed))
             done, running = ray.wait(running, num_returns=1)
             result = ray.get(done[0])
-            results.append(result)
             _log(api, config, run_id, result)
+            kept.put(_key(result["start"], result["seed"]), json.dumps(result).encode())
+            results.append(result)
             mean = np.mean([c["dice"] for c in result["cases"]])
             text = f"{result['start']} seed {result['seed']}: test Dice {mean:.3f}, {result['seconds']:.0f} s"
             print(f"{text} ({len(results)}/{len(config.seeds) * len(config.starts)})", flush=True)
@@ -194,6 +205,10 @@ def main(argv: Sequence[str]) -> int:
     entry.end_run(api, run_id, "FINISHED")
     print(summary["test"]["statement"], flush=True)
     return 0
+
+
+def _key(start: str, seed: int) -> str:
+    return f"{quote(start, safe='')}-{seed}.json"
 
 
 def summarise(config: FinetuneJobConfig, results: Sequence[dict[str, Any]]) -> dict[str, Any]:

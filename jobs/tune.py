@@ -39,6 +39,7 @@ def trial(settings: dict[str, Any], payload: dict[str, Any]) -> None:
         start=settings["encoder"],
         seed=config.seed,
         on_epoch=on_epoch,
+        like=next(uri for uri in config.encoders if uri != "none"),
     )
 
 
@@ -47,10 +48,12 @@ def main(argv: Sequence[str]) -> int:
     config = entry.load(TuneConfig, argv, "jobs.tune")
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # with verbose=0 the older reporter is silent; the newer one is not
     from jobs import tracking
+    from jobs.pinning import pinned
     from jobs.ray_session import connect
 
     connect()
     api = tracking.client()
+    config = pinned(config)
     run_id = tracking.open_run(api, config.experiment, config.name, "tune", params=resolved(config), tags={})
     print(
         f"search {config.name}: {config.trials} trials, {config.concurrent} at a time; MLflow run {run_id}", flush=True
@@ -131,7 +134,9 @@ def _summarise(config: TuneConfig, results: Any) -> dict[str, Any]:
     trials = []
     for number, result in enumerate(results):
         frame = result.metrics_dataframe
-        scores = [] if frame is None or METRIC not in frame else [float(v) for v in frame[METRIC]]
+        # A trial that began again after its driver's death has reported its first epochs twice.
+        known = frame is not None and METRIC in frame
+        scores = [float(v) for v in frame.drop_duplicates("epoch", keep="last")[METRIC]] if known else []
         trials.append(
             {
                 "trial": number,

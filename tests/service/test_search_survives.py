@@ -1,0 +1,113 @@
+"""Search and fine-tuning on the real cluster: early stops, the death of a driver, and what is registered after it."""
+
+import os
+import signal
+import threading
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster.stack import StackInfo
+from jobs import entry, registry, submit, tracking
+from jobs.configs import FinetuneJobConfig, PretrainConfig, TuneConfig
+from ssl_core.config import Config, parse
+from storage.bytestore import open_store
+
+pytestmark = [pytest.mark.service, pytest.mark.chaos, pytest.mark.timeout(420)]
+EPOCHS = 4
+
+
+@pytest.fixture(scope="module")
+def encoder(local_stack: StackInfo, phantoms: str) -> str:
+    crops = {"size_DHW": [16, 16, 16], "scale": [1.0, 1.2], "min_overlap": 0.3}
+    job = {
+        "name": "search-encoder",
+        "data": phantoms,
+        "method": {"name": "pgl", "crops": crops, "hidden": 32, "out": 16},
+        "backbone": {"name": "basic_unet", "arguments": {"features": [4, 4, 8, 8, 16, 4]}},
+        "stream": {"global_batch": 4, "lanes": 8},
+        "engine": {"steps": 4, "warmup_steps": 1, "log_every": 2, "checkpoint_every": 4, "probe_every": 0},
+        "cluster": {"workers": 1},
+    }
+    submit.run(
+        local_stack.jobs_address, "jobs.pretrain", parse(PretrainConfig, job), "search-encoder", show=lambda _: None
+    )
+    return "models:/search-encoder@candidate"
+
+
+def common(name: str, data: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "labelled": {"data": data, "label": "labels", "subjects": 4, "inner": 2, "test_limit": 2},
+        "finetune": {"epochs": EPOCHS, "steps_per_epoch": 4, "batch": 2, "patch_DHW": [32, 32, 32]},
+    }
+
+
+def run_and_kill_the_driver(info: StackInfo, module: str, job: Config, name: str, sign: str) -> list[str]:
+    """Submit, SIGKILL the driver once a line with `sign` was seen, and see the job through."""
+    lines: list[str] = []
+    seen = threading.Event()
+
+    def show(line: str) -> None:
+        lines.append(line)
+        if sign in line:
+            seen.set()
+
+    def kill() -> None:
+        assert seen.wait(150)
+        state = os.environ["TOMOSCALE_STATE"]
+        for process in psutil.process_iter():
+            try:
+                words = process.cmdline()
+                ours = any(state in value for value in process.environ().values())
+            except psutil.Error:
+                continue
+            if ours and module in words and "python" in words[0]:
+                process.send_signal(signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    submit.run(info.jobs_address, module, job, name, show=show)
+    killer.join()
+    assert any("submitting again" in line for line in lines), lines
+    return lines
+
+
+def test_a_search_goes_on_after_its_drivers_death(local_stack: StackInfo, phantoms: str, encoder: str) -> None:
+    job = parse(TuneConfig, common("search", phantoms) | {"encoders": [encoder, "none"], "trials": 4, "concurrent": 2})
+    lines = run_and_kill_the_driver(local_stack, "jobs.tune", job, "search", "epoch 1:")
+    assert any("continuing the search" in line for line in lines), lines
+    result = entry.read_result("s3://runs", "search")
+    assert len(result["trials"]) == 4
+    for trial in result["trials"]:
+        assert trial["status"] == "done", trial
+        assert 1 <= trial["epochs"] <= EPOCHS, trial
+    assert any(trial["stopped_early"] for trial in result["trials"]), "ASHA has heard of every epoch"
+    assert any(trial["epochs"] == EPOCHS for trial in result["trials"])
+    api = tracking.client()
+    run = api.get_run(result["run_id"])
+    assert run.info.status == "FINISHED"
+    children = api.search_runs([run.info.experiment_id], f"tags.mlflow.parentRunId = '{run.info.run_id}'")
+    assert len(children) == 4
+
+
+def test_fine_tuning_keeps_what_was_done_before_its_drivers_death(
+    local_stack: StackInfo, phantoms: str, encoder: str
+) -> None:
+    starts = {"pre-trained": encoder, "from scratch": "none"}
+    job = parse(FinetuneJobConfig, common("tuned", phantoms) | {"starts": starts, "seeds": [0, 1], "concurrent": 1})
+    lines = run_and_kill_the_driver(local_stack, "jobs.finetune", job, "tuned", "(2/4)")
+    assert any("of 4 trainings were done before" in line for line in lines), lines
+    assert len([line for line in lines if "seed 0: test Dice" in line and line.startswith("pre-trained")]) == 1
+    result = entry.read_result("s3://runs", "tuned")
+    assert len(result["cases"]) == 2 * 2 * 2, "starts, seeds and test cases, each once"
+    assert {c["label"] for c in result["cases"]} == {"labels-1"}
+    versions = registry.list_models("tuned")
+    assert [v.version for v in versions] == [result["version"]]
+    assert "candidate" in versions[0].aliases
+    keys = sorted(open_store("s3://runs/tuned/trainings").list())
+    assert len(keys) == 4
+    submit.run(local_stack.jobs_address, "jobs.finetune", job, "tuned", show=lines.append)
+    assert "4 of 4 trainings were done before" in "\n".join(lines)
+    assert entry.read_result("s3://runs", "tuned")["cases"] == result["cases"]
