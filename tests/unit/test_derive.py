@@ -7,6 +7,7 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from storage.ingest import map_serial
 from storage.ingest import run as ingest
 from storage.ingest_policy import IngestPolicy
 from storage.layout import Layout
-from storage.manifest import Manifest, VolumeRecord
+from storage.manifest import DerivedRecord, LabelRecord, Manifest, VolumeRecord, fingerprint_of
 from storage.stream import CropStream, StreamSpec
 from storage.verify import verify
 from storage.volumes import Crop, VolumeStore
@@ -87,7 +88,14 @@ def test_the_earlier_manifest_still_reads_and_verifies(url: str) -> None:
 
 
 def test_a_data_set_without_maps_has_the_fingerprint_it_had_before_there_were_any() -> None:
-    assert write_phantoms(f"memory://{uuid.uuid4().hex}", 8).fingerprint == "fa49702dc8b25f6b0eabe91c9ec6ec54"
+    names = ("v", "subject", "study", "train", "MR")
+    geometry = ((4, 5, 6), 1, (1.0, 2.0, 3.0), tuple(map(float, range(16))), "RAS")
+    values = ("int16", 2.0, 0.5, (0, 1, 2), (3, 4, 5), {"min": 0.25}, (LabelRecord("organ", (1,), (2,)),))
+    origin = ("file", "aa", "bb", "nifti", "1", ("note",), (4, 5, 6), (4, 5, 6))
+    record = VolumeRecord(*names, *geometry, *values, *origin)
+    assert fingerprint_of([record], {"name": "d"}) == "26f5e47abbe1c451d7289529a0bff720"
+    derived = replace(record, derived=(DerivedRecord("m", "made", 3, "cc"),))
+    assert fingerprint_of([derived], {"name": "d"}) != "26f5e47abbe1c451d7289529a0bff720"
 
 
 def test_two_maps_live_side_by_side(url: str) -> None:
