@@ -62,7 +62,9 @@ def config(data: str, base: str = "simclr", **more: Any) -> PretrainConfig:
     return parse(PretrainConfig, small | more)
 
 
-def train(job: PretrainConfig, folder: Path, restore: Path | None = None) -> list[dict[str, float]]:
+def train(
+    job: PretrainConfig, folder: Path, restore: Path | None = None, cache_dir: Path | None = None
+) -> list[dict[str, float]]:
     points: list[dict[str, float]] = []
 
     def keep(step: int, directory: Path | None, _metrics: dict[str, float]) -> None:
@@ -70,7 +72,7 @@ def train(job: PretrainConfig, folder: Path, restore: Path | None = None) -> lis
         shutil.copytree(directory, folder / f"step-{step}", dirs_exist_ok=True)
 
     hooks = Hooks(publish=keep, on_point=lambda p: points.append(p.metrics))
-    run(job, hooks, restore=restore, device=torch.device("cpu"))
+    run(job, hooks, restore=restore, device=torch.device("cpu"), cache_dir=cache_dir)
     return points
 
 
@@ -158,6 +160,29 @@ def test_a_resumed_run_is_bitwise_the_undisturbed_run(ready: str, tmp_path: Path
     assert [p["loss"] for p in again] == [p["loss"] for p in whole][2:]
     states = [checkpoint.load(tmp_path / kind / "step-4")[0]["method"] for kind in ("whole", "again")]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_a_node_cache_changes_nothing(ready: str, tmp_path: Path) -> None:
+    plain = train(config(ready), tmp_path / "plain")
+    cached = config(ready, stream={"global_batch": 4, "lanes": 8, "cache_gib": 0.1})
+    for _ in range(2):  # filled, then read
+        points = train(cached, tmp_path / "cached", cache_dir=tmp_path / "cache")
+        assert [p["loss"] for p in points] == [p["loss"] for p in plain]
+    assert any((tmp_path / "cache").rglob("*"))
+
+
+def test_a_composition_reads_the_maps_of_all_its_parts(ready: str, tmp_path: Path) -> None:
+    lrc = {"name": "lrc", "settings": {k: v for k, v in config(ready).method.items() if k not in ("name", "crops")}}
+    parts = [{"name": "supervised", "weight": 0.5, "settings": {"label": "labels"}}, lrc]
+    crops = {"size_DHW": [16, 32, 16], "min_overlap": 0.3}
+    job = config(ready, method={"name": "compose", "crops": crops, "parts": parts})
+    assert stream_spec(job).maps == ("labels", NAME)
+    points = train(job, tmp_path)
+    assert all(p["loss/supervised/segmentation"] > 0 and p["loss/lrc/region"] > 0 for p in points)
+    url = f"memory://{uuid.uuid4().hex}"
+    write_phantoms(url, 4)
+    with pytest.raises(ConfigError, match=NAME):
+        open_manifest(config(url, method=job.method))
 
 
 def by_value(stored_CDHW: Any, _record: Any) -> Any:
