@@ -13,7 +13,7 @@ from nibabel.spatialimages import HeaderDataError
 from storage import geometry
 from storage.errors import RefusedInput
 from storage.ingest_policy import IngestPolicy
-from storage.intensity_stats import foreground_box, foreground_mask, foreground_stats
+from storage.intensity_stats import foreground, foreground_box, foreground_mask
 from storage.pairing import IngestItem
 from storage.readers import RawVolume, read_item, read_label
 
@@ -96,8 +96,7 @@ def prepare(item: IngestItem, policy: IngestPolicy, modality: str = "") -> Prepa
             label_DHW = geometry.resample(label_DHW[None], affine, wanted, policy.label_interpolation)[0][0]
         notes.append(f"resampled from {_mm(native)} to {_mm(wanted)} mm (D, H, W), {policy.image_interpolation}")
         image, affine, whole = resized, new_affine, False
-    stats = foreground_stats(image[0])
-    mask = foreground_mask(image[0])
+    mask, stats = foreground(image[0])
     for channel in image[1:]:
         mask |= foreground_mask(channel)
     if policy.dtype == "float32":
@@ -120,7 +119,7 @@ def quantise(
     the robust range p99.5 - p0.5, for which outliers beyond 12 such ranges are clipped, with a note.
     """
     low, high = float(values_CDHW.min()), float(values_CDHW.max())
-    whole = whole or (high - low <= 65535 and bool((values_CDHW == np.rint(values_CDHW)).all()))
+    whole = whole or (high - low <= 65535 and _whole(values_CDHW))
     ct = modality == "CT" and not whole
     if whole and high - low <= 65535:
         offset = 0.0 if low >= -32768 and high <= 32767 else low + 32768
@@ -183,10 +182,15 @@ def _matched_label(
 def _looks_like_ct(image: Array, notes: list[str]) -> str:
     """CT by its values, where nothing names the modality: whole numbers with air at -1000 HU and bone below +4000."""
     low, high = float(image.min()), float(image.max())
-    if -3100 <= low <= -900 and 100 <= high <= 32767 and bool((image == np.rint(image)).all()):
+    if -3100 <= low <= -900 and 100 <= high <= 32767 and (image.dtype.kind in "iu" or _whole(image)):
         notes.append("taken as CT by its values: the format does not name the modality")
         return "CT"
     return ""
+
+
+def _whole(values_CDHW: Array) -> bool:
+    # A plane at a time: most volumes with fractions show one in the first.
+    return all(bool((plane == np.rint(plane)).all()) for channel in values_CDHW for plane in channel)
 
 
 def _mm(spacing: tuple[float, float, float]) -> str:

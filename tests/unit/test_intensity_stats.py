@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
 
-from storage.intensity_stats import STATS_ORDER, foreground_box, foreground_mask, foreground_stats
+from storage.intensity_stats import (
+    STATS_ORDER,
+    _percentiles,
+    foreground,
+    foreground_box,
+    foreground_mask,
+    foreground_stats,
+)
 
 
 def _head(seed: int = 0) -> np.ndarray:
@@ -46,7 +53,53 @@ def test_constant_and_partly_missing_volumes() -> None:
         foreground_stats(np.full((2, 2, 2), np.nan))
 
 
-def test_integers_count_like_floats() -> None:
-    values = np.round(_head(3) * 10).astype(np.int16)
+@pytest.mark.parametrize("dtype", ["int16", "uint8", "int32", "uint16"])
+@pytest.mark.parametrize("shape", [(20, 24, 22), (1, 1, 7), (64, 70, 66)])
+def test_integers_count_like_floats(dtype: str, shape: tuple[int, int, int]) -> None:
+    rng = np.random.default_rng(4)
+    lowest = 0 if dtype.startswith("u") else -900
+    values = rng.integers(lowest, 250, shape).astype(dtype)
+    values[: shape[0] // 3] = lowest
+    mask, stats = foreground(values)
+    floats = values.astype(np.float64)
+    assert np.array_equal(mask, foreground_mask(floats))
+    assert np.array_equal(mask, foreground_mask(values))
+    found = foreground_stats(floats)
+    for key in ("min", "max", "p0_5", "p99_5"):
+        assert stats[key] == found[key], key
+    assert stats == pytest.approx(found, rel=1e-12)
+    assert stats["p0_5"] == np.percentile(floats[mask], 0.5)
+
+
+@pytest.mark.parametrize("kind", ["noise", "ties", "sorted", "few", "sawtooth", "outliers"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_percentiles_are_those_of_a_full_sort(kind: str, dtype: str) -> None:
+    rng = np.random.default_rng(7)
+    values = {
+        "noise": rng.standard_normal(300_001),
+        "ties": np.where(rng.random(300_000) < 0.6, -1000.0, rng.integers(-50, 50, 300_000)),
+        "sorted": np.arange(250_000) / 7,
+        "few": rng.standard_normal(3),
+        "sawtooth": (np.arange(400_000) % 10) * 1e3 + rng.random(400_000),  # which every tenth value misses
+        "outliers": np.concatenate([rng.random(200_000), np.full(1100, 1e6)]),
+    }[kind].astype(dtype)
+    exact = values.astype(np.float64)
+    for found, q in zip(_percentiles(values), (0.5, 99.5), strict=True):
+        assert found == pytest.approx(np.percentile(exact, q), rel=1e-12, abs=1e-12)
+
+
+def test_whole_numbers_of_a_wide_range_are_not_counted_one_by_one() -> None:
+    values = np.array([[[0, 5, 2_000_000_000, 3]]], np.int64)
     assert foreground_stats(values) == foreground_stats(values.astype(np.float64))
+
+
+def test_an_infinite_value_is_no_foreground() -> None:
+    values = _head(5)
+    values[0, 0, :2] = np.inf, -np.inf
+    mask = foreground_mask(values)
+    assert not mask[0, 0, :2].any()
+    assert mask[6, 8, 8]
+
+
+def test_the_box_of_nothing_is_everything() -> None:
     assert foreground_box(np.zeros((2, 3, 4), bool)) == ((0, 0, 0), (2, 3, 4))
