@@ -1,7 +1,7 @@
 """Zarr v3 codec chains of one chunk: array <-> stored bytes.
 
 Read: any order of transposes, `bytes`, and then blosc, zstd, gzip and crc32c in any order, which is what stock
-zarr-python writes in sharded arrays. Written: bytes (little endian), blosc (zstd, bitshuffle), crc32c.
+zarr-python writes in sharded arrays. Written: bytes (little endian), blosc (lz4 or zstd, bitshuffle), crc32c.
 """
 
 import math
@@ -20,7 +20,8 @@ Array = npt.NDArray[Any]
 Buffer = bytes | memoryview
 COMPRESSORS = {"zstd": 3, "lz4": 5}
 """Blosc's compressors that are written, each with its level."""
-COMPRESSOR = "zstd"
+COMPRESSOR = "lz4"
+"""A crop decodes two to three times as fast as with zstd, for seven to ten percent more bytes (`bench layout`)."""
 RESIDUE = 0x48674BC7
 
 
