@@ -44,6 +44,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def headline(facts: Mapping[str, Any]) -> str:
+    """The machine and the versions, as two paragraphs."""
+    head = f"{facts['processor']}, {facts['cores']} cores, Python {facts['python']}, load {facts['load_1min']}"
+    return f"{head}\n\n" + ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+
+
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
     """A Markdown table that also reads as plain text; `columns` maps keys of the rows to headings."""
     cells = [list(columns.values())] + [[_text(row.get(key)) for key in columns] for row in rows]
@@ -81,6 +87,17 @@ def s3_environment(endpoint: str | None) -> Iterator[None]:
         yield
     finally:
         _set(before)
+
+
+@contextmanager
+def on_cores(count: int) -> Iterator[None]:
+    """Keep this thread, and threads and processes started under it, on so many cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, set(sorted(before)[:count]))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def s3_endpoint() -> str | None:

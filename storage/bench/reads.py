@@ -177,11 +177,8 @@ def bench_reads(
 
 def format_reads(result: Mapping[str, Any]) -> str:
     """The result as two tables with the machine in front."""
-    facts = result["machine"]
-    head = f"{facts['processor']}, {facts['cores']} cores, Python {facts['python']}, load {facts['load_1min']}"
-    versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
     absent = [{"peer": name, "note": why} for name, why in result["skipped"].items()]
-    parts = [head, versions, measure.table([*result["rows"], *absent], COLUMNS)]
+    parts = [measure.headline(result["machine"]), measure.table([*result["rows"], *absent], COLUMNS)]
     if result["ratios"]:
         parts.append(measure.table(result["ratios"], RATIO_COLUMNS))
     parts.append(f"took {result['took_s']} s; crops/s: median [least, greatest] of the rounds")
