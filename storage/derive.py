@@ -175,7 +175,8 @@ def derive_work(work: DeriveWork) -> DeriveOutcome:
 def publish(store: ByteStore, name: str, outcomes: Iterable[DeriveOutcome]) -> tuple[Manifest, tuple[str, ...]]:
     """Add the maps to the manifest that is published now, in one step.
 
-    A volume that was replaced or added meanwhile does not get one.
+    A volume that was replaced or added meanwhile does not get one. Of two that publish in the same moment the last one
+    is seen; the other's maps are made again, to the same bytes, by its next run.
 
     Returns:
         The manifest, and the volumes in it that have no map of that name.
