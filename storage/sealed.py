@@ -59,6 +59,8 @@ class SealedParquet:
         self._sums = np.frombuffer(block, dtype="<u4", offset=4, count=len(self._starts) - 1)
         self.rows = int(self._parquet.metadata.num_rows)
         self.groups = int(self._parquet.metadata.num_row_groups)
+        self.rows_per_group = int(self._parquet.metadata.row_group(0).num_rows) if self.groups else 1
+        """Of every group but the last, which may have fewer."""
         self.notes: dict[str, bytes] = {
             key.decode(): value for key, value in (self._parquet.schema_arrow.metadata or {}).items()
         }
@@ -122,13 +124,10 @@ class SealedParquet:
 
 
 def _group_starts(metadata: Any) -> list[int]:
-    """First byte of each row group: the first page, of a dictionary or of data, of any of its columns."""
-    starts = []
-    for g in range(metadata.num_row_groups):
-        group = metadata.row_group(g)
-        columns = (group.column(c) for c in range(group.num_columns))
-        starts.append(min(min(c.data_page_offset, c.dictionary_page_offset or c.data_page_offset) for c in columns))
-    return starts
+    """First byte of each row group: the first page, of a dictionary or of data, of its first column."""
+    # Columns are written in order. Asking all of them would take longer than everything else in opening a file.
+    first = (metadata.row_group(g).column(0) for g in range(metadata.num_row_groups))
+    return [min(c.data_page_offset, c.dictionary_page_offset or c.data_page_offset) for c in first]
 
 
 class _Window(io.RawIOBase):

@@ -272,6 +272,30 @@ def test_a_large_manifest_is_read_by_parts(monkeypatch: pytest.MonkeyPatch, stor
     assert manifest.index_of("v02400") == 2400
 
 
+@pytest.mark.parametrize("size", [1, 7, 1024])
+def test_a_manifest_in_groups_of_another_size_is_read_the_same(
+    monkeypatch: pytest.MonkeyPatch, store: ByteStore, size: int
+) -> None:
+    records = [record(i) for i in range(30)]
+    monkeypatch.setattr("storage.manifest.ROWS_PER_GROUP", size)
+    fingerprint = Manifest.from_records(records).write(store)
+    monkeypatch.undo()
+    manifest = Manifest.open(store, fingerprint)
+    assert list(manifest.records()) == sorted(records, key=lambda r: r.volume_id)
+    assert all(manifest.index_of(manifest.record(i).volume_id) == i for i in range(30))
+
+
+def test_a_record_is_read_from_a_small_part_of_a_large_manifest(store: ByteStore) -> None:
+    """The first batch of a million volumes reads as many groups as it has volumes."""
+    manifest = Manifest.from_records(replace(record(0), volume_id=f"v{i:06d}") for i in range(3000))
+    asked: list[int] = []
+    read = manifest._file._read
+    manifest._file._read = lambda a, b: (asked.append(b - a), read(a, b))[1]
+    assert manifest.record(1777).volume_id == "v001777"
+    assert len(asked) == 1
+    assert manifest._group(1777 // manifest._per_group).num_rows <= 256
+
+
 def test_threads_read_records_together(store: ByteStore) -> None:
 
     records = [record(i) for i in range(4000)]
