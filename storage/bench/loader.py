@@ -6,11 +6,13 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from storage.bench import data as bench_data
 from storage.bench import measure
@@ -34,6 +36,10 @@ COLUMNS = {
     "cpu_ms": "cpu ms/crop",
 }
 MEMORY_COLUMNS = {"crops": "crops", "rss_mib": "resident MiB"}
+TARGET_COLUMNS = {"what": "figure", "value": "found", "target": "target", "met": "met"}
+MOMENTS = 20
+WAIT_PERCENT, SLOPE_MIB, OPEN_S = 3.0, 1.0, 2.0
+"""Targets: data wait, growth of resident memory over 1000 crops, opening of the largest manifest."""
 MANIFEST_COLUMNS = {
     "volumes": "volumes",
     "mib": "MiB",
@@ -89,7 +95,7 @@ def bench_loader(
     say("make volumes")
     volumes = data or bench_data.phantoms(size.volumes, size.shape)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder, ExitStack() as stack:
-        stack.enter_context(_two_cores())
+        stack.enter_context(measure.on_cores(2))  # which is what a GPU's data worker often gets
         if s3_url is not None:
             stack.enter_context(measure.s3_environment(measure.s3_endpoint()))
         url = None if s3_url is None else join(s3_url, f"bench-{uuid.uuid4().hex[:12]}")
@@ -111,15 +117,19 @@ def bench_loader(
                 _fed(at.url("tomoscale"), one, replace(size, step_s=0.0), cache)
                 rows.append({"where": "cache", "delay_ms": 0} | _fed(at.url("tomoscale"), one, size, cache))
         say(f"memory over {size.memory_crops} crops")
-        memory = _memory(local, spec, size)
+        memory = _memory(local if url is None else at.url("tomoscale"), spec, size)
     say("manifests")
+    manifests = [_manifest(n) for n in size.manifests]
+    slope = slope_mib(memory)
     result = {
         "name": "loader",
         "machine": facts,
         "size": asdict(size),
         "rows": rows,
         "memory": memory,
-        "manifests": [_manifest(n) for n in size.manifests],
+        "memory_slope_mib_per_1000_crops": slope,
+        "manifests": manifests,
+        "targets": _targets(rows, slope, manifests),
         "took_s": round(time.perf_counter() - began, 1),
     }
     measure.save(result, out)
@@ -128,17 +138,42 @@ def bench_loader(
 
 def format_loader(result: Mapping[str, Any]) -> str:
     """The result as tables with the machine in front."""
-    facts = result["machine"]
-    head = f"{facts['processor']}, 2 of {facts['cores']} cores, Python {facts['python']}, load {facts['load_1min']}"
     tables = [
         measure.table(result["rows"], COLUMNS),
         measure.table(result["memory"], MEMORY_COLUMNS),
+        f"resident memory: {result['memory_slope_mib_per_1000_crops']:+.2f} MiB over 1000 crops, from a quarter on",
         measure.table(result["manifests"], MANIFEST_COLUMNS),
+        measure.table(result["targets"], TARGET_COLUMNS),
     ]
-    note = (
-        f"batch {result['size']['batch']}, fake step {1000 * result['size']['step_s']:g} ms; took {result['took_s']} s"
-    )
-    return "\n\n".join([head, *tables, note])
+    step = 1000 * result["size"]["step_s"]
+    note = f"batch {result['size']['batch']}, fake step {step:g} ms, on two cores; took {result['took_s']} s"
+    return "\n\n".join([measure.headline(result["machine"]), *tables, note])
+
+
+def slope_mib(memory: Sequence[Mapping[str, float]]) -> float:
+    """Growth of resident memory in MiB over 1000 crops: least squares after the first quarter, which fills buffers."""
+    late = [row for row in memory if row["crops"] >= memory[-1]["crops"] / 4]
+    crops, mib = np.array([[row["crops"], row["rss_mib"]] for row in late], np.float64).T
+    return float(1000 * np.polyfit(crops, mib, 1)[0])
+
+
+def _targets(
+    rows: Sequence[Mapping[str, Any]], slope: float, manifests: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    found: list[tuple[str, float, float]] = []
+    for row in rows:
+        where = f"{row['where']} +{row['delay_ms']:g} ms, {row['crops_per_visit']} crops a visit"
+        found.append((f"data wait, {where}, %", row["wait_percent"], WAIT_PERCENT))
+    found.append(("resident memory over 1000 crops, MiB", slope, SLOPE_MIB))
+    small, large = manifests[0], manifests[-1]
+    found.append((f"open a manifest of {large['volumes']:,}, s", large["open_s"], OPEN_S))
+    times = f"{large['volumes']:,} / {small['volumes']:,} volumes"
+    found.append((f"order of the first batch, {times}", large["order_ms"] / small["order_ms"], 1.0))
+    found.append((f"its crops with their facts, {times}", large["plan_ms"] / small["plan_ms"], 1.0))
+    return [
+        {"what": what, "value": value, "target": f"at most {limit:g}", "met": "yes" if value <= limit else "no"}
+        for what, value, limit in found
+    ]
 
 
 def _fed(url: str, spec: StreamSpec, size: Size, cache: NodeCache | None) -> dict[str, Any]:
@@ -167,17 +202,17 @@ def _fed(url: str, spec: StreamSpec, size: Size, cache: NodeCache | None) -> dic
 
 
 def _memory(url: str, spec: StreamSpec, size: Size) -> list[dict[str, Any]]:
-    """Resident memory of this process at eleven moments of a long stream."""
+    """Resident memory of this process at some moments of a long stream."""
     rows: list[dict[str, Any]] = []
     batches = size.memory_crops // spec.global_batch
 
     def note(k: int) -> None:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        rows.append({"crops": k * spec.global_batch, "rss_mib": round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)})
+        rows.append({"crops": k * spec.global_batch, "rss_mib": round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)})
 
     with VolumeStore(url) as store, CropStream(store, spec) as stream:
         for k in range(batches):
-            if k % max(1, batches // 10) == 0:
+            if k % max(1, batches // MOMENTS) == 0:
                 note(k)
             next(stream)
         note(batches)
@@ -207,16 +242,19 @@ def _manifest(volumes: int) -> dict[str, Any]:
             start = time.perf_counter()
             Plan(manifest, replace(spec, seed=seed), indices).places([0, 1, 2, 3, 4, 5, 6, 7])
             ordered.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        Plan(manifest, spec, indices).reads(0)
-        planned = time.perf_counter() - start
+        planned = []
+        for seed in range(10):  # each with a manifest that has read no row yet
+            manifest = Manifest.open(store, fingerprint)
+            start = time.perf_counter()
+            Plan(manifest, replace(spec, seed=seed), indices).reads(0)
+            planned.append(time.perf_counter() - start)
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
     return {
         "volumes": volumes,
         "mib": round(size / 2**20, 2),
         "open_s": opened - began,
         "order_ms": 1000 * min(ordered),
-        "plan_ms": 1000 * planned,
+        "plan_ms": 1000 * min(planned),
     }
 
 
@@ -228,14 +266,3 @@ def _behind(delay_ms: float) -> Iterator[None]:
         return
     with delayed(str(measure.s3_endpoint()), delay_ms) as proxy, measure.s3_environment(proxy.endpoint):
         yield
-
-
-@contextmanager
-def _two_cores() -> Iterator[None]:
-    """Keep this thread, and those started under it, on two cores, which is what a GPU's data worker often gets."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, set(sorted(before)[:2]))
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)

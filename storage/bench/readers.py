@@ -341,5 +341,5 @@ PEERS: tuple[Peer, ...] = (
     Peer("blosc2 b2nd", "local", "b2nd", "blosc2", _b2nd, (1,)),
     Peer("hdf5", "local", "hdf5", "h5py", _hdf5, (1,)),
     Peer("nifti.gz, local", "local", "nifti", "nibabel", _nifti_local, (1,)),
-    Peer("memmap", "local", "raw", "numpy", _memmap, (1,)),
+    Peer("memmap", "local", "raw", "numpy", _memmap, (1, 8)),
 )

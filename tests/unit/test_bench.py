@@ -225,10 +225,17 @@ def test_the_loader_run_reports_wait_throughput_and_memory(phantoms: data.DataSe
         assert 0 <= row["wait_percent"] <= 100
         assert row["crops_per_s"] > 0
     assert [row["crops"] for row in result["memory"]] == [*range(0, 80, 8), 80]
+    assert [row["what"].partition(",")[0] for row in result["targets"]][:2] == ["data wait", "data wait"]
+    assert len(result["targets"]) == 6
     assert [row["volumes"] for row in result["manifests"]] == [10, 3000]
     text = loader.format_loader(result)
     assert "data wait %" in text
     assert json.loads((tmp_path / "loader.json").read_text())["name"] == "loader"
+
+
+def test_the_slope_of_memory_leaves_the_filling_of_buffers_out() -> None:
+    rows = [{"crops": crops, "rss_mib": 100 + 300 * (crops > 0) + 0.002 * crops} for crops in range(0, 4001, 200)]
+    assert loader.slope_mib(rows) == pytest.approx(2.0)
 
 
 def test_real_volumes_are_read_canonical(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
