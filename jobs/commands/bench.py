@@ -1,12 +1,12 @@
-"""bench reads | loader | step | overhead."""
+"""bench reads | loader | ingest | layout | step | overhead."""
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from jobs.commands import bench_storage
 from jobs.commands.common import add_json, add_state, job_address, use_stack
 from jobs.text import emit, table
 
@@ -15,15 +15,6 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register the verbs."""
     bench = verbs.add_parser("bench", help="measure on this machine, beside peers, as ratios of one run")
     names = bench.add_subparsers(dest="name", required=True, metavar="NAME")
-    reads = names.add_parser("reads", help="crop reads: ours and peers, local and from S3")
-    reads.add_argument("--quick", action="store_true", help="about two minutes")
-    reads.add_argument("--peers", nargs="+", help="only these")
-    loader = names.add_parser("loader", help="does the stream keep a trainer fed: data wait, throughput, memory")
-    loader.add_argument("--quick", action="store_true", help="about two minutes")
-    for action in (reads, loader):
-        action.add_argument(
-            "--store", metavar="URL", help="s3:// prefix to measure on (default: the local stack's, when up)"
-        )
     step = names.add_parser("step", help="what a training step costs, by method, backbone and device")
     step.add_argument("--quick", action="store_true", help="small views and few steps")
     # Comma-separated, since settings follow: a list by spaces would take them for its own.
@@ -43,38 +34,11 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     overhead.add_argument("--rounds", type=int, default=3)
     overhead.add_argument("--steps", type=int, default=60)
     overhead.add_argument("--address", metavar="URL", help="job server; the local stack's when empty")
-    for action, run in ((reads, _reads), (loader, _loader), (step, _step), (overhead, _overhead)):
+    for action, run in (*bench_storage.add(names), (step, _step), (overhead, _overhead)):
         action.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there")
         add_json(action)
         add_state(action)
         action.set_defaults(run=run)
-
-
-def _reads(arguments: argparse.Namespace) -> int:
-    from ssl_core.bench.torch_readers import TORCH_PEERS, TORCH_WRITERS
-    from storage.bench.data import WRITERS
-    from storage.bench.readers import PEERS
-    from storage.bench.reads import bench_reads, format_reads
-
-    result = bench_reads(
-        arguments.quick,
-        arguments.peers,
-        _prefix(arguments),
-        arguments.out,
-        known=(*PEERS, *TORCH_PEERS),
-        writers={**WRITERS, **TORCH_WRITERS},
-        progress=_say,
-    )
-    emit(result, arguments.json, format_reads(result))
-    return 0
-
-
-def _loader(arguments: argparse.Namespace) -> int:
-    from storage.bench.loader import bench_loader, format_loader
-
-    result = bench_loader(arguments.quick, _prefix(arguments), arguments.out, progress=_say)
-    emit(result, arguments.json, format_loader(result))
-    return 0
 
 
 def _step(arguments: argparse.Namespace) -> int:
@@ -114,13 +78,6 @@ def _overhead(arguments: argparse.Namespace) -> int:
     median = f"median ratio {result['ratio_median']:.3f}, median data wait {result['wait_share_median']:.2%}"
     emit(result, arguments.json, f"{text}\n{median}")
     return 0
-
-
-def _prefix(arguments: argparse.Namespace) -> str | None:
-    """Where to measure S3: as told, else on the local stack, else nowhere."""
-    use_stack(arguments)
-    given: str | None = arguments.store
-    return given or (f"s3://volumes/bench-{arguments.name}" if "AWS_ENDPOINT_URL_S3" in os.environ else None)
 
 
 def _write(path: Path | None, result: dict[str, Any]) -> None:
