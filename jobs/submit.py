@@ -28,9 +28,9 @@ _NOISE = re.compile(
 
 def submit(address: str, module: str, config: Config, name: str) -> str:
     """Send `python -m MODULE config.yaml` with its configuration; returns the submission id."""
-    for chatty in ("dashboard_sdk", "job.sdk"):  # they set their own level when they are imported
-        importlib.import_module(f"ray.dashboard.modules.{chatty}")
-        logging.getLogger(f"ray.dashboard.modules.{chatty}").setLevel(logging.WARNING)
+    for chatty in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        importlib.import_module(f"ray.{chatty}")  # they set their own level when they are imported
+        logging.getLogger(f"ray.{chatty}").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="tomoscale-job-") as folder:
         (Path(folder) / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
         submission = f"{name}-{time.strftime('%H%M%S')}-{time.time_ns() % 10000:04d}"
