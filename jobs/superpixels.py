@@ -7,10 +7,6 @@ from any process: over Ray tasks where that process is in a cluster, over thread
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from jobs import entry
 from jobs.configs import PretrainConfig, SuperpixelConfig
@@ -22,7 +18,7 @@ from ssl_core.views import ViewSpec
 from storage import derive
 from storage.errors import ConfigError
 from storage.ingest import map_threads
-from storage.manifest import Manifest, VolumeRecord
+from storage.manifest import Manifest
 
 
 def compute(data: str, settings: Superpixels, *, say: Callable[[str], None] = print) -> derive.DeriveReport:
@@ -39,6 +35,7 @@ def compute(data: str, settings: Superpixels, *, say: Callable[[str], None] = pr
     import ray
 
     from jobs.ingest import ray_map
+    from ssl_core.superpixels import of_volume  # slow to import; all that a task imports, and no torch
 
     bar: list[Bar] = []
 
@@ -50,7 +47,7 @@ def compute(data: str, settings: Superpixels, *, say: Callable[[str], None] = pr
     report = derive.run(
         data,
         settings.name,
-        partial(_of_volume, settings),
+        partial(of_volume, settings=settings),
         made=described(settings),
         mapper=ray_map if ray.is_initialized() else map_threads,
         progress=progress,
@@ -62,12 +59,6 @@ def compute(data: str, settings: Superpixels, *, say: Callable[[str], None] = pr
     if report.absent:
         say(f"  {len(report.absent)} volumes were published meanwhile and have none: run it again")
     return report
-
-
-def _of_volume(settings: Superpixels, stored_CDHW: npt.NDArray[Any], record: VolumeRecord) -> npt.NDArray[np.int32]:
-    from ssl_core.superpixels import of_volume  # here, as numba and scikit-image are slow to import
-
-    return of_volume(stored_CDHW, record, settings)
 
 
 def described(settings: Superpixels) -> str:

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -119,3 +121,9 @@ def test_settings_name_the_map() -> None:
     assert Superpixels(mode="volume", window=(-160, 240)).overrides() == ("mode=volume", "window=[-160.0,240.0]")
     with pytest.raises(ValueError, match="lower"):
         Superpixels(window=(240, -160))
+
+
+def test_a_task_imports_no_torch() -> None:
+    """One is started for each core of a cluster, and waits for its imports first."""
+    program = "import sys, ssl_core.superpixels, storage.derive; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
