@@ -51,12 +51,14 @@ class Size:
         phantoms: CT-like volumes, (160, 256, 256) unless `shape` says otherwise, of 1.5 x 0.8 x 0.8 mm.
         real: Most real volumes of a folder.
         rounds: Measurements of each tool, one after another in turn.
+        cores: How many a tool may use; one and all there are, where not given.
     """
 
     phantoms: int
     real: int
     rounds: int
     shape: tuple[int, int, int] = (160, 256, 256)
+    cores: tuple[int, ...] = ()
 
 
 QUICK = Size(phantoms=3, real=24, rounds=2)
@@ -112,14 +114,14 @@ def bench_ingest(
     size = size or (QUICK if quick else FULL)
     say = progress or (lambda _: None)
     facts, began = measure.machine(), time.perf_counter()
-    all_cores = len(os.sched_getaffinity(0))
+    numbers = size.cores or tuple(sorted({1, len(os.sched_getaffinity(0))}))
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         say("make volumes")
         sets = [_phantoms(size, Path(folder)), *_real(size.real)]
         for files in sets:
             for spacing in (None, files.spacing_mm):
-                for cores in sorted({1, all_cores}):
+                for cores in numbers:
                     for k in range(size.rounds):
                         for tool in _turned([Tool(OURS, __name__, "with statistics, checks, checksums"), *tools], k):
                             say(f"{files.name}, {_spacing(spacing)}, {cores} cores: {tool.name}, round {k + 1}")
