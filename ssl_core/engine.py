@@ -117,7 +117,7 @@ class Engine:
         self.step_done = 0
         self.stopping = False
         determinism.apply(config.deterministic)
-        self.precision = _precision(config.precision, self.device)
+        self.precision = resolve_precision(config.precision, self.device)
         self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
         layout = {"memory_format": torch.channels_last_3d} if config.channels_last else {}
         method.to(device=self.device, dtype=self.dtype)
@@ -362,7 +362,8 @@ def fit(
     return engine.step_done
 
 
-def _precision(wanted: str, device: torch.device) -> str:
+def resolve_precision(wanted: str, device: torch.device) -> str:
+    """`fp32`, `bf16` or `fp64`: what `auto` means on a device."""
     if wanted != "auto":
         return wanted
     # bf16 has the exponents of fp32, so there is no loss scaling and no scaler to keep.

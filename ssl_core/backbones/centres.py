@@ -10,6 +10,7 @@ statistics fixed, since through them every feature sees a little of the whole in
 import copy
 import functools
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ssl_core.norm import GlobalBatchNorm
 
 POSITIONS = 12  # features of the deepest level along the measured axis; the middle ones see no padding
 SEEDS = 4
+ACROSS = 4  # features of the level that is measured, across the axis
 PROBES = 4  # random mixtures of channels for each network
 
 
@@ -35,56 +37,71 @@ def offsets(name: str, architecture: Architecture, arguments: dict[str, Any]) ->
 
 @functools.lru_cache(maxsize=64)
 def _cached(name: str, architecture: Architecture, arguments: str) -> tuple[tuple[float, ...], ...]:
-    found = measure(architecture, json.loads(arguments))
-    alike = all(len(set(g.stride)) == 1 for g in architecture.geometry(json.loads(arguments)))
-    return tuple((sum(row) / len(row),) * len(row) for row in found) if alike else found
+    strides = [g.stride for g in architecture.geometry(json.loads(arguments))]
+    if any(len(set(stride)) > 1 for stride in strides):
+        return measure(architecture, json.loads(arguments))
+    found = measure(architecture, json.loads(arguments), axes=[0])
+    return tuple(row * len(strides[0]) for row in found)
 
 
-def measure(architecture: Architecture, arguments: dict[str, Any], seeds: int = SEEDS) -> tuple[tuple[float, ...], ...]:
+def measure(
+    architecture: Architecture, arguments: dict[str, Any], seeds: int = SEEDS, axes: Sequence[int] | None = None
+) -> tuple[tuple[float, ...], ...]:
     """Measured offset of every level along the network's axes, input voxels, as `Level.offset_DHW` defines it.
 
     Args:
         architecture: What to measure.
         arguments: Of a network, best a narrow one: width does not move centres.
         seeds: Networks to average over.
+        axes: Axes to measure; all when `None`. The result has these only.
     """
     strides = [g.stride for g in architecture.geometry(arguments)]
-    total = torch.zeros(len(strides), len(strides[0]), dtype=torch.float64)
+    chosen = list(range(len(strides[0])) if axes is None else axes)
+    total = torch.zeros(len(strides), len(chosen), dtype=torch.float64)
     for seed in range(seeds):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            net = _local(architecture.make(**arguments).double().eval())
-            for axis in range(len(strides[0])):
-                total[:, axis] += _along(architecture, net, arguments, strides, axis)
+            net = _local(architecture.make(**arguments).eval())
+            for column, axis in enumerate(chosen):
+                for level in range(len(strides)):
+                    total[level, column] += _along(architecture, net, arguments, strides, axis, level)
     return tuple(tuple(float(x) for x in row) for row in total / seeds)
 
 
 def _along(
-    architecture: Architecture, net: nn.Module, arguments: dict[str, Any], strides: list[tuple[int, ...]], axis: int
-) -> Tensor:
-    size = [POSITIONS * s if i == axis else s for i, s in enumerate(strides[-1])]
-    x = torch.randn(1, int(arguments.get("in_channels", 1)), *size, dtype=torch.float64)
+    architecture: Architecture,
+    net: nn.Module,
+    arguments: dict[str, Any],
+    strides: list[tuple[int, ...]],
+    axis: int,
+    level: int,
+) -> float:
+    # Across the axis a few features do, and no more than one of the deepest level, whose input is by far the largest.
+    stride = strides[level]
+    size = [
+        POSITIONS * s if i == axis else min(ACROSS * s, d)
+        for i, (s, d) in enumerate(zip(stride, strides[-1], strict=True))
+    ]
+    x = torch.randn(1, int(arguments.get("in_channels", 1)), *size)
     mirrored = copy.deepcopy(net)
     for parameter in mirrored.parameters():
         if parameter.dim() == x.dim():
             parameter.data = parameter.data.flip(axis + 2)
     edges = torch.arange(size[axis], dtype=torch.float64) + 0.5
-    found = torch.zeros(len(strides), dtype=torch.float64)
-    with torch.no_grad():
-        widths = [m.shape[1] for m in architecture.encode(net, x, len(strides) - 1)]
-    mixtures = [torch.randn(PROBES, width, dtype=torch.float64) for width in widths]
+    mixtures: Tensor | None = None
+    found = 0.0
     for twin, start in ((net, x), (mirrored, x.flip(axis + 2))):
         seen = start.clone().requires_grad_()
-        maps = architecture.encode(twin, seen, len(strides) - 1)
-        for level, (m, stride) in enumerate(zip(maps, strides, strict=True)):
-            middle = [n // 2 for n in m.shape[2:]]
-            weight = torch.zeros_like(start)
-            for mixture in mixtures[level]:
-                feature = m[0].permute(*range(1, m.dim() - 1), 0)[tuple(middle)] @ mixture
-                weight += torch.autograd.grad(feature, seen, retain_graph=True)[0].square()
-            profile = weight.sum([d for d in range(x.dim()) if d != axis + 2])
-            centre = (profile * edges).sum() / profile.sum()
-            found[level] += (centre - stride[axis] * middle[axis]) / 2
+        m = architecture.encode(twin, seen, level)[level]
+        mixtures = torch.randn(PROBES, m.shape[1]) if mixtures is None else mixtures
+        middle = [n // 2 for n in m.shape[2:]]
+        weight = torch.zeros_like(start, dtype=torch.float64)
+        for mixture in mixtures:
+            feature = m[0].permute(*range(1, m.dim() - 1), 0)[tuple(middle)] @ mixture
+            weight += torch.autograd.grad(feature, seen, retain_graph=True)[0].double().square()
+        profile = weight.sum([d for d in range(x.dim()) if d != axis + 2])
+        centre = float((profile * edges).sum() / profile.sum())
+        found += (centre - stride[axis] * middle[axis]) / 2
     return found
 
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ssl_core.losses.cosine import unit, wide
 
@@ -21,11 +22,9 @@ def nt_xent(
         temperature: t.
     """
     logits_NK = unit(anchor_NE, 1) @ unit(key_KE, 1).t() / temperature
-    if itself_N is not None:
-        index_K = torch.arange(logits_NK.shape[1], device=logits_NK.device)
-        logits_NK = logits_NK.masked_fill(index_K == itself_N[:, None], float("-inf"))
     positive = logits_NK.gather(1, positive_N[:, None])[:, 0]
-    return (torch.logsumexp(logits_NK, dim=1) - positive).mean()
+    out_N2 = torch.stack([positive_N, positive_N if itself_N is None else itself_N], dim=1)
+    return _of_negatives(logits_NK.scatter(1, out_N2, float("-inf")), positive)
 
 
 def queue_nce(
@@ -44,5 +43,9 @@ def queue_nce(
     negative = query @ wide(queue_KE).to(query.dtype).t()
     if keep_BK is not None:
         negative = negative.masked_fill(~keep_BK, float("-inf"))
-    logits = torch.cat([(query * key).sum(1, keepdim=True), negative], dim=1) / temperature
-    return (torch.logsumexp(logits, dim=1) - logits[:, 0]).mean()
+    return _of_negatives(negative / temperature, (query * key).sum(1) / temperature)
+
+
+def _of_negatives(negative_NK: Tensor, positive_N: Tensor) -> Tensor:
+    """Mean of log(1 + sum exp(s_n) / exp(s_p)), which keeps the digits of a loss near 0 that a difference loses."""
+    return functional.softplus(torch.logsumexp(negative_NK, dim=1) - positive_N).mean()

@@ -20,6 +20,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "swin_unetr": {"feature_size": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "window_size": 2},
 }
 
+NARROW = {"features_per_stage": (8,) * 6}
+
 
 @pytest.fixture(params=sorted(SMALL))
 def backbone(request: pytest.FixtureRequest) -> Backbone:
@@ -126,6 +128,20 @@ def test_mixed_downsampling_is_measured_between_convolution_and_pooling() -> Non
     assert level.stride_DHW == (4, 4, 4)
     assert 0.5 < level.offset_DHW[0] < 2.0
     assert len(set(level.offset_DHW)) == 1
+
+
+def test_centres_that_are_known_for_the_presets_are_those_that_are_measured() -> None:
+    kind = architecture("resenc")
+    for preset in ("S", "L"):
+        blocks = kind.make(preset=preset, **NARROW).encoder.stages
+        known = kind.geometry({"preset": preset})
+        assert len(known) == len(blocks)
+        start = {"n_blocks_per_stage": tuple(len(stage.blocks) for stage in blocks[:3]), "features_per_stage": (8,) * 3}
+        for geometry, (found,) in zip(known, measure(kind, start, seeds=3, axes=[0]), strict=False):
+            assert geometry.offset is not None
+            assert abs(geometry.offset[0] - found) < 0.12 * geometry.stride[0]
+    assert [g.offset for g in kind.geometry({"preset": "M"})] == [g.offset for g in kind.geometry({"preset": "L"})][:5]
+    assert kind.geometry({"preset": "S", "kernel_sizes": (5, 3, 3, 3, 3, 3)})[1].offset is None
 
 
 def test_centres_compose() -> None:
