@@ -1,32 +1,23 @@
-"""bench reads | loader | ingest | layout | step | overhead."""
+"""bench reads | loader | ingest | layout | step | losses | views | learn | overhead."""
 
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jobs.commands import bench_storage
+from jobs.commands import bench_learn, bench_storage
 from jobs.commands.common import add_json, add_state, job_address, use_stack
 from jobs.text import emit, table
+from ssl_core.bench.cli import Runner
+from ssl_core.bench.cli import add as device_benchmarks
 
 
 def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register the verbs."""
     bench = verbs.add_parser("bench", help="measure on this machine, beside peers, as ratios of one run")
     names = bench.add_subparsers(dest="name", required=True, metavar="NAME")
-    step = names.add_parser("step", help="what a training step costs, by method, backbone and device")
-    step.add_argument("--quick", action="store_true", help="small views and few steps")
-    # Comma-separated, since settings follow: a list by spaces would take them for its own.
-    step.add_argument("--methods", type=_names, default=[], metavar="A,B", help="only these")
-    step.add_argument("--backbones", type=_names, default=["basic_unet"], metavar="A,B", help="default basic_unet")
-    step.add_argument(
-        "--devices", type=_names, default=[], metavar="A,B", help="such as cpu,cuda; default: all there are"
-    )
-    step.add_argument("--size", type=int, nargs=3, metavar=("D", "H", "W"), help="voxels of a view (default 64 64 64)")
-    step.add_argument("--batch", type=int, help="samples a step (default 4)")
-    step.add_argument("--steps", type=int, help="steps measured (default 10)")
-    step.add_argument("overrides", nargs="*", metavar="key=value", help="of the engine, such as precision=bf16")
     overhead = names.add_parser(
         "overhead", help="Ray Train beside torchrun: step time and data wait, two processes each"
     )
@@ -34,33 +25,19 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     overhead.add_argument("--rounds", type=int, default=3)
     overhead.add_argument("--steps", type=int, default=60)
     overhead.add_argument("--address", metavar="URL", help="job server; the local stack's when empty")
-    for action, run in (*bench_storage.add(names), (step, _step), (overhead, _overhead)):
+    on_device = [(action, partial(_on_device, runner)) for action, runner in device_benchmarks(names)]
+    on_device.append((bench_learn.add(names), partial(_on_device, bench_learn.measure)))
+    for action, run in (*bench_storage.add(names), *on_device, (overhead, _overhead)):
         action.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there")
         add_json(action)
         add_state(action)
         action.set_defaults(run=run)
 
 
-def _step(arguments: argparse.Namespace) -> int:
-    from ssl_core.bench.step import Row, bench_step
-    from ssl_core.bench.step import table as step_table
-    from ssl_core.config import load
-    from ssl_core.engine import EngineConfig
-    from ssl_core.methods.base import method_names
-
-    size, batch, steps = ((32, 32, 32), 2, 3) if arguments.quick else ((64, 64, 64), 4, 10)
-    result = bench_step(
-        arguments.methods or method_names(),
-        arguments.backbones,
-        devices=arguments.devices,
-        say=_say,
-        size_DHW=tuple(arguments.size or size),
-        batch=arguments.batch or batch,
-        steps=arguments.steps or steps,
-        engine_settings=load(EngineConfig, {}, arguments.overrides).model_dump(exclude_unset=True),
-    )
+def _on_device(runner: Runner, arguments: argparse.Namespace) -> int:
+    result, text = runner(arguments, _say)
     _write(arguments.out, result)
-    emit(result, arguments.json, step_table([Row(**row) for row in result["rows"]]))
+    emit(result, arguments.json, text)
     return 0
 
 

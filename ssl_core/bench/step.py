@@ -1,23 +1,20 @@
 """What a training step costs, by method and backbone: samples per second, peak memory, and where the time goes.
 
-    python -m ssl_core.bench.step --methods pgl,simclr --size 64 64 64 --json step.json
+    tomoscale bench step --methods pgl,simclr --variants plain,bf16 --size 64 64 64 --out step.json
 
-Crops are made in memory, so the share of data wait is that of the given source: none here, the store's in a job that
-hands in a `CropStream`. Times are medians over steps after a warm-up. Where the time goes is measured in further steps,
-as stamps at the borders of the parts would slow the measured ones.
+Crops are made in memory unless a store is named, so data wait is that of the source. Times are medians over steps
+after a warm-up. Where the time goes is measured in further steps, as stamps at the borders of the parts would slow the
+measured ones. The rate of plain convolutions is measured in the same run, in each row's precision and the better of
+both memory layouts: the share of it that a step reaches says how much is left to gain.
 """
 
-import argparse
 import dataclasses
-import json
-import platform
+import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,39 +23,71 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import ssl_core.methods  # noqa: F401  registers them
 from ssl_core.backbones import build
+from ssl_core.bench.facts import machine
 from ssl_core.bench.memory import peak_mib, reset_peak
-from ssl_core.config import load, parse
+from ssl_core.bench.rate import convolution_rate, seconds, step_operations, wait
+from ssl_core.config import parse
 from ssl_core.distributed import current
-from ssl_core.engine import Engine, EngineConfig
+from ssl_core.engine import Engine, EngineConfig, resolve_precision
 from ssl_core.intensity import IntensityPolicy
 from ssl_core.make_views import make_views
-from ssl_core.methods.base import method_class, method_names
+from ssl_core.methods.base import method_class
 from ssl_core.views import ViewBatch, ViewSpec
-from storage.errors import TomoscaleError
-from storage.stream import HostBatch
+from storage.errors import ConfigError
+from storage.stream import CropStream, HostBatch, StreamSpec
+from storage.volumes import VolumeStore
 
 Triple = tuple[int, int, int]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 PARTS = ("wait", "views", "network", "loss", "backward", "update")
-BACKBONES: dict[str, dict[str, Any]] = {
-    "basic_unet": {"spatial_dims": 3, "in_channels": 1, "out_channels": 2, "features": (16, 16, 32, 64, 128, 16)}
+Backbones = dict[str, tuple[str, dict[str, Any]]]
+BACKBONES: Backbones = {
+    "basic_unet": ("basic_unet", {"features": (16, 16, 32, 64, 128, 16)}),
+    "unet": ("unet", {"channels": (16, 32, 64, 128, 256), "strides": (2, 2, 2, 2), "num_res_units": 2}),
+    "dynunet": (
+        "dynunet",
+        {"filters": (16, 32, 64, 128, 256), "strides": (1, 2, 2, 2, 2), "kernel_size": (3, 3, 3, 3, 3)},
+    ),
+    "segresnet": ("segresnet", {"init_filters": 16}),
+    "swin_unetr": ("swin_unetr", {"feature_size": 12}),
+    "resenc_s": ("resenc", {"preset": "S"}),
+    "resenc_m": ("resenc", {"preset": "M"}),
+    "resenc_l": ("resenc", {"preset": "L"}),
 }
+"""Names of the benchmark: registered name and arguments. The first five are narrow, for a CPU; ResEnc is nnU-Net's."""
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {"precision": "fp32"},
+    "bf16": {"precision": "bf16"},
+    "channels_last": {"precision": "fp32", "channels_last": True},
+    "bf16_channels_last": {"precision": "bf16", "channels_last": True},
+    "unfused": {"precision": "fp32", "fused": False},
+    "compile": {"precision": "fp32", "compile": True},
+    "checkpointing": {"precision": "fp32", "activation_checkpointing": True},
+}
+"""Engine settings that are compared; `plain` has fp32, the fused optimizer and nothing else."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method on one backbone.
+    """One method on one backbone under one variant of the engine's settings.
 
     Attributes:
+        variant: Name in `VARIANTS`.
         samples_per_s: Batch over the median time of a step, views and data wait included.
         step_s: Median and 95th percentile of a step, seconds.
         peak_mib: Largest memory: allocated on CUDA; resident size of the process on CPU, libraries included.
         shares: Share of the step's time by part of `PARTS`: waiting for crops, making views, the networks' layers, the
             rest of the method's forward pass, backward pass with gradient averaging and clipping, update with moving
             averages.
+        gflop: Operations of convolutions and matrix products that a step needs, 1e9.
+        rate_gflops: What 3x3x3 convolutions reached in this run in the same precision, 1e9 a second.
+        reached: Share of that rate: `gflop` over the median step over `rate_gflops`.
     """
 
     method: str
     backbone: str
+    variant: str
     device: str
     precision: str
     batch: int
@@ -68,6 +97,12 @@ class Row:
     step_s: tuple[float, float]
     peak_mib: float
     shares: dict[str, float]
+    gflop: float
+    rate_gflops: float
+    reached: float
+
+
+POLICY = IntensityPolicy.model_validate({})
 
 
 def crops(spec: ViewSpec, batch: int, seed: int = 0) -> Iterator[HostBatch]:
@@ -94,6 +129,14 @@ def crops(spec: ViewSpec, batch: int, seed: int = 0) -> Iterator[HostBatch]:
         step += 1
 
 
+def stored(url: str, spec: ViewSpec, batch: int) -> Iterator[HostBatch]:
+    """Batches that a store streams, read ahead as in a job."""
+    with VolumeStore(url) as store:
+        wanted = StreamSpec(seed=0, global_batch=batch, crop_DHW=spec.host_size_DHW, crops_per_visit=2)
+        with CropStream(store, wanted) as stream:
+            yield from stream
+
+
 def measure(
     method: str,
     backbone: str,
@@ -103,52 +146,54 @@ def measure(
     steps: int = 10,
     warmup: int = 3,
     device: torch.device | str = "cpu",
-    arguments: Mapping[str, Any] | None = None,
+    variant: str = "plain",
     engine_settings: Mapping[str, Any] | None = None,
     source: Callable[[ViewSpec], Iterator[HostBatch]] | None = None,
+    operations: float = math.nan,
+    rate: float = math.nan,
+    backbones: Backbones = BACKBONES,
 ) -> Row:
     """Train `warmup + 2 * steps` steps and look at the clock.
 
     Args:
         method: Registered name.
-        backbone: Registered name.
+        backbone: Name in `backbones`.
         size_DHW: Voxels of a view, for methods whose views are configured by `crops`; others keep their own.
         batch: Samples of a step on this rank.
         steps: Steps measured, for speed and again for the shares.
-        warmup: Steps before.
+        warmup: Steps before; they also compile, where that is asked for.
         device: Where.
-        arguments: Of the backbone; by default those in `BACKBONES`.
-        engine_settings: Of `EngineConfig`.
+        variant: Name in `VARIANTS`.
+        engine_settings: Of `EngineConfig`; they come after the variant's.
         source: Host batches for a view spec; by default `crops`.
+        operations: Those of a step, for `Row.gflop`.
+        rate: That of convolutions a second, for `Row.rate_gflops`.
+        backbones: What the names mean.
 
     Raises:
         ConfigError: unknown names, or sizes that the backbone refuses.
     """
     device = torch.device(device)
-    kind = method_class(method)
-    data = {"crops": {"size_DHW": list(size_DHW)}} if "crops" in kind.Config.model_fields else {}
-    config = parse(kind.Config, data, f"bench {method}")
-    chosen = BACKBONES.get(backbone, {}) if arguments is None else arguments
-    settings = {"steps": warmup + 2 * steps, "warmup_steps": 0, "log_every": 10**9} | dict(engine_settings or {})
-    torch.manual_seed(0)
+    settings = {"steps": warmup + 2 * steps, "warmup_steps": 0, "log_every": 10**9} | _known(
+        VARIANTS, "variant", variant
+    )
+    made = _method(method, backbone, size_DHW, backbones)
+    spec = type(made).view_spec(made.config)
     reset_peak(device)
     engine = Engine(
-        kind(config, build(backbone, **chosen)),
-        parse(EngineConfig, settings, "bench engine"),
+        made,
+        parse(EngineConfig, settings | dict(engine_settings or {}), "bench engine"),
         collectives=current(),
         device=device,
     )
-    spec = kind.view_spec(config)
     batches = source(spec) if source is not None else crops(spec, batch)
 
-    policy = IntensityPolicy.model_validate({})
-
     def views_of(host: HostBatch) -> ViewBatch:
-        return make_views(host, spec, seed=0, policy=policy, device=device, dtype=engine.dtype)
+        return make_views(host, spec, seed=0, policy=POLICY, device=device, dtype=engine.dtype)
 
     for _ in range(warmup):
         engine.step(views_of(next(batches)))
-    times = [_timed(lambda: engine.step(views_of(next(batches))), device) for _ in range(steps)]
+    times = [seconds(lambda: engine.step(views_of(next(batches))), device) for _ in range(steps)]
     peak = peak_mib(device)
     parts = [_parts(engine, batches, views_of) for _ in range(steps)]
     sums = {name: sum(p[name] for p in parts) for name in PARTS}
@@ -156,7 +201,8 @@ def measure(
     return Row(
         method=method,
         backbone=backbone,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        variant=variant,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         precision=engine.precision,
         batch=batch,
         size_DHW=size_DHW,
@@ -165,20 +211,24 @@ def measure(
         step_s=(middle, float(np.quantile(times, 0.95))),
         peak_mib=peak,
         shares={name: value / sum(sums.values()) for name, value in sums.items()},
+        gflop=operations / 1e9,
+        rate_gflops=rate / 1e9,
+        reached=operations / middle / rate,
     )
 
 
-def _timed(work: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
-    began = time.perf_counter()
-    work()
-    _wait(device)
-    return time.perf_counter() - began
+def _method(method: str, backbone: str, size_DHW: Triple, backbones: Backbones) -> Any:
+    kind = method_class(method)
+    data = {"crops": {"size_DHW": list(size_DHW)}} if "crops" in kind.Config.model_fields else {}
+    name, arguments = _known(backbones, "backbone", backbone)
+    torch.manual_seed(0)
+    return kind(parse(kind.Config, data, f"bench {method}"), build(name, **arguments))
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _known(table: Mapping[str, Any], what: str, name: str) -> Any:
+    if name not in table:
+        raise ConfigError(f"{what} {name!r}", expected="one of " + ", ".join(table), found=repr(name))
+    return table[name]
 
 
 def _parts(
@@ -192,7 +242,7 @@ def _parts(
         """A hook that books the time since the last border under `part`."""
 
         def hook(*_: Any) -> None:
-            _wait(engine.device)
+            wait(engine.device)
             now = time.perf_counter()
             found[part] += now - last[0]
             last[0] = now
@@ -208,7 +258,7 @@ def _parts(
         hooks.enter_context(engine.method.register_forward_pre_hook(close("backward")))
         hooks.enter_context(engine.method.register_forward_hook(close("loss")))
         hooks.enter_context(register_optimizer_step_pre_hook(close("backward")))
-        _wait(engine.device)
+        wait(engine.device)
         last[0] = time.perf_counter()
         host = next(batches)
         close("wait")()
@@ -221,13 +271,14 @@ def _parts(
 
 def table(rows: Sequence[Row]) -> str:
     """Aligned plain text."""
-    head = ["method", "backbone", "precision", "batch", "size", "M params", "samples/s", "step s", "p95 s", "peak MiB"]
-    lines = [[*head, *(f"{part} %" for part in PARTS)]]
+    head = ["method", "backbone", "variant", "batch", "size", "M params", "samples/s", "step s", "p95 s", "peak MiB"]
+    lines = [[*head, *(f"{part} %" for part in PARTS), "GFLOP", "of conv rate %"]]
     for row in rows:
         size = "x".join(map(str, row.size_DHW))
         figures = [f"{row.samples_per_s:.2f}", f"{row.step_s[0]:.3f}", f"{row.step_s[1]:.3f}", f"{row.peak_mib:.0f}"]
-        facts = [row.method, row.backbone, row.precision, str(row.batch), size, f"{row.parameters / 1e6:.2f}"]
-        lines.append([*facts, *figures, *(f"{100 * row.shares[part]:.1f}" for part in PARTS)])
+        facts = [row.method, row.backbone, row.variant, str(row.batch), size, f"{row.parameters / 1e6:.2f}"]
+        shares = [f"{100 * row.shares[part]:.1f}" for part in PARTS]
+        lines.append([*facts, *figures, *shares, f"{row.gflop:.1f}", f"{100 * row.reached:.0f}"])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
@@ -236,69 +287,60 @@ def bench_step(
     methods: Sequence[str],
     backbones: Sequence[str],
     *,
+    variants: Sequence[str] = ("plain",),
     devices: Sequence[str] = (),
+    data: str | None = None,
     say: Callable[[str], None] = print,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Every method on every backbone and device; see `measure` for the settings.
+    """Every method on every backbone, variant and device; see `measure` for the settings.
 
     Args:
         methods: Registered names.
         backbones: Names in `BACKBONES`.
+        variants: Names in `VARIANTS`.
         devices: By default the CPU, and CUDA where there is one.
+        data: URL of a store to stream from instead of memory.
         say: Hears of each row when it is done.
 
     Returns:
-        JSON-able: `machine` and `rows`.
+        JSON-able: `machine`, `rows`, and the convolution `rates` (operations a second) by device and precision.
     """
     devices = devices or (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
-    rows = []
-    for device in devices:
+    batch = settings.setdefault("batch", 4)
+    if data is not None:
+        settings["source"] = lambda spec: stored(data, spec, batch)
+    rows: list[Row] = []
+    rates: dict[str, float] = {}
+    for device in map(torch.device, devices):
         for backbone in backbones:
             for method in methods:
-                row = measure(method, backbone, device=device, **settings)
-                rows.append(dataclasses.asdict(row))
-                say(f"{row.device}: {method} on {backbone}: {row.samples_per_s:.2f} samples/s")
-    machine = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "cpu": platform.machine(),
+                operations = _operations(method, backbone, settings["size_DHW"], batch, device)
+                for variant in variants:
+                    rate = _rate(rates, device, variant, settings.get("engine_settings") or {})
+                    row = measure(
+                        method, backbone, device=device, variant=variant, operations=operations, rate=rate, **settings
+                    )
+                    rows.append(row)
+                    say(f"{row.device}: {method} on {backbone}, {variant}: {row.samples_per_s:.2f} samples/s")
+    return {
+        "machine": machine(map(torch.device, devices)),
+        "rates": rates,
+        "rows": [dataclasses.asdict(row) for row in rows],
     }
-    return {"machine": machine, "rows": rows}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of the module."""
-    parser = argparse.ArgumentParser(prog="python -m ssl_core.bench.step", description="What a training step costs")
-    parser.add_argument("--methods", default=",".join(method_names()), help="names, comma-separated")
-    parser.add_argument("--backbones", default="basic_unet", help="names, comma-separated")
-    parser.add_argument("--devices", default="", help="such as cpu,cuda; default: all there are")
-    parser.add_argument("--size", type=int, nargs=3, default=[64, 64, 64], metavar=("D", "H", "W"), help="of a view")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="of the engine, such as precision=bf16")
-    given = parser.parse_args(argv)
-    try:
-        settings = load(EngineConfig, {}, given.settings).model_dump(exclude_unset=True)
-        found = bench_step(
-            given.methods.split(","),
-            given.backbones.split(","),
-            devices=[d for d in given.devices.split(",") if d],
-            size_DHW=tuple(given.size),
-            batch=given.batch,
-            steps=given.steps,
-            engine_settings=settings,
-        )
-    except TomoscaleError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    print(table([Row(**row) for row in found["rows"]]))
-    if given.json is not None:
-        given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return 0
+def _operations(method: str, backbone: str, size_DHW: Triple, batch: int, device: torch.device) -> float:
+    made = _method(method, backbone, size_DHW, BACKBONES).to(device)
+    spec = type(made).view_spec(made.config)
+    views = make_views(next(crops(spec, batch)), spec, seed=0, policy=POLICY, device=device)
+    return step_operations(made, views)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _rate(rates: dict[str, float], device: torch.device, variant: str, more: Mapping[str, Any]) -> float:
+    settings = parse(EngineConfig, _known(VARIANTS, "variant", variant) | dict(more), "bench engine")
+    precision = resolve_precision(settings.precision, device)
+    key = f"{device} {precision}"
+    if key not in rates:
+        rates[key] = convolution_rate(device, DTYPES[precision])
+    return rates[key]
