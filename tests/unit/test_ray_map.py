@@ -1,0 +1,33 @@
+"""Errors of a Ray task reach its driver as they were raised."""
+
+from typing import Any
+
+import pytest
+from ray.exceptions import RayTaskError
+
+from jobs.ingest import _result
+from storage.errors import RefusedInput
+
+
+def raised(cause: Exception, monkeypatch: pytest.MonkeyPatch) -> BaseException:
+    def get(_reference: Any) -> Any:
+        raise RayTaskError("task", "Traceback of the worker", cause).as_instanceof_cause()
+
+    monkeypatch.setattr("ray.get", get)
+    with pytest.raises(type(cause)) as caught:
+        _result(object())
+    return caught.value
+
+
+def test_an_error_of_ours_says_what_it_said_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    cause = RefusedInput("volume x", expected="this", found="that", remedy="do so")
+    error = raised(cause, monkeypatch)
+    assert type(error) is RefusedInput
+    assert str(error) == "volume x; expected this; found that; do so"
+    assert error.exit_code == 3
+
+
+def test_any_other_error_keeps_the_traceback_of_its_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = raised(ZeroDivisionError("division by zero"), monkeypatch)
+    assert isinstance(error, RayTaskError)
+    assert "Traceback of the worker" in str(error)
