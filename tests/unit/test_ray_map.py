@@ -11,7 +11,7 @@ from storage.errors import RefusedInput
 
 def raised(cause: Exception, monkeypatch: pytest.MonkeyPatch) -> BaseException:
     def get(_reference: Any) -> Any:
-        raise RayTaskError("task", "Traceback of the worker", cause).as_instanceof_cause()
+        raise RayTaskError("task", f"worker\n  File of the worker\n{cause}", cause).as_instanceof_cause()
 
     monkeypatch.setattr("ray.get", get)
     with pytest.raises(type(cause)) as caught:
@@ -30,4 +30,4 @@ def test_an_error_of_ours_says_what_it_said_there(monkeypatch: pytest.MonkeyPatc
 def test_any_other_error_keeps_the_traceback_of_its_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     error = raised(ZeroDivisionError("division by zero"), monkeypatch)
     assert isinstance(error, RayTaskError)
-    assert "Traceback of the worker" in str(error)
+    assert "File of the worker" in str(error)
