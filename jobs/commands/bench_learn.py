@@ -1,8 +1,10 @@
 """bench learn."""
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 
@@ -14,9 +16,12 @@ def add(names: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argpars
     learn.add_argument("--methods", type=_names, default=[], metavar="A,B", help="only these, such as mae,lrc+byol")
     learn.add_argument("--seeds", type=int, metavar="N", help="seeds of each method (default 3)")
     learn.add_argument("--first-seed", type=int, default=0, metavar="N", help="number of the first seed (default 0)")
-    learn.add_argument("--steps", type=int, help="steps of a run (default 150)")
+    learn.add_argument("--steps", type=int, help="steps of a run (default 100)")
     learn.add_argument(
         "--part", choices=("test", "val"), default="test", help="subjects scored; `val` to choose settings by"
+    )
+    learn.add_argument(
+        "--join", type=Path, nargs="+", metavar="FILE", help="measure nothing; results of other seeds as one table"
     )
     learn.add_argument("overrides", nargs="*", metavar="key=value", help="of the methods, such as w_consistency=0.2")
     return learn
@@ -24,9 +29,12 @@ def add(names: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argpars
 
 def measure(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
     """The result, JSON-able, and its text."""
-    from ssl_core.bench.learn import FULL, QUICK, bench_learn, format_learn
+    from ssl_core.bench.learn import FULL, QUICK, bench_learn, format_learn, joined
     from ssl_core.config import overridden
 
+    if arguments.join:
+        result = joined([json.loads(path.read_text(encoding="utf-8")) for path in arguments.join])
+        return result, format_learn(result)
     size = QUICK if arguments.quick else FULL
     count = len(size.seeds) if arguments.seeds is None else arguments.seeds
     seeds = tuple(range(arguments.first_seed, arguments.first_seed + count))

@@ -8,6 +8,7 @@ This is evidence that objectives work as they are written, at a size where a fau
 ranking: networks, views, batches and runs are far below what any of the papers used.
 """
 
+import json
 import os
 import statistics
 import tempfile
@@ -65,12 +66,12 @@ class Size:
         lr: Peak learning rate.
     """
 
-    view_DHW: tuple[int, int, int] = (16, 32, 32)
+    view_DHW: tuple[int, int, int] = (16, 24, 24)
     batch: int = 4
-    steps: int = 150
+    steps: int = 100
     seeds: tuple[int, ...] = (0, 1, 2)
     fitted: int = 12
-    scored: int = 48
+    scored: int = 32
     filters: tuple[int, ...] = (8, 16, 32, 64)
     lr: float = 2e-3
 
@@ -193,6 +194,39 @@ def bench_learn(
         "settings": {arm.name: resolved(_config(arm)) for arm in wanted},
         "seconds": round(time.monotonic() - began, 1),
         "rows": rows,
+        "runs": {name: [asdict(run) for run in found] for name, found in runs.items()},
+    }
+
+
+def joined(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One result of several that differ in their seeds alone: measured in pieces, or on several machines.
+
+    Args:
+        results: As from `bench_learn`.
+
+    Raises:
+        ConfigError: they differ in more, or have a seed in common.
+    """
+    first = results[0]
+    runs: dict[str, list[Run]] = {name: [] for name in first["runs"]}
+    for number, result in enumerate(results, 1):
+        for part in ("data", "settings", "size"):
+            mine, other = (
+                json.dumps({k: v for k, v in r[part].items() if k != "seeds"}, sort_keys=True) for r in (first, result)
+            )
+            if mine != other:
+                raise ConfigError(f"result {number}: {part}", expected="what the first has", found="something else")
+        for name, found in result["runs"].items():
+            runs[name] += [Run(**run) for run in found]
+    seeds = [run.seed for run in runs[RANDOM]]
+    if len(set(seeds)) != len(seeds):
+        raise ConfigError("seeds of the results", expected="each once", found=str(seeds))
+    return {
+        **first,
+        "machine": [result["machine"] for result in results],
+        "size": {**first["size"], "seeds": seeds},
+        "seconds": sum(result["seconds"] for result in results),
+        "rows": [summary(name, found, runs[RANDOM]) for name, found in runs.items()],
         "runs": {name: [asdict(run) for run in found] for name, found in runs.items()},
     }
 
