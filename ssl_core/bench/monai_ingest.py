@@ -6,7 +6,6 @@ JOB is that of `storage.bench.ingest.Tool`. With one core the data set is walked
 
 import json
 import sys
-import time
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -19,28 +18,24 @@ from monai.transforms.spatial.dictionary import Orientationd, Spacingd
 from monai.transforms.utility.dictionary import EnsureChannelFirstd
 from torch.utils.data import DataLoader
 
-from storage.bench.ingest import Tool
+from storage.bench.ingest import Tool, timed
 
 MONAI = Tool("monai PersistentDataset", __name__, "float32, uncompressed")
 
 
-def first_pass(job: Mapping[str, Any]) -> float:
-    """Fill the cache; seconds."""
+def first_pass(job: Mapping[str, Any]) -> None:
+    """Fill the cache."""
     steps: list[Any] = [LoadImaged("image"), EnsureChannelFirstd("image"), Orientationd("image", axcodes="RAS")]
     if job["spacing_mm"] is not None:
         steps.append(Spacingd("image", pixdim=(float(job["spacing_mm"]),) * 3, mode="bilinear"))
     items = [{"image": path} for path in job["files"]]
     dataset = PersistentDataset(items, Compose(steps), cache_dir=job["target"])
     if job["cores"] == 1:
-        began = time.perf_counter()
         for i in range(len(dataset)):
             dataset[i]
-        return time.perf_counter() - began
-    loader = DataLoader(dataset, batch_size=None, num_workers=int(job["cores"]), collate_fn=_nothing)
-    began = time.perf_counter()
-    for _ in loader:
-        pass
-    return time.perf_counter() - began
+    else:
+        for _ in DataLoader(dataset, batch_size=None, num_workers=int(job["cores"]), collate_fn=_nothing):
+            pass
 
 
 def _nothing(item: Any) -> int:
@@ -51,4 +46,4 @@ def _nothing(item: Any) -> int:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    print(json.dumps({"seconds": first_pass(json.loads(sys.argv[1]))}))
+    print(json.dumps(timed(first_pass, json.loads(sys.argv[1]))))
