@@ -106,17 +106,22 @@ POLICY = IntensityPolicy.model_validate({})
 
 
 def crops(spec: ViewSpec, batch: int, seed: int = 0) -> Iterator[HostBatch]:
-    """Endless batches of the crops that the views need: int16, smooth structure and noise, from one volume each."""
+    """Endless batches of the crops that the views need: int16, smooth structure and noise, from one volume each.
+
+    Maps hold blocks of 8 voxels a side.
+    """
     rng = np.random.default_rng(seed)
     host = spec.host_size_DHW
     coarse = rng.normal(0, 300, (batch, 1, *(n // 8 + 1 for n in host)))
     smooth = coarse.repeat(8, 2).repeat(8, 3).repeat(8, 4)[:, :, : host[0], : host[1], : host[2]]
     image = (smooth + rng.normal(0, 30, smooth.shape)).astype(np.int16)
+    blocks = rng.integers(1, 1000, (batch, *(n // 8 + 1 for n in host)), np.int32)
+    ids = blocks.repeat(8, 1).repeat(8, 2).repeat(8, 3)[:, : host[0], : host[1], : host[2]]
     step = 0
     while True:
         yield HostBatch(
             image_BCDHW=image,
-            label_BDHW=np.zeros((batch, *host), np.uint8),
+            label_BDHW=None,
             start_B3=np.zeros((batch, 3), np.int64),
             volume_B=np.arange(batch, dtype=np.int64),
             sample_B=np.arange(step * batch, (step + 1) * batch, dtype=np.int64),
@@ -125,6 +130,7 @@ def crops(spec: ViewSpec, batch: int, seed: int = 0) -> Iterator[HostBatch]:
             shape_B3=np.tile(np.array(host, np.float64), (batch, 1)),
             spacing_B3=np.ones((batch, 3)),
             stats_BS=np.tile(np.array([-900, 900, 0, 300, -700, 700], np.float32), (batch, 1)),
+            maps_BDHW=dict.fromkeys(spec.maps, ids),
         )
         step += 1
 
@@ -132,7 +138,7 @@ def crops(spec: ViewSpec, batch: int, seed: int = 0) -> Iterator[HostBatch]:
 def stored(url: str, spec: ViewSpec, batch: int) -> Iterator[HostBatch]:
     """Batches that a store streams, read ahead as in a job."""
     with VolumeStore(url) as store:
-        wanted = StreamSpec(seed=0, global_batch=batch, crop_DHW=spec.host_size_DHW, crops_per_visit=2)
+        wanted = StreamSpec(seed=0, global_batch=batch, crop_DHW=spec.host_size_DHW, crops_per_visit=2, maps=spec.maps)
         with CropStream(store, wanted) as stream:
             yield from stream
 
@@ -189,7 +195,7 @@ def measure(
     batches = source(spec) if source is not None else crops(spec, batch)
 
     def views_of(host: HostBatch) -> ViewBatch:
-        return make_views(host, spec, seed=0, policy=POLICY, device=device, dtype=engine.dtype)
+        return make_views(host, spec, seed=0, policy=POLICY, device=device, dtype=engine.dtype, maps=host.maps_BDHW)
 
     for _ in range(warmup):
         engine.step(views_of(next(batches)))
@@ -333,7 +339,8 @@ def bench_step(
 def _operations(method: str, backbone: str, size_DHW: Triple, batch: int, device: torch.device) -> float:
     made = _method(method, backbone, size_DHW, BACKBONES).to(device)
     spec = type(made).view_spec(made.config)
-    views = make_views(next(crops(spec, batch)), spec, seed=0, policy=POLICY, device=device)
+    host = next(crops(spec, batch))
+    views = make_views(host, spec, seed=0, policy=POLICY, device=device, maps=host.maps_BDHW)
     return step_operations(made, views)
 
 

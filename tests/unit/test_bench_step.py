@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from ssl_core.bench.memory import peak_of
 from ssl_core.bench.rate import convolution_rate, step_operations
 from ssl_core.bench.step import PARTS, VARIANTS, bench_step, crops, measure, stored
 from ssl_core.methods.base import LossTerms
+from ssl_core.views import RoleSpec, ViewSpec
 from tests.phantoms import write_phantoms
 
 SMALL = {"small": ("basic_unet", {"features": (4, 4, 8, 8, 8, 4)})}
@@ -40,6 +42,20 @@ def test_a_row_adds_up() -> None:
     assert row.samples_per_s == pytest.approx(2 / row.step_s[0])
     assert row.reached == pytest.approx(4e9 / row.step_s[0] / 1e11)
     assert row.peak_mib > 50
+
+
+@pytest.mark.parametrize("method", ["lrc", "supervised"])
+def test_methods_that_read_maps_are_measured(method: str) -> None:
+    row = measure(method, "small", size_DHW=(32, 32, 32), batch=2, steps=1, warmup=0, backbones=SMALL)
+    assert row.method == method
+    assert row.samples_per_s > 0
+
+
+def test_crops_carry_the_maps_that_the_views_want() -> None:
+    host = next(crops(ViewSpec((RoleSpec("a", 1, (12, 20, 16)),), maps=("one", "two")), 2))
+    assert set(host.maps_BDHW) == {"one", "two"}
+    assert host.maps_BDHW["one"].shape == host.image_BCDHW[:, 0].shape
+    assert len(np.unique(host.maps_BDHW["one"][0])) == 2 * 3 * 2
 
 
 def test_a_slow_source_shows_as_wait() -> None:
