@@ -95,7 +95,9 @@ def make_views(
             deformed = [_elastic(role, v, seed, batch.sample_B, device) for v in range(role.count)]
             moved = [elastic.dense(e.control_B3abc, size, e.spacing_vox) for e in deformed if e is not None]
             position = spatial.deform(position, to_volume, torch.stack(moved))
-        clean = spatial.linear(host, position, size)
+            clean = spatial.linear(host, position, size)
+        else:
+            clean = spatial.image(host, affine, batch.start_B3, position, size)
         valid = spatial.inside(position, batch.start_B3, shape_B3, size).to(dtype).unsqueeze(2)
         carried = {name: spatial.nearest(array, position, size).to(torch.int64) for name, array in host_maps.items()}
         image = presets.augment(clean, role.intensity, seed=seed, sample_B=sample_B, role=role.name).to(dtype)

@@ -1,4 +1,4 @@
-"""Resampling of host crops into views: one gather for all views of a role.
+"""Resampling of host crops into views: one gather for all views of a role, slices where voxels meet voxels.
 
 Without elastic deformation every coordinate depends on two axes at most, so positions are computed on the host in
 float64 as small arrays that broadcast; which voxel is nearest and which is padding is then the same on any device.
@@ -58,6 +58,37 @@ def linear(host_BCDHW: Tensor, position: list[Tensor], size_DHW: Size) -> Tensor
     grid = grid.reshape(batch, count * d, h, w, 3)
     out = functional.grid_sample(host_BCDHW, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return out.reshape(batch, channels, count, d, h, w).permute(2, 0, 1, 3, 4, 5).contiguous()
+
+
+def image(
+    host_BCDHW: Tensor, to_volume_VB34: F64, start_B3: NDArray[np.int64], position: list[Tensor], size_DHW: Size
+) -> Tensor:
+    """`linear`, with views that are only cropped and flipped copied voxel by voxel: exact, and many times faster."""
+    d, h, w = host_BCDHW.shape[2:]
+    low_VB3, turned_VB3, whole_VB = _slices(to_volume_VB34, start_B3, (d, h, w), size_DHW)
+    if not whole_VB.any():
+        return linear(host_BCDHW, position, size_DHW)
+    shape = (*whole_VB.shape, host_BCDHW.shape[1], *size_DHW)
+    views = host_BCDHW.new_empty(shape) if whole_VB.all() else linear(host_BCDHW, position, size_DHW)
+    for v, b in np.argwhere(whole_VB).tolist():
+        z, y, x = (slice(n, n + s) for n, s in zip(low_VB3[v, b].tolist(), size_DHW, strict=True))
+        flips = [axis + 1 for axis in np.flatnonzero(turned_VB3[v, b]).tolist()]
+        cut = host_BCDHW[b, :, z, y, x]
+        views[v, b] = cut.flip(flips) if flips else cut
+    return views
+
+
+def _slices(
+    to_volume_VB34: F64, start_B3: NDArray[np.int64], host_DHW: Size, size_DHW: Size
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
+    """First host voxel (V, B, 3), flipped axes (V, B, 3), and which views are whole slices of the host crop (V, B)."""
+    linear_VB33, shift_VB3 = to_volume_VB34[..., :3], to_volume_VB34[..., 3] - start_B3
+    sign_VB3 = np.diagonal(linear_VB33, axis1=2, axis2=3)
+    turned_VB3 = sign_VB3 < 0
+    low_VB3 = np.where(turned_VB3, shift_VB3 - np.array(size_DHW), shift_VB3)
+    whole = (np.abs(linear_VB33) == np.eye(3)).all((2, 3)) & (low_VB3 == np.floor(low_VB3)).all(2)
+    inside_VB = ((low_VB3 >= 0) & (low_VB3 + np.array(size_DHW) <= np.array(host_DHW))).all(2)
+    return low_VB3.astype(np.int64), turned_VB3, whole & inside_VB
 
 
 def nearest(map_BDHW: Tensor, position: list[Tensor], size_DHW: Size) -> Tensor:

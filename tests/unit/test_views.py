@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from ssl_core import align
+from ssl_core.augment import spatial
 from ssl_core.intensity import IntensityPolicy
 from ssl_core.make_views import make_views
 from ssl_core.views import RoleSpec, ViewSpec, centre_of
@@ -93,8 +94,29 @@ def test_an_unscaled_view_is_a_flipped_slice():
             cut = tuple(slice(o, o + n) for o, n in zip(low, role.size_DHW, strict=True))
             flipped = [i for i in range(3) if sign[i] < 0]
             expected = np.flip(batch.image_BCDHW[b][:, *cut], [i + 1 for i in flipped])
-            assert np.allclose(view.image_BCDHW[b].numpy(), expected, atol=1e-9)
+            assert np.array_equal(view.image_BCDHW[b].numpy(), expected)
             assert np.array_equal(view.maps["label"][b].numpy(), np.flip(batch.label_BDHW[b][cut], flipped))
+
+
+def test_views_that_are_slices_agree_with_the_gather_and_stand_beside_views_that_are_not():
+    rng = np.random.default_rng(0)
+    host = torch.from_numpy(rng.normal(size=(4, 2, 12, 14, 16)))
+    affine = np.tile(np.concatenate([np.eye(3), [[2.0], [3.0], [4.0]]], axis=1), (2, 4, 1, 1))
+    affine[0, 1, 2] = [0, 0, -1, 13]  # flipped along W
+    affine[0, 2, 0, 3] += 0.5  # between voxels
+    affine[1, 0, 1, 1] = 1.25  # scaled
+    affine[1, 1, 0, 3] = -1.0  # beyond the crop
+    start = np.array([[0, 0, 0]] * 4)
+    position = spatial.positions(affine, start, (6, 7, 8), torch.device("cpu"))
+    gathered, mixed = spatial.linear(host, position, (6, 7, 8)), spatial.image(host, affine, start, position, (6, 7, 8))
+    assert torch.allclose(mixed, gathered, atol=1e-12)
+    exact = {(v, b) for v, b in np.ndindex(2, 4) if not torch.equal(mixed[v, b], gathered[v, b])}
+    assert not exact & {(0, 2), (1, 0), (1, 1)}  # these are the gather's own
+    assert torch.equal(mixed[0, 1], host[1, :, 2:8, 3:10, 5:13].flip(3))
+    for b in range(4):
+        one = spatial.positions(affine[:, b : b + 1], start[b : b + 1], (6, 7, 8), torch.device("cpu"))
+        alone = spatial.image(host[b : b + 1], affine[:, b : b + 1], start[b : b + 1], one, (6, 7, 8))
+        assert torch.equal(alone[:, 0], mixed[:, b])
 
 
 @pytest.mark.parametrize("preset", ["light", "strong", "genesis", "pcrlv2", "pcrlv2_local"])
