@@ -29,7 +29,8 @@ def add(names: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argpars
 
 def measure(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
     """The result, JSON-able, and its text."""
-    from ssl_core.bench.learn import FULL, QUICK, bench_learn, format_learn, joined
+    from ssl_core.bench.learn import FULL, QUICK, bench_learn
+    from ssl_core.bench.learn_rows import format_learn, joined
     from ssl_core.config import overridden
 
     if arguments.join:

@@ -8,7 +8,6 @@ This is evidence that objectives work as they are written, at a size where a fau
 ranking: networks, views, batches and runs are far below what any of the papers used.
 """
 
-import json
 import os
 import statistics
 import tempfile
@@ -27,6 +26,7 @@ import torch
 import ssl_core.methods  # noqa: F401  registers them
 from ssl_core.backbones.pyramid import Pyramid
 from ssl_core.backbones.registry import build
+from ssl_core.bench.learn_rows import RANDOM, Run, summary
 from ssl_core.bench.voxel_probe import Case, evaluate, fit, load_case
 from ssl_core.config import parse, resolved
 from ssl_core.engine import Engine, EngineConfig
@@ -35,17 +35,15 @@ from ssl_core.intensity import IntensityPolicy
 from ssl_core.make_views import make_views
 from ssl_core.methods.base import method_class, method_names
 from ssl_core.probes import CollapseWarning, probe
-from ssl_core.stats import compare, mean_over_seeds
 from ssl_core.superpixel_settings import Superpixels
 from ssl_core.superpixels import of_volume
 from ssl_core.views import ViewBatch, ViewSpec
 from storage import cohort, derive, ingest
-from storage.bench.measure import machine, table
+from storage.bench.measure import machine
 from storage.errors import ConfigError
 from storage.stream import CropStream, StreamSpec
 from storage.volumes import VolumeStore
 
-RANDOM = "random"
 LABEL = "label"
 BASES = ("mocov2", "byol", "simclr")
 POLICY = IntensityPolicy.model_validate({})
@@ -78,28 +76,6 @@ class Size:
 
 FULL = Size()
 QUICK = Size(steps=20, seeds=(0,), fitted=6, scored=12)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One pre-training and its read-out.
-
-    Attributes:
-        loss: Median of the total loss over the first and over the last tenth of the steps.
-        terms: The same of every term.
-        rank: Effective rank of the deepest features trained; `std` their spread, as a share of 1/sqrt(C).
-        dice: Mean over the labelled classes, by subject.
-        steps_per_s: Views included.
-    """
-
-    seed: int
-    loss: tuple[float, float] | None
-    terms: dict[str, tuple[float, float]]
-    rank: float | None
-    std: float | None
-    collapsed: bool
-    dice: dict[str, float]
-    steps_per_s: float | None
 
 
 @dataclass(frozen=True)
@@ -198,39 +174,6 @@ def bench_learn(
     }
 
 
-def joined(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One result of several that differ in their seeds alone: measured in pieces, or on several machines.
-
-    Args:
-        results: As from `bench_learn`.
-
-    Raises:
-        ConfigError: they differ in more, or have a seed in common.
-    """
-    first = results[0]
-    runs: dict[str, list[Run]] = {name: [] for name in first["runs"]}
-    for number, result in enumerate(results, 1):
-        for part in ("data", "settings", "size"):
-            mine, other = (
-                json.dumps({k: v for k, v in r[part].items() if k != "seeds"}, sort_keys=True) for r in (first, result)
-            )
-            if mine != other:
-                raise ConfigError(f"result {number}: {part}", expected="what the first has", found="something else")
-        for name, found in result["runs"].items():
-            runs[name] += [Run(**run) for run in found]
-    seeds = [run.seed for run in runs[RANDOM]]
-    if len(set(seeds)) != len(seeds):
-        raise ConfigError("seeds of the results", expected="each once", found=str(seeds))
-    return {
-        **first,
-        "machine": [result["machine"] for result in results],
-        "size": {**first["size"], "seeds": seeds},
-        "seconds": sum(result["seconds"] for result in results),
-        "rows": [summary(name, found, runs[RANDOM]) for name, found in runs.items()],
-        "runs": {name: [asdict(run) for run in found] for name, found in runs.items()},
-    }
-
-
 def network(size: Size) -> Pyramid:
     """The small network, with fresh weights."""
     levels = len(size.filters)
@@ -246,11 +189,13 @@ def one_run(arm: Arm | None, data: Data, size: Size, seed: int) -> Run:
         course = None if arm is None else _pretrain(arm, backbone, data, size, seed)
     backbone.eval()
     read_out = fit(backbone, data.fitted, data.classes)
-    dice = dict(zip(data.scored, evaluate(backbone, read_out, list(data.scored.values())), strict=True))
-    if course is None:
+    scored = evaluate(backbone, read_out, list(data.scored.values()))
+    dice = {case: round(value, 5) for case, value in zip(data.scored, scored, strict=True)}
+    if arm is None or course is None:
         return Run(seed, None, {}, None, None, False, dice, None)
     losses, seen, seconds = course
-    ends = {name: _ends([step[name] for step in losses]) for name in losses[0]}
+    filled = -(-_queue(arm) // size.batch)
+    ends = {name: _ends([step[name] for step in losses], filled) for name in losses[0]}
     return Run(
         seed=seed,
         loss=ends.pop("loss"),
@@ -261,84 +206,6 @@ def one_run(arm: Arm | None, data: Data, size: Size, seed: int) -> Run:
         dice=dice,
         steps_per_s=size.steps / seconds,
     )
-
-
-def summary(name: str, runs: Sequence[Run], random: Sequence[Run]) -> dict[str, Any]:
-    """One row: medians over seeds, Dice as mean and deviation over seeds, and the paired test over subjects."""
-    means = [statistics.fmean(run.dice.values()) for run in runs]
-    row: dict[str, Any] = {
-        "method": name,
-        "seeds": len(runs),
-        "dice": statistics.fmean(means),
-        "dice_sd": statistics.stdev(means) if len(means) > 1 else None,
-    }
-    trained = [run for run in runs if run.loss is not None]
-    if not trained:
-        return row
-    ours, theirs = _by_subject(runs), _by_subject(random)
-    cases = sorted(ours)
-    paired = compare(
-        np.array([ours[c] for c in cases]),
-        np.array([theirs[c] for c in cases]),
-        a=name,
-        b="random features",
-        seeds=len(runs),
-    )
-    losses = [run.loss for run in trained if run.loss is not None]
-    row |= {
-        "loss_first": statistics.median(first for first, _ in losses),
-        "loss_last": statistics.median(last for _, last in losses),
-        "effective_rank": statistics.median(run.rank or 0.0 for run in trained),
-        "feature_std": statistics.median(run.std or 0.0 for run in trained),
-        "steps_per_s": statistics.median(run.steps_per_s or 0.0 for run in trained),
-        "difference": paired.difference,
-        "low": paired.low,
-        "high": paired.high,
-        "p": paired.p,
-        "statement": paired.statement,
-        "falls": all(last < first for first, last in losses),
-        "no_collapse": not any(run.collapsed for run in trained),
-        "beats_random": paired.significant and paired.difference > 0,
-    }
-    return row
-
-
-def format_learn(result: Mapping[str, Any]) -> str:
-    """The table, and in words which rows do not do what they should."""
-    rows = [
-        {
-            "method": row["method"],
-            "seeds": row["seeds"],
-            "loss": f"{row['loss_first']:.3f} to {row['loss_last']:.3f}" if "loss_first" in row else "",
-            "rank": f"{row['effective_rank']:.1f}" if "effective_rank" in row else "",
-            "dice": f"{row['dice']:.3f}" + (f" ± {row['dice_sd']:.3f}" if row["dice_sd"] is not None else ""),
-            "difference": f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})" if "p" in row else "",
-            "p": f"{row['p']:.1g}" if "p" in row else "",
-            "speed": f"{row['steps_per_s']:.1f}" if "steps_per_s" in row else "",
-            **{key: {True: "yes", False: "NO", None: ""}[row.get(key)] for key in _CHECKS},
-        }
-        for row in result["rows"]
-    ]
-    columns = {"method": "method", "seeds": "seeds", "loss": "loss, first to last tenth", "rank": "effective rank"}
-    columns |= {"dice": "probe Dice", "difference": "against random (95 %)", "p": "p", "speed": "steps/s"} | _CHECKS
-    words = [f"{row['method']}: not {', not '.join(_failed(row))}." for row in result["rows"] if _failed(row)]
-    data = result["data"]
-    what = f"{data['name']}{' (SIMULATED)' if data['simulated'] else ''}: pre-trained on {data['pretrained_on']}"
-    what += f" volumes; read-out fitted on {data['fitted']} subjects, scored on {len(data['scored'])}"
-    what += f" of split {data['part']}"
-    return "\n".join([table(rows, columns), "", what + ".", *(words or ["Every row does all three."])])
-
-
-def _by_subject(runs: Sequence[Run]) -> dict[str, float]:
-    return mean_over_seeds({(case, run.seed): value for run in runs for case, value in run.dice.items()})
-
-
-_CHECKS = {"falls": "loss falls", "no_collapse": "no collapse", "beats_random": "beats random"}
-
-
-def _failed(row: Mapping[str, Any]) -> list[str]:
-    said = {"falls": "a falling loss", "no_collapse": "free of collapse", "beats_random": "better than random features"}
-    return [words for key, words in said.items() if row.get(key) is False]
 
 
 @contextmanager
@@ -455,10 +322,17 @@ def _spec(arm: Arm) -> ViewSpec:
     return spec
 
 
-def _ends(values: Sequence[float]) -> tuple[float, float]:
-    """Medians over the first and the last tenth."""
+def _queue(arm: Arm) -> int:
+    """Entries of the method's queue, or of its base's; 0 without one."""
+    settings = arm.settings | arm.settings.get("base_settings", {})
+    return int(settings.get("queue", 0))
+
+
+def _ends(values: Sequence[float], after: int = 0) -> tuple[float, float]:
+    """Medians over a tenth of the values, the first ones `after` so many and the last ones."""
     tenth = max(len(values) // 10, 1)
-    return statistics.median(values[:tenth]), statistics.median(values[-tenth:])
+    start = min(after, len(values) - tenth)
+    return statistics.median(values[start : start + tenth]), statistics.median(values[-tenth:])
 
 
 def _line(name: str, run: Run) -> str:

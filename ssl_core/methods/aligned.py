@@ -57,8 +57,8 @@ class Aligned(nn.Module):
         """Settings of the aligned method; all weights are our choice where no source is named."""
 
         crops: Crops = Field(
-            default=Crops(scale=(1.0, 1.4), min_overlap=0.3, intensity="none"),
-            description="Views; our choice, measured on hippocampus: intensity changes cost more than they give",
+            default=Crops(scale=(1.0, 1.4), flip=(0.0, 0.0, 0.5), min_overlap=0.3, intensity="none"),
+            description="Views; our choice, measured on hippocampus: mirrored left-right only, no intensity changes",
         )
         w_restore: float = Field(default=1.0, ge=0, description="Weight of restoration; CVA: 1 to 5")
         w_consistency: float = Field(

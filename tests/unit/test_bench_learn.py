@@ -12,7 +12,7 @@ import torch
 from jobs import cli
 from ssl_core.align import sample_features
 from ssl_core.backbones.base import Level
-from ssl_core.bench import learn, voxel_probe
+from ssl_core.bench import learn, learn_rows, voxel_probe
 from ssl_core.bench.voxel_probe import Case
 from ssl_core.methods.base import method_names
 from storage import cohort
@@ -113,19 +113,19 @@ def test_without_learning_a_row_is_its_random_features(folder: Path, monkeypatch
     assert set(result["runs"]["lrc+byol"][0]["terms"]) == {"prediction", "region"}
     assert result["data"]["simulated"] is True
     assert len(result["data"]["scored"]) == len(random)
-    assert "SIMULATED" in learn.format_learn(result)
+    assert "SIMULATED" in learn_rows.format_learn(result)
     # Seeds that were measured apart make one table.
     other = json.loads(json.dumps(result))
     for runs in other["runs"].values():
         runs[0]["seed"] = 1
-    both = learn.joined([result, other])
+    both = learn_rows.joined([result, other])
     assert {row["seeds"] for row in both["rows"]} == {2}
     assert [row["dice"] for row in both["rows"]] == pytest.approx([row["dice"] for row in result["rows"]])
     with pytest.raises(ConfigError, match="each once"):
-        learn.joined([result, result])
+        learn_rows.joined([result, result])
     other["settings"]["mae"]["ratio"] = 0.5
     with pytest.raises(ConfigError, match="settings"):
-        learn.joined([result, other])
+        learn_rows.joined([result, other])
 
 
 def test_subjects_of_the_read_out_are_disjoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,21 +139,30 @@ def test_subjects_of_the_read_out_are_disjoint(folder: Path, monkeypatch: pytest
     assert not seen["val"] & seen["test"]
 
 
-def run(dice: float, loss: tuple[float, float], collapsed: bool = False) -> learn.Run:
+def test_losses_are_compared_once_the_queue_is_full() -> None:
+    values = [0.0] * 10 + [5.0, 4.0] + [3.0] * 7 + [1.0]
+    assert learn._ends(values) == (0.0, 2.0)
+    assert learn._ends(values, after=10) == (4.5, 2.0)
+    assert learn._ends(values, after=99) == (2.0, 2.0)
+    queues = {arm.name: learn._queue(arm) for arm in learn.arms(["mocov2", "lrc", "mae"], learn.FULL)}
+    assert queues == {"mocov2": 128, "lrc+mocov2": 128, "lrc+byol": 0, "lrc+simclr": 0, "mae": 0}
+
+
+def run(dice: float, loss: tuple[float, float], collapsed: bool = False) -> learn_rows.Run:
     cases = {f"case{i}": dice + 0.001 * i for i in range(12)}
-    return learn.Run(0, loss, {}, 5.0, 0.9, collapsed, cases, 1.0)
+    return learn_rows.Run(0, loss, {}, 5.0, 0.9, collapsed, cases, 1.0)
 
 
 def test_verdicts_follow_the_figures() -> None:
     random = [replace(run(0.5, (0.0, 0.0)), loss=None)]
-    good = learn.summary("good", [run(0.6, (2.0, 1.0))], random)
+    good = learn_rows.summary("good", [run(0.6, (2.0, 1.0))], random)
     assert (good["falls"], good["no_collapse"], good["beats_random"]) == (True, True, True)
     assert good["difference"] == pytest.approx(0.1)
-    bad = learn.summary("bad", [run(0.4, (1.0, 1.1), collapsed=True)], random)
+    bad = learn_rows.summary("bad", [run(0.4, (1.0, 1.1), collapsed=True)], random)
     assert (bad["falls"], bad["no_collapse"], bad["beats_random"]) == (False, False, False)
-    text = learn.format_learn(
+    text = learn_rows.format_learn(
         {
-            "rows": [learn.summary("random", random, random), good, bad],
+            "rows": [learn_rows.summary("random", random, random), good, bad],
             "data": {"name": "x", "simulated": False, "pretrained_on": 1, "fitted": 1, "scored": ["a"], "part": "test"},
         }
     )
