@@ -15,6 +15,7 @@ from storage.bench import ingest, layouts, loader, measure, reads
 from storage.errors import ConfigError
 
 Result = Mapping[str, Any]
+Tables = Mapping[str, tuple[str, Callable[[Result, str], str]]]
 _BLOCK = re.compile(r"(<!-- table ([a-z-]+)(?:: ([^>]+?))? -->\n).*?(<!-- end -->)", re.S)
 _S3 = ("delay_ms", "peer", "in_flight", "crops_per_s", "cpu_ms", "requests", "fetched_mb", "crops")
 _DATA = {"name": "data", "crop_DHW": "crop", "volumes": "volumes", "raw_bytes": "raw bytes"}
@@ -45,7 +46,7 @@ def _missed(result: Result) -> str:
     return measure.table(rows, {k: v for k, v in columns.items() if k != "met"}) if rows else "None."
 
 
-TABLES: dict[str, tuple[str, Callable[[Result, str], str]]] = {
+TABLES: Tables = {
     "reads-machine": ("reads", lambda r, _: _machine(r)),
     "reads-data": (
         "reads",
@@ -68,8 +69,13 @@ TABLES: dict[str, tuple[str, Callable[[Result, str], str]]] = {
 }
 
 
-def fill(page: str, folder: Path) -> str:
+def fill(page: str, folder: Path, tables: Tables = TABLES) -> str:
     """The page with its tables made anew.
+
+    Args:
+        page: Its text.
+        folder: Of the runs' JSON.
+        tables: By name the run's file and what makes the table of its result and of the block's argument.
 
     Raises:
         ConfigError: a block names no table, or its run is not in the folder.
@@ -78,9 +84,9 @@ def fill(page: str, folder: Path) -> str:
 
     def block(match: re.Match[str]) -> str:
         begin, name, argument, end = match.groups()
-        if name not in TABLES:
-            raise ConfigError(f"table {name!r}", expected=f"one of {', '.join(sorted(TABLES))}", found=name)
-        run, make = TABLES[name]
+        if name not in tables:
+            raise ConfigError(f"table {name!r}", expected=f"one of {', '.join(sorted(tables))}", found=name)
+        run, make = tables[name]
         if run not in runs:
             path = folder / f"{run}.json"
             if not path.is_file():
