@@ -42,9 +42,9 @@ class Aligned(nn.Module):
     error. C = mean over `feature_levels` and both directions of the mean over shared points of
     |q(x1)[A1(m)] - sg z(x2)[A2(m)]|^2, unit vectors, in [0, 4].
 
-    Traps: those of `mae` (intensities near 0) and `pgl` (measured feature centres); consistency of masked views
-    (`consistency_sees`) saves a pass and loses most of what consistency gives, since a level with a small field of view
-    sees nothing where most blocks are hidden; with `w_restore` = 0 levels deeper than those compared are not trained.
+    Traps: those of `mae` (intensities near 0) and `pgl` (measured feature centres); views mirrored along D or H teach
+    that front and back look alike, which they do not; comparing masked views (`consistency_sees`) saves a pass and was
+    worse where measured; with `w_restore` = 0 levels deeper than those compared are not trained.
 
     Cost: two passes of the whole network, and to the compared levels two more and two of the target; a second copy of
     the encoder.
