@@ -21,7 +21,7 @@ Buffer = bytes | memoryview
 COMPRESSORS = {"zstd": 3, "lz4": 5}
 """Blosc's compressors that are written, each with its level."""
 COMPRESSOR = "lz4"
-"""A crop decodes two to three times as fast as with zstd, for seven to ten percent more bytes (`bench layout`)."""
+"""A crop decodes two to four times as fast as with zstd, for eight to eleven percent more bytes (`bench layout`)."""
 RESIDUE = 0x48674BC7
 
 
