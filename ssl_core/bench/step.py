@@ -225,10 +225,14 @@ def measure(
 
 def _method(method: str, backbone: str, size_DHW: Triple, backbones: Backbones) -> Any:
     kind = method_class(method)
-    data = {"crops": {"size_DHW": list(size_DHW)}} if "crops" in kind.Config.model_fields else {}
     name, arguments = _known(backbones, "backbone", backbone)
     torch.manual_seed(0)
-    return kind(parse(kind.Config, data, f"bench {method}"), build(name, **arguments))
+    network = build(name, **arguments)
+    # Of the views only the size is the benchmark's; the smallest that the network can be trained on for local crops.
+    sizes = {"crops": list(size_DHW), "local": [max(16, 2 * n) for n in network.multiple_DHW()]}
+    fields = kind.Config.model_fields
+    data = {key: fields[key].default.model_dump() | {"size_DHW": size} for key, size in sizes.items() if key in fields}
+    return kind(parse(kind.Config, data, f"bench {method}"), network)
 
 
 def _known(table: Mapping[str, Any], what: str, name: str) -> Any:
@@ -319,9 +323,11 @@ def bench_step(
     rows: list[Row] = []
     rates: dict[str, float] = {}
     for device in map(torch.device, devices):
+        # All of them first: what a network refuses is refused before anything is measured.
+        counts = {(m, b): _operations(m, b, settings["size_DHW"], batch, device) for b in backbones for m in methods}
         for backbone in backbones:
             for method in methods:
-                operations = _operations(method, backbone, settings["size_DHW"], batch, device)
+                operations = counts[method, backbone]
                 for variant in variants:
                     rate = _rate(rates, device, variant, settings.get("engine_settings") or {})
                     row = measure(

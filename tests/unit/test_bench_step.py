@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from ssl_core.bench import nnssl, rate
 from ssl_core.bench.__main__ import main
 from ssl_core.bench.memory import peak_of
 from ssl_core.bench.rate import convolution_rate, step_operations
-from ssl_core.bench.step import PARTS, VARIANTS, bench_step, crops, measure, stored
-from ssl_core.methods.base import LossTerms
+from ssl_core.bench.step import PARTS, VARIANTS, _method, bench_step, crops, measure, stored
+from ssl_core.methods.base import LossTerms, method_class
 from ssl_core.views import RoleSpec, ViewSpec
 from tests.phantoms import write_phantoms
 
@@ -56,6 +57,15 @@ def test_crops_carry_the_maps_that_the_views_want() -> None:
     assert set(host.maps_BDHW) == {"one", "two"}
     assert host.maps_BDHW["one"].shape == host.image_BCDHW[:, 0].shape
     assert len(np.unique(host.maps_BDHW["one"][0])) == 2 * 3 * 2
+
+
+def test_views_are_the_methods_own_but_for_their_size() -> None:
+    for name in ("pgl", "pcrlv2", "simclr"):
+        kind = method_class(name)
+        made = _method(name, "small", (32, 48, 32), SMALL)
+        for role, own in zip(kind.view_spec(made.config).roles, kind.view_spec(kind.Config()).roles, strict=True):
+            assert replace(role, size_DHW=own.size_DHW) == own
+            assert role.size_DHW == ((32, 32, 32) if role.name == "local" else (32, 48, 32))
 
 
 def test_a_slow_source_shows_as_wait() -> None:
