@@ -58,13 +58,13 @@ class Aligned(nn.Module):
 
         crops: Crops = Field(
             default=Crops(scale=(1.0, 1.4), flip=(0.0, 0.0, 0.5), min_overlap=0.3, intensity="none"),
-            description="Views; our choice, measured on hippocampus: mirrored left-right only, no intensity changes",
+            description="Views; our choice: mirrored left-right only, as measured on hippocampus, and no intensity changes",
         )
         w_restore: float = Field(default=1.0, ge=0, description="Weight of restoration; CVA: 1 to 5")
         w_consistency: float = Field(
             default=2.0,
             ge=0,
-            description="Weight of consistency; our choice, measured on hippocampus: 1 to 4 are alike (CVA: 0.5 to 1)",
+            description="Weight of consistency; our choice, 1 to 4 not told apart on hippocampus (CVA: 0.5 to 1)",
         )
         ratio: float = Field(default=0.75, ge=0, lt=1, description="Share of blocks hidden; nnssl's MAE")
         block: int = Field(default=8, ge=1, description="Side of the blocks, voxels; our choice (nnssl's MAE: 16)")

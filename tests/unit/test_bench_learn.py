@@ -170,6 +170,16 @@ def test_verdicts_follow_the_figures() -> None:
     assert "good: not" not in text
 
 
+def test_the_page_shows_what_was_measured() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    result = json.loads((docs / "benchmarks/learning.json").read_text(encoding="utf-8"))
+    shown, _, _ = learn_rows.format_learn(result).partition("\n\n")
+    assert shown in (docs / "benchmarks-learning.md").read_text(encoding="utf-8")
+    again = learn_rows.joined([result])["rows"]
+    assert [row["dice"] for row in again] == pytest.approx([row["dice"] for row in result["rows"]], abs=1e-5)
+    assert {row["method"].partition("+")[0] for row in again} <= {"random", *method_names()}
+
+
 def test_the_verb_writes_what_it_prints(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
