@@ -58,7 +58,7 @@ class Aligned(nn.Module):
 
         crops: Crops = Field(
             default=Crops(scale=(1.0, 1.4), flip=(0.0, 0.0, 0.5), min_overlap=0.3, intensity="none"),
-            description="Views; our choice: mirrored left-right only, as measured on hippocampus, and no intensity changes",
+            description="Views; our choice: mirrored left-right only, measured on hippocampus; no intensity changes",
         )
         w_restore: float = Field(default=1.0, ge=0, description="Weight of restoration; CVA: 1 to 5")
         w_consistency: float = Field(
