@@ -15,8 +15,9 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY)
 	$(BIN)/tomoscale demo $(ARGS)
 
+# Two processes: one has the tests on real services, which mostly wait; the other the rest.
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -75,11 +75,11 @@ def run_and_kill_the_driver(info: StackInfo, module: str, job: Config, name: str
 
 
 def test_a_search_goes_on_after_its_drivers_death(local_stack: StackInfo, phantoms: str, encoder: str) -> None:
-    job = parse(TuneConfig, common("search", phantoms) | {"encoders": [encoder, "none"], "trials": 4, "concurrent": 2})
+    job = parse(TuneConfig, common("search", phantoms) | {"encoders": [encoder, "none"], "trials": 3, "concurrent": 2})
     lines = run_and_kill_the_driver(local_stack, "jobs.tune", job, "search", "epoch 1:")
     assert any("continuing the search" in line for line in lines), lines
     result = entry.read_result("s3://runs", "search")
-    assert len(result["trials"]) == 4
+    assert len(result["trials"]) == 3
     for trial in result["trials"]:
         assert trial["status"] == "done", trial
         assert 1 <= trial["epochs"] <= EPOCHS, trial
@@ -89,7 +89,7 @@ def test_a_search_goes_on_after_its_drivers_death(local_stack: StackInfo, phanto
     run = api.get_run(result["run_id"])
     assert run.info.status == "FINISHED"
     children = api.search_runs([run.info.experiment_id], f"tags.mlflow.parentRunId = '{run.info.run_id}'")
-    assert len(children) == 4
+    assert len(children) == 3
 
 
 def test_fine_tuning_keeps_what_was_done_before_its_drivers_death(
@@ -108,6 +108,3 @@ def test_fine_tuning_keeps_what_was_done_before_its_drivers_death(
     assert "candidate" in versions[0].aliases
     keys = sorted(open_store("s3://runs/tuned/trainings").list())
     assert len(keys) == 4
-    submit.run(local_stack.jobs_address, "jobs.finetune", job, "tuned", show=lines.append)
-    assert "4 of 4 trainings were done before" in "\n".join(lines)
-    assert entry.read_result("s3://runs", "tuned")["cases"] == result["cases"]
