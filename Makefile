@@ -15,9 +15,8 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY)
 	$(BIN)/tomoscale demo $(ARGS)
 
-# Two processes: one has the tests on real services, which mostly wait; the other the rest.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m tests $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -14,14 +14,6 @@ from tests.phantoms import write_phantoms
 from tests.service.s3server import S3Server
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of this folder in one process, so that there is one stack, and nothing is killed under another."""
-    here = Path(__file__).parent
-    for item in items:
-        if item.path.is_relative_to(here):
-            item.add_marker(pytest.mark.xdist_group("service"))
-
-
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     """A running S3 server with credentials, its `.endpoint`, `.environment`, `.bucket`, `.stop()` and `.start()`."""
