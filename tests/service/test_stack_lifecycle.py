@@ -42,13 +42,20 @@ def assert_gone(state: states.State, members: list[psutil.Process]) -> None:
     assert sockets == []
 
 
+def kill(pid: int | None) -> None:
+    """Kill, and wait for the end, which may come a while after the signal."""
+    process = psutil.Process(pid)
+    process.kill()
+    process.wait(30)
+
+
 def test_a_life(folder: Path) -> None:
     info = stack.up(folder)
     client = services.s3_client(folder, state_of(folder).services["s3"].ports["s3"])
     client.put_object(Bucket="volumes", Key="kept", Body=b"data")
     # One server dies alone: `up` starts that one, at its old address, and leaves the others alone.
     pids = {service.name: service.pid for service in info.services}
-    psutil.Process(pids["s3"]).kill()
+    kill(pids["s3"])
     assert "no process" in [service.detail for service in stack.status(folder).services]
     again = stack.up(folder)
     assert {s.name: s.pid for s in again.services if s.name != "s3"} == {k: v for k, v in pids.items() if k != "s3"}
@@ -58,7 +65,7 @@ def test_a_life(folder: Path) -> None:
     ray = stack._all(state_of(folder), "ray")
     members = [process for name in states.SERVICES for process in stack._all(state_of(folder), name)]
     assert len(ray) > 10
-    psutil.Process(pids["ray"]).kill()
+    kill(pids["ray"])
     said: list[str] = []
     assert stack.down(folder, progress=said.append)
     assert_gone(state_of(folder), members)
