@@ -5,6 +5,7 @@ load a whole volume for a crop, whatever they cut from it.
 """
 
 import importlib
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,9 @@ from monai.transforms.utility.dictionary import EnsureChannelFirstd
 
 from storage.bench.data import DataSet, Layouts, Triple, Writer, write_nifti
 from storage.bench.readers import Peer, Reader, Voxels, Want
+
+# Every LoadImage warns of a GPU decoder of DICOM that is absent; these readers read NIfTI.
+logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
 
 CROPS_PER_LOAD = 4
 """Crops that torchio's queue cuts from a volume it has loaded, as many as our stream takes from a visit."""

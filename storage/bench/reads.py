@@ -61,7 +61,7 @@ class Size:
 
 
 QUICK = Size(2, (192, 256, 256), crops=12, rounds=5, delays_ms=(0, 20), cap_s=0.6, real=0, budget_s=140)
-FULL = Size(8, (256, 320, 320), crops=64, rounds=5, delays_ms=(0, 5, 20), cap_s=4.0, real=20, budget_s=5400)
+FULL = Size(8, (256, 320, 320), crops=64, rounds=5, delays_ms=(0, 5, 20), cap_s=1.2, real=20, budget_s=1800)
 
 
 @dataclass
