@@ -78,7 +78,10 @@ class Progress:
         if done < self._total and now - self._last < (0.1 if self._live else 5.0):
             return
         self._last = now
-        left = f", {now / done * (self._total - done):.0f} s left" if 0 < done < self._total else f", {now:.1f} s"
+        if done >= self._total:
+            left = f", {now:.1f} s"
+        else:  # the first second says nothing of the rest
+            left = f", {now / done * (self._total - done):.0f} s left" if done and now > 1 else ""
         tail = f", {extra}" if extra else ""
         if self._live:
             filled = int(24 * done / max(1, self._total))
