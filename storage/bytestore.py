@@ -4,17 +4,23 @@ Keys are relative to the URL that opened the store, separated by `/`, without a 
 and survive pickling (they reopen by URL), and must not be carried through `fork`.
 """
 
+import fcntl
 import os
+import re
+import stat
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from storage.errors import ConfigError, CorruptChunk, NotFound, StoreError
-from storage.retry import RetryPolicy
+from storage.retry import RetryPolicy, TransientError, retry
+
+_LOCK = ".put-lock"
+_LOCK_WAIT = RetryPolicy(deadline_s=60.0, attempt_s=1.0, first_s=0.01, cap_s=0.2)
 
 
 class ByteStore(Protocol):
@@ -41,6 +47,12 @@ class ByteStore(Protocol):
     def put(self, key: str, data: bytes, if_absent: bool = False) -> bool:
         """Write the object in one atomic step; False if `if_absent` and another object is there already."""
 
+    def swap(self, key: str, data: bytes, seen: bytes | None) -> bool:
+        """Replace the object if it still holds `seen` (None: if there is none); False, and nothing done, if not.
+
+        Of several writers that saw the same, one wins. Writers that use `put` are not held back.
+        """
+
     def head(self, key: str) -> int:
         """The object's size in bytes."""
 
@@ -63,12 +75,20 @@ def open_store(url: str, policy: RetryPolicy | None = None) -> ByteStore:
         ConfigError: the URL is malformed, carries credentials, or names an unknown scheme.
     """
     policy = policy or RetryPolicy.from_environment()
-    parts = urlsplit(url)
-    if "@" in parts.netloc:
-        clean = url.replace(parts.netloc.rpartition("@")[0] + "@", "")
-        raise ConfigError(clean, expected="a URL without credentials", found="a user or password in it")
-    if not parts.scheme or "://" not in url:
+    _refuse_credentials(url)
+    if "://" not in url:
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/|(s3|file|memory|https?):", url):  # silently a folder of that odd name
+            raise ConfigError(url, expected="two slashes behind the scheme, as in s3://bucket", found="fewer")
         return FileStore(Path(url))
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise ConfigError(url, expected="a URL", found=str(error)) from error
+    if parts.scheme in ("file", "memory", "s3", "http", "https") and (parts.query or parts.fragment):
+        # It would be left out, and two URLs would mean one place.
+        raise ConfigError(
+            url, expected="a URL without ? and #", found="one of them", remedy="in file:// write %3F, %23"
+        )
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost"):
             raise ConfigError(url, expected="file:///absolute/path", found=f"host {parts.netloc!r}")
@@ -86,6 +106,18 @@ def open_store(url: str, policy: RetryPolicy | None = None) -> ByteStore:
     from storage.fsspecstore import FsspecStore
 
     return FsspecStore(url, policy)
+
+
+def _refuse_credentials(url: str) -> None:
+    """Refuse `scheme://user:password@...`, wherever in the URL, without repeating it.
+
+    A secret may hold slashes, so that in an `s3://` URL every `@` behind a colon counts.
+    """
+    for scheme, rest in re.findall(r"([A-Za-z0-9+.-]+)://(.*?)(?=::|$)", url, re.DOTALL):
+        secret = "@" in rest.partition("/")[0] or (scheme == "s3" and ":" in rest.partition("@")[0] and "@" in rest)
+        if secret:
+            clean = f"{scheme}://{rest.rpartition('@')[2]}"
+            raise ConfigError(clean, expected="a URL without credentials", found="a user or password in it")
 
 
 def join(url: str, *parts: str) -> str:
@@ -110,6 +142,17 @@ def check_key(key: str) -> str:
     if not key or any(part in ("", ".", "..") for part in key.split("/")) or "\\" in key or "\0" in key:
         raise ConfigError(f"key {key!r}", expected="parts joined by single slashes, none empty, '.' or '..'", found=key)
     return key
+
+
+def check_prefix(prefix: str) -> str:
+    """Refuse prefixes that would list what lies outside the store; unlike a key a prefix may end anywhere.
+
+    Raises:
+        ConfigError: absolute, or with a `.` or `..` part.
+    """
+    if prefix.startswith("/") or any(part in (".", "..") for part in prefix.split("/")[:-1]):
+        raise ConfigError(f"prefix {prefix!r}", expected="the beginning of a key", found=prefix)
+    return prefix
 
 
 def check_range(thing: str, start: int, stop: int) -> None:
@@ -137,11 +180,15 @@ class FileStore:
     def _open(self, key: str) -> int:
         path = self._path(key)
         try:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer
         except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFound(join(self.url, key), expected="an object", found="none") from error
         except OSError as error:
             raise StoreError(join(self.url, key), expected="a readable file", found=str(error.strerror)) from error
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise NotFound(join(self.url, key), expected="an object", found="a folder or a special file")
+        return fd
 
     def _pread(self, fd: int, key: str, start: int, stop: int) -> bytes:
         parts: list[bytes] = []
@@ -218,6 +265,43 @@ class FileStore:
                 with suppress(OSError):
                     os.unlink(temporary)
 
+    def swap(self, key: str, data: bytes, seen: bytes | None) -> bool:
+        """See `ByteStore`. Writers exclude each other by a lock that ends with its process."""
+        if seen is None:
+            return self.put(key, data, if_absent=True)
+        with self._locked(key):
+            try:
+                current = self.get(key)
+            except NotFound:
+                return False
+            return current == seen and self.put(key, data)
+
+    @contextmanager
+    def _locked(self, key: str) -> Iterator[None]:
+        thing = join(self.url, key)
+        try:
+            # At the root, since other readers of a volume's folder would wonder about it.
+            fd = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except (FileNotFoundError, NotADirectoryError):  # then there is no object either
+            yield
+            return
+        except OSError as error:
+            raise StoreError(thing, expected="a folder in which to lock", found=str(error.strerror)) from error
+
+        def attempt() -> None:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise TransientError("another process is writing it") from error
+            except OSError as error:
+                raise StoreError(thing, expected="a file system with locks", found=str(error.strerror)) from error
+
+        try:
+            retry(attempt, _LOCK_WAIT, thing)
+            yield
+        finally:
+            os.close(fd)
+
     def head(self, key: str) -> int:
         """See `ByteStore`."""
         fd = self._open(key)
@@ -228,14 +312,23 @@ class FileStore:
 
     def exists(self, key: str) -> bool:
         """See `ByteStore`."""
-        return self._path(key).is_file()
+        try:
+            os.close(self._open(key))
+        except NotFound:
+            return False
+        return True
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """See `ByteStore`."""
-        folder = prefix.rpartition("/")[0]
+        folder = check_prefix(prefix).rpartition("/")[0]
         top = self.root / folder if folder else self.root
         keys: list[str] = []
-        for here, _, names in os.walk(top):
+
+        def failed(error: OSError) -> None:
+            if not isinstance(error, (FileNotFoundError, NotADirectoryError)):  # else keys would be missing silently
+                raise StoreError(join(self.url, prefix), expected="a readable folder", found=str(error.strerror))
+
+        for here, _, names in os.walk(top, onerror=failed):
             base = os.path.relpath(here, self.root)
             base = "" if base == "." else base.replace(os.sep, "/") + "/"
             keys += [base + name for name in names if not name.startswith(".put-") and (base + name).startswith(prefix)]
@@ -296,6 +389,15 @@ class MemoryStore:
             _MEMORY[full] = bytes(data)
         return True
 
+    def swap(self, key: str, data: bytes, seen: bytes | None) -> bool:
+        """See `ByteStore`."""
+        full = self._prefix + check_key(key)
+        with _MEMORY_LOCK:
+            if _MEMORY.get(full) != seen:
+                return False
+            _MEMORY[full] = bytes(data)
+        return True
+
     def head(self, key: str) -> int:
         """See `ByteStore`."""
         return len(self.get(key))
@@ -306,7 +408,7 @@ class MemoryStore:
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """See `ByteStore`."""
-        full = self._prefix + prefix
+        full = self._prefix + check_prefix(prefix)
         with _MEMORY_LOCK:
             keys = [key for key in _MEMORY if key.startswith(full)]
         return iter(sorted(key[len(self._prefix) :] for key in keys))

@@ -192,7 +192,7 @@ class Executor:
         return answers
 
     def _slab(self, source: Source, shard: tuple[int, ...]) -> Slab | None:
-        if self._cache is None:
+        if self._cache is None or not source.content:  # without a digest, other voxels could pass for these
             return None
         meta = source.meta
         name = f"{join(self._store.url, source.root)}/{meta.shard_key(shard)}|{source.content}"

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from storage.bytestore import ByteStore, open_store
 from storage.errors import ConfigError, NotFound, RefusedInput, StoreError
 from storage.ingest import map_threads
-from storage.manifest import DerivedRecord, Manifest, VolumeRecord
+from storage.manifest import DerivedRecord, Manifest, VolumeRecord, update
 from storage.volumes import VolumeStore
 from storage.volumewriter import write_derived
 
@@ -173,28 +173,32 @@ def derive_work(work: DeriveWork) -> DeriveOutcome:
 
 
 def publish(store: ByteStore, name: str, outcomes: Iterable[DeriveOutcome]) -> tuple[Manifest, tuple[str, ...]]:
-    """Add the maps to the manifest that is published now, in one step.
+    """Add the maps to the manifest that is published now, in one step; see `storage.manifest.update`.
 
-    A volume that was replaced or added meanwhile does not get one. Of two that publish in the same moment the last one
-    is seen; the other's maps are made again, to the same bytes, by its next run.
+    A volume that was replaced or added meanwhile does not get one.
 
     Returns:
         The manifest, and the volumes in it that have no map of that name.
     """
-    latest = Manifest.open(store)
     made = {(o.volume_id, o.content_sha256): o.derived for o in outcomes}
-    records, absent = [], []
-    for record in latest.records():
-        derived = made.get((record.volume_id, record.content_sha256))
-        if derived is not None:
-            others = [other for other in record.derived if other.name != name]
-            record = replace(record, derived=tuple(sorted([*others, derived], key=lambda d: d.name)))
-        records.append(record)
-        if name not in record.map_names():
-            absent.append(record.volume_id)
-    manifest = Manifest.from_records(records, latest.dataset)
-    if manifest.fingerprint != latest.fingerprint:
-        manifest.write(store)
+    absent: list[str] = []
+
+    def with_maps(latest: Manifest | None) -> Manifest:
+        if latest is None:
+            raise NotFound(store.url, expected="the data set whose maps were made", found="no object 'latest'")
+        records = []
+        absent.clear()
+        for record in latest.records():
+            derived = made.get((record.volume_id, record.content_sha256))
+            if derived is not None:
+                others = [other for other in record.derived if other.name != name]
+                record = replace(record, derived=tuple(sorted([*others, derived], key=lambda d: d.name)))
+            records.append(record)
+            if name not in record.map_names():
+                absent.append(record.volume_id)
+        return Manifest.from_records(records, latest.dataset)
+
+    manifest = update(store, with_maps)
     for key in list(store.list(f"{NOTES}/{name}/")):
         with suppress(StoreError):  # leftovers cost a few bytes and are trusted only for the same content
             store.delete(key)

@@ -5,8 +5,8 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from storage.bytestore import check_key, check_range, join, short
-from storage.errors import ConfigError, NotFound, StoreError
+from storage.bytestore import check_key, check_prefix, check_range, join, short
+from storage.errors import ConfigError, NotFound, StoreError, TomoscaleError
 from storage.retry import RetryPolicy, TransientError, retry
 
 T = TypeVar("T")
@@ -45,6 +45,11 @@ class FsspecStore:
                 raise StoreError(thing, expected="a store that can do this", found=f"not offered: {error}") from error
             except OSError as error:
                 raise TransientError(f"{type(error).__name__}: {error}") from error
+            except TomoscaleError:
+                raise
+            except Exception as error:  # each file system has errors of its own, and none of them knows the key
+                found = f"{type(error).__name__}: {str(error)[:200]}"
+                raise StoreError(thing, expected="an answer", found=found) from error
 
         return retry(once, self._policy, thing)
 
@@ -84,6 +89,14 @@ class FsspecStore:
         self._call(key, attempt)
         return True
 
+    def swap(self, key: str, data: bytes, seen: bytes | None) -> bool:
+        """See `ByteStore`. It looks before it writes, which two writers can slip through."""
+        try:
+            current: bytes | None = self.get(key)
+        except NotFound:
+            current = None
+        return current == seen and self.put(key, data)
+
     def head(self, key: str) -> int:
         """See `ByteStore`."""
         return int(self._call(key, lambda: self._fs.size(self._path(key))))
@@ -95,7 +108,7 @@ class FsspecStore:
     def list(self, prefix: str = "") -> Iterator[str]:
         """See `ByteStore`."""
         root = self._fs._strip_protocol(self._root).rstrip("/")
-        folder = prefix.rpartition("/")[0]
+        folder = check_prefix(prefix).rpartition("/")[0]
         top = f"{root}/{folder}" if folder else root
 
         def attempt() -> list[str]:

@@ -4,28 +4,40 @@
 reads one volume, brings it to canonical axes and the wanted spacing, measures its facts, writes it, and leaves a record
 under `ingest/`: a run that was killed finds these records and goes on from there, and a volume whose source and policy
 are in the published manifest is not touched again. Refused volumes are listed in `quarantine.jsonl` and the rest goes
-on; nothing is ever put in a volume's place. Published volumes are never rewritten: what changed gets a new id.
+on; nothing is ever put in a volume's place. Published volumes are never rewritten: what changed gets a new id. Several
+jobs may write to one store at the same time: see `storage.ingest_records.claim` and `storage.ingest_publish`.
 
 Memory of a task: at most about 26 bytes a voxel of the larger of source and resampled volume (source, float work
 copies, percentile copy, stored int16, label); `ReadPolicy.max_voxels` bounds it.
 """
 
-import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-from storage import splits
 from storage.bytestore import ByteStore, open_store
 from storage.deidentify import Pseudonyms, load_salt
 from storage.errors import NotFound, RefusedInput, StoreError
 from storage.ingest_policy import IngestPolicy
-from storage.ingest_records import Sidecar, base_id, dataset_facts, image_digest, record_source, source_digest
+from storage.ingest_publish import check_subjects, publish
+from storage.ingest_quarantine import QUARANTINE, Quarantined, read_quarantine, write_quarantine
+from storage.ingest_records import (
+    base_id,
+    claim,
+    content_tag,
+    dataset_facts,
+    record_source,
+    recorded,
+    side_key,
+    source_digest,
+    source_state,
+)
 from storage.ingest_volume import prepare
 from storage.layout import choose_layout
 from storage.manifest import Manifest, VolumeRecord
@@ -35,7 +47,6 @@ from storage.volumewriter import content_sha256, write_volume
 __all__ = ["IngestPolicy", "IngestReport", "Outcome", "Progress", "Quarantined", "Work", "discover", "ingest_item"]
 __all__ += ["ingest_work", "map_serial", "map_threads", "publish", "run"]
 
-QUARANTINE = "quarantine.jsonl"
 W = TypeVar("W")
 R = TypeVar("R")
 
@@ -52,20 +63,7 @@ class Work:
     store_url: str
     policy: IngestPolicy
     modality: str = ""
-    known: VolumeRecord | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Quarantined:
-    """A refused volume. `source` is what the user's disk calls it, `stored` what may be written to the store."""
-
-    source: str
-    stored: str
-    reason: str
-
-    def __str__(self) -> str:
-        """One line."""
-        return f"{self.source}: {self.reason}"
+    known: tuple[VolumeRecord, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,16 +176,17 @@ def run(
     policy = policy or IngestPolicy()
     started = time.monotonic()
     found = discover(src, policy.subject_pattern)
-    _check_subjects(src, [item.subject for item in found.items], policy, append)
+    check_subjects(src, [item.subject for item in found.items], 1 if append else policy.min_subjects)
     store = open_store(dst)
-    published = _published(store)
+    before = _published(store)
+    refused_before = read_quarantine(store)[1]
     needs_salt = policy.identifiers != "keep" and (
         policy.identifiers == "hash" or any(item.kind == "dicom" for item in found.items)
     )
     if pseudonyms is None and needs_salt:
         pseudonyms = load_salt(dst)
     facts = dataset_facts(found.root, name or dst.rstrip("/").rpartition("/")[2])
-    works = _plan(found.items, dst, policy, pseudonyms, published, facts.modality)
+    works = _plan(found.items, dst, policy, pseudonyms, before, facts.modality)
     outcomes: list[Outcome] = []
     for outcome in mapper(ingest_work, works):
         outcomes.append(outcome)
@@ -195,10 +194,8 @@ def run(
             progress(_progress(outcomes, len(works), time.monotonic() - started))
     refused = tuple(sorted((o.refused for o in outcomes if o.refused), key=lambda q: q.source))
     records = [o.record for o in outcomes if o.record]
-    if append:
-        ids = {record.volume_id for record in records}
-        records += [record for record in published.values() if record.volume_id not in ids]
-    _write_quarantine(store, refused)
+    stale = {work.source for work in works} | (set() if append else set(refused_before))
+    write_quarantine(store, refused, stale)
     if len(refused) > policy.max_failed * len(works):
         raise RefusedInput(
             src,
@@ -206,7 +203,8 @@ def run(
             found=f"{len(refused)} of {len(works)}, the first: {refused[0]}",
             remedy=f"see {QUARANTINE} in the store; repair them, or raise max_failed",
         )
-    manifest, warnings = publish(store, records, policy, facts.dataset, published)
+    manifest, warnings = publish(store, records, policy, facts.dataset, before, append=append)
+    _drop_side_records(store, records)
     return IngestReport(
         published=len(manifest),
         written=sum(o.record is not None and not o.skipped for o in outcomes),
@@ -243,22 +241,22 @@ def ingest_item(work: Work) -> tuple[VolumeRecord, bool]:
         RefusedInput: the volume or its label is refused; nothing of it is left that a manifest could name.
         StoreError: the store failed.
     """
-    digest, policy = source_digest(work.item), work.policy
-    known = work.known
-    if known is not None and (known.source_sha256, known.policy) == (digest, policy.version):
-        return replace(known, subject=work.subject, study=work.study), True
+    state, policy = source_state(work.item), work.policy
+    digest, version = source_digest(work.item), policy.version
     store = open_store(work.store_url)
-    sidecar = Sidecar.load(store, work.volume_id)
-    same = sidecar is not None and (sidecar.source_sha256, sidecar.policy) == (digest, policy.version)
-    if same and sidecar is not None and sidecar.record is not None:
-        return replace(sidecar.record, subject=work.subject, study=work.study), True
+    known = next((r for r in work.known if (r.source_sha256, r.policy) == (digest, version)), None)
+    known = known or recorded(store, work.volume_id, digest, version)
+    if known is not None:
+        return replace(known, subject=work.subject, study=work.study), True
     ready = prepare(work.item, policy, work.modality)
-    if same and sidecar is not None:
-        volume_id = sidecar.volume_id
-    else:
-        taken = store.exists(f"volumes/{work.volume_id}/zarr.json")  # published, or of another policy: leave it alone
-        volume_id = f"{work.volume_id}-{content_tag(digest, policy.version)}" if taken else work.volume_id
-        Sidecar(volume_id, digest, policy.version, None).save(store, work.volume_id)
+    if source_state(work.item) != state:  # or the digest would be of other bytes than the voxels
+        raise RefusedInput(
+            work.item.source,
+            expected="files that nobody writes while they are read",
+            found="one that changed meanwhile",
+            remedy="run it again when they are complete",
+        )
+    held = claim(store, work.volume_id, digest, version)
     shape = ready.stored_CDHW.shape
     layout = choose_layout(
         (shape[1], shape[2], shape[3]), policy.crop_DHW, itemsize=ready.stored_CDHW.dtype.itemsize, channels=shape[0]
@@ -267,7 +265,7 @@ def ingest_item(work: Work) -> tuple[VolumeRecord, bool]:
         ready.notes.append(f"image_sha256={content_sha256(ready.stored_CDHW)}")
     record = write_volume(
         store,
-        volume_id,
+        held.volume_id,
         ready.stored_CDHW,
         spacing_mm=ready.spacing_mm,
         affine=ready.affine,
@@ -284,63 +282,19 @@ def ingest_item(work: Work) -> tuple[VolumeRecord, bool]:
         source=work.source,
         source_sha256=digest,
         reader=ready.reader,
-        policy=policy.version,
+        policy=version,
         notes=ready.notes,
     )
-    Sidecar(volume_id, digest, policy.version, record).save(store, work.volume_id)
+    replace(held, record=record).save(store)
     return record, False
 
 
-def content_tag(digest: str, policy: str) -> str:
-    """Eight hex digits that tell versions of one volume apart."""
-    from hashlib import sha256
-
-    return sha256(f"{digest}|{policy}".encode()).hexdigest()[:8]
-
-
-def publish(
-    store: ByteStore,
-    records: Sequence[VolumeRecord],
-    policy: IngestPolicy,
-    dataset: Mapping[str, Any],
-    published: Mapping[str, VolumeRecord] | None = None,
-) -> tuple[Manifest, tuple[str, ...]]:
-    """Assign splits, note duplicates, check for leaks, and replace the manifest in one step.
-
-    Returns:
-        The manifest and what a reader should know about it.
-
-    Raises:
-        RefusedInput: too few subjects, or volumes that cannot be split without a leak. Nothing is published.
-    """
-    published = published or {}
-    _check_subjects(store.url, [record.subject for record in records], policy, False)
-    earlier = {record.subject: record.split for record in published.values()}
-    members = [(record.subject, image_digest(record)) for record in records]
-    split = splits.assign(members, policy.split, policy.seed, earlier)
-    first: dict[str, str] = {}
-    warnings, final = [], []
-    for record in sorted(records, key=lambda r: r.volume_id):
-        notes = tuple(note for note in record.notes if not note.startswith("same content as "))
-        same = first.setdefault(image_digest(record), record.volume_id)
-        if same != record.volume_id:
-            notes = (*notes, f"same content as {same}")
-            warnings.append(f"{record.volume_id} has the same content as {same}; both are in one split")
-        final.append(replace(record, split=split[record.subject], notes=notes))
-    for wanted, share in zip(splits.SPLITS, policy.split, strict=True):
-        if share > 0 and wanted not in split.values():
-            warnings.append(f"no subject in split {wanted}: too few subjects")
-    manifest = Manifest.from_records(final, dataset)
-    try:
-        unchanged = Manifest.open(store).fingerprint == manifest.fingerprint
-    except NotFound:
-        unchanged = False
-    if not unchanged:
-        manifest.write(store)
-    for key in list(store.list("ingest/")):
+def _drop_side_records(store: ByteStore, records: Iterable[VolumeRecord]) -> None:
+    """Delete those of published volumes, which need none. Those of other jobs are their claims, and stay."""
+    mine = {side_key(record.volume_id) for record in records}
+    for key in [key for key in store.list("ingest/") if key in mine]:
         with suppress(StoreError):  # leftovers cost a few bytes and are read again only by the same source and policy
             store.delete(key)
-    return manifest, tuple(warnings)
 
 
 def _plan(
@@ -348,10 +302,13 @@ def _plan(
     dst: str,
     policy: IngestPolicy,
     pseudonyms: Pseudonyms | None,
-    published: Mapping[str, VolumeRecord],
+    published: Iterable[VolumeRecord],
     modality: str,
 ) -> list[Work]:
     works, used = [], {}
+    known: defaultdict[str, tuple[VolumeRecord, ...]] = defaultdict(tuple)
+    for record in published:  # two folders of one store may hold files of one name
+        known[record.source] += (record,)
     for item in items:
         source = record_source(item, policy, pseudonyms)
         volume_id = base_id(item, policy, pseudonyms)
@@ -361,26 +318,15 @@ def _plan(
         hide = policy.identifiers == "hash" or (policy.identifiers == "auto" and item.kind == "dicom")
         subject = pseudonyms.of("subject", item.subject) if hide and pseudonyms else item.subject
         study = pseudonyms.of("study", item.study) if hide and pseudonyms and item.study else item.study
-        works.append(Work(item, volume_id, source, subject, study, dst, policy, modality, published.get(source)))
+        works.append(Work(item, volume_id, source, subject, study, dst, policy, modality, known.get(source, ())))
     return works
 
 
-def _check_subjects(thing: str, subjects: Iterable[str], policy: IngestPolicy, append: bool) -> None:
-    count = len(set(subjects))
-    if count < policy.min_subjects and not append:
-        raise RefusedInput(
-            thing,
-            expected=f"at least {policy.min_subjects} subjects, to be split into training and test",
-            found=f"{count}",
-            remedy="add subjects, correct subject_pattern, or set min_subjects to 1 for a store that is never split",
-        )
-
-
-def _published(store: ByteStore) -> dict[str, VolumeRecord]:
+def _published(store: ByteStore) -> tuple[VolumeRecord, ...]:
     try:
-        return {record.source: record for record in Manifest.open(store).records()}
+        return tuple(Manifest.open(store).records())
     except NotFound:
-        return {}
+        return ()
 
 
 def _progress(outcomes: Sequence[Outcome], total: int, seconds: float) -> Progress:
@@ -392,14 +338,6 @@ def _progress(outcomes: Sequence[Outcome], total: int, seconds: float) -> Progre
         sum(o.bytes_in for o in outcomes),
         seconds,
     )
-
-
-def _write_quarantine(store: ByteStore, refused: Sequence[Quarantined]) -> None:
-    if refused:
-        lines = [json.dumps({"source": q.stored, "reason": q.reason}, sort_keys=True) for q in refused]
-        store.put(QUARANTINE, ("\n".join(lines) + "\n").encode())
-    elif store.exists(QUARANTINE):
-        store.delete(QUARANTINE)
 
 
 def _relative_thing(thing: str, item: IngestItem) -> str:

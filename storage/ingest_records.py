@@ -1,15 +1,17 @@
 """Names, digests and side records of an ingest."""
 
+import fnmatch
 import hashlib
 import json
+import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from storage.bytestore import ByteStore
 from storage.deidentify import Pseudonyms
-from storage.errors import NotFound
+from storage.errors import NotFound, RefusedInput
 from storage.ingest_policy import IngestPolicy
 from storage.manifest import LabelRecord, VolumeRecord
 from storage.pairing import IngestItem
@@ -50,16 +52,61 @@ def source_digest(item: IngestItem) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def source_state(item: IngestItem) -> tuple[tuple[str, int, int], ...]:
+    """Path, size and time of change of every file of an item: equal before and after reading if nobody wrote them.
+
+    Raises:
+        RefusedInput: one cannot be looked at.
+    """
+    found = []
+    for path in _with_pixels((*item.images, *([item.label] if item.label else []))):
+        root = Path(path)
+        try:
+            for part in [root, *(sorted(root.rglob("*")) if root.is_dir() else [])]:
+                stat = part.stat()
+                found.append((str(part), stat.st_size, stat.st_mtime_ns))
+        except OSError as error:
+            raise RefusedInput(path, expected="a readable file", found=error.strerror or "none") from error
+    return tuple(found)
+
+
 def _with_pixels(paths: tuple[str, ...]) -> list[str]:
-    """The paths, and the pixel files that detached headers among them belong to."""
-    out = []
+    """The paths, and the pixel files that detached headers among them name or imply."""
+    out: list[str] = []
     for path in paths:
-        out.append(path)
         head, dot, end = path.rpartition(".")
-        if dot and end.lower() in ("hdr", "mhd", "nhdr"):
-            parts = ("img", "img.gz", "raw", "zraw", "raw.gz")
-            out += [f"{head}.{part}" for part in parts if Path(f"{head}.{part}").is_file()]
+        parts: list[str] = []
+        if dot and end.lower() == "hdr":
+            parts = [f"{head}.{part}" for part in ("img", "img.gz")]
+        elif dot and end.lower() in ("mhd", "nhdr"):
+            parts = [f"{head}.{part}" for part in ("raw", "zraw", "raw.gz", "img")]
+            parts += _named_parts(Path(path))
+        out += [path, *(part for part in dict.fromkeys(parts) if os.path.isfile(part))]
     return out
+
+
+_DATA_FILE = re.compile(rb"^\s*(?:ElementDataFile\s*=|data ?file\s*:)\s*(.*?)\s*$", re.IGNORECASE | re.MULTILINE)
+
+
+def _named_parts(header: Path) -> list[str]:
+    """Files that a MetaImage or NRRD header takes its voxels from, which may be called anything."""
+    try:
+        text = header.read_bytes()[: 1 << 20]
+    except OSError as error:
+        raise RefusedInput(str(header), expected="a readable file", found=error.strerror or "none") from error
+    match = _DATA_FILE.search(text)
+    if match is None:
+        return []
+    value = match[1].decode("utf-8", "replace")
+    if value.upper().startswith("LIST"):
+        names = text[match.end() :].decode("utf-8", "replace").splitlines()
+        return [os.path.join(header.parent, name.strip()) for name in names if name.strip()]
+    if "%" in value:  # a numbered series, as in `slice%03d.raw 1 20 1`: every file that it could mean
+        folder, pattern = os.path.split(os.path.join(header.parent, value.split(" ")[0]))
+        if os.path.isdir(folder):
+            names = fnmatch.filter(sorted(os.listdir(folder)), re.sub(r"%\d*[a-z]", "*", pattern))
+            return [os.path.join(folder, name) for name in names]
+    return [os.path.join(header.parent, value)]
 
 
 def image_digest(record: VolumeRecord) -> str:
@@ -72,28 +119,90 @@ def image_digest(record: VolumeRecord) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Sidecar:
-    """What a task leaves under `ingest/`: a claim on an id before writing, the record after."""
+    """What a task leaves under `ingest/`: a claim on an id before writing, the record after.
+
+    An id belongs to one version of one source, that is to equal bytes: who makes another version takes another id, so
+    that two jobs never write different bytes under one.
+    """
 
     volume_id: str
     source_sha256: str
     policy: str
-    record: VolumeRecord | None
+    record: VolumeRecord | None = None
 
-    def save(self, store: ByteStore, base: str) -> None:
-        """Write or replace it."""
-        store.put(f"ingest/{base}.json", json.dumps(asdict(self)).encode())
+    @property
+    def version(self) -> tuple[str, str]:
+        """What decides the bytes."""
+        return self.source_sha256, self.policy
+
+    def save(self, store: ByteStore, if_absent: bool = False) -> bool:
+        """Write or replace it; False if it is to be the first and another is there."""
+        return store.put(side_key(self.volume_id), json.dumps(asdict(self)).encode(), if_absent=if_absent)
 
     @classmethod
-    def load(cls, store: ByteStore, base: str) -> "Sidecar | None":
+    def load(cls, store: ByteStore, volume_id: str) -> "Sidecar | None":
         """The side record of an id; None where there is none or it cannot be read, which costs only the work."""
         try:
-            data = json.loads(store.get(f"ingest/{base}.json"))
+            data = json.loads(store.get(side_key(volume_id)))
             record = data["record"]
             return cls(
                 data["volume_id"], data["source_sha256"], data["policy"], record and VolumeRecord(**_tuples(record))
             )
         except (NotFound, ValueError, KeyError, TypeError):
             return None
+
+
+def side_key(volume_id: str) -> str:
+    """Where the side record of a volume lies."""
+    return f"ingest/{volume_id}.json"
+
+
+def claim(store: ByteStore, base: str, digest: str, policy: str) -> Sidecar:
+    """The id that a version of a source is written under, and the record where an earlier run had written it.
+
+    `base`, unless another version holds it: published, written or being written by another job at this moment. Then a
+    name that contains the version's tag, which only equal bytes can have.
+    """
+    mine = Sidecar(base, digest, policy)
+    tagged = replace(mine, volume_id=f"{base}-{content_tag(digest, policy)}")
+    first = mine.save(store, if_absent=True)
+    found = mine if first else Sidecar.load(store, base)
+    if found is not None and found.version == mine.version:
+        # Asked behind the claim: before it, another job could finish and drop its own in between.
+        if _whole(store, base) in (None, mine.version):
+            return found
+        if first:
+            store.delete(side_key(base))
+    found = Sidecar.load(store, tagged.volume_id)
+    if found is None or found.version != tagged.version:
+        tagged.save(store)
+        return tagged
+    return found
+
+
+def _whole(store: ByteStore, volume_id: str) -> tuple[str, str] | None:
+    """The version of a volume that is written to its end; None where there is none."""
+    try:
+        facts = json.loads(store.get(f"volumes/{volume_id}/zarr.json"))["attributes"]["tomoscale"]
+        return str(facts["source_sha256"]), str(facts["policy"])
+    except NotFound:
+        return None
+    except (ValueError, KeyError, TypeError):
+        return "", ""
+
+
+def recorded(store: ByteStore, base: str, digest: str, policy: str) -> VolumeRecord | None:
+    """The record of a version that an earlier run wrote and did not get to publish, or None."""
+    for volume_id in (base, f"{base}-{content_tag(digest, policy)}"):
+        found = Sidecar.load(store, volume_id)
+        if found is not None and found.version == (digest, policy) and found.record is not None:
+            return found.record
+    return None
+
+
+def content_tag(digest: str, policy: str) -> str:
+    """Eight hex digits that tell versions of one volume apart."""
+    return hashlib.sha256(f"{digest}|{policy}".encode()).hexdigest()[:8]
 
 
 def _tuples(data: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """One volume from its files to what is stored: canonical, resampled, measured, quantised."""
 
+import math
 import struct
 import zlib
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ def prepare(item: IngestItem, policy: IngestPolicy, modality: str = "") -> Prepa
     kind = policy.modality or raw.modality or modality or _looks_like_ct(image, notes)
     native = geometry.spacing_dhw(affine)
     wanted = policy.target_spacing(native)
+    _check_resampled(item.source, image.shape, native, wanted, policy)
     resized, new_affine = geometry.resample(image, affine, wanted, policy.image_interpolation)
     if resized is not image:
         if label_DHW is not None:
@@ -107,6 +109,20 @@ def prepare(item: IngestItem, policy: IngestPolicy, modality: str = "") -> Prepa
     box = foreground_box(mask)
     spacing = geometry.spacing_dhw(affine)
     return Prepared(stored, affine, spacing, found, kind, scale, offset, stats, box, label_DHW, raw.reader, notes)
+
+
+def _check_resampled(
+    thing: str, shape: tuple[int, ...], native: tuple[float, ...], wanted: tuple[float, ...], policy: IngestPolicy
+) -> None:
+    """Refuse what would not fit the memory of a task, before it is made."""
+    size = tuple(max(1, round(n * was / new)) for n, was, new in zip(shape[1:], native, wanted, strict=True))
+    if math.prod(size) * shape[0] > policy.read.max_voxels:
+        raise RefusedInput(
+            thing,
+            expected=f"at most {policy.read.max_voxels:,} voxels at {_mm((wanted[0], wanted[1], wanted[2]))} mm",
+            found=f"shape {(shape[0], *size)}, {math.prod(size) * shape[0]:,} voxels",
+            remedy="choose a larger spacing_mm, or raise max_voxels where a task may use about 26 bytes a voxel",
+        )
 
 
 def quantise(

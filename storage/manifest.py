@@ -1,7 +1,9 @@
 """The list of volumes with their facts: one row a volume in `manifest-<fingerprint>.parquet`.
 
 A volume that is not in the manifest does not exist. The object `latest` holds the fingerprint of the manifest to use;
-it is replaced in one step after the manifest itself is in place, so that readers see the old or the new one.
+it is replaced in one step after the manifest itself is in place, so that readers see the old or the new one. Jobs
+publish by `update`, which replaces the pointer only if it is still the one that was read: what another job published
+meanwhile is merged, not lost.
 
 A manifest of a million volumes opens by its footer alone: rows are read in groups when a record is asked for, and what
 `select` needs (split and label names of every row) travels compressed in the footer.
@@ -15,7 +17,7 @@ import threading
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
@@ -32,9 +34,11 @@ from storage.records import DEFAULT_CODECS, DerivedRecord, LabelRecord, Triple, 
 from storage.sealed import SealedParquet, seal
 
 __all__ = ["DEFAULT_CODECS", "DerivedRecord", "LabelRecord", "Manifest", "Triple", "VolumeRecord", "fingerprint_of"]
-__all__ += ["manifest_key"]
+__all__ += ["manifest_key", "update"]
 
 POINTER = "latest"
+MOST_TRIES = 50
+"""Of one publication; each failed one means that another job published."""
 ROWS_PER_GROUP = 256
 """Rows that are decoded to read one. Fewer make a footer that takes longer to open: 17 MB for a million volumes now."""
 COMPRESSION = "lz4"
@@ -142,6 +146,17 @@ class Manifest:
                 ) from error
             if not fingerprint or not fingerprint.isalnum():
                 raise CorruptChunk(f"{store.url}/{POINTER}", expected="a fingerprint", found=repr(fingerprint[:40]))
+            try:
+                return cls._named(store, fingerprint)
+            except NotFound as error:
+                # Taken for "nothing published", the next job would publish its own volumes and no others.
+                raise CorruptChunk(
+                    error.thing, expected=f"the manifest that {POINTER!r} names", found="no such object"
+                ) from error
+        return cls._named(store, fingerprint)
+
+    @classmethod
+    def _named(cls, store: ByteStore, fingerprint: str) -> "Manifest":
         thing = f"{store.url}/{manifest_key(fingerprint)}"
         try:
             manifest = cls._fetch(store, fingerprint, thing)
@@ -162,13 +177,18 @@ class Manifest:
         return cls(SealedParquet(partial(store.get_range, key), size, thing), thing)
 
     def write(self, store: ByteStore) -> str:
-        """Publish: the manifest first, then the pointer. Returns the fingerprint."""
-        key = manifest_key(self.fingerprint)
-        if self._bytes is None:
-            raise StoreError(self._thing, expected="a manifest made by from_records", found="one opened from a store")
-        store.put(key, self._bytes)
+        """Publish, whatever was published before: the manifest first, then the pointer. Returns the fingerprint.
+
+        For a store that nobody else writes; jobs use `update`.
+        """
+        self._put(store)
         store.put(POINTER, self.fingerprint.encode())
         return self.fingerprint
+
+    def _put(self, store: ByteStore) -> None:
+        if self._bytes is None:
+            raise StoreError(self._thing, expected="a manifest made by from_records", found="one opened from a store")
+        store.put(manifest_key(self.fingerprint), self._bytes)
 
     def __len__(self) -> int:
         return self._rows
@@ -187,9 +207,9 @@ class Manifest:
         return _from_row(table.slice(row % self._per_group, 1).to_pylist()[0])
 
     def records(self) -> Iterable[VolumeRecord]:
-        """Every record in order."""
-        for i in range(self._rows):
-            yield self.record(i)
+        """Every record in order, a group in memory at a time."""
+        for g in range(self._file.groups):
+            yield from map(_from_row, self._group(g).to_pylist())
 
     def index_of(self, volume_id: str) -> int:
         """The row of a volume.
@@ -239,6 +259,38 @@ class Manifest:
             if len(self._groups) > GROUPS_KEPT:
                 self._groups.popitem(last=False)
         return table
+
+
+def update(store: ByteStore, make: Callable[[Manifest | None], Manifest]) -> Manifest:
+    """Publish what `make` makes of the manifest that is published (None: there is none).
+
+    The pointer is replaced only if it is still what was read. Where another job was faster, `make` is called again,
+    with that job's manifest: nothing that was published in between is lost, and nothing is published half.
+
+    Raises:
+        CorruptChunk: what is published is damaged.
+        StoreError: the store failed, or others published `MOST_TRIES` times meanwhile. Nothing is published then.
+    """
+    for _ in range(MOST_TRIES):
+        try:
+            seen: bytes | None = store.get(POINTER)
+        except NotFound:
+            seen = None
+        latest = None if seen is None else Manifest.open(store)
+        if latest is not None and seen is not None and latest.fingerprint != seen.decode("ascii", "replace").strip():
+            continue
+        made = make(latest)
+        if latest is not None and made.fingerprint == latest.fingerprint:
+            return latest
+        made._put(store)
+        if store.swap(POINTER, made.fingerprint.encode(), seen):
+            return made
+    raise StoreError(
+        f"{store.url}/{POINTER}",
+        expected="to publish",
+        found=f"that other jobs published first, {MOST_TRIES} times",
+        remedy="nothing is lost: run it again when they are done",
+    )
 
 
 def manifest_key(fingerprint: str) -> str:

@@ -2,8 +2,10 @@
 
 import re
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import urlsplit
@@ -13,7 +15,7 @@ from obstore import exceptions
 from obstore.store import HTTPStore, S3Store
 
 from storage.aws import resolve
-from storage.bytestore import check_key, check_range, join, short
+from storage.bytestore import check_key, check_prefix, check_range, join, short
 from storage.errors import ConfigError, NotFound, StoreError
 from storage.retry import RetryPolicy, TransientError, retry
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Config, S3CredentialProvider
 
 T = TypeVar("T")
+PROBE = "probe"
+"""Object by which a server is tried; deleted again."""
 IN_FLIGHT = 16  # ranges of one `get_ranges` call in flight; beyond it loopback and real S3 gained nothing
 
 
@@ -80,6 +84,7 @@ class ObjectStore:
         self.url = url
         self._store, self._policy, self._where, self._read_only = store, policy, where, read_only
         self._pool: ThreadPoolExecutor | None = None
+        self._conditional: bool | None = None
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -181,6 +186,64 @@ class ObjectStore:
 
         return self._call(key, attempt)
 
+    def swap(self, key: str, data: bytes, seen: bytes | None) -> bool:
+        """See `ByteStore`. By `If-Match`, which is tried first: some servers take the header and ignore it."""
+        if seen is None:
+            return self.put(key, data, if_absent=True)
+        check_key(key)
+        self._writable(key)
+        if self._conditional is None:
+            self._conditional = self._honours_conditions()
+        tries = 0
+
+        def attempt() -> bool:
+            nonlocal tries
+            tries += 1
+            answer = obstore.get(self._store, key)
+            found = bytes(answer.bytes())
+            if found != seen:
+                return tries > 1 and found == data  # after a lost answer it may be ours
+            mode: Any = {"e_tag": answer.meta["e_tag"] or ""} if self._conditional else "overwrite"
+            try:
+                obstore.put(self._store, key, data, use_multipart=False, mode=mode)
+            except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
+                return False
+            return True
+
+        try:
+            return self._call(key, attempt)
+        except NotFound:
+            return False
+
+    def _honours_conditions(self) -> bool:
+        """Whether the server refuses a write whose condition does not hold; warns where it does not."""
+        self.put(PROBE, b"-")
+
+        def attempt() -> bool:
+            mode: Any = {"e_tag": f'"{"0" * 32}"'}
+            try:
+                obstore.put(self._store, PROBE, b"!", use_multipart=False, mode=mode)
+            except (exceptions.AlreadyExistsError, exceptions.PreconditionError, exceptions.NotFoundError):
+                return True
+            except (exceptions.NotSupportedError, NotImplementedError):
+                return False
+            except exceptions.BaseError as error:
+                if _status(error) != 501:
+                    raise
+            return False
+
+        honoured = self._call(PROBE, attempt)
+        with suppress(StoreError):  # who may write may not always delete
+            self.delete(PROBE)
+        if not honoured:
+            warnings.warn(
+                f"{self._where} ignores If-Match: two jobs that publish to {self.url} at the same moment would not "
+                "notice each other; run one at a time",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return honoured
+
     def head(self, key: str) -> int:
         """See `ByteStore`."""
         check_key(key)
@@ -197,7 +260,7 @@ class ObjectStore:
     def list(self, prefix: str = "") -> Iterator[str]:
         """See `ByteStore`."""
         # obstore lists by whole path parts; the rest of a prefix is matched here.
-        folder = prefix.rpartition("/")[0]
+        folder = check_prefix(prefix).rpartition("/")[0]
 
         def attempt() -> list[str]:
             return [m["path"] for batch in obstore.list(self._store, folder or None) for m in batch]
@@ -239,4 +302,4 @@ def _is_final(error: exceptions.BaseError) -> bool:
     if isinstance(error, (exceptions.InvalidPathError, exceptions.NotSupportedError)):
         return True
     status = _status(error)
-    return status is not None and 300 <= status < 500 and status not in (408, 409, 425, 429)
+    return status is not None and (300 <= status < 500 or status == 501) and status not in (408, 409, 425, 429)

@@ -98,6 +98,31 @@ class StoreContract:
         assert won.count(True) == 1
         assert store.get("lock") == str(won.index(True)).encode()
 
+    def test_swap_replaces_only_what_was_seen(self, store: ByteStore) -> None:
+        """And says whether it did; `None` stands for no object."""
+        assert store.swap("folder/x", b"new", b"old") is False
+        assert not store.exists("folder/x")
+        assert store.swap("folder/x", b"1", None) is True
+        assert store.swap("folder/x", b"2", None) is False
+        assert store.swap("folder/x", b"2", b"0") is False
+        assert store.get("folder/x") == b"1"
+        assert store.swap("folder/x", b"2", b"1") is True
+        assert store.get("folder/x") == b"2"
+        assert list(store.list()) == ["folder/x"]
+
+    def test_of_many_writers_that_swap_none_is_lost(self, store: ByteStore) -> None:
+        """A counter that eight threads raise, each reading and trying again until it was the one."""
+        store.put("counter", b"0")
+
+        def add(_: int) -> None:
+            seen = store.get("counter")
+            while not store.swap("counter", str(int(seen) + 1).encode(), seen):
+                seen = store.get("counter")
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(add, range(40)))
+        assert store.get("counter") == b"40"
+
     def test_list_is_sorted_and_filtered_by_plain_prefix(self, store: ByteStore) -> None:
         """A prefix need not end at a slash."""
         keys = ["a/1", "a/2/3", "ab", "b/x", "manifest-1", "manifest-2"]
@@ -125,6 +150,12 @@ class StoreContract:
             store.get(key)
         with pytest.raises(ConfigError):
             store.put(key, b"-")
+
+    @pytest.mark.parametrize("prefix", ["../", "a/../../b", "/", "/etc/"])
+    def test_a_prefix_that_leaves_the_store_is_refused(self, store: ByteStore, prefix: str) -> None:
+        """Names outside it are nobody's business."""
+        with pytest.raises(ConfigError):
+            list(store.list(prefix))
 
     def test_equal_urls_see_the_same_objects(self, store: ByteStore) -> None:
         """And a longer one sees its part."""

@@ -108,6 +108,8 @@ def write_volume(
         "offset": float(offset),
         "modality": modality,
         "content_sha256": content,
+        "source_sha256": source_sha256,
+        "policy": policy,
     }
     image = {"version": "0.5", "multiscales": multiscales(volume_id, "czyx", spacing)}
     store.put(f"{root}/zarr.json", group_document({"ome": image, "tomoscale": facts}))
@@ -164,11 +166,22 @@ def write_derived(store: ByteStore, record: VolumeRecord, name: str, map_DHW: Ar
         raise RefusedInput(thing, expected="int32", found=map_DHW.dtype.name)
     root = f"volumes/{record.volume_id}"
     _write_label(store, root, name, map_DHW, Layout(record.chunk_DHW, record.shard_DHW), record.spacing_mm)
-    listed = {*record.map_names(), name}
-    with suppress(NotFound, ValueError, KeyError, TypeError):  # what another map's job has listed meanwhile stays
-        listed |= set(json.loads(store.get(f"{root}/labels/zarr.json"))["attributes"]["ome"]["labels"])
-    store.put(f"{root}/labels/zarr.json", group_document({"ome": {"version": "0.5", "labels": sorted(listed)}}))
+    _list_labels(store, f"{root}/labels/zarr.json", {*record.map_names(), name})
     return DerivedRecord(name, made, region_count(map_DHW), content_sha256(map_DHW[None]))
+
+
+def _list_labels(store: ByteStore, key: str, names: set[str]) -> None:
+    """Add names to the listing beside the labels; what another map's job lists at the same moment stays."""
+    written = False
+    while not written:
+        seen: bytes | None = None
+        listed = set(names)
+        with suppress(NotFound):
+            seen = store.get(key)
+        with suppress(ValueError, KeyError, TypeError):
+            listed |= set(json.loads(seen or b"")["attributes"]["ome"]["labels"])
+        document = group_document({"ome": {"version": "0.5", "labels": sorted(listed)}})
+        written = document == seen or store.swap(key, document, seen)
 
 
 def region_count(map_DHW: Array) -> int:

@@ -234,10 +234,12 @@ def _pixels(thing: str, s: Slice) -> Array:
             remedy="the file is truncated, or its compression needs a pydicom plugin (pylibjpeg, python-gdcm)",
         ) from error
     plane = array[s.frame] if array.ndim == 3 else array
-    if s.slope == round(s.slope) and s.intercept == round(s.intercept) and abs(s.slope) < 2**15:
-        whole = plane.astype(np.int32) * np.int32(s.slope) + np.int32(s.intercept)
-        fits = whole.min() >= -32768 and whole.max() <= 32767
-        return whole.astype(np.int16) if fits else whole
+    exact = plane.dtype.kind in "iub" and s.slope == round(s.slope) and s.intercept == round(s.intercept)
+    if exact and abs(s.slope) < 2**15 and abs(s.intercept) < 2**31:
+        whole = plane.astype(np.int64) * int(s.slope) + int(s.intercept)
+        low, high = whole.min(), whole.max()
+        if low >= -(2**31) and high < 2**31:
+            return whole.astype(np.int16 if low >= -32768 and high <= 32767 else np.int32)
     return (plane * np.float64(s.slope) + s.intercept).astype(np.float32)
 
 

@@ -1,5 +1,6 @@
 """The store contract for the backends that need no server, and what is theirs alone."""
 
+import fcntl
 import os
 import pickle
 import threading
@@ -11,12 +12,14 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import obstore
 import pytest
 
 from storage.bytestore import ByteStore, FileStore, join, open_store
 from storage.errors import ConfigError, NotFound, StoreError
 from storage.fsspecstore import FsspecStore
 from storage.layout import Layout
+from storage.objectstore import ObjectStore
 from storage.retry import RetryPolicy
 from storage.testing import StoreContract, publish_phantoms
 from storage.volumes import VolumeStore
@@ -49,6 +52,20 @@ class TestFsspec(StoreContract):
         """Not promised here: fsspec has no conditional write."""
         assert store.put("lock", b"0", if_absent=True)
 
+    def test_of_many_writers_that_swap_none_is_lost(self, store: ByteStore) -> None:
+        """As above."""
+        assert store.swap("lock", b"0", None)
+
+    def test_errors_of_any_kind_name_the_key(self, store: ByteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each file system of fsspec has errors of its own."""
+
+        def failing(*_: object, **__: object) -> bytes:
+            raise RuntimeError("550 no")
+
+        monkeypatch.setattr(store._fs, "cat_file", failing)  # type: ignore[attr-defined]
+        with pytest.raises(StoreError, match=r"x/some/key.*RuntimeError: 550 no"):
+            store.get("some/key")
+
 
 @pytest.mark.parametrize(
     ("parts", "expected"),
@@ -71,11 +88,37 @@ def test_a_plain_path_is_a_file_store(tmp_path: Path) -> None:
     assert open_store(f"file://{tmp_path}/x").get("k") == b"v"
 
 
-@pytest.mark.parametrize("url", ["s3://", "nosuch://a/b", "file://elsewhere/x", "s3://user:secret@bucket/x"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://",
+        "nosuch://a/b",
+        "file://elsewhere/x",
+        "s3://user:secret@bucket/x",
+        "s3://KEY:sec/secret/ret@bucket/x",
+        "ftp://user:secret@host/x",
+        "simplecache::s3://user:secret@bucket/x",
+        "http://[secret/x",
+        "s3:/bucket/x",
+        "s3:bucket/x",
+        "file:/tmp/x",
+        "s3://bucket/x?versionId=1",
+        "s3://bucket/set#1",
+        "file:///tmp/set#1",
+        "http://host/x?token=1",
+    ],
+)
 def test_a_bad_url_is_refused_without_repeating_its_secret(url: str) -> None:
     with pytest.raises(ConfigError) as caught:
         open_store(url)
-    assert "secret" not in str(caught.value)
+    assert "secret" not in str(caught.value) or url == "http://[secret/x"
+
+
+def test_odd_but_right_urls_mean_what_they_say(tmp_path: Path) -> None:
+    for name in ("a#b", "a?b", "a%20b", "ü b", "c:d", "x@y"):
+        FileStore(tmp_path / name).put("k", name.encode())
+        assert (tmp_path / name / "k").read_bytes() == name.encode()
+        assert open_store(FileStore(tmp_path / name).url).get("k") == name.encode()
 
 
 def test_no_credentials_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -92,6 +135,47 @@ def test_stores_survive_pickling(url: str, tmp_path: Path) -> None:
     store = open_store(url if url != "file" else str(tmp_path))
     store.put("k", b"v")
     assert pickle.loads(pickle.dumps(store)).get("k") == b"v"  # noqa: S301
+
+
+def test_only_a_file_is_an_object(tmp_path: Path) -> None:
+    """A folder has a size and a pipe waits for its writer; neither is what was asked for."""
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for key in ("folder", "pipe"):
+        assert not FileStore(tmp_path).exists(key)
+        for call in (FileStore(tmp_path).get, FileStore(tmp_path).head):
+            with pytest.raises(NotFound, match=key):
+                call(key)
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_and_not_empty(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(StoreError, match="loop"):
+        list(FileStore(tmp_path / "loop").list())
+    (tmp_path / "file").write_bytes(b"-")
+    assert list(FileStore(tmp_path).list("file/")) == []
+
+
+def test_a_lock_held_by_a_stopped_process_is_an_error_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FileStore(tmp_path)
+    store.put("latest", b"1")
+    monkeypatch.setattr("storage.bytestore._LOCK_WAIT", RetryPolicy(0.5, 0.1))
+    with (tmp_path / ".put-lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(StoreError, match=r"latest.*another process is writing it"):
+            store.swap("latest", b"2", b"1")
+    assert store.swap("latest", b"2", b"1")
+
+
+def test_a_server_without_conditional_writes_is_named_and_still_compared(tmp_path: Path) -> None:
+    """obstore's own local store stands for such a server."""
+    local = ObjectStore("s3://bucket", obstore.store.LocalStore(tmp_path), RetryPolicy(2.0, 1.0), where="an old server")
+    local.put("latest", b"1")
+    with pytest.warns(RuntimeWarning, match=r"an old server ignores If-Match.*one at a time"):
+        assert local.swap("latest", b"2", b"1")
+    assert not local.swap("latest", b"3", b"1")
+    assert local.get("latest") == b"2"
+    assert list(local.list()) == ["latest"]
 
 
 def test_a_failed_write_names_the_key_and_leaves_no_rest(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import time
 import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from storage.bytestore import open_store
 from storage.cache import NodeCache, Slab
 from storage.errors import ConfigError, NotFound
 from storage.layout import Layout
+from storage.manifest import Manifest
 from storage.testing import publish_phantoms
 from storage.volumes import Crop, VolumeStore
 
@@ -258,7 +260,7 @@ def test_processes_and_threads_fill_it_together(tmp_path: Path) -> None:
     with context.Pool(2) as pool, ThreadPoolExecutor(4) as threads:
         others = pool.starmap_async(_fill, [(str(tmp_path), seed, 500) for seed in (1, 2)])
         assert sum(threads.map(lambda seed: _fill(str(tmp_path), seed, 150), (3, 4, 5, 6))) == 0
-        assert sum(others.get(60)) == 0
+        assert sum(others.get(240)) == 0
     assert NodeCache(tmp_path, BOUND).used_bytes() <= BOUND
     assert not list(tmp_path.rglob("*.new"))
 
@@ -281,6 +283,9 @@ def test_sigkill_while_filling_leaves_nothing_wrong(tmp_path: Path) -> None:
         try:
             assert child.stdout is not None
             assert child.stdout.readline() == b"ready\n"
+            deadline = time.monotonic() + 60
+            while not files(tmp_path) and time.monotonic() < deadline:
+                time.sleep(0.01)
             time.sleep(0.15 + 0.05 * seed)
         finally:
             child.send_signal(signal.SIGKILL)
@@ -308,7 +313,7 @@ def _read_where_files_stay_small(cache: str) -> list[str]:
 def test_a_full_disk_is_one_warning_and_no_cache(tmp_path: Path) -> None:
     # in a process of its own, since the limit would also hold for the file that this one's output goes to
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        (message,) = pool.apply_async(_read_where_files_stay_small, (str(tmp_path),)).get(60)
+        (message,) = pool.apply_async(_read_where_files_stay_small, (str(tmp_path),)).get(240)
     assert str(tmp_path) in message
 
 
@@ -375,7 +380,7 @@ def test_threads_share_one_store_and_cache(published: str, tmp_path: Path) -> No
         found = list(pool.map(lambda start: store.read(Crop("phantom-000", start, (20, 20, 20))), starts))
     for (d, h, w), crop in zip(starts, found, strict=True):
         np.testing.assert_array_equal(crop, whole[:, d : d + 20, h : h + 20, w : w + 20])
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # one of another test may end meanwhile
 
 
 def test_a_senseless_bound_or_path_is_refused(tmp_path: Path) -> None:
@@ -384,3 +389,14 @@ def test_a_senseless_bound_or_path_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="file"):
         NodeCache(tmp_path / "file", 100)
+
+
+def test_voxels_without_a_digest_are_not_cached(tmp_path: Path) -> None:
+    """A foreign record may lack one; other voxels under its name could not be told from these."""
+    url = f"memory://{uuid.uuid4().hex}"
+    manifest, arrays = publish_phantoms(url, [(20, 20, 20)])
+    record = replace(manifest.record(0), content_sha256="")
+    cache = NodeCache(tmp_path, 1 << 24)
+    with VolumeStore(url, Manifest.from_records([record]), cache=cache) as store:
+        np.testing.assert_array_equal(store.read_volume("phantom-000"), arrays["phantom-000"])
+    assert files(tmp_path) == []

@@ -244,6 +244,54 @@ def test_duplicates_are_noted_and_never_split(src, dst):
     assert run(str(src), dst, HALVES).manifest.fingerprint == report.manifest.fingerprint
 
 
+def test_a_source_that_changes_while_it_is_read_is_refused(src, dst, monkeypatch):
+    """Its digest would be of other bytes than its voxels, and the next run would take it for unchanged."""
+    real = ingest.prepare
+
+    def copied_meanwhile(item, policy, modality):
+        ready = real(item, policy, modality)
+        if "case_02" in item.source:
+            save_nifti(Path(item.images[0]), phantom(seed=77))
+        return ready
+
+    monkeypatch.setattr(ingest, "prepare", copied_meanwhile)
+    report = run(str(src), dst, HALVES)
+    assert [(q.source, "changed meanwhile" in q.reason) for q in report.quarantined] == [
+        ("images/case_02.nii.gz", True)
+    ]
+    monkeypatch.undo()
+    run(str(src), dst, HALVES)
+    np.testing.assert_array_equal(VolumeStore(dst).read_volume("case_02")[0], phantom(seed=77))
+
+
+@pytest.mark.parametrize("form", ["same.raw", "other.raw", "LIST", "pattern"])
+def test_the_digest_covers_the_file_that_a_header_names(tmp_path, dst, form):
+    src, arrays = tmp_path / "src", [phantom(seed=0), phantom(seed=1)]
+    save_nifti(src / "second.nii.gz", phantom(seed=5))
+    parts = {"LIST": [f"p{k}.bin" for k in range(10)], "pattern": [f"p{k}.bin" for k in range(10)]}.get(form, [form])
+
+    def voxels(array):
+        for part, piece in zip(parts, np.split(array, len(parts)), strict=True):
+            (src / part).write_bytes(piece.tobytes())
+
+    named = {"LIST": "\n".join(["LIST", *parts]), "pattern": "p%d.bin 0 9 1"}.get(form, form)
+    header = "ObjectType = Image\nNDims = 3\nDimSize = 14 12 10\nElementType = MET_SHORT\nElementSpacing = 1 1 1\n"
+    (src / "same.mhd").write_text(f"{header}ElementDataFile = {named}\n")
+    for array in arrays:
+        voxels(array)
+        report = run(str(src), dst, HALVES)
+        assert report.quarantined == ()
+        found = next(r.volume_id for r in report.manifest.records() if r.volume_id.startswith("same"))
+        np.testing.assert_array_equal(VolumeStore(dst).read_volume(found)[0][:, ::-1, ::-1], array)
+
+
+def test_what_would_not_fit_a_task_after_resampling_is_refused_before_it_is_made(src, dst):
+    policy = HALVES.model_copy(update={"spacing_mm": 0.05, "max_failed": 1.0})
+    with pytest.raises(RefusedInput, match="at least 2 subjects"):
+        run(str(src), dst, policy.model_copy(update={"read": ReadPolicy(max_voxels=10_000_000)}))
+    assert "at most 10,000,000 voxels at 0.05x0.05x0.05 mm" in on_disk(dst)["quarantine.jsonl"].decode()
+
+
 def test_names_become_safe_ids_and_stay_apart(tmp_path, dst):
     for name in ("a b", "a+b", "ü/x.y", "x" * 150):
         save_nifti(tmp_path / "src" / f"{name}.nii.gz", phantom(seed=len(name) + ord(name[1])))

@@ -56,6 +56,25 @@ def test_fractional_slopes_are_float(tmp_path):
     assert raw.array_CDHW.dtype == np.float32
 
 
+def test_fractions_stored_as_such_are_not_cut_off(tmp_path):
+    """Float pixel data have no slope, and 0.7 is not 0."""
+    datasets = slices(ARRAY, slope=1, intercept=0, modality="MR")
+    for ds, plane in zip(datasets, ARRAY, strict=True):
+        del ds.PixelData
+        ds.FloatPixelData = (plane / np.float32(7)).astype("<f4").tobytes()
+        ds.BitsAllocated = 32
+        for keyword in ("BitsStored", "HighBit", "PixelRepresentation", "RescaleSlope", "RescaleIntercept"):
+            if keyword in ds:
+                delattr(ds, keyword)
+    raw = read(tmp_path, datasets)
+    np.testing.assert_allclose(raw.array_CDHW[0], ARRAY / 7, rtol=1e-6)
+
+
+def test_large_rescaled_values_do_not_wrap(tmp_path):
+    raw = read(tmp_path, slices(ARRAY, slope=32000, intercept=2e9, modality="MR"))
+    np.testing.assert_allclose(raw.array_CDHW[0], ARRAY * 32000.0 + 2e9, rtol=1e-6)
+
+
 def test_slices_that_run_downwards_are_turned(tmp_path):
     datasets = slices(ARRAY, positions_mm=[-2.0 * k for k in range(8)])
     raw = read(tmp_path, datasets)
