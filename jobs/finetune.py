@@ -164,7 +164,7 @@ def main(argv: Sequence[str]) -> int:
 
     from jobs import tracking
     from jobs.pinning import pinned
-    from jobs.ray_session import connect
+    from jobs.ray_session import connect, result_of
 
     connect()
     api = tracking.client()
@@ -190,18 +190,18 @@ def main(argv: Sequence[str]) -> int:
                 start, seed = todo.pop(0)
                 running.append(task.remote(payload, start, seed))
             done, running = ray.wait(running, num_returns=1)
-            result = ray.get(done[0])
+            result = result_of(done[0])
             _log(api, config, run_id, result)
             kept.put(_key(result["start"], result["seed"]), json.dumps(result).encode())
             results.append(result)
             mean = np.mean([c["dice"] for c in result["cases"]])
             text = f"{result['start']} seed {result['seed']}: test Dice {mean:.3f}, {result['seconds']:.0f} s"
             print(f"{text} ({len(results)}/{len(config.seeds) * len(config.starts)})", flush=True)
+        summary = summarise(config, results)
+        entry.write_result(config.runs, config.name, {**summary, "run_id": run_id, "seconds": time.monotonic() - began})
     except BaseException as error:
         entry.end_run(api, run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
-    summary = summarise(config, results)
-    entry.write_result(config.runs, config.name, {**summary, "run_id": run_id, "seconds": time.monotonic() - began})
     entry.end_run(api, run_id, "FINISHED")
     print(summary["test"]["statement"], flush=True)
     return 0

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import ray
-import ray.exceptions
 
 from jobs import entry
 from jobs.configs import IngestConfig
+from jobs.ray_session import result_of
 from jobs.text import Progress as Bar
-from storage.errors import ConfigError, TomoscaleError
+from storage.errors import ConfigError
 from storage.ingest import IngestReport, Progress, map_threads, run
 from storage.ingest_policy import IngestPolicy
 
@@ -36,19 +36,10 @@ def ray_map(function: Callable[[W], R], items: Iterable[W], *, in_flight: int = 
         running.append(task.remote(item))
         if len(running) >= in_flight:
             done, running = ray.wait(running, num_returns=1)
-            yield _result(done[0])
+            yield result_of(done[0])
     while running:
         done, running = ray.wait(running, num_returns=1)
-        yield _result(done[0])
-
-
-def _result(done: Any) -> Any:
-    try:
-        return ray.get(done)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, TomoscaleError):
-            raise error.cause from None  # Ray's own text is the remote traceback
-        raise
+        yield result_of(done[0])
 
 
 def ingest(

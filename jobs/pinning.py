@@ -36,8 +36,10 @@ def pinned(config: J) -> J:
         kept = json.loads(store.get(KEY))
     except NotFound:
         fixed = _fixed(config)
-        store.put(KEY, json.dumps({"asked": asked, "config": resolved(fixed)}).encode())
-        return fixed
+        kept = {"asked": asked, "config": resolved(fixed)}
+        if store.put(KEY, json.dumps(kept).encode(), if_absent=True):
+            return fixed
+        kept = json.loads(store.get(KEY))  # another start of this job was first
     if kept["asked"] != asked:
         raise ConfigError(
             f"job {config.name!r}",

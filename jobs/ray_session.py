@@ -1,11 +1,13 @@
-"""Connecting a driver to its cluster."""
+"""Connecting a driver to its cluster, and what comes back from its tasks."""
 
 import logging
 import os
+from typing import Any
 
 import ray
+import ray.exceptions
 
-from storage.errors import StackError
+from storage.errors import StackError, TomoscaleError
 
 
 def connect() -> None:
@@ -28,3 +30,13 @@ def connect() -> None:
             found=" ".join(str(error).split())[:200],
             remedy="submit with `tomoscale ... --address URL` or `ray job submit`, or start one with `tomoscale up`",
         ) from error
+
+
+def result_of(done: Any) -> Any:
+    """The result of a task that has ended; an error of ours is raised here as it was there."""
+    try:
+        return ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, TomoscaleError):
+            raise error.cause from None  # Ray's own text is the remote traceback
+        raise

@@ -27,7 +27,13 @@ _NOISE = re.compile(
 
 
 def submit(address: str, module: str, config: Config, name: str) -> str:
-    """Send `python -m MODULE config.yaml` with its configuration; returns the submission id."""
+    """Send `python -m MODULE config.yaml` with its configuration; returns the submission id.
+
+    Raises:
+        StackError: unreachable, refused, or a job of that name is at work: two would write one another's checkpoints.
+    """
+    if "runs" in type(config).model_fields:
+        _refuse_a_second(address, module, name)
     for chatty in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
         importlib.import_module(f"ray.{chatty}")  # they set their own level when they are imported
         logging.getLogger(f"ray.{chatty}").setLevel(logging.WARNING)
@@ -41,6 +47,19 @@ def submit(address: str, module: str, config: Config, name: str) -> str:
             submission_id=submission,
             metadata={"tomoscale.name": name, "tomoscale.module": module},
         )
+
+
+def _refuse_a_second(address: str, module: str, name: str) -> None:
+    mine = {"tomoscale.name": name, "tomoscale.module": module}
+    for job in jobclient.list_jobs(address):
+        if job.status not in jobclient.ENDED and mine.items() <= job.metadata.items():
+            raise StackError(
+                f"job {name!r}",
+                expected="that it is not at work",
+                found=f"{job.id} {job.status}",
+                remedy=f"follow it with `tomoscale jobs logs {job.id} --follow`, stop it with `tomoscale jobs stop"
+                f" {job.id}`, or choose another name",
+            )
 
 
 def run(address: str, module: str, config: Config, name: str, *, show: Callable[[str], None] = print) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from storage.errors import StackError
 
@@ -63,6 +64,13 @@ def client() -> Any:
         raise StackError(
             "MLFLOW_TRACKING_URI", expected="the address of an MLflow server", found="nothing", remedy=_REMEDY
         )
+    if "@" in urlsplit(uri).netloc:
+        raise StackError(
+            "MLFLOW_TRACKING_URI",
+            expected="an address without a password, which logs and reports would show",
+            found="a user or password in it",
+            remedy="set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+        )
     api = mlflow.MlflowClient()
     try:
         api.search_experiments(max_results=1)
@@ -87,7 +95,7 @@ def open_run(
 ) -> str:
     """The run id of a logical job: found by its tags when it exists, else created. Sets it running.
 
-    Params are logged once; a restarted job with other settings keeps the first ones and tags the change.
+    Params are logged once; a restarted job keeps the first ones.
 
     Raises:
         StackError: the experiment was deleted.
@@ -219,8 +227,12 @@ class Sender:
         """Hand over a point."""
         self._queue.put(item)
 
-    def close(self, timeout_s: float = 5.0) -> None:
-        """Send what is waiting, for at most `timeout_s`; the journal keeps the rest for the driver."""
+    def close(self, timeout_s: float = 45.0) -> None:
+        """Send what is waiting, for at most `timeout_s`; the journal keeps the rest for the driver.
+
+        By default longer than a request and its repetition may take, so that none is under way any more when the driver
+        asks what has arrived.
+        """
         self._queue.put(None)
         self._thread.join(timeout_s)
 

@@ -62,11 +62,14 @@ def main(argv: Sequence[str]) -> int:
     try:
         results = search(config)
         summary = _summarise(config, results)
+        for item in summary["trials"]:
+            if item["error"]:
+                print(f"trial {item['trial']} failed: {item['error']}", flush=True)
         _log(api, config, run_id, summary, results)
+        entry.write_result(config.runs, config.name, {**summary, "run_id": run_id, "seconds": time.monotonic() - began})
     except BaseException as error:
         entry.end_run(api, run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
-    entry.write_result(config.runs, config.name, {**summary, "run_id": run_id, "seconds": time.monotonic() - began})
     entry.end_run(api, run_id, "FINISHED")
     print(f"best: {summary['chosen']}", flush=True)
     return 0
@@ -82,8 +85,10 @@ def search(config: TuneConfig) -> Any:
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
+    from jobs.failures import end_trials_at_final_errors
     from jobs.filesystem import storage_for
 
+    end_trials_at_final_errors()
     path, filesystem = storage_for(config.runs)
     place = f"{path}/{config.name}"
     function = tune.with_resources(
@@ -147,11 +152,13 @@ def _summarise(config: TuneConfig, results: Any) -> dict[str, Any]:
                 "last": scores[-1] if scores else None,
                 "stopped_early": bool(scores) and len(scores) < config.finetune.epochs and result.error is None,
                 "status": "error" if result.error is not None else "done",
+                "error": None if result.error is None else _last_line(result.error),
             }
         )
-    finished = [t for t in trials if t["best"] is not None]
+    # Settings that have failed would fail again, however well they began.
+    finished = [t for t in trials if t["best"] is not None and t["status"] == "done"]
     if not finished:
-        error = next((str(r.error).strip().splitlines()[-1] for r in results if r.error is not None), "no metric")
+        error = next((t["error"] for t in trials if t["error"]), "no metric")
         raise StackError(f"search {config.name}", expected="at least one trial with a metric", found=error)
     # The last epoch, not the best one: a training of the same length is what will be run with these settings.
     complete = [t for t in finished if not t["stopped_early"]] or finished
@@ -160,6 +167,11 @@ def _summarise(config: TuneConfig, results: Any) -> dict[str, Any]:
     text = f"trial {best['trial']}, lr {best['lr']:.2e}, encoder lr x {best['encoder_lr_scale']:g}"
     text += f", inner Dice {best['last']:.3f}"
     return {"trials": trials, "best": chosen, "chosen": text, "epochs": config.finetune.epochs}
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), type(error).__name__)
 
 
 def _log(api: Any, config: TuneConfig, run_id: str, summary: dict[str, Any], results: Any) -> None:

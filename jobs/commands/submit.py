@@ -59,8 +59,8 @@ def _logs(arguments: argparse.Namespace) -> int:
 
 def _stop(arguments: argparse.Namespace) -> int:
     use_stack(arguments)
-    jobclient.stop(job_address(arguments), arguments.id)
-    print(f"stopped {arguments.id}")
+    status = jobclient.stop(job_address(arguments), arguments.id).status
+    print(f"stopped {arguments.id}" if status == "STOPPED" else f"{arguments.id} has ended before: {status}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from jobs import pinning
 from jobs.configs import TuneConfig
 from jobs.pinning import pinned
 from ssl_core.config import parse
@@ -29,6 +30,22 @@ def test_the_manifest_of_the_first_start_stays() -> None:
     with pytest.raises(ConfigError, match="choose another name"):
         pinned(config(seed=3))
     assert pinned(config(name="other")).labelled.fingerprint != first
+
+
+def test_of_two_starts_at_once_the_first_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_phantoms(DATA, 6)
+    alone = pinning._fixed
+
+    def late(asked: TuneConfig) -> TuneConfig:
+        monkeypatch.setattr(pinning, "_fixed", alone)
+        ours = alone(asked)
+        pinned(asked.model_copy(update={"concurrent": 5}))  # which another driver does meanwhile, on a newer manifest
+        write_phantoms(DATA, 8)
+        return ours.model_copy(update={"labelled": ours.labelled.model_copy(update={"fingerprint": "newer"})})
+
+    monkeypatch.setattr(pinning, "_fixed", late)
+    mine = pinned(config(name="twice"))
+    assert mine.labelled.fingerprint == pinned(config(name="twice")).labelled.fingerprint != "newer"
 
 
 def test_nothing_is_kept_of_a_start_that_failed() -> None:

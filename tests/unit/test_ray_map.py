@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayTaskError
 
-from jobs.ingest import _result
+from jobs.ray_session import result_of
 from storage.errors import RefusedInput
 
 
@@ -15,7 +15,7 @@ def raised(cause: Exception, monkeypatch: pytest.MonkeyPatch) -> BaseException:
 
     monkeypatch.setattr("ray.get", get)
     with pytest.raises(type(cause)) as caught:
-        _result(object())
+        result_of(object())
     return caught.value
 
 

@@ -63,6 +63,12 @@ def test_a_job_without_a_message_is_still_named() -> None:
     assert "STOPPED" in str(submit.failure("job-1", "STOPPED", "Job was intentionally stopped."))
 
 
+class Kept(Settings):
+    """A job that keeps its state under its name."""
+
+    runs: str = "memory://runs"
+
+
 class Server:
     """Stands for the job server: ends each submission as it was told, in order."""
 
@@ -108,3 +114,27 @@ def test_a_driver_that_is_always_killed_is_given_up(monkeypatch: pytest.MonkeyPa
     with pytest.raises(StackError, match="exit code -9"):
         submit.run("http://x", "jobs.m", Settings(), "n", show=lambda line: None)
     assert len(server.sent) == 4
+
+
+@pytest.mark.parametrize(
+    ("status", "module", "refused"),
+    [
+        ("RUNNING", "jobs.m", True),
+        ("PENDING", "jobs.m", True),
+        ("FAILED", "jobs.m", False),
+        ("RUNNING", "jobs.o", False),
+    ],
+)
+def test_a_job_is_not_started_beside_itself(
+    monkeypatch: pytest.MonkeyPatch, status: str, module: str, refused: bool
+) -> None:
+    server = Server(monkeypatch, ("SUCCEEDED", ""))
+    other = JobInfo("n-1", status, "", "", None, None, {"tomoscale.name": "n", "tomoscale.module": module})
+    bare = JobInfo("raysubmit_1", "RUNNING", "", "", None, None, {})
+    monkeypatch.setattr(jobclient, "list_jobs", lambda address: [bare, other])
+    if refused:
+        with pytest.raises(StackError, match="n-1.*choose another name"):
+            submit.submit("http://x", "jobs.m", Kept(), "n")
+    else:
+        submit.submit("http://x", "jobs.m", Kept(), "n")
+    assert len(server.sent) == (not refused)

@@ -81,9 +81,19 @@ def test_no_address_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
         tracking.client()
 
 
+def test_a_password_in_the_address_is_refused_and_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://admin:hush-hush@127.0.0.1:5000")
+    with pytest.raises(StackError, match="MLFLOW_TRACKING_PASSWORD") as caught:
+        tracking.client()
+    assert "hush" not in str(caught.value)
+
+
 @pytest.mark.parametrize("kind", ["nobody", "silent"])
-def test_a_step_never_waits_and_never_fails(kind: str, request: pytest.FixtureRequest) -> None:
+def test_a_step_never_waits_and_never_fails(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     request.getfixturevalue(kind)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "200")
     sender = Sender("elsewhere")
     slowest = 0.0
     for step in range(200):
@@ -91,10 +101,10 @@ def test_a_step_never_waits_and_never_fails(kind: str, request: pytest.FixtureRe
         sender.put(tracking.point(step, {"loss": 1.0}))
         slowest = max(slowest, time.perf_counter() - began)
         time.sleep(0.001)
-    assert slowest < 0.5  # a request would take as long as its timeout: seconds
+    assert slowest < 60  # a request without an answer would take as long as its timeout
     began = time.monotonic()
     sender.close(timeout_s=0.5)
-    assert time.monotonic() - began < 2.5
+    assert time.monotonic() - began < 60
 
 
 class Recorder:
@@ -132,7 +142,7 @@ def test_each_point_arrives_once_whatever_is_lost(fail: dict[int, str], monkeypa
     for step in range(1, 21):
         sender.put(tracking.point(step, {"loss": 1.0 / step}))
         time.sleep(0.005)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while len(server.steps) < 20 and time.monotonic() < deadline:
         time.sleep(0.02)
     sender.close()
@@ -146,7 +156,7 @@ def test_points_go_on_when_the_server_is_back_without_a_new_one(monkeypatch: pyt
     monkeypatch.setattr(tracking, "_FIRST_PAUSE_S", 0.01)
     sender = Sender("run")
     sender.put(tracking.point(1, {"loss": 1.0}))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not server.steps and time.monotonic() < deadline:
         time.sleep(0.02)
     assert server.steps == [1]
@@ -177,13 +187,11 @@ def test_closing_sends_what_waits_at_once_and_ends_the_thread(monkeypatch: pytes
     monkeypatch.setattr(tracking, "_FIRST_PAUSE_S", 60.0)
     sender = Sender("run")
     sender.put(tracking.point(1, {"loss": 1.0}))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not server.calls and time.monotonic() < deadline:
         time.sleep(0.01)
     sender.put(tracking.point(2, {"loss": 1.0}))
-    began = time.monotonic()
-    sender.close(timeout_s=30)
-    assert time.monotonic() - began < 5
+    sender.close(timeout_s=30)  # less than the pause that is cut short
     assert server.steps == [1, 2]
     assert not sender._thread.is_alive()
 
@@ -194,7 +202,7 @@ def test_an_outage_is_said_once(capsys: pytest.CaptureFixture[str], monkeypatch:
     monkeypatch.setattr(tracking, "_FIRST_PAUSE_S", 0.01)
     sender = Sender("run")
     sender.put(tracking.point(1, {"loss": 1.0}))
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not server.steps and time.monotonic() < deadline:
         time.sleep(0.02)
     sender.close()
