@@ -193,10 +193,12 @@ class StreamContract:
     def test_an_unread_stream_stops_reading(self, source: Source) -> None:
         counting = Counting(source)
         with CropStream(counting, self.spec, prefetch=2, threads=3):
-            time.sleep(0.3)
-            read = counting.crops.total()
-            time.sleep(0.2)
-            assert counting.crops.total() == read
+            read, quiet_s, deadline = -1, 0.0, time.monotonic() + 60
+            while quiet_s < 0.5 and time.monotonic() < deadline:
+                quiet_s = quiet_s + 0.1 if counting.crops.total() == read else 0.0
+                read = counting.crops.total()
+                time.sleep(0.1)
+            assert quiet_s >= 0.5
             # Two batches ahead, one being stacked and one stacked, each with the rest of its visits.
             assert read <= 4 * self.spec.global_batch * self.spec.crops_per_visit
 
@@ -231,18 +233,23 @@ class StreamContract:
             stream = CropStream(source, self.spec)
             next(stream)
             del stream
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while _streaming(before) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not _streaming(before)
 
     def test_the_wait_is_measured(self, source: Source) -> None:
-        with CropStream(Jittery(source, 0, delay_s=0.05), self.spec, threads=1, prefetch=1) as stream:
-            began = time.perf_counter()
-            waits = [next(stream).wait_s for _ in range(4)]
-            took = time.perf_counter() - began
-        assert min(waits) >= 0
-        assert took * 0.5 < sum(waits) <= took
+        shares = []
+        for _ in range(5):  # on a busy machine something else may take longer than the wait, but not every time
+            with CropStream(Jittery(source, 0, delay_s=0.05), self.spec, threads=1, prefetch=1) as stream:
+                began = time.perf_counter()
+                waits = [next(stream).wait_s for _ in range(4)]
+                shares.append(sum(waits) / (time.perf_counter() - began))
+            assert min(waits) >= 0
+            assert shares[-1] <= 1
+            if shares[-1] > 0.5:
+                break
+        assert max(shares) > 0.5
 
 
 def _streaming(before: set[threading.Thread]) -> list[str]:

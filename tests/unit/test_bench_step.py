@@ -75,7 +75,7 @@ def test_a_slow_source_shows_as_wait() -> None:
             yield host
 
     row = small(steps=1, source=slow)
-    assert row.shares["wait"] > 0.1  # without it, 0.001
+    assert row.shares["wait"] > 0.01  # without it, 0.001; more than 0.1 on an idle machine
     assert row.step_s[0] > 1.0
 
 

@@ -180,12 +180,12 @@ def test_a_traceback_is_printed_only_when_asked(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_is_exit_code_130_and_no_traceback(number: signal.Signals) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        silent.settimeout(60)
+        silent.settimeout(240)
         process = start("jobs", "list", "--address", f"http://127.0.0.1:{silent.getsockname()[1]}")
         try:
             with silent.accept()[0]:  # it waits for an answer that does not come
                 process.send_signal(number)
-                _, err = process.communicate(timeout=60)
+                _, err = process.communicate(timeout=240)
         finally:
             process.kill()
             process.wait()
@@ -206,7 +206,7 @@ def test_a_reader_that_goes_away_is_met_with_silence(
         process.stdout.readline()
     process.stdout.close()
     err = process.stderr.read()
-    assert process.wait(timeout=60) in (0, 141)  # 0 where a whole page fits into the pipe before it closes
+    assert process.wait(timeout=240) in (0, 141)  # 0 where a whole page fits into the pipe before it closes
     assert err == ""
     if not lines:
         assert process.returncode == 141

@@ -148,7 +148,7 @@ def test_compose_publishes_on_loopback_only_and_gives_each_what_it_mounts() -> N
 def test_secrets_are_made_once_and_behind_a_closed_folder(tmp_path: Path) -> None:
     script = tmp_path / "make_secrets.sh"
     script.write_text((ROOT / "docker" / "make_secrets.sh").read_text())
-    made = subprocess.run(["sh", script], capture_output=True, text=True, timeout=30)
+    made = subprocess.run(["sh", script], capture_output=True, text=True, timeout=120)
     assert made.returncode == 0, made.stderr
     folder = tmp_path / "secrets"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -159,7 +159,7 @@ def test_secrets_are_made_once_and_behind_a_closed_folder(tmp_path: Path) -> Non
     assert key
     assert key[1] in (folder / "s3.json").read_text()
     assert yaml.safe_load((folder / "s3.json").read_text())["identities"][0]["name"] == "tomoscale"
-    again = subprocess.run(["sh", script], capture_output=True, text=True, timeout=30)
+    again = subprocess.run(["sh", script], capture_output=True, text=True, timeout=120)
     assert again.returncode == 1
     assert "already" in again.stderr
 

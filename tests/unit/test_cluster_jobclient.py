@@ -1,9 +1,10 @@
+import socket
 from pathlib import Path
 
 import pytest
 
 import cluster
-from cluster import jobclient, processes
+from cluster import jobclient
 from cluster import state as states
 from storage.errors import StackError
 
@@ -70,10 +71,12 @@ def test_an_address_of_another_kind() -> None:
 
 
 def test_nobody_at_the_address(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    url = f"http://127.0.0.1:{processes.free_ports(1)[0]}"
     # Ray would let this variable win over the address that was named.
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
-    with pytest.raises(StackError) as caught:
-        jobclient.status(url, "job-1")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"  # bound and not listening: nobody else can take it
+        with pytest.raises(StackError) as caught:
+            jobclient.status(url, "job-1")
     assert url in str(caught.value)
     assert "tomoscale up" in caught.value.remedy

@@ -12,7 +12,7 @@ import pytest
 
 from cluster import processes
 
-SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
+SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def started() -> Iterator[list[psutil.Process]]:
     for process in found:
         for one in processes.family([process]):
             one.kill()
-        process.wait(5)
+        process.wait(60)
 
 
 def spawn(tmp_path: Path, started: list[psutil.Process], command: list[str], **marks: str) -> psutil.Process:
@@ -32,7 +32,7 @@ def spawn(tmp_path: Path, started: list[psutil.Process], command: list[str], **m
     return process
 
 
-def until(question: object, seconds: float = 10.0) -> bool:
+def until(question: object, seconds: float = 60.0) -> bool:
     assert callable(question)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -49,7 +49,7 @@ def test_only_the_marked_are_found_and_ended(tmp_path: Path, started: list[psuti
     plain = spawn(tmp_path, started, SLEEP)
     assert until(lambda: {p.pid for p in processes.marked("a1")} == {mine.pid, sibling.pid})
     assert [p.pid for p in processes.marked("a1", "s3")] == [mine.pid]
-    assert processes.end(processes.marked("a1", "s3"), grace_s=5.0) == []
+    assert processes.end(processes.marked("a1", "s3"), grace_s=60.0) == []
     assert not processes.alive(mine)
     assert all(processes.alive(process) for process in (sibling, other, plain))
 
@@ -58,10 +58,10 @@ def test_children_of_a_service_are_its_family_without_any_mark(tmp_path: Path, s
     # Without a mark, as Ray's workers after they set their title, and without its parent: only the session still tells
     # where this grandchild came from.
     sleep = (
-        "import os, time; open('pid.part', 'w').write(str(os.getpid())); os.rename('pid.part', 'pid'); time.sleep(60)"
+        "import os, time; open('pid.part', 'w').write(str(os.getpid())); os.rename('pid.part', 'pid'); time.sleep(600)"
     )
     child = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {sleep!r}], env={{}})"
-    leader = f"import subprocess, sys, time; subprocess.run([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    leader = f"import subprocess, sys, time; subprocess.run([sys.executable, '-c', {child!r}]); time.sleep(600)"
     process = spawn(tmp_path, started, [sys.executable, "-c", leader], TOMOSCALE_STACK="c3")
     assert until((tmp_path / "pid").exists)
     orphan = psutil.Process(int((tmp_path / "pid").read_text()))
@@ -69,13 +69,13 @@ def test_children_of_a_service_are_its_family_without_any_mark(tmp_path: Path, s
     assert orphan in processes.family([process])
     assert orphan not in process.children(recursive=True)
     assert orphan not in processes.marked("c3")
-    assert processes.end(processes.family([process]), grace_s=5.0, first=[process]) == []
+    assert processes.end(processes.family([process]), grace_s=60.0, first=[process]) == []
     assert not processes.alive(orphan)
 
 
 def test_a_process_that_ignores_the_request_is_killed(tmp_path: Path, started: list[psutil.Process]) -> None:
     stubborn = (
-        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(99)"
     )
     process = spawn(tmp_path, started, [sys.executable, "-c", stubborn])
     assert until(lambda: "ready" in (tmp_path / "log").read_text())
@@ -99,8 +99,8 @@ def test_a_zombie_is_not_alive() -> None:
 
 
 def test_orphans_are_known_by_session_title_and_age(tmp_path: Path, started: list[psutil.Process]) -> None:
-    child = "exec -a ray::IDLE sleep 60"
-    leader = spawn(tmp_path, started, ["bash", "-c", f"bash -c '{child}' & bash -c 'exec sleep 60' & wait"])
+    child = "exec -a ray::IDLE sleep 600"
+    leader = spawn(tmp_path, started, ["bash", "-c", f"bash -c '{child}' & bash -c 'exec sleep 600' & wait"])
     assert until(lambda: len(processes.family([leader])) == 3)
     created, members = leader.create_time(), processes.family([leader])
     assert until(lambda: any(p.cmdline()[:1] == ["ray::IDLE"] for p in members))
@@ -109,7 +109,7 @@ def test_orphans_are_known_by_session_title_and_age(tmp_path: Path, started: lis
     try:
         found = processes.orphans(leader.pid, created)
         assert [p.cmdline()[0] for p in found] == ["ray::IDLE"]  # while the leader is a zombie of this process
-        leader.wait(5)
+        leader.wait(60)
         found = processes.orphans(leader.pid, created)
         assert [p.cmdline()[0] for p in found] == ["ray::IDLE"]
         assert processes.orphans(leader.pid, created + 60) == []

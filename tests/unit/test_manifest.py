@@ -304,4 +304,4 @@ def test_threads_read_records_together(store: ByteStore) -> None:
     began = time.monotonic()
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(manifest.record, wanted)) == [records[i] for i in wanted]
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 120

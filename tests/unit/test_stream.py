@@ -250,10 +250,11 @@ class Stuck(ArraySource):
 
     def __init__(self) -> None:
         super().__init__()
-        self.go = threading.Event()
+        self.go, self.reading = threading.Event(), threading.Event()
 
     def read_many(self, crops: Sequence[Crop], label: str | None = None) -> list[np.ndarray]:
-        self.go.wait(20)
+        self.reading.set()
+        self.go.wait(120)
         return super().read_many(crops, label)
 
 
@@ -262,11 +263,12 @@ def test_a_waiting_consumer_can_be_interrupted() -> None:
     with CropStream(source, SPEC) as stream:
         main = threading.main_thread().ident
         assert main is not None
-        threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT)).start()
+        soon = threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT))
         began = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
-            next(stream)
-        assert time.monotonic() - began < 5
+            # On a busy machine it may come before the wait has begun, but not before this line.
+            (soon.start(), next(stream))
+        assert time.monotonic() - began < 60
         source.go.set()
         assert next(stream).sample_B[0] == 0, "an interrupted wait loses nothing"
 
@@ -282,6 +284,7 @@ def test_close_from_another_thread_wakes_the_consumer() -> None:
 def test_close_says_so_when_a_read_does_not_end() -> None:
     source = Stuck()
     stream = CropStream(source, SPEC)
+    assert source.reading.wait(60)
     with pytest.raises(StoreError, match="still going on"):
         stream.close(timeout_s=0.1)
     source.go.set()
