@@ -38,6 +38,44 @@ def head(widths: Sequence[int], *, dense: bool = False, norm: Norm = "batch", la
     return nn.Sequential(*layers)
 
 
+def head_at(layers: nn.Sequential, map_BCdhw: Tensor, index_BN: Tensor) -> Tensor:
+    """What a dense `head` says at a few positions of a map, (B, N, E), without its output at all the others.
+
+    The same as gathering from the whole output: 1x1x1 convolutions see one position, and what a batch norm after the
+    first of them has to know of all positions follows from the map itself (`GlobalBatchNorm.forward_linear`). Where a
+    norm needs the whole hidden map, that is made.
+
+    Args:
+        layers: A head of `dense` kind.
+        map_BCdhw: Its input.
+        index_BN: Positions, counted over the flattened map.
+    """
+    norms = [layer for layer in layers if isinstance(layer, GlobalBatchNorm | nn.GroupNorm)]
+    first, *rest = layers
+    norm = norms[0] if norms else None
+    if not isinstance(first, nn.Conv3d) or isinstance(norm, nn.GroupNorm) or norms[1:] or norm not in (None, rest[0]):
+        return _picked(layers(map_BCdhw), index_BN)
+    out = _picked(map_BCdhw, index_BN)
+    if isinstance(norm, GlobalBatchNorm):
+        rows = norm.forward_linear(map_BCdhw, first.weight.flatten(1), first.bias, out.flatten(0, 1))
+        out = rows.view(*index_BN.shape, -1)
+    else:
+        out = _linear(first, out)
+    for layer in rest:
+        if layer is not norm:
+            out = _linear(layer, out) if isinstance(layer, nn.Conv3d) else layer(out)
+    return out
+
+
+def _linear(layer: nn.Conv3d, x: Tensor) -> Tensor:
+    return functional.linear(x, layer.weight.flatten(1), layer.bias)
+
+
+def _picked(map_BCdhw: Tensor, index_BN: Tensor) -> Tensor:
+    flat_BCM = map_BCdhw.flatten(2)
+    return flat_BCM.gather(2, index_BN[:, None].expand(-1, flat_BCM.shape[1], -1)).transpose(1, 2)
+
+
 class PixelHead(nn.Module):
     """A map at any level to an image at the input's resolution: 1x1x1 convolution, then trilinear up-sampling.
 

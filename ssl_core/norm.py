@@ -7,6 +7,7 @@ normalise alike, on gloo and NCCL, and equal `torch.nn.BatchNorm` on one rank.
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ssl_core.distributed import Collectives, Single
 
@@ -40,33 +41,66 @@ class GlobalBatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalised `x`, in its own float type."""
         wide = x if x.dtype == torch.float64 else x.float()
-        if self.training:
-            mean, var = self._statistics(wide)
-        else:
-            mean, var = self.running_mean.to(wide.dtype), self.running_var.to(wide.dtype)
-        shape = (1, -1) + (1,) * (x.dim() - 2)
-        scale = torch.rsqrt(var + self.eps)
-        if self.weight is not None:
-            scale = scale * self.weight.to(wide.dtype)
-        # Subtracting first keeps the digits of channels whose mean is large against their spread.
-        out = (wide - mean.view(shape)) * scale.view(shape)
-        if self.bias is not None:
-            out = out + self.bias.to(wide.dtype).view(shape)
-        return out.to(x.dtype)
+        mean, var = self._batch(wide) if self.training else self._running(wide.dtype)
+        return self._normalised(wide, mean, var).to(x.dtype)
 
-    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_linear(self, x: Tensor, weight_CI: Tensor, bias_C: Tensor | None, chosen_NI: Tensor) -> Tensor:
+        """`forward` of a linear layer's output at a few rows, (N, C), without the output at all the others.
+
+        The mean of W x + b is W m + b and the variance of its channel c is w_c . S w_c, with m and S the mean and
+        covariance of x: they are exact, and cost a map of I channels instead of one of C.
+
+        Args:
+            x: The layer's input, its I channels along axis 1, of which the statistics are taken.
+            weight_CI: W.
+            bias_C: b.
+            chosen_NI: Rows whose output is wanted.
+        """
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = weight_CI.to(dtype), None if bias_C is None else bias_C.to(dtype)
+            out = functional.linear(chosen_NI.to(dtype), weight, bias)
+            if not self.training:
+                return self._normalised(out, *self._running(dtype)).to(x.dtype)
+            rows = x.movedim(1, -1).reshape(-1, x.shape[1]).to(dtype)
+            centre = self.collectives.mean(rows.mean(0))
+            # Around the mean, moving the centre does not change the covariance, so it needs no gradient.
+            centred = rows - centre.detach()
+            spread = self.collectives.mean(centred.t() @ centred / len(rows))
+            mean, var = functional.linear(centre, weight, bias), ((weight @ spread) * weight).sum(1)
+            self._track(mean, var, len(rows))
+            return self._normalised(out, mean, var).to(x.dtype)
+
+    def _running(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self.running_mean.to(dtype), self.running_var.to(dtype)
+
+    def _batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
         axes = [0, *range(2, x.dim())]
         mean = self.collectives.mean(x.mean(axes))
         centred = x - mean.view((1, -1) + (1,) * (x.dim() - 2))
         # Two passes: the mean of squares less the square of the mean cancels in float32.
         var = self.collectives.mean(centred.square().mean(axes))
-        with torch.no_grad():
-            count = self.collectives.world * x.numel() // self.channels
-            unbiased = var.detach() * (count / max(count - 1, 1))
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        self._track(mean, var, x.numel() // self.channels)
         return mean, var
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor, values: int) -> None:
+        count = self.collectives.world * values
+        unbiased = var.detach() * (count / max(count - 1, 1))
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+
+    def _normalised(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        scale = torch.rsqrt(var + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight.to(x.dtype)
+        # Subtracting first keeps the digits of channels whose mean is large against their spread.
+        out = (x - mean.view(shape)) * scale.view(shape)
+        if self.bias is not None:
+            out = out + self.bias.to(x.dtype).view(shape)
+        return out
 
 
 def bind(module: nn.Module, collectives: Collectives) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ssl_core.backbones.base import Backbone
 from ssl_core.config import parse
-from ssl_core.heads import Norm, head
+from ssl_core.heads import Norm, head, head_at
 from ssl_core.losses.cosine import unit
 from ssl_core.losses.regions import pixel_contrast, prototype_contrast, region_means
 from ssl_core.methods.base import (
@@ -45,9 +45,10 @@ class LRC(nn.Module):
     neighbouring super-pixels of one organ are pushed apart, which `w_local` and the super-pixels' scale control; their
     lengths are in voxels, so that volumes of unlike spacing should be ingested with one `spacing_mm`.
 
-    Cost: that of the base method, a decoder pass a view (shared with a base that decodes), and B (R K)^2 cosines; the
-    super-pixels once a volume, 0.5 s for a slice of 512 x 512 on one core, in 3-D 6 s for a million voxels; in the
-    store a third of the image's bytes, in 3-D half of them (hippocampus MR).
+    Cost: that of the base method, a decoder pass a view (shared with a base that decodes), and B (R K)^2 cosines. Form
+    A runs its head at the drawn pixels only; form B runs it everywhere and is several times slower. The super-pixels
+    once a volume, 0.5 s for a slice of 512 x 512 on one core, in 3-D 6 s for a million voxels; in the store a third of
+    the image's bytes, in 3-D half of them (hippocampus MR).
 
     Use it as an addition to `base`, to be compared with the base alone at equal steps. The super-pixels are read from
     the store, where `tomoscale data superpixels URL` puts them beside the images; a job that finds a volume without
@@ -99,17 +100,17 @@ class LRC(nn.Module):
         return ViewSpec(base.roles, (*base.maps, config.superpixels.name), (config.superpixels,))
 
     def forward(self, views: ViewBatch, ctx: StepContext) -> LossTerms:
-        """The base's terms and `region`; monitors also the regions drawn from a view and the dense spread."""
+        """The base's terms and `region`; monitors also the regions drawn from a view and the embeddings' spread."""
         ctx = with_memo(ctx)
         terms = self.base(views, ctx)
         bind(self, ctx.collectives)
         shown = views.roles["global"]
-        dense = [self.dense(decode(self.backbone, view, ctx)[-1]) for view in shown]
+        maps = [decode(self.backbone, view, ctx)[-1] for view in shown]
         form = self._pixels if self.config.form == "A" else self._means
-        local, drawn = form(shown, dense, views, ctx)
+        local, drawn, dense_std = form(shown, maps, views, ctx)
         return LossTerms(
             {**terms.terms, "region": self.config.w_local * local},
-            {**terms.monitors, "regions": drawn, "dense_std": spread(dense[0])},
+            {**terms.monitors, "regions": drawn, "dense_std": dense_std},
         )
 
     def after_step(self, ctx: StepContext) -> None:
@@ -120,45 +121,48 @@ class LRC(nn.Module):
         """The online backbone."""
         return self.backbone
 
-    def _draw(self, view: View, dense: Tensor, views: ViewBatch, ctx: StepContext, v: int) -> tuple[Tensor, ...]:
-        ids = self._ids(view, dense)
+    def _draw(self, view: View, feature: Tensor, views: ViewBatch, ctx: StepContext, v: int) -> tuple[Tensor, ...]:
+        ids = self._ids(view, feature)
         pixels = self.config.pixels
         drawn = region_pixels(ids, ids > 0, self.config.regions, pixels, seed=ctx.seed + v, sample_B=views.sample_B)
         return ids, *drawn
 
-    def _ids(self, view: View, dense: Tensor) -> Tensor:
-        d, h, w = dense.shape[2:]
+    def _ids(self, view: View, feature: Tensor) -> Tensor:
+        d, h, w = feature.shape[2:]
         return map_at(self.level, view.maps[self.config.superpixels.name], (int(d), int(h), int(w))).flatten(1)
 
     def _pixels(
-        self, shown: tuple[View, ...], dense: list[Tensor], views: ViewBatch, ctx: StepContext
-    ) -> tuple[Tensor, Tensor]:
-        losses, counts = [], []
-        for v, (view, z) in enumerate(zip(shown, dense, strict=True)):
-            _, index_BRK, region_BR, valid_BR = self._draw(view, z, views, ctx, v)
-            index_BN = index_BRK.flatten(1)
-            picked = z.flatten(2).gather(2, index_BN[:, None].expand(-1, z.shape[1], -1)).transpose(1, 2)
+        self, shown: tuple[View, ...], maps: list[Tensor], views: ViewBatch, ctx: StepContext
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        losses, counts, spreads = [], [], []
+        for v, (view, feature) in enumerate(zip(shown, maps, strict=True)):
+            _, index_BRK, region_BR, valid_BR = self._draw(view, feature, views, ctx, v)
+            # The head's hidden map at full resolution would cost several times the decoder.
+            picked_BNE = head_at(self.dense, feature, index_BRK.flatten(1))
             each = self.config.pixels
             losses.append(
                 pixel_contrast(
-                    picked,
+                    picked_BNE,
                     region_BR.repeat_interleave(each, 1),
                     valid_BR.repeat_interleave(each, 1),
                     self.config.temperature,
                 )
             )
             counts.append(valid_BR.sum(1).double().mean())
-        return torch.stack(losses).mean(), torch.stack(counts).mean()
+            spreads.append(spread(picked_BNE.transpose(1, 2)))
+        return torch.stack(losses).mean(), torch.stack(counts).mean(), spreads[0]
 
     def _means(
-        self, shown: tuple[View, ...], dense: list[Tensor], views: ViewBatch, ctx: StepContext
-    ) -> tuple[Tensor, Tensor]:
+        self, shown: tuple[View, ...], maps: list[Tensor], views: ViewBatch, ctx: StepContext
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dense = [self.dense(feature) for feature in maps]
         ids, _, region_BR, valid_BR = self._draw(shown[0], dense[0], views, ctx, 0)
         other_ids = self._ids(shown[1], dense[1])
         v, seen_v = region_means(unit(dense[0], 1).flatten(2), ids, region_BR)
         u, seen_u = region_means(unit(dense[1], 1).flatten(2), other_ids, region_BR)
         valid = valid_BR & seen_v & seen_u
-        return prototype_contrast(v, u, valid, self.config.temperature), valid.sum(1).double().mean()
+        loss = prototype_contrast(v, u, valid, self.config.temperature)
+        return loss, valid.sum(1).double().mean(), spread(dense[0])
 
 
 def _base_config(config: LRC.Config) -> Any:

@@ -1,5 +1,6 @@
 """Norm, moving average, heads, masks and draws that the methods are made of."""
 
+import copy
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from ssl_core import hashed
 from ssl_core.backbones.base import Level
 from ssl_core.ema import follow, momentum_at, short_run_momentum, target_of
-from ssl_core.heads import PixelHead, head
+from ssl_core.heads import Norm, PixelHead, head, head_at
 from ssl_core.masking import block_mask
 from ssl_core.norm import GlobalBatchNorm, globalise
 from ssl_core.sampling import map_at, region_pixels
@@ -37,6 +38,46 @@ def test_on_one_rank_the_norm_equals_torch(shape: tuple[int, ...], affine: bool)
     for key, value in theirs.state_dict().items():
         assert torch.allclose(ours.state_dict()[key].double(), value.double(), atol=1e-12), key
     assert torch.allclose(ours.eval()(x), theirs.eval()(x), atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "none"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_head_at_a_few_positions_says_what_the_whole_head_says_there(norm: Norm, training: bool) -> None:
+    torch.manual_seed(0)
+    whole = head([3, 16, 4], dense=True, norm=norm).double()
+    for parameter in whole.parameters():
+        nn.init.normal_(parameter)
+    part = copy.deepcopy(whole)
+    index = torch.randint(60, (2, 7))
+    weight = torch.randn(2, 7, 4, dtype=torch.float64)
+    for _ in range(2):
+        x = (5 + torch.randn(2, 3, 3, 4, 5, dtype=torch.float64)).requires_grad_()
+        y = x.detach().clone().requires_grad_()
+        every = whole.train(training)(x).flatten(2).transpose(1, 2)
+        wanted = torch.stack([every[b, index[b]] for b in range(2)])
+        found = head_at(part.train(training), y, index)
+        assert torch.allclose(found, wanted, atol=1e-12)
+        (wanted * weight).sum().backward()
+        (found * weight).sum().backward()
+        assert x.grad is not None
+        assert y.grad is not None
+        assert torch.allclose(x.grad, y.grad, atol=1e-12)
+    for a, b in zip(whole.parameters(), part.parameters(), strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        assert torch.allclose(a.grad, b.grad, atol=1e-10)
+    for key, value in whole.state_dict().items():
+        assert torch.allclose(part.state_dict()[key].double(), value.double(), atol=1e-12), key
+
+
+def test_the_statistics_of_a_linear_output_keep_their_digits() -> None:
+    """In float32, with inputs far from 0."""
+    torch.manual_seed(0)
+    x = 1e3 + torch.randn(2, 8, 4, 4, 4)
+    layers = head([8, 16, 4], dense=True)
+    index = torch.arange(10).expand(2, -1)
+    wanted = copy.deepcopy(layers).double()(x.double()).flatten(2)[:, :, :10].transpose(1, 2)
+    assert torch.allclose(head_at(layers, x, index).double(), wanted, atol=5e-3)
 
 
 def test_large_means_do_not_cost_digits() -> None:
