@@ -221,16 +221,16 @@ def _mlflow() -> list[Check]:
     url = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not url.startswith(("http://", "https://")):
         return [Check("MLflow", False, f"MLFLOW_TRACKING_URI is {url or 'not set'}", "run `tomoscale up`, or set it")]
+    if "@" in urlsplit(url).netloc:
+        remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        return [Check("MLflow", False, "a user or password in MLFLOW_TRACKING_URI, which logs would show", remedy)]
     question = f"{url.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1"
     user = (os.environ.get("MLFLOW_TRACKING_USERNAME", ""), os.environ.get("MLFLOW_TRACKING_PASSWORD", ""))
     problem = services.http_problem(question, basic=user if user[0] else None)
     checks = [Check("MLflow", not problem, problem or f"{url} answers", "check address, user and password")]
     if not problem:
-        open_ = not services.http_problem(question)
-        finding = "answers without a password" if open_ else "asks for a password"
-        checks.append(
-            Check("MLflow access", not open_, finding, "start it with --app-name basic-auth, or keep it private")
-        )
+        remedy = "start it with --app-name basic-auth, or keep it private"
+        checks.append(_closed("MLflow access", question, "asks for a password", "answers without a password", remedy))
     return checks
 
 
@@ -241,10 +241,17 @@ def _ray() -> list[Check]:
     if not url:
         return [Check("Ray jobs", False, "RAY_API_SERVER_ADDRESS is not set", "run `tomoscale up`, or set it")]
     count = len(jobclient.list_jobs(url))
-    plain = url.replace("cluster://", "http://", 1).rstrip("/")
-    open_ = not services.http_problem(f"{plain}/api/jobs/")
-    finding = "runs anybody's code" if open_ else "asks for a token"
+    question = url.replace("cluster://", "http://", 1).rstrip("/") + "/api/jobs/"
+    remedy = "start every node with RAY_AUTH_MODE=token and one token"
     return [
         Check("Ray jobs", True, f"{url} answers, {count} jobs"),
-        Check("Ray access", not open_, finding, "start every node with RAY_AUTH_MODE=token and one token"),
+        _closed("Ray access", question, "asks for a token", "runs anybody's code", remedy),
     ]
+
+
+def _closed(name: str, question: str, closed: str, open_: str, remedy: str) -> Check:
+    """Whether a server refuses who shows nothing; one that did not answer has not refused."""
+    problem = services.http_problem(question)
+    if problem.startswith(("HTTP 401", "HTTP 403")):
+        return Check(name, True, closed)
+    return Check(name, False, f"not known: {problem}" if problem else open_, "ask again" if problem else remedy)

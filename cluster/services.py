@@ -27,6 +27,7 @@ PROFILE = "tomoscale"
 BUCKETS = ("volumes", "runs", "mlflow")
 MLFLOW_USER = "admin"
 OBJECT_STORE_BYTES = 256 * 1024**2
+PATIENCE_S = 10.0  # a server on a busy machine may be slow and well
 DRIVER_SLOTS = 16
 SOCKETS = Path("/tmp")  # where weed puts its sockets, whatever TMPDIR says
 # One port a purpose; the first is the one that clients use.
@@ -227,7 +228,7 @@ def _program(name: str, package: str) -> str:
     return found
 
 
-def s3_client(state_dir: Path, port: int, timeout_s: float = 3.0) -> Any:
+def s3_client(state_dir: Path, port: int, timeout_s: float = PATIENCE_S) -> Any:
     """A botocore S3 client that asks once and gives up soon."""
     import botocore.session
     from botocore.config import Config
@@ -275,7 +276,9 @@ def ray_problem(state_dir: Path, port: int) -> str:
     return http_problem(f"http://{HOST}:{port}/api/jobs/", bearer=states.secret(state_dir, "ray_token"))
 
 
-def http_problem(url: str, *, bearer: str = "", basic: tuple[str, str] | None = None, timeout_s: float = 3.0) -> str:
+def http_problem(
+    url: str, *, bearer: str = "", basic: tuple[str, str] | None = None, timeout_s: float = PATIENCE_S
+) -> str:
     """Empty when a GET answers 200, else the reason."""
     request = urllib.request.Request(url)
     if bearer:

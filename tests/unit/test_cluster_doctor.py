@@ -62,3 +62,27 @@ def test_releases_compare_without_their_build() -> None:
     assert doctor._same_release("2.13.0+cpu", "2.13.0")
     assert not doctor._same_release("2.13.1", "2.13.0")
     assert not doctor._same_release(None, "2.13.0")
+
+
+@pytest.mark.parametrize(
+    ("problem", "ok", "words"),
+    [
+        ("", False, "answers to all"),
+        ("HTTP 401 Unauthorized", True, "asks"),
+        ("HTTP 403 Forbidden", True, "asks"),
+        ("timed out", False, "not known: timed out"),
+    ],
+)
+def test_only_a_refusal_shows_that_a_server_is_closed(
+    problem: str, ok: bool, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.services.http_problem", lambda url: problem)
+    check = doctor._closed("access", "http://x", "asks", "answers to all", "close it")
+    assert (check.ok, check.finding) == (ok, words)
+
+
+def test_a_password_in_mlflows_address_is_not_repeated(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://admin:hush-hush@127.0.0.1:5000")
+    (check,) = doctor._mlflow()
+    assert not check.ok
+    assert "hush" not in check.finding

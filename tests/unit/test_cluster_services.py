@@ -1,5 +1,6 @@
 import configparser
 import json
+import socket
 import sys
 from pathlib import Path
 
@@ -101,5 +102,6 @@ def test_only_sockets_of_own_ports_are_removed(tmp_path: Path, monkeypatch: pyte
 
 
 def test_reasons_of_an_http_answer() -> None:
-    port = processes.free_ports(1)[0]
-    assert "refused" in services.http_problem(f"http://127.0.0.1:{port}/")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))  # not listening
+        assert "refused" in services.http_problem(f"http://127.0.0.1:{probe.getsockname()[1]}/")
