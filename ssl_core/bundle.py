@@ -309,8 +309,7 @@ def _level_modules(backbone: Backbone) -> list[str]:
     try:
         with torch.no_grad():
             size = [2 * m if m > 1 else 2 for m in backbone.multiple_DHW()]
-            channels = int(_stock_arguments(backbone).get("in_channels", 1))
-            x = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))
+            x = torch.randn(1, _ports(backbone)[0], *size, generator=torch.Generator().manual_seed(0))
             maps = backbone.features(x.to(parameter.device, parameter.dtype))
     finally:
         backbone.net.train(training)

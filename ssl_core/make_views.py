@@ -92,7 +92,8 @@ def make_views(
         position = spatial.positions(affine, batch.start_B3, size, device)
         deformed: list[Elastic | None] = [None] * role.count
         if role.elastic_vox > 0:
-            deformed = [_elastic(role, v, seed, batch.sample_B, device) for v in range(role.count)]
+            same = role.share_spatial
+            deformed = [_elastic(role, 0 if same else v, seed, sample_B, device) for v in range(role.count)]
             moved = [elastic.dense(e.control_B3abc, size, e.spacing_vox) for e in deformed if e is not None]
             position = spatial.deform(position, to_volume, torch.stack(moved))
             clean = spatial.linear(host, position, size)

@@ -43,8 +43,10 @@ def probe(engine: Engine, views: ViewBatch) -> dict[str, float]:
         views: The step's views.
 
     Returns:
-        Means over ranks: `probe/feature_std` (share of 1/sqrt(C)), `probe/effective_rank`, `probe/uniformity`,
-        `probe/alignment` where the sample has two views that overlap, and `probe/collapsed` (0 or 1).
+        Means over ranks: `probe/feature_std` (share of 1/sqrt(C)), `probe/effective_rank`, `probe/uniformity` and
+        `probe/collapsed` (0 or 1). Where samples have two views that overlap, also `probe/alignment`, and the mean
+        cosine of features of one place in both views, `probe/positive_similarity`, beside that of features of
+        different places or samples, `probe/negative_similarity`.
 
     Warns:
         CollapseWarning: on rank 0, when `feature_std` is below `LEAST_STD` or the rank below `LEAST_RANK`.
@@ -64,9 +66,12 @@ def probe(engine: Engine, views: ViewBatch) -> dict[str, float]:
     local = torch.stack([value.double() for value in found.values()])
     means = dict(zip(found, engine.collectives.mean(local).tolist(), strict=True))
     if len(maps) == 2:
-        sums = engine.collectives.sum(_aligned(encoder, maps[0], maps[1], shown)).tolist()
-        if sums[1]:
-            means["probe/alignment"] = sums[0] / sums[1]
+        distance, points, cosine, pairs = engine.collectives.sum(_matched(encoder, maps[0], maps[1], shown)).tolist()
+        if points:
+            means["probe/alignment"] = distance / points
+            means["probe/positive_similarity"] = 1 - means["probe/alignment"] / 2  # |a - b|^2 = 2 - 2 cos
+        if pairs:
+            means["probe/negative_similarity"] = cosine / pairs
     collapsed = means["probe/feature_std"] < LEAST_STD or means["probe/effective_rank"] < LEAST_RANK
     if collapsed and engine.collectives.rank == 0:
         warnings.warn(
@@ -130,6 +135,13 @@ def alignment(a_NC: Tensor, b_NC: Tensor) -> Tensor:
     return (functional.normalize(a_NC, dim=1) - functional.normalize(b_NC, dim=1)).square().sum(dim=1).mean()
 
 
+def unmatched_cosine(a_NC: Tensor, b_NC: Tensor) -> Tensor:
+    """Mean cosine of row i of `a` with row j of `b` over all i other than j; 0 for fewer than two rows."""
+    a, b = functional.normalize(a_NC, dim=1).double(), functional.normalize(b_NC, dim=1).double()
+    # All pairs at once are the product of the sums.
+    return ((a.sum(0) * b.sum(0)).sum() - (a * b).sum()) / max(len(a) * (len(a) - 1), 1)
+
+
 def uniformity(vectors_NC: Tensor) -> Tensor:
     """log of the mean over pairs of exp(-2 squared distance) of unit vectors (Wang and Isola 2020, t = 2).
 
@@ -157,8 +169,10 @@ def evaluation(method: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _aligned(encoder: Backbone, maps_a: list[Tensor], maps_b: list[Tensor], shown: list[View]) -> Tensor:
-    """(2,): sum of squared distances over matched points of two views, and their number."""
+def _matched(encoder: Backbone, maps_a: list[Tensor], maps_b: list[Tensor], shown: list[View]) -> Tensor:
+    """(4,): sum of squared distances over matched points of two views and their number, of cosines over the other
+    pairs and theirs.
+    """
     sides = [min(*a.shape[2:], *b.shape[2:]) for a, b in zip(maps_a, maps_b, strict=True)]
     index = max((i for i, side in enumerate(sides) if side >= _LEAST_SIDE), default=0)
     depth, height, width = maps_a[index].shape[2:]
@@ -166,6 +180,8 @@ def _aligned(encoder: Backbone, maps_a: list[Tensor], maps_b: list[Tensor], show
     a_BMC, inside_a = sample_features(maps_a[index], encoder.levels[index], a_BM3)
     b_BMC, inside_b = sample_features(maps_b[index], encoder.levels[index], b_BM3)
     keep_BM = valid_BM & inside_a & inside_b
+    a_NC, b_NC = a_BMC[keep_BM], b_BMC[keep_BM]
     count = keep_BM.sum().double()
-    mean = alignment(a_BMC[keep_BM], b_BMC[keep_BM]).double() if bool(count) else count
-    return torch.stack([mean * count, count])
+    pairs = count * (count - 1).clamp_min(0)
+    mean = alignment(a_NC, b_NC).double() if len(a_NC) else count
+    return torch.stack([mean * count, count, unmatched_cosine(a_NC, b_NC) * pairs, pairs])

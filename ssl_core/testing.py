@@ -1,20 +1,16 @@
 """What a method is held to, for this project's methods and for a newcomer's.
 
-Subclass `MethodContract` in a test module; it runs for every registered method. `Ranks` runs functions on several gloo
-processes and leaves none behind.
+Subclass `MethodContract` in a test module; it runs for every registered method.
 """
 
 import copy
 import dataclasses
-import multiprocessing
-import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import ssl_core.methods  # noqa: F401  registers every method
@@ -22,8 +18,9 @@ from ssl_core.backbones import build
 from ssl_core.backbones.pyramid import Pyramid
 from ssl_core.backbones.registry import architecture
 from ssl_core.config import parse, resolved
-from ssl_core.distributed import Collectives, ProcessGroup, Single
+from ssl_core.distributed import Collectives, Single
 from ssl_core.methods.base import Crops, StepContext, method_class, method_names
+from ssl_core.ranks import Ranks
 from ssl_core.views import RoleSpec, View, ViewBatch, ViewSpec
 from ssl_core.weights import encoder_state, load_exact
 
@@ -41,82 +38,8 @@ _SMALL = {
 }
 
 
-class Ranks:
-    """A group of gloo processes that run functions until closed.
-
-    Args:
-        world: Number of processes.
-        timeout_s: Longest that one `run` may take; then all processes are ended and `TimeoutError` is raised.
-    """
-
-    def __init__(self, world: int, timeout_s: float = 240.0) -> None:
-        self.world, self.timeout_s = world, timeout_s
-        self._folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn")
-        self._pipes, self._processes = [], []
-        for rank in range(world):
-            mine, theirs = context.Pipe()
-            file = str(Path(self._folder.name) / "store")
-            process = context.Process(target=_serve, args=(rank, world, file, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self._pipes.append(mine)
-            self._processes.append(process)
-
-    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Results of `function(collectives, *args)` of all ranks; the function must be importable by name."""
-        for pipe in self._pipes:
-            pipe.send((function, args))
-        results = []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(self.timeout_s):
-                self.close()
-                raise TimeoutError(f"rank {rank} of {self.world}: no answer within {self.timeout_s} s")
-            try:
-                good, value = pipe.recv()
-            except EOFError as error:
-                self.close()
-                raise RuntimeError(f"rank {rank} of {self.world} ended") from error
-            if not good:
-                self.close()
-                raise RuntimeError(f"rank {rank} of {self.world}: {value}")
-            results.append(value)
-        return results
-
-    def close(self) -> None:
-        """End all processes."""
-        for pipe in self._pipes:
-            pipe.close()  # a worker ends when its pipe does
-        for process in self._processes:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
-                process.join()
-        self._folder.cleanup()
-
-    def __enter__(self) -> "Ranks":
-        """The group itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Ends all processes."""
-        self.close()
-
-
-def _serve(rank: int, world: int, file: str, pipe: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
-    try:
-        while True:
-            function, args = pipe.recv()
-            try:
-                pipe.send((True, function(ProcessGroup(), *args)))
-            except Exception as error:  # noqa: BLE001  whatever it is, the caller is told
-                pipe.send((False, f"{type(error).__name__}: {error}"))
-    except (EOFError, BrokenPipeError):
-        pass
-    finally:
-        dist.destroy_process_group()
+DEGENERATE = ("constant images", "no overlap", "one region", "one position", "padding alone")
+"""Batches that leave a method nothing to tell apart, compare, or attract; see `degrade`."""
 
 
 def tiny_config(name: str) -> Any:
@@ -171,6 +94,27 @@ def synthetic_views(spec: ViewSpec, samples: list[int], dtype: torch.dtype = tor
 def take(batch: ViewBatch, index: list[int]) -> ViewBatch:
     """The samples of a batch at these places, in this order."""
     return _map(batch, lambda x: x[index])
+
+
+def degrade(batch: ViewBatch, case: str) -> None:
+    """Make a batch one of `DEGENERATE`, in place."""
+    for number, view in enumerate(view for views in batch.roles.values() for view in views):
+        images = [x for x in (view.image_BCDHW, view.clean_BCDHW) if x is not None]
+        if case == "constant images":
+            for image in images:
+                image.fill_(0.5)
+        elif case == "no overlap":
+            view.to_volume_B34[:, :, 3] += 1000.0 * number
+        elif case == "one region":
+            for ids in view.maps.values():
+                ids.fill_(1)
+        elif case == "one position":
+            view.position_B3.fill_(0.5)
+        elif case == "padding alone":
+            for tensor in (*images, view.valid_B1DHW, *view.maps.values()):
+                tensor.zero_()
+        else:
+            raise ValueError(case)
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -287,6 +231,30 @@ def trained(method: Any) -> list[nn.Parameter]:
     return [p for p in method.parameters() if p.requires_grad]
 
 
+def assert_targets_follow(method: Any, batch: ViewBatch, step: int = 50) -> None:
+    """After a step every weight of a `target_X` is m times itself plus 1 - m times that of `X`, m one number in [0, 1).
+
+    Args:
+        method: In float64, with at least one target.
+        batch: Its views.
+        step: Of a run of 100.
+    """
+    every = dict(method.named_parameters(remove_duplicate=False))
+    pairs = {n: every[n.replace("target_", "", 1)] for n in every if "target_" in n}
+    with torch.no_grad():
+        for parameter in trained(method):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    before = {n: every[n].detach().clone() for n in pairs}
+    online = {n: p.detach().clone() for n, p in pairs.items()}
+    method(batch, context(step))
+    method.after_step(context(step))
+    gap, move = (torch.cat([(new[n] - before[n]).detach().flatten() for n in pairs]) for new in (online, every))
+    share = float((gap @ move) / (gap @ gap))
+    assert 0 < share <= 1, f"targets moved by {share} of the way"
+    assert float((move - share * gap).abs().max()) < 1e-12
+    assert not any(every[n].requires_grad for n in pairs)
+
+
 def steps_on_ranks(
     collectives: Collectives, name: str, each: int, steps: int, settings: Mapping[str, Any]
 ) -> tuple[list[float], dict[str, Tensor]]:
@@ -366,26 +334,19 @@ class MethodContract:
         terms.total.backward()
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trained(method))
 
-    def test_constant_images_give_a_finite_loss_and_gradient(self, name: str) -> None:
-        """Nothing to tell apart."""
+    @pytest.mark.parametrize("case", DEGENERATE)
+    def test_degenerate_views_give_a_finite_loss_and_gradient(self, name: str, case: str) -> None:
+        """In this step, and in the next one, which sees what this one left in targets and queues."""
         method = tiny_method(name)
         batch = self.views(method, [0, 1])
-        flat = _map(batch, lambda x: torch.full_like(x, 0.5) if x.dtype == torch.float32 else x)
-        loss = method(flat, context(0)).total
-        loss.backward()
-        assert torch.isfinite(loss)
-        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trained(method))
-
-    def test_views_without_overlap_give_a_finite_loss_and_gradient(self, name: str) -> None:
-        """Nothing shared."""
-        method = tiny_method(name)
-        batch = self.views(method, [0, 1])
-        for views in batch.roles.values():
-            for i, view in enumerate(views):
-                view.to_volume_B34[:, :, 3] += 1000.0 * i
-        loss = method(batch, context(0)).total
-        loss.backward()
-        assert torch.isfinite(loss)
+        degrade(batch, case)
+        for step in range(2):
+            method.zero_grad()
+            loss = method(batch, context(step)).total
+            loss.backward()
+            method.after_step(context(step))
+            assert torch.isfinite(loss)
+            assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trained(method))
 
     def test_gradients_reach_what_is_trained_and_nothing_else(self, name: str) -> None:
         """Trained parameters get a gradient and no other parameter does."""
@@ -398,6 +359,13 @@ class MethodContract:
         # Biases before a norm get a gradient of zero by design; kernels never do.
         dead = [n for n, p in method.named_parameters() if p.requires_grad and p.dim() > 1 and not p.grad.any()]
         assert dead == []
+
+    def test_targets_follow_exactly(self, name: str) -> None:
+        """Moving averages are what they are called, over all weights alike."""
+        method = tiny_method(name).double()
+        if not any("target_" in n for n, _ in method.named_parameters()):
+            pytest.skip(f"{name} has no target")
+        assert_targets_follow(method, self.views(method, [0, 1], torch.float64))
 
     def test_permuting_the_batch_leaves_the_loss(self, name: str) -> None:
         """The order of samples means nothing."""
@@ -412,13 +380,14 @@ class MethodContract:
         assert_same_on_ranks(two_ranks, name)
 
     def test_a_resumed_run_is_bitwise_equal(self, name: str) -> None:
-        """The state dict holds all that a method remembers."""
+        """The state dict holds all that a method remembers, after any number of steps."""
+        at, end = 1 + zlib.crc32(name.encode()) % 4, 5
         straight = tiny_method(name)
         batch = self.views(straight, [0, 1])
         optimizer = torch.optim.AdamW(trained(straight), lr=1e-3)
-        train(straight, batch, range(2), optimizer)
+        train(straight, batch, range(at), optimizer)
         saved = copy.deepcopy((straight.state_dict(), optimizer.state_dict()))
-        wanted = train(straight, batch, range(2, 4), optimizer)
+        wanted = train(straight, batch, range(at, end), optimizer)
 
         resumed = tiny_method(name, seed=5)
         with torch.no_grad():
@@ -426,7 +395,7 @@ class MethodContract:
                 tensor.copy_(saved[0][key])
         again = torch.optim.AdamW(trained(resumed), lr=1e-3)
         again.load_state_dict(saved[1])
-        assert train(resumed, batch, range(2, 4), again) == wanted
+        assert train(resumed, batch, range(at, end), again) == wanted
         for key, tensor in resumed.state_dict().items():
             assert torch.equal(tensor, straight.state_dict()[key]), key
 

@@ -99,7 +99,8 @@ class RoleSpec:
             (with each other when `overlaps` is empty). 0 places boxes independently in the host crop.
         overlaps: Another role to overlap with.
         inside_union: Whether boxes lie inside the bounding box of the union of the views of role `overlaps`.
-        share_spatial: Whether all views of the role use the same flips, scale and rotation (their boxes still differ).
+        share_spatial: Whether all views of the role use the same flips, scale, rotation and deformation (their boxes
+            still differ).
         offset_vox: When set, later views are the first box shifted along D by a whole number of voxels drawn from this
             closed range, either sign; for slice and sub-volume pairs. Scale and rotation are then shared as well.
         intensity: Name of the intensity augmentation, one of `ssl_core.augment.presets.PRESETS` (`none`, `light`,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ssl_core.losses.cosine import unit
+from ssl_core.losses.cosine import product, unit
 
 
 def local_alignment(a_BEM: Tensor, b_BEM: Tensor, valid_BM: Tensor | None = None) -> Tensor:
@@ -16,7 +16,7 @@ def local_alignment(a_BEM: Tensor, b_BEM: Tensor, valid_BM: Tensor | None = None
         b_BEM: Features that a's are matched to.
         valid_BM: Positions of a that count; all when `None`. Without any the value is 0.
     """
-    cosine_BMM = unit(a_BEM, 1).transpose(1, 2) @ unit(b_BEM, 1)
+    cosine_BMM = product(unit(a_BEM, 1).transpose(1, 2), unit(b_BEM, 1))
     gap_BM = (1 - cosine_BMM.amax(2)).abs()
     if valid_BM is None:
         return gap_BM.mean(1)

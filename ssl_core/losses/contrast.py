@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ssl_core.losses.cosine import unit
+from ssl_core.losses.cosine import product, unit
 
 Denominator = Literal["all", "pos_neg"]
 QUANTA = 1024  # positions are compared as integers of 1/1024 voxel
@@ -34,7 +34,7 @@ def multi_positive_nce(
         temperature: t.
         denominator: See above.
     """
-    logits_NK = unit(anchor_NE, -1) @ unit(key_KE, -1).transpose(-1, -2) / temperature
+    logits_NK = product(unit(anchor_NE, -1), unit(key_KE, -1).transpose(-1, -2)) / temperature
     losses_N, has_N = per_anchor(logits_NK, positive_NK, other_NK, denominator)
     return losses_N.sum() / has_N.sum().clamp_min(1)
 

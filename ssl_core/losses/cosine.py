@@ -17,6 +17,12 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` in the float type that they have; autocast would take it in 16 bits, which logits over t do not bear."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
 def distance(a: Tensor, b: Tensor, dim: int = -1) -> Tensor:
     """Squared distance of the unit vectors, 2 - 2 cos, in [0, 4], shape without `dim` (BYOL, 2006.07733, eq. 2).
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ssl_core.losses.cosine import unit, wide
+from ssl_core.losses.cosine import product, unit, wide
 
 
 def nt_xent(
@@ -21,7 +21,7 @@ def nt_xent(
         itself_N: Index of each anchor among the keys, left out of the sum; `None` when anchors are no keys.
         temperature: t.
     """
-    logits_NK = unit(anchor_NE, 1) @ unit(key_KE, 1).t() / temperature
+    logits_NK = product(unit(anchor_NE, 1), unit(key_KE, 1).t()) / temperature
     positive = logits_NK.gather(1, positive_N[:, None])[:, 0]
     out_N2 = torch.stack([positive_N, positive_N if itself_N is None else itself_N], dim=1)
     return _of_negatives(logits_NK.scatter(1, out_N2, float("-inf")), positive)
@@ -40,7 +40,7 @@ def queue_nce(
         keep_BK: Which negatives count for which query; all when `None`.
     """
     query, key = unit(query_BE, 1), unit(key_BE, 1)
-    negative = query @ wide(queue_KE).to(query.dtype).t()
+    negative = product(query, wide(queue_KE).to(query.dtype).t())
     if keep_BK is not None:
         negative = negative.masked_fill(~keep_BK, float("-inf"))
     return _of_negatives(negative / temperature, (query * key).sum(1) / temperature)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ssl_core.losses.contrast import per_anchor
-from ssl_core.losses.cosine import unit
+from ssl_core.losses.cosine import product, unit
 
 
 def pixel_contrast(z_BNE: Tensor, region_BN: Tensor, valid_BN: Tensor, temperature: float) -> Tensor:
@@ -24,7 +24,7 @@ def pixel_contrast(z_BNE: Tensor, region_BN: Tensor, valid_BN: Tensor, temperatu
         Mean over images; one with fewer than two regions counts as 0 and stays in the graph.
     """
     z = unit(z_BNE, 2)
-    logits_BNN = z @ z.transpose(1, 2) / temperature
+    logits_BNN = product(z, z.transpose(1, 2)) / temperature
     same = region_BN[:, :, None] == region_BN[:, None, :]
     both = valid_BN[:, :, None] & valid_BN[:, None, :]
     other = both & ~torch.eye(z.shape[1], dtype=torch.bool, device=z.device)
@@ -49,7 +49,7 @@ def prototype_contrast(v_BRE: Tensor, w_BRE: Tensor, valid_BR: Tensor, temperatu
     Returns:
         Mean over images; one with fewer than two regions counts as 0 and stays in the graph.
     """
-    logits_BRR = unit(v_BRE, 2) @ unit(w_BRE, 2).transpose(1, 2) / temperature
+    logits_BRR = product(unit(v_BRE, 2), unit(w_BRE, 2).transpose(1, 2)) / temperature
     both = valid_BR[:, :, None] & valid_BR[:, None, :]
     same = torch.eye(valid_BR.shape[1], dtype=torch.bool, device=valid_BR.device) & both
     forth, _ = per_anchor(logits_BRR, same, both)
@@ -63,5 +63,5 @@ def region_means(z_BEM: Tensor, region_BM: Tensor, wanted_BR: Tensor) -> tuple[T
     """Mean embedding of each wanted region, (B, R, E), and whether it has any position, (B, R)."""
     member = (region_BM[:, None, :] == wanted_BR[:, :, None]).to(z_BEM.dtype)
     count_BR = member.sum(2)
-    means = torch.einsum("brm,bem->bre", member, z_BEM) / count_BR.clamp_min(1)[:, :, None]
+    means = product(member, z_BEM.transpose(1, 2)) / count_BR.clamp_min(1)[:, :, None]
     return means, count_BR > 0

@@ -37,6 +37,9 @@ class Crops(Config):
     )
     flip: tuple[float, float, float] = Field(default=(0.5, 0.5, 0.5), description="Probability of a flip along D, H, W")
     rotate_degrees: float = Field(default=0.0, ge=0, le=180, description="Largest rotation about D; our choice")
+    elastic_vox: float = Field(
+        default=0.0, ge=0, description="Largest elastic displacement, view voxels; our choice: none"
+    )
     min_overlap: float = Field(
         default=0.0, ge=0, le=1, description="Least intersection over union of the boxes; 0 places them independently"
     )

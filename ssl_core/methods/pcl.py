@@ -68,7 +68,8 @@ class PCL(nn.Module):
 
     Formula: with unit embeddings of the N slices' two views, L = mean over i of -1/|P_i| sum over j in P_i of
     log( exp(s_ij / t) / sum over a != i of exp(s_ia / t) ), P_i = { j != i : |p_i - p_j| < threshold or j is the other
-    view of i }. `denominator = "pos_neg"` keeps only the one positive and the negatives below the line.
+    view of i }, p the centre over the length, (i + 1/2) / n for slice i of n (code: (i + 1) / n).
+    `denominator = "pos_neg"` keeps only the one positive and the negatives below the line.
 
     Traps: positions mean something only when all scans show about the same part of the body in the same direction, so
     never flip along D; slices exactly `threshold` apart flip with rounding unless compared as integers, which is done
@@ -85,7 +86,8 @@ class PCL(nn.Module):
 
         crops: Crops = Field(
             default=Crops(flip=(0.0, 0.5, 0.5)),
-            description="Views; mirrored in-plane as in the code, which has no intensity changes: those are our choice",
+            description="Views; mirrored in-plane as in the code, which also turns, scales and deforms two of three and"
+            " has no intensity changes: those are our choice",
         )
         threshold: float = Field(default=0.1, gt=0, description="Largest difference of position; code: 0.1 and 0.35")
         temperature: float = Field(default=0.1, gt=0, description="t; code, with its scale t/0.07 left out")

@@ -47,7 +47,9 @@ class _Level(nn.Module):
 
     def forward(self, feature_BCDHW: Tensor) -> tuple[Tensor, Tensor]:
         """`pro` and `pre`, (B, C)."""
-        pro = self.embed(feature_BCDHW.mean((2, 3, 4)))
+        # Samples' means are nearly alike: rounded to 16 bits, what the norm makes of their differences is noise.
+        pooled = feature_BCDHW.mean((2, 3, 4), dtype=torch.promote_types(feature_BCDHW.dtype, torch.float32))
+        pro = self.embed(pooled)
         return pro, self.predict(pro)
 
 
@@ -91,7 +93,8 @@ class PCRLv2(nn.Module):
                 min_overlap=0.3,
                 intensity="pcrlv2",
             ),
-            description="The two global views; sizes, overlap, flip and rotation after the code",
+            description="The two global views; sizes, overlap, flip and rotation after the code, which draws one of"
+            " four sizes and turns about all axes",
         )
         local: Crops = Field(
             default=Crops(

@@ -11,7 +11,8 @@ import torch
 from ssl_core.distributed import Collectives
 from ssl_core.methods.base import method_names
 from ssl_core.norm import GlobalBatchNorm
-from ssl_core.testing import Ranks, assert_same_on_ranks
+from ssl_core.ranks import Ranks
+from ssl_core.testing import assert_same_on_ranks
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def _fail(collectives: Collectives) -> None:
 
 
 def _sleep(collectives: Collectives) -> None:
-    time.sleep(60)
+    time.sleep(600)
 
 
 def _identity(collectives: Collectives) -> int:
@@ -81,13 +82,13 @@ def test_an_error_on_a_rank_is_reported() -> None:
 
 
 def test_a_rank_that_hangs_is_ended_in_time() -> None:
-    ranks = Ranks(2, timeout_s=60.0)
+    ranks = Ranks(2)
     pids = ranks.run(_identity)
     ranks.timeout_s = 0.5
     began = time.monotonic()
     with pytest.raises(TimeoutError):
         ranks.run(_sleep)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 240
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)

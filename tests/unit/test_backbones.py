@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from ssl_core.backbones import Backbone, backbone_names, build
 from ssl_core.backbones.centres import measure
 from ssl_core.backbones.pyramid import cumulative
 from ssl_core.backbones.registry import architecture
+from ssl_core.weights import compare, encoder_state
 from storage.errors import ConfigError
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -142,6 +144,38 @@ def test_centres_that_are_known_for_the_presets_are_those_that_are_measured() ->
             assert abs(geometry.offset[0] - found) < 0.12 * geometry.stride[0]
     assert [g.offset for g in kind.geometry({"preset": "M"})] == [g.offset for g in kind.geometry({"preset": "L"})][:5]
     assert kind.geometry({"preset": "S", "kernel_sizes": (5, 3, 3, 3, 3, 3)})[1].offset is None
+
+
+@pytest.mark.parametrize(
+    ("preset", "blocks"), [("S", [2, 2, 2, 2, 2, 2]), ("M", [1, 3, 4, 6, 6]), ("L", [1, 3, 4, 6, 6, 6])]
+)
+def test_presets_of_resenc_export_into_the_class_as_its_own_plans_build_it(preset: str, blocks: list[int]) -> None:
+    unet = pytest.importorskip("dynamic_network_architectures.architectures.unet")
+    stages = len(blocks)
+    with torch.device("meta"):  # names and shapes, without a gigabyte of weights
+        backbone = build("resenc", preset=preset)
+        stock = unet.ResidualEncoderUNet(
+            input_channels=1,
+            n_stages=stages,
+            features_per_stage=[32, 64, 128, 256, 320, 320][:stages],
+            conv_op=nn.Conv3d,
+            kernel_sizes=[[3, 3, 3]] * stages,
+            strides=[[1, 1, 1], *[[2, 2, 2]] * (stages - 1)],
+            n_blocks_per_stage=blocks,
+            num_classes=2,
+            n_conv_per_stage_decoder=[1] * (stages - 1),
+            conv_bias=True,
+            norm_op=nn.InstanceNorm3d,
+            norm_op_kwargs={"eps": 1e-5, "affine": True},
+            nonlin=nn.LeakyReLU,
+            nonlin_kwargs={"inplace": True},
+        )
+    report = compare(stock, encoder_state(backbone), backbone.encoder_keys())
+    assert report.complete, str(report)
+    assert set(backbone.encoder_keys()) == {k for k in stock.state_dict() if "encoder." in k}
+    assert {k: v.shape for k, v in stock.state_dict().items()} == {
+        k: v.shape for k, v in backbone.net.state_dict().items()
+    }
 
 
 def test_centres_compose() -> None:

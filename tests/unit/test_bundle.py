@@ -72,6 +72,7 @@ _STOCK = [
     ("dynunet", {"filters": [4, 8, 16, 16, 16, 16]}),
     ("segresnet", {"init_filters": 8}),
     ("resenc", {"n_blocks_per_stage": [1, 1, 1], "features_per_stage": [4, 8, 8]}),
+    ("resenc", {"in_channels": 2, "n_blocks_per_stage": [1, 1], "features_per_stage": [4, 8]}),
     ("resenc", {"spatial_dims": 2, "n_blocks_per_stage": [1, 1], "features_per_stage": [4, 8]}),
 ]
 

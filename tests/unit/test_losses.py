@@ -272,6 +272,26 @@ def test_degenerate_input_gives_a_finite_loss_and_gradient(case: str, value: str
     assert torch.isfinite(z.grad).all()
 
 
+PAIRS, REGIONS = torch.arange(8) % 4, torch.arange(8)[None] // 4
+EXACT = {
+    "positives": lambda z: multi_positive_nce(z, z, PAIRS[:, None] == PAIRS, not_itself(8), 0.1),
+    "nt_xent": lambda z: nt_xent(z, z, (torch.arange(8) + 4) % 8, torch.arange(8), 0.1),
+    "queue": lambda z: queue_nce(z[:4], z[4:], unit(z.flip(1), 1), 0.1),
+    "pixels": lambda z: pixel_contrast(z[None], REGIONS, torch.ones(1, 8).bool(), 0.1),
+    "prototypes": lambda z: prototype_contrast(z[None], z[None].flip(2), torch.ones(1, 8).bool(), 0.1),
+    "means": lambda z: region_means(z.t()[None], REGIONS, torch.tensor([[0, 1]]))[0].sum(),
+    "alignment": lambda z: windowed_alignment(z.t().reshape(1, 16, 2, 2, 2), z.reshape(1, 16, 2, 2, 2), 2).mean(),
+}
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_losses_keep_their_digits_under_autocast(case: str) -> None:
+    z = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = EXACT[case](z)
+    assert torch.equal(found, EXACT[case](z))
+
+
 def test_low_precision_embeddings_are_compared_in_float32() -> None:
     z = torch.randn(8, 16).bfloat16()
     index = torch.arange(8)

@@ -3,10 +3,12 @@
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from ssl_core import placement
 from ssl_core.align import sample_features, shared_points
 from ssl_core.backbones import build
 from ssl_core.backbones.base import Level
@@ -15,7 +17,16 @@ from ssl_core.masking import block_mask
 from ssl_core.methods.base import Crops, level_for, method_class, method_names
 from ssl_core.methods.compose import merge
 from ssl_core.methods.pcrlv2 import mid_weight
-from ssl_core.testing import context, synthetic_views, take, tiny_config, tiny_method, train, trained
+from ssl_core.testing import (
+    assert_targets_follow,
+    context,
+    synthetic_views,
+    take,
+    tiny_config,
+    tiny_method,
+    train,
+    trained,
+)
 from ssl_core.views import View, ViewBatch, ViewSpec
 from storage.errors import ConfigError
 
@@ -123,6 +134,46 @@ def test_the_global_term_trains_the_deepest_level() -> None:
     assert flags == [False, True]
     terms = both(batch_of(both, [0, 1]), context(0)).terms
     assert set(terms) == {"local", "global"}
+
+
+def test_the_targets_of_the_global_term_follow_too() -> None:
+    method = tiny_method("pgl", changed("pgl", w_global=1.0)).double()
+    assert_targets_follow(method, batch_of(method, [0, 1], torch.float64))
+
+
+def test_a_target_keeps_the_running_statistics_of_its_own_passes() -> None:
+    method = tiny_method("byol")
+    with torch.no_grad():
+        for parameter in trained(method):
+            parameter.mul_(1.5)
+    method(batch_of(method, [0, 1]), context(0))
+    before = {n: b.clone() for n, b in method.target_projector.named_buffers()}
+    method.after_step(context(0))
+    online = dict(method.projector.named_buffers())
+    for name, buffer in method.target_projector.named_buffers():
+        assert torch.equal(buffer, before[name])
+    assert any(not torch.equal(online[n], b) for n, b in before.items())
+
+
+def test_views_of_pgl_share_no_sliver() -> None:
+    """Ten percent of overlap may lie in a thin slab; the host crop keeps it at a sixth of a view along every axis."""
+    kind = method_class("pgl")
+    spec = kind.view_spec(kind.Config())
+    count, host = 4000, spec.host_size_DHW
+    made = placement.draw(
+        spec,
+        seed=0,
+        sample_B=np.arange(count),
+        start_B3=np.zeros((count, 3), np.int64),
+        host_DHW=host,
+        shape_B3=np.tile(np.array(host, np.float64), (count, 1)),
+        spacing_B3=np.ones((count, 3)),
+    )["global"]
+    side = np.abs(np.diagonal(made[..., :3], axis1=2, axis2=3)) * 64
+    centre = made[..., :3].sum(3) * 32 + made[..., 3]
+    low, high = centre - side / 2, centre + side / 2
+    shared = high.min(0) - low.max(0)
+    assert (shared / side.min(0)).min() > 1 / 6
 
 
 def test_the_level_compared_is_the_deepest_with_enough_positions() -> None:
@@ -300,6 +351,23 @@ def test_pcrlv2_restores_without_skips() -> None:
     method.backbone.decode = lambda maps, skips=True: seen.append(skips) or decode(maps, skips)
     method(batch_of(method, [0, 1]), context(0))
     assert seen == [False, False, False]
+
+
+def test_pcrlv2_at_its_best_is_minus_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restored exactly and embeddings that are predicted exactly: 0 + 0 - 1 - 1."""
+    method = tiny_method("pcrlv2", changed("pcrlv2", target="as_is")).double()
+    batch = batch_of(method, [0, 1], torch.float64)
+    first = batch.roles["global"][0]
+    with torch.no_grad():
+        restored = torch.sigmoid(method.restore(method._decode(first.image_BCDHW)[-1]))
+    assert first.clean_BCDHW is not None
+    first.clean_BCDHW.copy_(restored)
+    for heads in method.heads:
+        known = torch.randn(1, 8, dtype=torch.float64)
+        monkeypatch.setattr(heads, "forward", lambda m, known=known: (known.expand(len(m), -1),) * 2)
+    terms = method(batch, context(100)).terms  # of 100 steps: the weight of the coarse restoration has faded
+    wanted = {"restoration": 0.0, "mid": 0.0, "siamese": -1.0, "local": -1.0}
+    assert {name: term.item() for name, term in terms.items()} == pytest.approx(wanted, abs=1e-12)
 
 
 def test_mae_counts_hidden_voxels_only() -> None:

@@ -20,6 +20,7 @@ from ssl_core.probes import (
     probe,
     thin,
     uniformity,
+    unmatched_cosine,
     vectors,
 )
 from ssl_core.views import RoleSpec, View, ViewBatch, ViewSpec
@@ -69,6 +70,13 @@ def test_alignment_closed_form() -> None:
     a = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     b = torch.tensor([[0.0, 5.0], [0.0, 1.0]])
     assert float(alignment(a, b)) == pytest.approx(1.0)  # squared distances 2 and 0
+
+
+def test_unmatched_cosine_against_a_loop() -> None:
+    a, b = sphere(7, 5), sphere(7, 5, seed=1)
+    cosines = [float(nn.functional.cosine_similarity(a[i], b[j], dim=0)) for i in range(7) for j in range(7) if i != j]
+    assert float(unmatched_cosine(a, b)) == pytest.approx(sum(cosines) / len(cosines), abs=1e-12)
+    assert [float(unmatched_cosine(a[:n], b[:n])) for n in (0, 1)] == [0.0, 0.0]
 
 
 def test_uniformity_against_a_loop() -> None:
@@ -132,6 +140,8 @@ def test_probe_is_quiet_on_a_fresh_network_and_changes_nothing() -> None:
     assert found["probe/collapsed"] == 0
     assert found["probe/feature_std"] > 0.5
     assert found["probe/alignment"] == pytest.approx(0.0, abs=1e-6)  # the same pixels at the same place
+    assert found["probe/positive_similarity"] == pytest.approx(1.0, abs=1e-6)
+    assert -1 <= found["probe/negative_similarity"] < 0.9
     assert all(torch.equal(v, before[k]) for k, v in engine.method.state_dict().items())
     assert engine.method.training
     assert not engine.method.backbone.training
@@ -139,12 +149,15 @@ def test_probe_is_quiet_on_a_fresh_network_and_changes_nothing() -> None:
 
 def test_alignment_of_the_same_pixels_at_other_places_is_poor() -> None:
     engine = Engine(Net(), EngineConfig(steps=5, warmup_steps=0))
-    assert probe(engine, two_views(9.0))["probe/alignment"] > 0.05
+    found = probe(engine, two_views(9.0))
+    assert found["probe/alignment"] > 0.05
+    assert found["probe/positive_similarity"] == pytest.approx(1 - found["probe/alignment"] / 2)
 
 
 def test_views_that_share_nothing_have_no_alignment() -> None:
     engine = Engine(Net(), EngineConfig(steps=5, warmup_steps=0))
-    assert "probe/alignment" not in probe(engine, two_views(100.0))
+    found = probe(engine, two_views(100.0))
+    assert not {"probe/alignment", "probe/positive_similarity", "probe/negative_similarity"} & set(found)
 
 
 def test_constant_features_raise_the_alarm() -> None:

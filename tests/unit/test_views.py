@@ -75,6 +75,17 @@ def test_maps_show_the_voxel_that_holds_the_place():
             assert np.array_equal(view.maps["label"][b].flatten().numpy(), expected)
 
 
+def test_views_that_share_their_transform_share_their_deformation():
+    apart = RoleSpec("apart", 2, (14, 18, 16), elastic_vox=1.5, intensity="none")
+    together = RoleSpec("together", 2, (14, 18, 16), elastic_vox=1.5, share_spatial=True, offset_vox=(1, 3))
+    spec = ViewSpec((apart, together))
+    made = _make(noise(spec, 3), spec)
+    a, b = (view.elastic.control_B3abc for view in made.roles["together"])
+    assert torch.equal(a, b)
+    a, b = (view.elastic.control_B3abc for view in made.roles["apart"])
+    assert not torch.equal(a, b)
+
+
 def test_large_ids_survive():
     spec = ViewSpec((PAIR,), maps=("regions",))
     batch = noise(spec, 2)
