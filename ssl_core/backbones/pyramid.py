@@ -17,7 +17,6 @@ from ssl_core.norm import globalise
 from storage.errors import ConfigError
 
 Triple = tuple[int, int, int]
-Offset = tuple[float, float, float]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ssl_core.engine import Engine, EngineConfig, fit
 from ssl_core.make_views import make_views
 from ssl_core.methods.base import method_class
 from ssl_core.probes import CollapseWarning, probe
+from ssl_core.testing import synthetic_views, tiny_method
 from tests.unit import crops
 
 SMALL = {"crops": {"size_DHW": [32, 32, 32], "min_overlap": 0.2, "flip": [0.5, 0.5, 0.5]}, "hidden": 16, "out": 8}
@@ -63,6 +64,27 @@ def test_resume_is_bitwise_at_several_steps(tmp_path: Path, name: str) -> None:
         now = resumed.state_dict()
         for group in ("method", "optimizer"):
             assert_same(now[group], end[group], f"{group} from step {at}")
+
+
+@pytest.mark.parametrize("name", ["pgl", "mae"])
+def test_a_compiled_method_has_the_same_losses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)  # traced as for any backend, and run without a C++ compiler
+        return graph.forward
+
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_(module, backend=backend))
+    losses = []
+    for on in (False, True):
+        method = tiny_method(name)
+        settings = EngineConfig(steps=3, warmup_steps=0, log_every=1, precision="fp64", compile=on)
+        engine, spec = Engine(method, settings), type(method).view_spec(method.config)
+        batches = (synthetic_views(spec, [2 * step, 2 * step + 1], torch.float64) for step in range(3))
+        losses.append([engine.step(views)["loss"] for views in batches])
+        assert bool(graphs) == on
+    assert losses[1] == pytest.approx(losses[0], rel=1e-12)
 
 
 def assert_same(a: Any, b: Any, where: str) -> None:
