@@ -16,9 +16,10 @@ from cluster.state import State, default_dir
 from storage.errors import StackError
 
 Progress = Callable[[str], None]
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 240.0  # 8 s on an idle machine; a server that dies is noticed at once
 _LEAST_FREE_BYTES = 2 * 1024**3
 _GRACE_S = {"ray": 5.0, "mlflow": 4.0, "s3": 2.0}  # jobs were asked before; weed never ends by itself
+_TOLD = {"s3": ("mlflow", "ray"), "mlflow": ("ray",), "ray": ()}  # who is given the address of a server
 TITLES = {"s3": "S3 (SeaweedFS)", "mlflow": "MLflow", "ray": "Ray"}
 
 
@@ -132,37 +133,24 @@ def _start(
     state_dir: Path, state: State, missing: list[str], wanted: dict[str, int], cpus: int | None, progress: Progress
 ) -> None:
     began = time.monotonic()
-    if missing:
-        services.write_credentials(state_dir)
-    if "ray" in missing:
-        state.cpus = cpus or max(4, os.cpu_count() or 1)
-        _drop_old_sessions(state_dir)
-    for name in missing:
-        # Children of a server that died alone would keep its ports.
-        _end_service(state, name, 5.0)
-        state.services[name] = states.Service(ports=_ports(state, name, wanted[name]))
-        state.ports[name] = state.services[name].ports
-    ports = {name: state.services[name].ports for name in states.SERVICES}
-    servers = [services.server(name, state_dir, state.stack, ports, state.cpus) for name in states.SERVICES]
-    for server in (server for server in servers if server.name in missing):
-        states.save(state_dir, state)
-        server.log.unlink(missing_ok=True)
-        process = processes.spawn(server.command, server.environment, server.log, server.cwd)
-        entry = state.services[server.name]
-        entry.pid, entry.created = process.pid, process.create_time()
-        states.save(state_dir, state)
     there = [name for name in states.SERVICES if name not in missing]
     if there:
         progress(f"already running: {', '.join(TITLES[name] for name in there)}")
     if missing:
         progress(f"starting {', '.join(TITLES[name] for name in missing)} in {state_dir}")
-    waiting = {server.name: server for server in servers}
+    waiting = _launch(state_dir, state, missing, wanted, cpus)
     why: dict[str, str] = {}
     while waiting:
         for name, server in list(waiting.items()):
             entry = state.services[name]
             if _main(state, name) is None:
-                raise _died(server)
+                if name in missing:
+                    raise _died(server)
+                # It was dying when `up` looked, as after a kill a moment ago.
+                progress(f"{TITLES[name]} has ended meanwhile; starting it")
+                missing.append(name)
+                waiting[name] = _launch(state_dir, state, [name], wanted, cpus)[name]
+                continue
             why[name] = server.probe()
             if why[name]:
                 continue
@@ -180,6 +168,49 @@ def _start(
                 remedy=f"read {server.log}:\n{_tail(server.log)}",
             )
         time.sleep(0.2 if waiting else 0)
+
+
+def _launch(
+    state_dir: Path, state: State, names: list[str], wanted: dict[str, int], cpus: int | None
+) -> dict[str, services.Server]:
+    """Start these servers, noting each before and after; returns all, running ones included."""
+    if names:
+        services.write_credentials(state_dir)
+    if "ray" in names:
+        state.cpus = cpus or max(4, os.cpu_count() or 1)
+        _drop_old_sessions(state_dir)
+    for name in names:
+        # Children of a server that died alone would keep its ports.
+        _end_service(state, name, 5.0)
+        ports = _ports(state, name, wanted[name])
+        _check_address(state, name, ports)
+        state.services[name] = states.Service(ports=ports)
+        state.ports[name] = ports
+    known = {name: state.services[name].ports for name in states.SERVICES}
+    servers = {name: services.server(name, state_dir, state.stack, known, state.cpus) for name in states.SERVICES}
+    for name in names:
+        states.save(state_dir, state)
+        server, entry = servers[name], state.services[name]
+        server.log.unlink(missing_ok=True)
+        process = processes.spawn(server.command, server.environment, server.log, server.cwd)
+        entry.pid, entry.created = process.pid, process.create_time()
+        states.save(state_dir, state)
+    return servers
+
+
+def _check_address(state: State, name: str, ports: dict[str, int]) -> None:
+    """Refuse another address for a server that running ones were told about: they would talk to a stranger."""
+    users = [TITLES[other] for other in _TOLD[name] if _main(state, other)]
+    purpose = services.PORTS[name][0]
+    last = state.ports.get(name, ports)[purpose]
+    if users and last != ports[purpose]:
+        owner = processes.port_owner(last)
+        raise StackError(
+            f"port {last} for {TITLES[name]}",
+            expected=f"the one that {' and '.join(users)} know, which still run",
+            found=f"{owner} listening on it" if owner else f"port {ports[purpose]} instead",
+            remedy="end that program, or start all with `tomoscale down` and `tomoscale up`",
+        )
 
 
 def _ports(state: State, name: str, wanted: int) -> dict[str, int]:
