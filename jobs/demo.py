@@ -86,13 +86,15 @@ class Demo:
                 os.environ.pop(key, None)
             os.environ.update(stack.environment(self.state))
             self.memory = Memory(self.state)
-            return self._work(info.jobs_address)
+            page = self._work(info.jobs_address)
         finally:
             if self.memory is not None:
                 self.memory.close()
             if not (self.keep or running):
                 with self._stage("down"):
                     stack.down(self.state, progress=self.say)
+        self.say(f"\nreport:  {page.resolve()}\nsummary: {(self.out / 'summary.json').resolve()}")
+        return page
 
     def _work(self, address: str) -> Path:
         stamp = datetime.now(UTC).strftime("%m%d-%H%M%S")
@@ -130,7 +132,6 @@ class Demo:
         self.say(report.text(summary))
         if simulated:
             self.say("\nThese subjects are simulated; the numbers show that the machinery works and nothing more.")
-        self.say(f"\nreport:  {page.resolve()}\nsummary: {(self.out / 'summary.json').resolve()}")
         return page
 
     def _dataset(self) -> tuple[Path, str, bool]:
