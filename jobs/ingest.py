@@ -85,6 +85,8 @@ def describe(report: IngestReport, data: str) -> str:
         f" in {report.seconds:.1f} s"
     ]
     lines += [f"  orphan: {orphan}" for orphan in report.orphans]
+    if report.ignored:
+        lines.append(f"  ignored: {len(report.ignored)} files that no reader knows, the first: {report.ignored[0]}")
     lines += [f"  refused: {refused}" for refused in report.quarantined]
     lines += [f"  note: {warning}" for warning in report.warnings]
     if report.quarantined:

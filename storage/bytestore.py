@@ -111,11 +111,11 @@ def open_store(url: str, policy: RetryPolicy | None = None) -> ByteStore:
 def _refuse_credentials(url: str) -> None:
     """Refuse `scheme://user:password@...`, wherever in the URL, without repeating it.
 
-    A secret may hold slashes, so that in an `s3://` URL every `@` behind a colon counts.
+    A secret may hold slashes: but for URLs that may have a port and a path, every `@` behind a colon counts.
     """
-    for scheme, rest in re.findall(r"([A-Za-z0-9+.-]+)://(.*?)(?=::|$)", url, re.DOTALL):
-        secret = "@" in rest.partition("/")[0] or (scheme == "s3" and ":" in rest.partition("@")[0] and "@" in rest)
-        if secret:
+    for scheme, rest in re.findall(r"([A-Za-z0-9+.-]+):/+(.*?)(?=::|$)", url, re.DOTALL):
+        ported = scheme.lower() in ("http", "https", "file", "memory")
+        if "@" in rest.partition("/")[0] or (not ported and ":" in rest.partition("@")[0] and "@" in rest):
             clean = f"{scheme}://{rest.rpartition('@')[2]}"
             raise ConfigError(clean, expected="a URL without credentials", found="a user or password in it")
 

@@ -1,6 +1,8 @@
 """Any other fsspec URL, through the plain path: one call a range, no tuning."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 import fsspec
@@ -36,7 +38,7 @@ class FsspecStore:
 
         def once() -> T:
             try:
-                return attempt()
+                return _in_time(attempt, self._policy.attempt_s)
             except FileNotFoundError as error:
                 raise NotFound(thing, expected="an object", found="none") from error
             except PermissionError as error:
@@ -123,3 +125,20 @@ class FsspecStore:
             self._call(key, lambda: self._fs.rm_file(self._path(key)))
         except NotFound:
             return
+
+
+def _in_time(attempt: Callable[[], T], seconds: float) -> T:
+    """What `attempt` returns or raises; most file systems of fsspec would wait for ever."""
+    answer: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            answer.set_result(attempt())
+        except BaseException as error:  # noqa: BLE001  carried to the caller
+            answer.set_exception(error)
+
+    # A daemon, so that a call stuck in a library cannot keep an interpreter alive that wants to exit.
+    threading.Thread(target=work, name="fsspec", daemon=True).start()
+    if not wait([answer], seconds).done:
+        raise TransientError(f"no answer within {seconds:g} s")
+    return answer.result()

@@ -19,6 +19,8 @@ Array = npt.NDArray[Any]
 Affine = npt.NDArray[np.float64]
 Interpolation = Literal["linear", "bspline", "nearest", "onehot"]
 
+MOST_GROWTH = 8
+"""Of the voxels of a sheared volume on a straight grid; a gantry tilted by 30 degrees makes it less than twice."""
 _LETTERS = (("L", "R"), ("P", "A"), ("I", "S"))
 
 
@@ -210,6 +212,9 @@ def straighten(
         affine: 4x4 with sheared axes.
         labels: Nearest neighbour, dtype kept; else linear, float32 out.
         fill: Value outside the scanned slab; the lowest value (0 for labels) if None.
+
+    Raises:
+        RefusedInput: the grid would be more than `MOST_GROWTH` times as large.
     """
     axes = affine[:3, :3]
     q, r = np.linalg.qr(axes)
@@ -220,6 +225,13 @@ def straighten(
     reach = np.linalg.solve(straight, axes @ corners)
     low, high = reach.min(axis=1), reach.max(axis=1)
     size = np.maximum(np.ceil(high - low - 1e-6).astype(int), 1)
+    if size.prod() > MOST_GROWTH * sizes.prod():
+        raise RefusedInput(
+            "sheared volume",
+            expected=f"a straight grid of at most {MOST_GROWTH} times its voxels",
+            found=f"{size.prod() / sizes.prod():.0f} times",
+            remedy="the header is damaged, or the axes are nearly parallel",
+        )
     first = low + 0.5 + (high - low - size) / 2  # spread the rounding over both ends
     to_old = np.linalg.solve(axes, straight)  # new index (relative) -> old index
     matrix = to_old[::-1, ::-1]  # scipy counts k, j, i

@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 import pydicom
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException
 
 from storage import geometry
 from storage.deidentify import allowed_facts
 from storage.errors import RefusedInput
+from storage.readers.dicom_tree import DAMAGED
 from storage.readers.raw import Affine, Array, RawVolume, ReadPolicy, check_size
 
 READER = f"pydicom/{pydicom.__version__}"
@@ -53,6 +54,18 @@ def read_series(files: Sequence[str], policy: ReadPolicy, thing: str) -> RawVolu
     Raises:
         RefusedInput: names the series by `thing` and says what is wrong; quotes no header text.
     """
+    try:
+        return _read_series(files, policy, thing)
+    except BytesLengthException as error:  # no relative of any other error; others are caught where they say more
+        raise RefusedInput(
+            thing,
+            expected="headers whose values have their type's length",
+            found="one that has not",
+            remedy="a file of the series is damaged: export it again",
+        ) from error
+
+
+def _read_series(files: Sequence[str], policy: ReadPolicy, thing: str) -> RawVolume:
     slices: list[Slice] = []
     for number, path in enumerate(files):
         slices += _slices(path, number, thing)
@@ -120,17 +133,7 @@ def _slices(path: str, number: int, thing: str) -> list[Slice]:
                     (time, float(dataset.get("InstanceNumber") or 0), number),
                 )
             )
-    except (
-        OSError,
-        InvalidDicomError,
-        AttributeError,
-        KeyError,
-        ValueError,
-        TypeError,
-        IndexError,
-        NotImplementedError,
-        EOFError,
-    ) as error:
+    except DAMAGED as error:
         raise RefusedInput(
             thing,
             expected="images with position, orientation and pixel spacing",
@@ -225,7 +228,7 @@ def _pixels(thing: str, s: Slice) -> Array:
     """Rescaled values of one plane: int16 or int32 where slope and intercept are whole, else float32."""
     try:
         array: Array = s.dataset.pixel_array
-    except (OSError, AttributeError, KeyError, ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+    except DAMAGED as error:
         syntax = getattr(getattr(s.dataset, "file_meta", None), "TransferSyntaxUID", None)
         raise RefusedInput(
             thing,

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pydicom
-from pydicom.errors import InvalidDicomError
 
 from storage import geometry
 from storage.errors import RefusedInput
+from storage.readers.dicom_tree import DAMAGED
 from storage.readers.raw import RawVolume
 
 READER = f"pydicom-seg/{pydicom.__version__}"
@@ -47,10 +47,7 @@ def read_segmentation(path: str, image: RawVolume) -> RawVolume:
             taken = (plane > 0) & (labels[k] > 0)
             overlap += int(np.count_nonzero(taken))
             labels[k][plane > 0] = number
-    except (
-        *(OSError, InvalidDicomError, AttributeError, KeyError, ValueError, TypeError, IndexError, OverflowError),
-        NotImplementedError,
-    ) as error:
+    except DAMAGED as error:
         raise RefusedInput(
             thing, expected="a binary DICOM segmentation", found=f"a damaged or unusual one ({type(error).__name__})"
         ) from error

@@ -10,12 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import pydicom
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 
 from storage.pairing import IngestItem, Orphan
 
 SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
 DICOMDIR = "1.2.840.10008.1.3.10"
+DAMAGED = (
+    OSError,
+    InvalidDicomError,
+    BytesLengthException,
+    AttributeError,
+    EOFError,
+    LookupError,
+    NotImplementedError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What pydicom raises on a damaged header, when it is read or, since values are parsed late, when one is asked for."""
+_DAMAGED_FILE = "a DICOM file whose header is damaged: the series that it belongs to is read without it"
 _TAGS = [
     "SOPClassUID",
     "SeriesInstanceUID",
@@ -38,14 +53,18 @@ def discover_dicom(files: list[Path], top: Path) -> tuple[list[IngestItem], list
     """Group files into series, and segmentations with the series they refer to.
 
     Returns:
-        Items, segmentations without their series, and the files that are no DICOM images.
+        Items, segmentations without their series and damaged files, and the files that are no DICOM images.
     """
     series: defaultdict[str, _Series] = defaultdict(_Series)
     segmentations: list[tuple[Path, str]] = []
     left: list[Path] = []
+    orphans: list[Orphan] = []
+    no_image: list[tuple[Path, str]] = []
     for path in files:
         dataset = header(path)
         if dataset is None:
+            if _says_dicom(path):
+                orphans.append(Orphan(path.relative_to(top).as_posix(), _DAMAGED_FILE))
             left.append(path)
             continue
         meta = getattr(dataset, "file_meta", None)
@@ -62,8 +81,11 @@ def discover_dicom(files: list[Path], top: Path) -> tuple[list[IngestItem], list
             entry.patient = str(dataset.get("PatientID") or "").strip()
         else:
             left.append(path)
+            no_image.append((path, uid if kind else ""))
+    for path, uid in no_image:  # reports and plans have no pixels, but say what they are, in series of their own
+        if uid in series or (not uid and _says_dicom(path)):
+            orphans.append(Orphan(path.relative_to(top).as_posix(), _DAMAGED_FILE))
     labels: dict[str, Path] = {}
-    orphans: list[Orphan] = []
     for path, referenced in segmentations:
         source = path.relative_to(top).as_posix()
         if referenced not in series:
@@ -82,16 +104,25 @@ def header(path: Path) -> Any | None:
     A file without the 128-byte preamble is taken only when it is named .dcm or .ima, for otherwise any file would do.
     """
     force = path.suffix.lower() in (".dcm", ".ima")
+    if not force and not _says_dicom(path):
+        return None
+    try:
+        dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS, force=force)
+        for tag in _TAGS:
+            dataset.get(tag)
+        dataset.file_meta.get("MediaStorageSOPClassUID")
+    except DAMAGED:
+        return None
+    return dataset
+
+
+def _says_dicom(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             file.seek(128)
-            if file.read(4) != b"DICM" and not force:
-                return None
-        dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS, force=force)
-        dataset.get("SeriesInstanceUID")
-    except (OSError, InvalidDicomError, ValueError, TypeError, KeyError, AttributeError, EOFError, NotImplementedError):
-        return None
-    return dataset
+            return file.read(4) == b"DICM"
+    except OSError:
+        return False
 
 
 def _referenced(dataset: Any) -> str:

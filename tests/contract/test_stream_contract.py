@@ -111,6 +111,14 @@ class TestMemory(StoredStreamContract):
         return f"memory://stream-contract-{next(_number)}"
 
 
+class TestFsspec(StoredStreamContract):
+    """fsspec's own local file system stands for all that go through the plain path."""
+
+    @pytest.fixture
+    def url(self, tmp_path: Path) -> str:
+        return f"local://{tmp_path}"
+
+
 @pytest.mark.service
 class TestS3(StoredStreamContract):
     @pytest.fixture(scope="class")

@@ -4,6 +4,7 @@ import fcntl
 import os
 import pickle
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -56,6 +57,16 @@ class TestFsspec(StoreContract):
         """As above."""
         assert store.swap("lock", b"0", None)
 
+    def test_a_call_that_never_ends_is_an_error_in_time(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """fsspec knows no deadline, and a library's default may be none."""
+        store, end = FsspecStore(f"file://{tmp_path}", RetryPolicy(0.4, 0.1)), threading.Event()
+        monkeypatch.setattr(store._fs, "cat_file", lambda *_, **__: end.wait(60))
+        began = time.monotonic()
+        with pytest.raises(StoreError, match=r"some/key.*no answer within 0.1 s"):
+            store.get("some/key")
+        assert time.monotonic() - began < 10
+        end.set()
+
     def test_errors_of_any_kind_name_the_key(self, store: ByteStore, monkeypatch: pytest.MonkeyPatch) -> None:
         """Each file system of fsspec has errors of its own."""
 
@@ -96,6 +107,9 @@ def test_a_plain_path_is_a_file_store(tmp_path: Path) -> None:
         "file://elsewhere/x",
         "s3://user:secret@bucket/x",
         "s3://KEY:sec/secret/ret@bucket/x",
+        "S3://KEY:sec/secret/ret@bucket/x",
+        "s3a://KEY:sec/secret/ret@bucket/x",
+        "s3:/user:secret@bucket/x",
         "ftp://user:secret@host/x",
         "simplecache::s3://user:secret@bucket/x",
         "http://[secret/x",

@@ -168,6 +168,13 @@ def test_affines_without_geometry_are_refused(bad):
         geometry.check_affine(bad, "scan.nii")
 
 
+def test_axes_that_are_nearly_parallel_are_refused_before_they_fill_the_memory():
+    affine = np.eye(4)
+    affine[:3, 2] = (20, 20, 0.1)
+    with pytest.raises(RefusedInput, match=r"8 times.*nearly parallel"):
+        geometry.straighten(np.zeros((1, 40, 10, 10), np.int16), geometry.check_affine(affine, "x"))
+
+
 def test_corner_distance_is_in_mm():
     moved = np.eye(4)
     moved[0, 3] = 2.5

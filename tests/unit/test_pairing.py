@@ -133,6 +133,20 @@ def test_mixed_dicom_series_are_told_apart_by_uid_not_by_folder(tmp_path):
     assert found.ignored == ("exam/notes.txt",)
 
 
+def test_a_dicom_file_with_a_damaged_header_is_named(tmp_path):
+    """Without its first slice a series looks whole, so that nothing else would say that it is not."""
+    save_dicom(tmp_path, slices(phantom((8, 6, 6))))
+    first = sorted(tmp_path.iterdir())[0]
+    data = bytearray(first.read_bytes())
+    data[136:138] = b"\x00\x00"
+    first.write_bytes(bytes(data))
+    (tmp_path / "notes.txt").write_text("none of DICOM")
+    found = discover(tmp_path)
+    assert [len(item.images) for item in found.items] == [7]
+    assert [(o.source, "damaged" in o.what) for o in found.orphans] == [(first.name, True)]
+    assert found.ignored == tuple(sorted([first.name, "notes.txt"]))
+
+
 def test_a_segmentation_without_its_series_is_an_orphan(tmp_path):
     one = slices(phantom((4, 6, 5)))
     save_dicom(tmp_path / "seg", [segmentation(one, disc((4, 6, 5)))])
