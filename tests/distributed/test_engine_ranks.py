@@ -27,7 +27,7 @@ def worker(rank: int, world: int, folder: Path, parts: list[Callable[[Path], Non
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=240),
     )
     try:
         for part in parts:

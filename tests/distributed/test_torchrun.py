@@ -17,10 +17,10 @@ from tests.phantoms import write_phantoms
 STEPS = 60
 
 
-def start(out: Path, config: Path) -> subprocess.Popen[str]:
+def start(out: Path, config: Path, tmp: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "jobs.torchrun", str(config), "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp)}  # torchrun leaves a folder there
     return subprocess.Popen(
         command,
         cwd=Path(__file__).parents[2],
@@ -51,24 +51,24 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(dump_yaml(parse(PretrainConfig, job)))
 
-    whole = start(tmp_path / "whole", config)
-    said, _ = whole.communicate(timeout=120)
+    whole = start(tmp_path / "whole", config, tmp_path)
+    said, _ = whole.communicate(timeout=300)
     assert whole.returncode == 0, said
 
-    halted = start(tmp_path / "halted", config)
+    halted = start(tmp_path / "halted", config, tmp_path)
     assert halted.stdout is not None
     for line in halted.stdout:
         if line.startswith("step 5/"):
             os.killpg(halted.pid, signal.SIGTERM)
             break
-    said, _ = halted.communicate(timeout=60)
+    said, _ = halted.communicate(timeout=300)
     assert halted.returncode != 0
     assert "stopped after step" in said, said
     (left,) = (tmp_path / "halted" / "run").glob("step-*")
     assert 5 <= int(left.name[5:]) < STEPS
 
-    again = start(tmp_path / "halted", config)
-    said, _ = again.communicate(timeout=120)
+    again = start(tmp_path / "halted", config, tmp_path)
+    said, _ = again.communicate(timeout=300)
     assert again.returncode == 0, said
     assert f"resumed at step {int(left.name[5:])}" in said, said
     (state, meta), (other, facts) = result(tmp_path / "whole"), result(tmp_path / "halted")

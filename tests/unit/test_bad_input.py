@@ -235,7 +235,7 @@ def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         preexec_fn=_limited,
     )
     assert done.returncode == 1, done.stderr
