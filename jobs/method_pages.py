@@ -18,6 +18,7 @@ _SECTIONS = {"Idea:": "Idea", "Formula:": "Formula", "Traps:": "Traps", "Cost:":
 _HEAD = ("setting", "default", "meaning and source")
 _BELOW = "as follows"
 _MADE = "<!-- Made by `tomoscale methods --markdown --out docs/methods`: change the docstring, not this page. -->"
+_SCRATCH = "The control without pre-training needs no job: `none`, random weights, is a start in tune and finetune."
 
 
 def idea(name: str) -> str:
@@ -50,7 +51,8 @@ def text_page(name: str, width: int) -> str:
 def text_index(width: int) -> str:
     """Every method and its idea, for a terminal of that width."""
     left = width - max(len(name) for name in method_names()) - 2
-    return table(("method", "idea"), [(name, wrap(idea(name), left)) for name in method_names()])
+    rows = table(("method", "idea"), [(name, wrap(idea(name), left)) for name in method_names()])
+    return f"{rows}\n\n{wrap(_SCRATCH, width)}"
 
 
 def markdown_page(name: str) -> str:
@@ -86,6 +88,7 @@ def markdown_index() -> str:
         "One page for each registered method: idea, formula, traps, cost, when to use it, and every setting with its"
         " source. `tomoscale methods` lists them in a terminal; [a new one](../how-to-add-a-method.md) is one file.",
         _markdown_table(("method", "idea"), rows),
+        _SCRATCH,
     ]
     return "\n\n".join(parts) + "\n"
 
