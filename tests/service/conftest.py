@@ -52,6 +52,7 @@ def local_stack(running_stack: Path) -> Iterator[StackInfo]:
     """The running stack; this process is pointed at it for the length of a module, and not after it."""
     saved = dict(os.environ)
     os.environ.update(stack.environment(running_stack), TOMOSCALE_STATE=str(running_stack))
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "60"  # a busy machine is no outage
     try:
         yield stack.status(running_stack)
     finally:

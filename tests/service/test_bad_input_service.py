@@ -45,7 +45,7 @@ def refused(capsys: pytest.CaptureFixture[str], code: int, arguments: list[str],
 def failed_job(code: int, arguments: list[str], *parts: str) -> None:
     """The same in a process of its own, which Ray's client, once loaded, needs for its log."""
     done = subprocess.run(
-        [sys.executable, "-m", "jobs.cli", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=240
+        [sys.executable, "-m", "jobs.cli", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     _check(done.returncode, done.stdout, done.stderr, code, *parts)
 

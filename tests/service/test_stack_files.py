@@ -24,7 +24,7 @@ SERVICES = yaml.safe_load(COMPOSE.read_text())["services"]
 )
 def test_options_in_compose_exist(service: str, help_command: list[str]) -> None:
     program, *rest = help_command
-    shown = subprocess.run([BIN / program, *rest], capture_output=True, text=True, timeout=60)
+    shown = subprocess.run([BIN / program, *rest], capture_output=True, text=True, timeout=240)
     known = set(re.findall(r"(?<![\w-])--?[A-Za-z][\w.-]*", shown.stdout + shown.stderr))
     command = SERVICES[service]["command"]
     start = command.index(rest[0])

@@ -13,7 +13,7 @@ from storage.bytestore import open_store
 from storage.manifest import Manifest
 from tests.phantoms import write_phantoms
 
-pytestmark = [pytest.mark.service, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.service, pytest.mark.timeout(1200)]
 
 
 def test_lrc_pre_trains_beside_labels_on_super_pixels_that_its_own_job_made(

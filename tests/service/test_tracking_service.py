@@ -63,11 +63,11 @@ def test_a_sender_and_the_drivers_backfill_do_not_double(api: Any, run: str) -> 
     first = Sender(run)
     for item in journal[:25]:
         first.put(item)
-    first.close(timeout_s=30)
+    first.close(timeout_s=120)
     again = Sender(run)  # a restarted worker repeats the steps since its checkpoint
     for item in journal[20:35]:
         again.put(item)
-    again.close(timeout_s=30)
+    again.close(timeout_s=120)
     assert tracking.backfill(api, run, journal) == 5
     assert history(api, run, "loss") == [(p.step, float(p.step), p.time_ms) for p in journal]
 
