@@ -7,39 +7,66 @@ any process: over Ray tasks where that process is in a cluster, over threads whe
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import ray
+import ray.exceptions
 
 from jobs import entry
 from jobs.configs import IngestConfig
 from jobs.ray_session import result_of
 from jobs.text import Progress as Bar
 from storage.errors import ConfigError
-from storage.ingest import IngestReport, Progress, map_threads, run
+from storage.ingest import IngestReport, Progress, map_threads, run, unread
 from storage.ingest_policy import IngestPolicy
 
 W = TypeVar("W")
 R = TypeVar("R")
 
 SIMULATED = "simulated"
+RETRIES = 3
+"""How often a task is tried again after its worker was killed."""
 
 
-def ray_map(function: Callable[[W], R], items: Iterable[W], *, in_flight: int = 16) -> Iterator[R]:
+def ray_map(
+    function: Callable[[W], R],
+    items: Iterable[W],
+    *,
+    in_flight: int = 16,
+    lost: Callable[[W, str], R] | None = None,
+) -> Iterator[R]:
     """Map over Ray tasks with bounded back-pressure, yielding results as they finish.
 
     A task whose worker dies is run again by Ray; an error of ours is raised here as it was there.
+
+    Args:
+        function: Runs in the tasks.
+        items: What to map.
+        in_flight: Tasks at a time.
+        lost: The result for an item that killed its worker each time, and how; without it that is an error.
     """
-    task: Any = ray.remote(max_retries=3)(function)
-    running: list[Any] = []
+    task: Any = ray.remote(max_retries=RETRIES)(function)
+    running: dict[Any, W] = {}
+
+    def one_done() -> R:
+        (done, *_), _ = ray.wait(list(running), num_returns=1)
+        item = running.pop(done)
+        try:
+            result: R = result_of(done)
+        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+            if lost is None:
+                raise
+            memory = isinstance(error, ray.exceptions.OutOfMemoryError)
+            return lost(item, "by Ray, for want of memory" if memory else "by the system or by a fault in a library")
+        return result
+
     for item in items:
-        running.append(task.remote(item))
+        running[task.remote(item)] = item
         if len(running) >= in_flight:
-            done, running = ray.wait(running, num_returns=1)
-            yield result_of(done[0])
+            yield one_done()
     while running:
-        done, running = ray.wait(running, num_returns=1)
-        yield result_of(done[0])
+        yield one_done()
 
 
 def ingest(
@@ -71,7 +98,7 @@ def ingest(
             bar.append(Bar("ingest", p.total, "volumes"))
         bar[0].update(p.done, f"{p.mb_per_s:.1f} MB/s")
 
-    mapper = ray_map if ray.is_initialized() else map_threads
+    mapper = partial(ray_map, lost=unread) if ray.is_initialized() else map_threads
     report = run(source, data, policy, mapper=mapper, progress=progress, append=append)
     say(describe(report, data))
     return report

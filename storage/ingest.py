@@ -45,7 +45,7 @@ from storage.pairing import IngestItem, Orphan, discover
 from storage.volumewriter import content_sha256, write_volume
 
 __all__ = ["IngestPolicy", "IngestReport", "Outcome", "Progress", "Quarantined", "Work", "discover", "ingest_item"]
-__all__ += ["ingest_work", "map_serial", "map_threads", "publish", "run"]
+__all__ += ["ingest_work", "map_serial", "map_threads", "publish", "run", "unread"]
 
 W = TypeVar("W")
 R = TypeVar("R")
@@ -229,6 +229,15 @@ def ingest_work(work: Work) -> Outcome:
         thing = "" if work.item.kind == "dicom" else _relative_thing(error.thing, work.item)
         return Outcome(None, Quarantined(work.item.source, work.source, f"{thing}{reason}"), False, _size(work.item))
     return Outcome(record, None, skipped, 0 if skipped else _size(work.item))
+
+
+def unread(work: Work, how: str) -> Outcome:
+    """The refusal of a volume whose task never ended: the others go on."""
+    reason = (
+        f"expected a process that ends; found it killed each time, {how}; "
+        "lower max_voxels, give its node more memory, or convert the file"
+    )
+    return Outcome(None, Quarantined(work.item.source, work.source, reason), False, _size(work.item))
 
 
 def ingest_item(work: Work) -> tuple[VolumeRecord, bool]:

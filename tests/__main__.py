@@ -3,6 +3,7 @@
 `python -m tests` runs everything; with arguments it is pytest with these arguments, in one process.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -15,13 +16,18 @@ def main(arguments: Sequence[str]) -> int:
     """Exit code 0 when both have passed, else that of one that has not."""
     if arguments:
         return subprocess.call([*PYTEST, *arguments])
-    with tempfile.TemporaryFile() as said:
+    # What killed processes and libraries leave in the folder for temporary files goes with it.
+    with (
+        tempfile.TemporaryDirectory(prefix="tt-", ignore_cleanup_errors=True) as scratch,
+        tempfile.TemporaryFile() as said,
+    ):
+        environment = {**os.environ, "TMPDIR": scratch}
         # Its own cache would overwrite what the other one remembers of failures.
         service = subprocess.Popen(
-            [*PYTEST, "tests/service", "-p", "no:cacheprovider"], stdout=said, stderr=subprocess.STDOUT
+            [*PYTEST, "tests/service", "-p", "no:cacheprovider"], stdout=said, stderr=subprocess.STDOUT, env=environment
         )
         try:
-            others = subprocess.call([*PYTEST, "tests", "--ignore=tests/service"])
+            others = subprocess.call([*PYTEST, "tests", "--ignore=tests/service"], env=environment)
             print("\nthe tests on real services:", flush=True)
             code = service.wait()
         finally:
