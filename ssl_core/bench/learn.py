@@ -8,6 +8,7 @@ This is evidence that objectives work as they are written, at a size where a fau
 ranking: networks, views, batches and runs are far below what any of the papers used.
 """
 
+import copy
 import os
 import statistics
 import tempfile
@@ -15,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,14 @@ import torch
 import ssl_core.methods  # noqa: F401  registers them
 from ssl_core.backbones.pyramid import Pyramid
 from ssl_core.backbones.registry import build
-from ssl_core.bench.learn_rows import RANDOM, Run, summary
+from ssl_core.bench.learn_rows import RANDOM, Run, ablations, summary
 from ssl_core.bench.voxel_probe import Case, evaluate, fit, load_case
 from ssl_core.config import parse, resolved
 from ssl_core.engine import Engine, EngineConfig
 from ssl_core.finetune import label_values
 from ssl_core.intensity import IntensityPolicy
 from ssl_core.make_views import make_views
-from ssl_core.methods.base import method_class, method_names
+from ssl_core.methods.base import LossTerms, StepContext, method_class, method_names
 from ssl_core.probes import CollapseWarning, probe
 from ssl_core.superpixel_settings import Superpixels
 from ssl_core.superpixels import of_volume
@@ -41,11 +42,22 @@ from ssl_core.views import ViewBatch, ViewSpec
 from storage import cohort, derive, ingest
 from storage.bench.measure import machine
 from storage.errors import ConfigError
-from storage.stream import CropStream, StreamSpec
+from storage.stream import CropStream, HostBatch, StreamSpec
 from storage.volumes import VolumeStore
 
 LABEL = "label"
+FIXED_BATCHES = 16
+"""Of views on which the loss before and after is compared."""
+
+FIXED_SEED = 10**6
+"""Added to the seed of the crops, so that those of the fixed views are not those of the steps."""
+
 BASES = ("mocov2", "byol", "simclr")
+ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "aligned": {"restoration": {"w_consistency": 0.0}, "consistency": {"w_restore": 0.0}},
+}
+"""Rows beside a method's own, such as `aligned:restoration`: what is left when a part is taken out."""
+
 POLICY = IntensityPolicy.model_validate({})
 
 
@@ -99,10 +111,10 @@ class Data:
 
 
 def arms(methods: Sequence[str], size: Size, overrides: Mapping[str, Any] | None = None) -> list[Arm]:
-    """A row for each method at this size; `lrc` has one for each global method it is added to.
+    """A row for each method at this size; `lrc` has one for each global method it is added to, and see `ABLATIONS`.
 
     Args:
-        methods: Registered names, or names of rows such as `lrc+byol`; all methods when empty.
+        methods: Registered names, or names of rows such as `lrc+byol` and `aligned:restoration`; all when empty.
         size: Gives what does not fit a small run otherwise: views, blocks, widths of heads, the queue.
         overrides: Settings on top, for all rows.
 
@@ -110,17 +122,15 @@ def arms(methods: Sequence[str], size: Size, overrides: Mapping[str, Any] | None
         ConfigError: unknown names or settings.
     """
     found = []
-    for name in methods or method_names():
+    for row in _rows(methods):
+        name, _, part = row.partition(":")
         method, _, base = name.partition("+")
-        for row in (f"lrc+{b}" for b in BASES) if name == "lrc" else (name,):
-            chosen = {"base": row.partition("+")[2]} if method == "lrc" else {}
-            if base and method != "lrc":
-                raise ConfigError(f"method {name!r}", expected="one of " + ", ".join(method_names()), found=repr(name))
-            settings = _small(method, size) | chosen
-            if method == "lrc":
-                settings["base_settings"] = _small(chosen["base"], size, views=False)
-            found.append(Arm(row, method, _merge(settings, overrides or {})))
-            parse(method_class(method).Config, found[-1].settings, f"settings of {row}")
+        settings = _small(method, size)
+        if base:
+            settings |= {"base": base, "base_settings": _small(base, size, views=False)}
+        settings |= ABLATIONS[method][part] if part else {}
+        found.append(Arm(row, method, _merge(settings, overrides or {})))
+        parse(method_class(method).Config, found[-1].settings, f"settings of {row}")
     return found
 
 
@@ -142,7 +152,7 @@ def bench_learn(
         say: Hears of each run when it is done.
 
     Returns:
-        JSON-able: `machine`, `data`, `size`, `rows` (see `summary`), and `runs` by row.
+        JSON-able: `machine`, `data`, `size`, `rows` (see `summary`), `ablations`, and `runs` by row.
     """
     wanted = arms(methods, size, overrides)
     began = time.monotonic()
@@ -170,6 +180,7 @@ def bench_learn(
         "settings": {arm.name: resolved(_config(arm)) for arm in wanted},
         "seconds": round(time.monotonic() - began, 1),
         "rows": rows,
+        "ablations": ablations(runs),
         "runs": {name: [asdict(run) for run in found] for name, found in runs.items()},
     }
 
@@ -192,14 +203,15 @@ def one_run(arm: Arm | None, data: Data, size: Size, seed: int) -> Run:
     scored = evaluate(backbone, read_out, list(data.scored.values()))
     dice = {case: round(value, 5) for case, value in zip(data.scored, scored, strict=True)}
     if arm is None or course is None:
-        return Run(seed, None, {}, None, None, False, dice, None)
-    losses, seen, seconds = course
+        return Run(seed, None, {}, {}, None, None, False, dice, None)
+    losses, seen, fixed, seconds = course
     filled = -(-_queue(arm) // size.batch)
     ends = {name: _ends([step[name] for step in losses], filled) for name in losses[0]}
     return Run(
         seed=seed,
         loss=ends.pop("loss"),
         terms={name.removeprefix("loss/"): pair for name, pair in ends.items()},
+        fixed=fixed,
         rank=seen["probe/effective_rank"],
         std=seen["probe/feature_std"],
         collapsed=bool(seen["probe/collapsed"]),
@@ -247,8 +259,8 @@ def dataset(
 
 def _pretrain(
     arm: Arm, backbone: Pyramid, data: Data, size: Size, seed: int
-) -> tuple[list[dict[str, float]], dict[str, float], float]:
-    """Losses of every step, the probe's figures at the end, and seconds."""
+) -> tuple[list[dict[str, float]], dict[str, float], dict[str, tuple[float, float]], float]:
+    """Losses of every step, the probe's figures at the end, those on fixed views before and after, and seconds."""
     config, kind = _config(arm), method_class(arm.method)
     settings: dict[str, Any] = {
         "steps": size.steps,
@@ -268,12 +280,19 @@ def _pretrain(
         crops_per_visit=2,
         maps=spec.maps,
     )
+
+    def views_of(host: HostBatch) -> ViewBatch:
+        return make_views(host, spec, seed=seed, policy=POLICY, maps=host.maps_BDHW)
+
+    filling = -(-_queue(arm) // size.batch)
+    with CropStream(data.store, replace(stream, seed=seed + FIXED_SEED), prefetch=2, threads=1) as batches:
+        fixed = [views_of(next(batches)) for _ in range(filling + FIXED_BATCHES)]
+    before = on_fixed_views(engine, fixed, filling)
     views: ViewBatch | None = None
     losses, began = [], time.perf_counter()
     with CropStream(data.store, stream, prefetch=2, threads=1) as batches:
         for _ in range(size.steps):
-            host = next(batches)
-            views = make_views(host, spec, seed=seed, policy=POLICY, maps=host.maps_BDHW)
+            views = views_of(next(batches))
             said = engine.step(views)
             losses.append({name: value for name, value in said.items() if name.partition("/")[0] == "loss"})
     seconds = time.perf_counter() - began
@@ -281,7 +300,50 @@ def _pretrain(
         raise ConfigError("steps", expected="at least 1", found="0")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CollapseWarning)  # the row says so
-        return losses, probe(engine, views), seconds
+        seen = probe(engine, views)
+    after = on_fixed_views(engine, fixed, filling)
+    return losses, seen, {name: (before[name], after[name]) for name in before}, seconds
+
+
+@torch.no_grad()
+def on_fixed_views(engine: Engine, views: Sequence[ViewBatch], filling: int) -> dict[str, float]:
+    """Means of the loss and the monitors over batches of views, at the weights that the method has.
+
+    What a method with a queue says in training cannot be compared over time: its negatives come from earlier weights,
+    and are the easier to tell from the positive the faster the weights change. So here the first batches fill the queue
+    with what these weights make of other views. A weight that follows a schedule has its first value.
+
+    Args:
+        engine: Nothing of its state changes.
+        views: Batches, the same whenever figures are to be compared.
+        filling: How many of them only fill the queue.
+
+    Returns:
+        `loss` and `monitor/NAME`.
+    """
+    method: Any = copy.deepcopy(engine.method)
+    ctx = StepContext(0, engine.config.steps, engine.config.seed)
+    sums: dict[str, list[float]] = {}
+    for number, batch in enumerate(views):
+        terms: LossTerms = method(batch, ctx)
+        if number < filling:
+            method.after_step(ctx)
+            continue
+        found = {"loss": terms.total} | {f"monitor/{name}": value for name, value in terms.monitors.items()}
+        for name, value in found.items():
+            sums.setdefault(name, []).append(float(value))
+    return {name: statistics.fmean(values) for name, values in sums.items()}
+
+
+def _rows(names: Sequence[str]) -> list[str]:
+    """The rows that names stand for; ablations only where they are named, or nothing is."""
+    known = {method: [f"lrc+{b}" for b in BASES] if method == "lrc" else [method] for method in method_names()}
+    parts = {f"{method}:{part}": [f"{method}:{part}"] for method, found in ABLATIONS.items() for part in found}
+    every = known | {row: [row] for row in known["lrc"]} | parts
+    for name in names:
+        if name not in every:
+            raise ConfigError(f"method {name!r}", expected="one of " + ", ".join(every), found=repr(name))
+    return [row for name in names or [*known, *parts] for row in every[name]]
 
 
 def _small(method: str, size: Size, *, views: bool = True) -> dict[str, Any]:
@@ -339,4 +401,5 @@ def _line(name: str, run: Run) -> str:
     found = f"{name}, seed {run.seed}: probe Dice {statistics.fmean(run.dice.values()):.4f}"
     if run.loss is None:
         return found
-    return f"{found}, loss {run.loss[0]:.4f} to {run.loss[1]:.4f}, rank {run.rank:.1f}, {run.steps_per_s:.2f} steps/s"
+    before, after = run.fixed["loss"]
+    return f"{found}, loss {before:.4f} to {after:.4f}, rank {run.rank:.1f}, {run.steps_per_s:.2f} steps/s"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_core.stats import compare, mean_over_seeds
+from ssl_core.stats import Paired, compare, mean_over_seeds
 from storage.bench.measure import table
 from storage.errors import ConfigError
 
@@ -24,6 +24,9 @@ class Run:
         loss: Median of the total loss over the first and over the last tenth of the steps. Where a queue is filled at
             first, the first tenth is that after the queue is full: until then ever more negatives raise the loss.
         terms: The same of every term.
+        fixed: Total loss (`loss`) and monitors (`monitor/NAME`) on the same views, before the first step and after the
+            last; see `ssl_core.bench.learn.on_fixed_views`. Empty in results from before it was measured, whose loss is
+            judged in training.
         rank: Effective rank of the deepest features trained; `std` their spread, as a share of 1/sqrt(C).
         dice: Mean over the labelled classes, by subject.
         steps_per_s: Views included.
@@ -32,6 +35,7 @@ class Run:
     seed: int
     loss: tuple[float, float] | None
     terms: dict[str, tuple[float, float]]
+    fixed: dict[str, tuple[float, float]]
     rank: float | None
     std: float | None
     collapsed: bool
@@ -68,6 +72,7 @@ def joined(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "size": {**first["size"], "seeds": seeds},
         "seconds": sum(result["seconds"] for result in results),
         "rows": [summary(name, found, runs[RANDOM]) for name, found in runs.items()],
+        "ablations": ablations(runs),
         "runs": {name: [asdict(run) for run in found] for name, found in runs.items()},
     }
 
@@ -84,16 +89,9 @@ def summary(name: str, runs: Sequence[Run], random: Sequence[Run]) -> dict[str, 
     trained = [run for run in runs if run.loss is not None]
     if not trained:
         return row
-    ours, theirs = _by_subject(runs), _by_subject(random)
-    cases = sorted(ours)
-    paired = compare(
-        np.array([ours[c] for c in cases]),
-        np.array([theirs[c] for c in cases]),
-        a=name,
-        b="random features",
-        seeds=len(runs),
-    )
+    paired = _paired(name, runs, "random features", random)
     losses = [run.loss for run in trained if run.loss is not None]
+    fixed = [run.fixed["loss"] for run in trained if run.fixed]
     row |= {
         "loss_first": statistics.median(first for first, _ in losses),
         "loss_last": statistics.median(last for _, last in losses),
@@ -105,11 +103,20 @@ def summary(name: str, runs: Sequence[Run], random: Sequence[Run]) -> dict[str, 
         "high": paired.high,
         "p": paired.p,
         "statement": paired.statement,
-        "falls": all(last < first for first, last in losses),
+        "falls": all(last < first for first, last in fixed or losses),
         "no_collapse": not any(run.collapsed for run in trained),
         "beats_random": paired.significant and paired.difference > 0,
     }
+    if fixed:
+        row["fixed_before"] = statistics.median(before for before, _ in fixed)
+        row["fixed_after"] = statistics.median(after for _, after in fixed)
     return row
+
+
+def ablations(runs: Mapping[str, Sequence[Run]]) -> list[str]:
+    """Each method beside what is left without one of its parts, where both were measured: a sentence each."""
+    pairs = [(name.partition(":")[0], name) for name in runs if ":" in name]
+    return [_paired(whole, runs[whole], part, runs[part]).statement for whole, part in pairs if whole in runs]
 
 
 def format_learn(result: Mapping[str, Any]) -> str:
@@ -119,6 +126,7 @@ def format_learn(result: Mapping[str, Any]) -> str:
             "method": row["method"],
             "seeds": row["seeds"],
             "loss": f"{row['loss_first']:.3f} to {row['loss_last']:.3f}" if "loss_first" in row else "",
+            "fixed": f"{row['fixed_before']:.3f} to {row['fixed_after']:.3f}" if "fixed_before" in row else "",
             "rank": f"{row['effective_rank']:.1f}" if "effective_rank" in row else "",
             "dice": f"{row['dice']:.3f}" + (f" ± {row['dice_sd']:.3f}" if row["dice_sd"] is not None else ""),
             "difference": f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})" if "p" in row else "",
@@ -128,14 +136,23 @@ def format_learn(result: Mapping[str, Any]) -> str:
         }
         for row in result["rows"]
     ]
-    columns = {"method": "method", "seeds": "seeds", "loss": "loss, first to last tenth", "rank": "effective rank"}
-    columns |= {"dice": "probe Dice", "difference": "against random (95 %)", "p": "p", "speed": "steps/s"} | _CHECKS
+    columns = {"method": "method", "seeds": "seeds", "fixed": "loss on the same views, before to after"}
+    columns |= {"loss": "in training, first to last tenth", "rank": "effective rank", "dice": "probe Dice"}
+    columns |= {"difference": "against random (95 %)", "p": "p", "speed": "steps/s"} | _CHECKS
     words = [f"{row['method']}: not {', not '.join(_failed(row))}." for row in result["rows"] if _failed(row)]
     data = result["data"]
     what = f"{data['name']}{' (SIMULATED)' if data['simulated'] else ''}: pre-trained on {data['pretrained_on']}"
     what += f" volumes; read-out fitted on {data['fitted']} subjects, scored on {len(data['scored'])}"
     what += f" of split {data['part']}"
-    return "\n".join([table(rows, columns), "", what + ".", *(words or ["Every row does all three."])])
+    words = words or ["Every row does all three."]
+    return "\n".join([table(rows, columns), "", what + ".", *words, *result["ablations"]])
+
+
+def _paired(a: str, ours: Sequence[Run], b: str, theirs: Sequence[Run]) -> Paired:
+    """Over subjects, each the mean over its seeds."""
+    mine, other = _by_subject(ours), _by_subject(theirs)
+    cases = sorted(mine)
+    return compare(np.array([mine[c] for c in cases]), np.array([other[c] for c in cases]), a=a, b=b, seeds=len(ours))
 
 
 def _by_subject(runs: Sequence[Run]) -> dict[str, float]:

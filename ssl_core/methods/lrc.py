@@ -58,7 +58,7 @@ class LRC(nn.Module):
     class Config(MethodConfig):
         """Settings of the LRC-style method."""
 
-        crops: Crops = Field(default=Crops(min_overlap=0.3, intensity="strong"), description="Views; our choice")
+        crops: Crops = Field(default=Crops(min_overlap=0.3), description="Views; our choice")
         base: Literal["mocov2", "byol", "simclr", "supervised"] = Field(
             default="mocov2",
             description="What it is added to; MoCo in the paper's overview, supervised pre-training in its abstract",

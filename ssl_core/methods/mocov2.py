@@ -1,5 +1,7 @@
 """MoCo v2: contrast against a queue of embeddings that a slowly following network made of earlier crops."""
 
+from typing import Literal
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -32,8 +34,12 @@ class MoCoV2(nn.Module):
     Formula: L = mean of -log( exp(q . k / t) / (exp(q . k / t) + sum over the queue of exp(q . n / t)) ) with q the
     online embedding of view 1 and k the following network's embedding of view 2; then all ranks' k enter the queue.
 
-    Traps: crops of a volume that is still in the queue would be negatives of themselves, which small data sets make
-    common, so they are left out by default; a queue much longer than the data set holds little but repeats.
+    Traps: pooled maps of a network with instance norm are nearly the same for every scan, and a head without norm keeps
+    them so: queries then tell their key from the queue by its age alone, while weights still change fast, and end as
+    one constant; so the loss of a run cannot be compared over its steps (watch `positive_cosine` and `accuracy`, or use
+    `tomoscale bench learn`, which fills the queue anew); crops of a volume that is still in the queue would be
+    negatives of themselves, which small data sets make common, so they are left out by default; a queue much longer
+    than the data set holds little but repeats.
 
     Cost: one online and one target encoder pass a step; a second copy of the weights; a queue of `queue` x `out`.
 
@@ -44,12 +50,24 @@ class MoCoV2(nn.Module):
         """Settings of MoCo v2."""
 
         crops: Crops = Field(
-            default=Crops(min_overlap=0.3, intensity="strong"), description="Views; overlap and intensity our choice"
+            default=Crops(min_overlap=0.3),
+            description="Views; overlap and intensity our choice: with `strong` it learned less in short runs",
         )
         temperature: float = Field(default=0.2, gt=0, description="t; MoCo v2's 0.2")
+        pool: Literal["all", "last"] = Field(
+            default="all",
+            description="Average-pooled maps of all encoder levels, concatenated (nnssl's SimCLR), or of the deepest "
+            "(MoCo); our choice, measured on hippocampus",
+        )
         hidden: int = Field(default=512, ge=1, description="Hidden width of the head; our choice (MoCo v2: 2048)")
         out: int = Field(default=128, ge=1, description="Embedding width; MoCo's 128")
-        norm: Norm = Field(default="none", description="Norm in the head; MoCo v2 has none")
+        norm: Norm = Field(
+            default="batch",
+            description="Norm in the head; as MoCo v3 (MoCo v2 has none there, but batch norm in the network)",
+        )
+        last_norm: bool = Field(
+            default=False, description="Whether the embeddings are normed too, as MoCo v3; no help to batches of a few"
+        )
         queue: int = Field(default=1024, ge=1, description="Length of the queue; our choice (MoCo: 65536)")
         momentum: float = Field(
             default=0.99, ge=0, le=1, description="Momentum of the target; our choice for short runs (MoCo: 0.999)"
@@ -62,7 +80,9 @@ class MoCoV2(nn.Module):
         super().__init__()
         self.config, self.backbone = config, backbone
         train_only(backbone, backbone.level_keys(len(backbone.levels) - 1))
-        self.projector = head([backbone.levels[-1].channels, config.hidden, config.out], norm=config.norm)
+        pooled = backbone.levels if config.pool == "all" else backbone.levels[-1:]
+        widths = [sum(level.channels for level in pooled), config.hidden, config.out]
+        self.projector = head(widths, norm=config.norm, last_norm=config.last_norm)
         self.target_backbone, self.target_projector = target_of(backbone), target_of(self.projector)
         self.register_buffer("queue_KE", unit(torch.randn(config.queue, config.out), 1))
         self.register_buffer("queue_volume_K", torch.full((config.queue,), -1, dtype=torch.int64))
@@ -78,20 +98,22 @@ class MoCoV2(nn.Module):
         return ViewSpec((config.crops.role("global", 2),))
 
     def forward(self, views: ViewBatch, ctx: StepContext) -> LossTerms:
-        """Term `contrast`; monitors the positives' cosine and the spread of the deepest features."""
+        """Term `contrast`; monitors the positives' cosine, the share of queries that are nearer to their positive than
+        to any negative, and the spread of the deepest features.
+        """
         bind(self, ctx.collectives)
         first, second = views.roles["global"]
-        feature = encode(self.backbone, first, ctx)[-1]
-        query = self.projector(feature.mean((2, 3, 4)))
+        maps = encode(self.backbone, first, ctx)
+        query = self.projector(self._pooled(maps))
         with torch.no_grad():
-            key = unit(self.target_projector(encode(self.target_backbone, second, ctx)[-1].mean((2, 3, 4))), 1)
+            key = unit(self.target_projector(self._pooled(encode(self.target_backbone, second, ctx))), 1)
         keep = None
         if not self.config.same_volume_negatives:
             keep = self.queue_volume_K[None] != views.volume_B[:, None]
         loss = queue_nce(query, key, self.queue_KE.clone(), self.config.temperature, keep)
         self._fresh.append((key, views.volume_B))
-        cosine = (unit(query.detach(), 1) * key).sum(1).mean()
-        return LossTerms({"contrast": loss}, {"positive_cosine": cosine, "feature_std": spread(feature)})
+        monitors = _told_apart(unit(query.detach(), 1), key, self.queue_KE, keep)
+        return LossTerms({"contrast": loss}, {**monitors, "feature_std": spread(maps[-1])})
 
     @torch.no_grad()
     def after_step(self, ctx: StepContext) -> None:
@@ -111,3 +133,17 @@ class MoCoV2(nn.Module):
     def encoder(self) -> Backbone:
         """The online backbone."""
         return self.backbone
+
+    def _pooled(self, maps: list[Tensor]) -> Tensor:
+        chosen = maps if self.config.pool == "all" else maps[-1:]
+        return torch.cat([m.mean((2, 3, 4)) for m in chosen], dim=1)
+
+
+@torch.no_grad()
+def _told_apart(query_BE: Tensor, key_BE: Tensor, queue_KE: Tensor, keep_BK: Tensor | None) -> dict[str, Tensor]:
+    positive_B = (query_BE * key_BE).sum(1)
+    negative_BK = query_BE @ queue_KE.to(query_BE.dtype).t()
+    if keep_BK is not None:
+        negative_BK = negative_BK.masked_fill(~keep_BK, float("-inf"))
+    first_B = (positive_B[:, None] > negative_BK).all(1)
+    return {"positive_cosine": positive_B.mean(), "accuracy": first_B.to(positive_B.dtype).mean()}

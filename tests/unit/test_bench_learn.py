@@ -1,6 +1,8 @@
 """`bench learn`: the read-out reads what is there, rows start alike, and verdicts follow the figures."""
 
+import copy
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,13 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from jobs import cli
 from ssl_core.align import sample_features
 from ssl_core.backbones.base import Level
 from ssl_core.bench import learn, learn_rows, voxel_probe
 from ssl_core.bench.voxel_probe import Case
+from ssl_core.config import parse
+from ssl_core.engine import Engine, EngineConfig
 from ssl_core.methods.base import method_names
+from ssl_core.testing import synthetic_views, tiny_config, tiny_method
 from storage import cohort
 from storage.errors import ConfigError
 
@@ -88,13 +94,16 @@ def test_a_class_that_is_in_no_case_is_refused(network: learn.Pyramid) -> None:
 
 def test_every_method_has_a_row_and_lrc_one_for_each_base() -> None:
     rows = [arm.name for arm in learn.arms([], learn.FULL)]
-    assert {name.partition("+")[0] for name in rows} == set(method_names())
+    assert {re.split("[+:]", name)[0] for name in rows} == set(method_names())
+    assert {"aligned", "aligned:restoration", "aligned:consistency"} <= set(rows)
+    (part,) = learn.arms(["aligned:restoration"], learn.FULL)
+    assert (part.method, part.settings["w_consistency"]) == ("aligned", 0.0)
     assert {"lrc+mocov2", "lrc+byol", "lrc+simclr"} <= set(rows)
     (arm,) = learn.arms(["aligned"], learn.FULL, {"crops": {"min_overlap": 0.5}, "ratio": 0.5})
     assert arm.settings["crops"]["size_DHW"] == learn.FULL.view_DHW
     assert (arm.settings["crops"]["min_overlap"], arm.settings["ratio"]) == (0.5, 0.5)
-    for wrong in ("pgl+byol", "none_such"):
-        with pytest.raises(ConfigError, match="none_such|byol"):
+    for wrong in ("pgl+byol", "none_such", "aligned:nothing"):
+        with pytest.raises(ConfigError, match="none_such|byol|nothing"):
             learn.arms([wrong], learn.FULL)
     with pytest.raises(ConfigError, match="did you mean 'ratio'"):
         learn.arms(["mae"], learn.FULL, {"rato": 0.5})
@@ -148,9 +157,42 @@ def test_losses_are_compared_once_the_queue_is_full() -> None:
     assert queues == {"mocov2": 128, "lrc+mocov2": 128, "lrc+byol": 0, "lrc+simclr": 0, "mae": 0}
 
 
+def test_the_loss_on_fixed_views_is_that_of_the_weights_alone() -> None:
+    """A queue's negatives are made by the same weights, nothing is learned, and no state is touched."""
+    config = tiny_config("mocov2")
+    plain = {"queue": 4, "norm": "none", "pool": "last"}
+    method = tiny_method("mocov2", parse(type(config), config.model_dump() | plain))
+    engine = Engine(method, parse(EngineConfig, {"steps": 10, "warmup_steps": 0, "precision": "fp64"}))
+    spec = type(method).view_spec(method.config)
+    views = [synthetic_views(spec, [2 * i, 2 * i + 1], torch.float64) for i in range(4)]
+    kept = copy.deepcopy(method.state_dict())
+    found = learn.on_fixed_views(engine, views, filling=2)
+    assert found == learn.on_fixed_views(engine, views, filling=2)
+    assert all(torch.equal(value, kept[name]) for name, value in method.state_dict().items())
+    # By hand: the keys of the first two batches are the negatives of the others.
+    twin = copy.deepcopy(method)
+    keys, losses, first = [], [], []
+    with torch.no_grad():
+        for number, batch in enumerate(views):
+            query, key = (
+                functional.normalize(twin.projector(twin.backbone.features(v.image_BCDHW)[-1].mean((2, 3, 4))))
+                for v in batch.roles["global"]
+            )
+            if number < 2:
+                keys.append(key)
+                continue
+            positive, negative = (query * key).sum(1), query @ torch.cat(keys).T
+            losses.append(
+                functional.cross_entropy(torch.cat([positive[:, None], negative], 1) / 0.2, torch.zeros(2).long())
+            )
+            first.append((positive > negative.amax(1)).double().mean())
+    assert found["loss"] == pytest.approx(torch.stack(losses).mean().item(), abs=1e-9)
+    assert found["monitor/accuracy"] == pytest.approx(torch.stack(first).mean().item())
+
+
 def run(dice: float, loss: tuple[float, float], collapsed: bool = False) -> learn_rows.Run:
     cases = {f"case{i}": dice + 0.001 * i for i in range(12)}
-    return learn_rows.Run(0, loss, {}, 5.0, 0.9, collapsed, cases, 1.0)
+    return learn_rows.Run(0, (1.0, 2.0), {}, {"loss": loss}, 5.0, 0.9, collapsed, cases, 1.0)
 
 
 def test_verdicts_follow_the_figures() -> None:
@@ -163,11 +205,13 @@ def test_verdicts_follow_the_figures() -> None:
     text = learn_rows.format_learn(
         {
             "rows": [learn_rows.summary("random", random, random), good, bad],
+            "ablations": learn_rows.ablations({"good": [run(0.6, (2.0, 1.0))], "good:part": [run(0.5, (2.0, 1.0))]}),
             "data": {"name": "x", "simulated": False, "pretrained_on": 1, "fitted": 1, "scored": ["a"], "part": "test"},
         }
     )
     assert "bad: not a falling loss, not free of collapse, not better than random features." in text
     assert "good: not" not in text
+    assert "+0.100 Dice" in text
 
 
 def test_the_page_shows_what_was_measured() -> None:
@@ -177,7 +221,7 @@ def test_the_page_shows_what_was_measured() -> None:
     assert shown in (docs / "benchmarks-learning.md").read_text(encoding="utf-8")
     again = learn_rows.joined([result])["rows"]
     assert [row["dice"] for row in again] == pytest.approx([row["dice"] for row in result["rows"]], abs=1e-5)
-    assert {row["method"].partition("+")[0] for row in again} <= {"random", *method_names()}
+    assert {re.split("[+:]", row["method"])[0] for row in again} <= {"random", *method_names()}
 
 
 def test_the_verb_writes_what_it_prints(
