@@ -17,8 +17,8 @@ def apply(deterministic: bool) -> None:
         # cuBLAS reads this when its handle is made; a user's own value stays.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    # Else torch fills every new tensor with NaN first, against programs that read what they never wrote: a fifth of a
-    # step of small maps on a CPU. Results are the same without.
+    # Else torch fills every new tensor with NaN first, against programs that read what they never wrote: about a tenth
+    # of a step on a CPU. Results are the same without.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
