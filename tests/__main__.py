@@ -1,4 +1,4 @@
-"""All tests, in two processes at a time: those on real services, which mostly wait, and the others, which compute.
+"""All tests, in three processes at a time: those on real services mostly wait, those of several ranks often do.
 
 `python -m tests` runs everything; with arguments it is pytest with these arguments, in one process.
 """
@@ -8,35 +8,40 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 PYTEST = [sys.executable, "-m", "pytest"]
+BESIDE = {"on real services": ["tests/service"], "of contracts and ranks": ["tests/contract", "tests/distributed"]}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit code 0 when both have passed, else that of one that has not."""
+    """Exit code 0 when all have passed, else that of one that has not."""
     if arguments:
         return subprocess.call([*PYTEST, *arguments])
     # What killed processes and libraries leave in the folder for temporary files goes with it.
-    with (
-        tempfile.TemporaryDirectory(prefix="tt-", ignore_cleanup_errors=True) as scratch,
-        tempfile.TemporaryFile() as said,
-    ):
-        environment = {**os.environ, "TMPDIR": scratch}
-        # Its own cache would overwrite what the other one remembers of failures.
-        service = subprocess.Popen(
-            [*PYTEST, "tests/service", "-p", "no:cacheprovider"], stdout=said, stderr=subprocess.STDOUT, env=environment
-        )
-        try:
-            others = subprocess.call([*PYTEST, "tests", "--ignore=tests/service"], env=environment)
-            print("\nthe tests on real services:", flush=True)
-            code = service.wait()
-        finally:
-            # After Ctrl-C it has got the signal too, and takes its servers down.
-            service.wait(120)
-        said.seek(0)
-        sys.stdout.buffer.write(said.read())
-        sys.stdout.flush()
-    return code or others
+    with tempfile.TemporaryDirectory(prefix="tt-", ignore_cleanup_errors=True) as scratch:
+        return _all(Path(scratch))
+
+
+def _all(scratch: Path) -> int:
+    environment = {**os.environ, "TMPDIR": str(scratch)}
+    beside = {}
+    try:
+        for number, (name, folders) in enumerate(BESIDE.items()):
+            log = scratch / f"{number}.log"
+            with log.open("wb") as out:
+                # Its own cache would overwrite what the others remember of failures.
+                command = [*PYTEST, *folders, "-p", "no:cacheprovider"]
+                beside[name] = log, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+        left_out = [f"--ignore={folder}" for folders in BESIDE.values() for folder in folders]
+        codes = [subprocess.call([*PYTEST, "tests", *left_out], env=environment)]
+        codes += [process.wait() for _, process in beside.values()]
+    finally:
+        # After Ctrl-C they have got the signal too, and take their servers down.
+        for name, (log, process) in beside.items():
+            process.wait(120)
+            print(f"\nthe tests {name}:\n{log.read_text(errors='replace')}", flush=True)
+    return max(codes, key=abs)
 
 
 if __name__ == "__main__":

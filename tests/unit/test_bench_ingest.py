@@ -63,7 +63,6 @@ def test_both_sides_ingest_the_same_files(tmp_path: Path) -> None:
     job = {"files": files, "target": str(tmp_path / "ours"), "spacing_mm": None, "cores": 1}
     took = ingest.timed(ingest.ours, job)
     assert took["seconds"] > 0
-    assert took["cpu_s"] > 0
     assert [path.name for path in tmp_path.iterdir() if path.name not in ("source", "ours")] == []
     url = (tmp_path / "ours" / "store").as_uri()
     assert Manifest.open(url).record(0).policy == IngestPolicy().version
