@@ -24,7 +24,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _all(scratch: Path) -> int:
-    environment = {**os.environ, "TMPDIR": str(scratch)}
+    # Several processes with a thread a core each would spend their time waiting for one another.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "TMPDIR": str(scratch)}
     beside = {}
     try:
         for number, (name, folders) in enumerate(BESIDE.items()):
