@@ -18,18 +18,7 @@ from tests.unit.scans import disc, folder, phantom, save_nifti
 from tests.unit.test_bundle import facts, network
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _nothing_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    for name in list(os.environ):
-        if name.startswith(("AWS_", "MLFLOW_", "RAY_", "TOMOSCALE_")):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("TOMOSCALE_STATE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
+pytestmark = pytest.mark.usefixtures("nothing_configured")
 
 
 class Command:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -18,6 +17,7 @@ from jobs import cli
 from tests.phantoms import write_phantoms
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("nothing_configured")
 
 
 def leaves(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, str]]:
@@ -32,17 +32,6 @@ def leaves(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Itera
 
 VERBS = list(leaves(cli.parser()))
 NAMES = [" ".join(path) for path, _, _ in VERBS]
-
-
-@pytest.fixture(autouse=True)
-def _nothing_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    for name in list(os.environ):
-        if name.startswith(("AWS_", "MLFLOW_", "RAY_", "TOMOSCALE_")):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("TOMOSCALE_STATE", str(tmp_path / "none"))
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import json
 import math
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -133,18 +133,28 @@ class Recorder:
         return [step for key, _, step in self.rows if key == SENTINEL]
 
 
+def sender_to(server: Recorder, monkeypatch: pytest.MonkeyPatch, pause_s: float) -> Sender:
+    """A sender whose client is `server`; it waits `pause_s` after a first failure."""
+    monkeypatch.setattr(tracking, "client", lambda: server)
+    monkeypatch.setattr(tracking, "_FIRST_PAUSE_S", pause_s)
+    return Sender("run")
+
+
+def until(met: Callable[[], object]) -> None:
+    """Wait for it, a minute at most."""
+    deadline = time.monotonic() + 60
+    while not met() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("fail", [{}, {1: "before"}, {1: "after"}, {1: "after", 2: "before", 3: "after"}])
 def test_each_point_arrives_once_whatever_is_lost(fail: dict[int, str], monkeypatch: pytest.MonkeyPatch) -> None:
     server = Recorder(dict(fail))
-    monkeypatch.setattr(tracking, "client", lambda: server)
-    monkeypatch.setattr(tracking, "_FIRST_PAUSE_S", 0.01)
-    sender = Sender("run")
+    sender = sender_to(server, monkeypatch, 0.01)
     for step in range(1, 21):
         sender.put(tracking.point(step, {"loss": 1.0 / step}))
         time.sleep(0.005)
-    deadline = time.monotonic() + 60
-    while len(server.steps) < 20 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: len(server.steps) >= 20)
     sender.close()
     assert server.steps == list(range(1, 21))
     assert len(server.rows) == 40
@@ -152,13 +162,9 @@ def test_each_point_arrives_once_whatever_is_lost(fail: dict[int, str], monkeypa
 
 def test_points_go_on_when_the_server_is_back_without_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
     server = Recorder({1: "before"})
-    monkeypatch.setattr(tracking, "client", lambda: server)
-    monkeypatch.setattr(tracking, "_FIRST_PAUSE_S", 0.01)
-    sender = Sender("run")
+    sender = sender_to(server, monkeypatch, 0.01)
     sender.put(tracking.point(1, {"loss": 1.0}))
-    deadline = time.monotonic() + 60
-    while not server.steps and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: server.steps)
     assert server.steps == [1]
     sender.close()
 
@@ -183,13 +189,9 @@ def test_a_point_larger_than_a_request_sends_no_empty_one() -> None:
 
 def test_closing_sends_what_waits_at_once_and_ends_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     server = Recorder({1: "before"})
-    monkeypatch.setattr(tracking, "client", lambda: server)
-    monkeypatch.setattr(tracking, "_FIRST_PAUSE_S", 60.0)
-    sender = Sender("run")
+    sender = sender_to(server, monkeypatch, 60.0)
     sender.put(tracking.point(1, {"loss": 1.0}))
-    deadline = time.monotonic() + 60
-    while not server.calls and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: server.calls)
     sender.put(tracking.point(2, {"loss": 1.0}))
     sender.close(timeout_s=30)  # less than the pause that is cut short
     assert server.steps == [1, 2]
@@ -198,13 +200,9 @@ def test_closing_sends_what_waits_at_once_and_ends_the_thread(monkeypatch: pytes
 
 def test_an_outage_is_said_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     server = Recorder(dict.fromkeys(range(1, 6), "before"))
-    monkeypatch.setattr(tracking, "client", lambda: server)
-    monkeypatch.setattr(tracking, "_FIRST_PAUSE_S", 0.01)
-    sender = Sender("run")
+    sender = sender_to(server, monkeypatch, 0.01)
     sender.put(tracking.point(1, {"loss": 1.0}))
-    deadline = time.monotonic() + 60
-    while not server.steps and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: server.steps)
     sender.close()
     assert server.calls == 6
     assert capsys.readouterr().out.count("they wait in the journal") == 1
