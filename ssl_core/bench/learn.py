@@ -319,7 +319,7 @@ def on_fixed_views(engine: Engine, views: Sequence[ViewBatch], filling: int) -> 
         filling: How many of them only fill the queue.
 
     Returns:
-        `loss` and `monitor/NAME`.
+        `loss`, its terms `loss/NAME` and `monitor/NAME`.
     """
     method: Any = copy.deepcopy(engine.method)
     ctx = StepContext(0, engine.config.steps, engine.config.seed)
@@ -329,7 +329,9 @@ def on_fixed_views(engine: Engine, views: Sequence[ViewBatch], filling: int) -> 
         if number < filling:
             method.after_step(ctx)
             continue
-        found = {"loss": terms.total} | {f"monitor/{name}": value for name, value in terms.monitors.items()}
+        found = {"loss": terms.total}
+        found |= {f"loss/{name}": value for name, value in terms.terms.items()}
+        found |= {f"monitor/{name}": value for name, value in terms.monitors.items()}
         for name, value in found.items():
             sums.setdefault(name, []).append(float(value))
     return {name: statistics.fmean(values) for name, values in sums.items()}

@@ -24,9 +24,9 @@ class Run:
         loss: Median of the total loss over the first and over the last tenth of the steps. Where a queue is filled at
             first, the first tenth is that after the queue is full: until then ever more negatives raise the loss.
         terms: The same of every term.
-        fixed: Total loss (`loss`) and monitors (`monitor/NAME`) on the same views, before the first step and after the
-            last; see `ssl_core.bench.learn.on_fixed_views`. Empty in results from before it was measured, whose loss is
-            judged in training.
+        fixed: Total loss (`loss`), its terms (`loss/NAME`) and monitors (`monitor/NAME`) on the same views, before the
+            first step and after the last; see `ssl_core.bench.learn.on_fixed_views`. Empty in results from before it
+            was measured, whose loss is judged in training.
         rank: Effective rank of the deepest features trained; `std` their spread, as a share of 1/sqrt(C).
         dice: Mean over the labelled classes, by subject.
         steps_per_s: Views included.
