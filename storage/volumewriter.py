@@ -97,7 +97,7 @@ def write_volume(
     kind = layout.compressor
     _write_array(store, f"{root}/0", array_CDHW, shard, chunk, "czyx", kind)
     for name, label in labels.items():
-        _write_label(store, root, name, label, layout, spacing)
+        _write_label(store, root, name, label, layout, spacing, affine16)
     if labels:
         listing = {"version": "0.5", "labels": sorted(labels)}
         store.put(f"{root}/labels/zarr.json", group_document({"ome": listing}))
@@ -111,7 +111,7 @@ def write_volume(
         "source_sha256": source_sha256,
         "policy": policy,
     }
-    image = {"version": "0.5", "multiscales": multiscales(volume_id, "czyx", spacing)}
+    image = {"version": "0.5", "multiscales": multiscales(volume_id, "czyx", spacing, affine16)}
     store.put(f"{root}/zarr.json", group_document({"ome": image, "tomoscale": facts}))
     return VolumeRecord(
         volume_id=volume_id,
@@ -165,7 +165,8 @@ def write_derived(store: ByteStore, record: VolumeRecord, name: str, map_DHW: Ar
     if map_DHW.dtype != np.int32:
         raise RefusedInput(thing, expected="int32", found=map_DHW.dtype.name)
     root = f"volumes/{record.volume_id}"
-    _write_label(store, root, name, map_DHW, Layout(record.chunk_DHW, record.shard_DHW), record.spacing_mm)
+    layout = Layout(record.chunk_DHW, record.shard_DHW)
+    _write_label(store, root, name, map_DHW, layout, record.spacing_mm, record.affine)
     _list_labels(store, f"{root}/labels/zarr.json", {*record.map_names(), name})
     return DerivedRecord(name, made, region_count(map_DHW), content_sha256(map_DHW[None]))
 
@@ -250,13 +251,19 @@ def encode_shard(block: Array, chunk: tuple[int, ...], inside: tuple[int, ...], 
 
 
 def _write_label(
-    store: ByteStore, root: str, name: str, label: Array, layout: Layout, spacing: tuple[float, ...]
+    store: ByteStore,
+    root: str,
+    name: str,
+    label: Array,
+    layout: Layout,
+    spacing: tuple[float, ...],
+    affine: tuple[float, ...],
 ) -> None:
     kind = layout.compressor
     _write_array(store, f"{root}/labels/{name}/0", label, layout.shard_DHW, layout.chunk_DHW, "zyx", kind)
     entry = {
         "version": "0.5",
-        "multiscales": multiscales(name, "zyx", spacing),
+        "multiscales": multiscales(name, "zyx", spacing, affine),
         "image-label": {"source": {"image": "../../"}},
     }
     store.put(f"{root}/labels/{name}/zarr.json", group_document({"ome": entry}))

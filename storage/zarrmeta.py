@@ -96,14 +96,21 @@ def group_document(attributes: Mapping[str, Any]) -> bytes:
     return _json({"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)})
 
 
-def multiscales(name: str, axes: str, spacing_mm: Sequence[float]) -> list[dict[str, Any]]:
+def multiscales(name: str, axes: str, spacing_mm: Sequence[float], affine: Sequence[float]) -> list[dict[str, Any]]:
     """The OME-Zarr 0.5 `multiscales` entry of an image with one resolution.
 
     Args:
         axes: One letter an axis: `czyx` or `zyx`.
         spacing_mm: Along z, y, x.
+        affine: Row-major 4x4, from (x, y, z, 1) voxel centres to RAS+ mm. Where its axes are those of the body, the
+            first voxel's place becomes a translation; OME-Zarr 0.5 has no words for a rotation.
     """
     spacing = dict(zip("zyx", spacing_mm, strict=True))
+    transforms = [{"type": "scale", "scale": [float(spacing.get(a, 1.0)) for a in axes]}]
+    matrix = np.asarray(affine, dtype=np.float64).reshape(4, 4)
+    if np.allclose(matrix[:3, :3], np.diag([spacing[a] for a in "xyz"]), rtol=1e-5, atol=1e-5 * min(spacing_mm)):
+        origin = dict(zip("xyz", matrix[:3, 3].tolist(), strict=True))
+        transforms.append({"type": "translation", "translation": [origin.get(a, 0.0) for a in axes]})
     return [
         {
             "name": name,
@@ -111,14 +118,7 @@ def multiscales(name: str, axes: str, spacing_mm: Sequence[float]) -> list[dict[
                 {"name": a, "type": "channel"} if a == "c" else {"name": a, "type": "space", "unit": "millimeter"}
                 for a in axes
             ],
-            "datasets": [
-                {
-                    "path": "0",
-                    "coordinateTransformations": [
-                        {"type": "scale", "scale": [float(spacing.get(a, 1.0)) for a in axes]}
-                    ],
-                }
-            ],
+            "datasets": [{"path": "0", "coordinateTransformations": transforms}],
         }
     ]
 

@@ -109,7 +109,13 @@ def test_the_metadata_are_ome_zarr_0_5(published: tuple[str, dict[str, Any]]) ->
         ("x", "space"),
     ]
     (level,) = scales["datasets"]
-    assert level == {"path": "0", "coordinateTransformations": [{"type": "scale", "scale": [1.0, 2.0, 0.8, 0.8]}]}
+    assert level == {
+        "path": "0",
+        "coordinateTransformations": [
+            {"type": "scale", "scale": [1.0, 2.0, 0.8, 0.8]},
+            {"type": "translation", "translation": [0.0, 0.0, 0.0, 0.0]},
+        ],
+    }
     assert json.loads(store.get("labels/zarr.json"))["attributes"]["ome"]["labels"] == ["tissue"]
     label = json.loads(store.get("labels/tissue/zarr.json"))["attributes"]["ome"]
     assert label["image-label"] == {"source": {"image": "../../"}}
