@@ -42,7 +42,7 @@ class Boxes:
 
 
 def iou(a: Boxes, b: Boxes) -> F64:
-    """Intersection over union of two boxes of each sample, (B,); exact for boxes rotated about D."""
+    """Intersection over union of two boxes of each sample, (B,); exact, rotated boxes included."""
     low = np.maximum(a.low_B3, b.low_B3)
     high = np.minimum(a.low_B3 + a.extent_B3, b.low_B3 + b.extent_B3)
     side = np.maximum(high - low, 0)
@@ -51,6 +51,9 @@ def iou(a: Boxes, b: Boxes) -> F64:
     if turned.any():
         plane = np.where(turned, _overlap_area(_footprint(a), _footprint(b)), plane)
     both = side[:, 0] * plane
+    tilted = _tilted(a) | _tilted(b)
+    if tilted.any():
+        both = np.where(tilted & (side > 0).all(1), _overlap_volume(a, b), both)
     volume = [np.abs(np.linalg.det(box.linear_B33)) * np.prod(box.size_DHW) for box in (a, b)]
     return np.asarray(both / (volume[0] + volume[1] - both))
 
@@ -67,27 +70,80 @@ def _footprint(box: Boxes) -> F64:
     return np.asarray(half @ np.swapaxes(box.linear_B33[:, 1:, 1:], 1, 2) + box.centre_B3[:, None, 1:])
 
 
-def _overlap_area(subject_B42: F64, window_B42: F64) -> F64:
-    """Area that two convex quadrilaterals of each sample share (Sutherland-Hodgman, vectorised), (B,).
+def _tilted(box: Boxes) -> NDArray[np.bool_]:
+    """Whether D is mixed with another axis, (B,)."""
+    return np.asarray((box.linear_B33[:, 0, 1:] != 0).any(1) | (box.linear_B33[:, 1:, 0] != 0).any(1))
 
-    Clipping by one side keeps a corner, adds a crossing, both or neither; where there is nothing to add, the corner
-    before is repeated, which leaves the area as it is and the arrays rectangular.
-    """
+
+def _overlap_area(subject_B42: F64, window_B42: F64) -> F64:
+    """Area that two convex quadrilaterals of each sample share, (B,)."""
     polygon = subject_B42
     for side in range(4):
         start, stop = window_B42[:, side], window_B42[:, (side + 1) % 4]
         along = (stop - start)[:, None]
         to_corner = polygon - start[:, None]
-        height = along[..., 0] * to_corner[..., 1] - along[..., 1] * to_corner[..., 0]
-        following, height_after = np.roll(polygon, -1, axis=1), np.roll(height, -1, axis=1)
-        inside, crosses = height >= 0, (height >= 0) != (height_after >= 0)
-        share = np.where(crosses, height / np.where(crosses, height - height_after, 1.0), 0.0)
-        crossing = polygon + share[..., None] * (following - polygon)
-        batch, count = inside.shape
-        points = np.stack([polygon, crossing], axis=2).reshape(batch, 2 * count, 2)
-        kept = np.stack([inside, crosses], axis=2).reshape(batch, 2 * count)
-        order = np.maximum.accumulate(np.where(kept, np.arange(2 * count), -1), axis=1)
-        order = np.where(order < 0, order[:, -1:], order)  # before the first kept point comes the last
-        polygon = np.take_along_axis(points, np.maximum(order, 0)[..., None], axis=1)
+        polygon = _clip(polygon, along[..., 0] * to_corner[..., 1] - along[..., 1] * to_corner[..., 0])
     x, y = polygon[..., 0] - polygon[:, :1, 0], polygon[..., 1] - polygon[:, :1, 1]
     return np.asarray(np.abs((x * np.roll(y, -1, axis=1) - np.roll(x, -1, axis=1) * y).sum(1)) / 2)
+
+
+def _overlap_volume(a: Boxes, b: Boxes) -> F64:
+    """Volume that two parallelepipeds of each sample share, (B,).
+
+    The surface of the shared solid is what each box's faces leave inside the other box; by the divergence theorem its
+    volume is the sum over triangles of that surface of det(v0, v1, v2) / 6. Points are kept in the coordinates of both
+    boxes, in which they are the cubes [-1, 1]^3, so that clipping compares one coordinate.
+    """
+    half_a, half_b = (box.linear_B33 * np.array(box.size_DHW) / 2 for box in (a, b))
+    a_to_b = np.linalg.solve(half_b, half_a)
+    apart = np.linalg.solve(half_b, (a.centre_B3 - b.centre_B3)[:, :, None])
+    batch = len(a_to_b)
+    cube = np.broadcast_to(_CUBE_FACES.reshape(24, 3).T, (batch, 3, 24))
+    faces_of_a = np.concatenate([cube, a_to_b @ cube + apart], axis=1)
+    faces_of_b = np.concatenate([np.linalg.solve(a_to_b, cube - apart), cube], axis=1)
+    # Where faces coincide only one of the two may count: the slack keeps a's and drops b's.
+    parts = []
+    for faces, first, slack in ((faces_of_a, 3, 1e-9), (faces_of_b, 0, -1e-9)):
+        polygon = faces.transpose(0, 2, 1).reshape(batch * 6, 4, 6)
+        for axis in range(first, first + 3):
+            for sign in (-1.0, 1.0):
+                polygon = _clip(polygon, 1 + slack - sign * polygon[..., axis])
+        points = polygon[..., 3:]
+        fan = np.cross(points[:, 1:-1], points[:, 2:])
+        parts.append((fan @ points[:, 0, :, None]).reshape(batch, -1).sum(1))
+    volume = (parts[0] + parts[1]) / 6 * np.abs(np.linalg.det(half_b))
+    return np.asarray(np.maximum(volume, 0.0))
+
+
+def _cube_faces() -> F64:
+    """Corners of the six sides of the cube [-1, 1]^3, counter-clockwise seen from outside, (6, 4, 3)."""
+    faces = np.zeros((6, 4, 3))
+    ring = np.array([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
+    for axis in range(3):
+        for side, sign in enumerate((1.0, -1.0)):
+            face = faces[2 * axis + side]
+            face[:, axis] = sign
+            face[:, [(axis + 1) % 3, (axis + 2) % 3]] = ring if sign > 0 else ring[::-1]
+    return faces
+
+
+_CUBE_FACES = _cube_faces()
+
+
+def _clip(polygon_PNC: F64, height_PN: F64) -> F64:
+    """The part of each convex polygon where the height, linear in the point, is not negative (Sutherland-Hodgman).
+
+    Clipping keeps a corner, adds a crossing, both or neither, and leaves at most one corner more; polygons with fewer
+    repeat their last, which changes no area and keeps the arrays rectangular.
+    """
+    height_after = np.roll(height_PN, -1, axis=1)
+    inside, crosses = height_PN >= 0, (height_PN >= 0) != (height_after >= 0)
+    share = np.where(crosses, height_PN / np.where(crosses, height_PN - height_after, 1.0), 0.0)
+    crossing = polygon_PNC + share[..., None] * (np.roll(polygon_PNC, -1, axis=1) - polygon_PNC)
+    polygons, count, coordinates = polygon_PNC.shape
+    points = np.stack([polygon_PNC, crossing], axis=2).reshape(polygons, 2 * count, coordinates)
+    kept = np.stack([inside, crosses], axis=2).reshape(polygons, 2 * count)
+    order = np.argsort(~kept, axis=1, kind="stable")
+    last = np.maximum(kept.sum(1, keepdims=True) - 1, 0)
+    order = np.take_along_axis(order, np.minimum(np.arange(count + 2), last), axis=1)  # two more, lest rounding add one
+    return np.take_along_axis(points, order[..., None], axis=1)

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Polygon
 from numpy.typing import NDArray
+from scipy.spatial import ConvexHull
 from torch import Tensor
 
 from ssl_core import align
@@ -237,13 +238,7 @@ def _show(axes: Axes, picture: NDArray[Any], aspect: float, window: NDArray[Any]
 def _outline(axes: Axes, corners_83: NDArray[Any], axis: int) -> None:
     rows, columns = [i for i in range(3) if i != axis]
     flat = corners_83[:, [columns, rows]]
-    centre = flat.mean(0)
-    if axis == 0:  # the box may be turned in this plane: its four corners, in order around the centre
-        ring = np.unique(np.round(flat, 6), axis=0)
-        ring = ring[np.argsort(np.arctan2(*(ring - centre).T[::-1]))]
-    else:
-        (x0, y0), (x1, y1) = flat.min(0), flat.max(0)
-        ring = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
+    ring = flat[ConvexHull(flat).vertices]  # the box may be turned: its outline in this plane has four to six corners
     limits = axes.get_xlim(), axes.get_ylim()  # the region may reach beyond a rotated view: show the view only
     axes.add_patch(Polygon(ring, closed=True, fill=False, edgecolor=EDGE, linewidth=1.8))
     axes.set(xlim=limits[0], ylim=limits[1])

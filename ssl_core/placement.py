@@ -1,10 +1,11 @@
 """Where views are cut: boxes inside the host crop, drawn on the host in float64, a function of (seed, sample, role).
 
-A box is the parallelepiped that a view shows: a linear map (scale, rotation about D in millimetres) of the view's
-voxels, and the lower corner of its bounding box in volume voxels. All steps are vectorised over the batch, and no
-sample's draw depends on another's.
+A box is the parallelepiped that a view shows: a linear map (scale, rotation in millimetres) of the view's voxels, and
+the lower corner of its bounding box in volume voxels. All steps are vectorised over the batch, and no sample's draw
+depends on another's.
 """
 
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -77,6 +78,9 @@ def check(spec: ViewSpec) -> None:
         if not 0 <= role.rotate_degrees <= 180 or role.elastic_vox < 0:
             found = f"{role.rotate_degrees}, {role.elastic_vox}"
             raise ConfigError(thing, expected="rotation in [0, 180] degrees and no negative elastic_vox", found=found)
+        if not 0 <= role.tilt_degrees <= 90 or not 0 <= role.stretch < 1:
+            found = f"{role.tilt_degrees}, {role.stretch}"
+            raise ConfigError(thing, expected="tilt_degrees in [0, 90] and stretch in [0, 1)", found=found)
         if role.offset_vox is not None:
             offset = role.offset_vox
             nearest, furthest = offset
@@ -147,11 +151,6 @@ class _Placer:
     shape_B3: F64
     spacing_B3: F64
 
-    @property
-    def ratio_B(self) -> F64:
-        """Spacing along W over spacing along H."""
-        return np.asarray(self.spacing_B3[:, 2] / self.spacing_B3[:, 1])
-
     def role(self, role: RoleSpec, others: list[Boxes]) -> list[Boxes]:
         if role.offset_vox is not None:
             return self._shifted(role, role.offset_vox)
@@ -179,7 +178,7 @@ class _Placer:
                 return chosen
             chosen = self._candidate(role, view, attempt, low_B3, high_B3).where(open_B, chosen)
         open_B = _unmet(role, chosen, anchors)
-        last = concentric(role, anchors[0], low_B3, high_B3, self.ratio_B) if role.overlaps else anchors[0]
+        last = concentric(role, anchors[0], low_B3, high_B3, self.spacing_B3) if role.overlaps else anchors[0]
         return last.where(open_B, chosen)
 
     def _candidate(self, role: RoleSpec, view: int, attempt: int, low_B3: F64, high_B3: F64) -> Boxes:
@@ -187,16 +186,25 @@ class _Placer:
         # Shared scale and angle stay the same over the attempts as well, or the views of a role would part.
         shape_B2 = self._uniforms(role, "shape", form, 0 if role.share_spatial else attempt, count=2)
         lowest, highest = role.scale
-        scale_B = lowest + (highest - lowest) * shape_B2[:, 0]
-        angle_B = np.deg2rad(role.rotate_degrees) * (2 * shape_B2[:, 1] - 1)
-        room_B3 = high_B3 - low_B3 + 1e-9
-        linear = _linear(role, scale_B, angle_B, self.ratio_B)
-        tight_B = (extents(linear, role.size_DHW) > room_B3).any(1)
-        if tight_B.any():  # anisotropic rotation, or a narrow union: give up the rotation, then the scale
-            angle_B = np.where(tight_B, 0.0, angle_B)
-            linear = _linear(role, scale_B, angle_B, self.ratio_B)
+        sides_B3 = _sides(role, lowest + (highest - lowest) * shape_B2[:, 0])
+        turned_B3 = np.zeros_like(sides_B3)
+        turned_B3[:, 0] = np.deg2rad(role.rotate_degrees) * (2 * shape_B2[:, 1] - 1)
+        lowest_B3 = _sides(role, np.full(len(sides_B3), lowest))
+        # Where a box does not fit (thick slices, a narrow union), give up tilt and stretch, rotation and scale in turn.
+        forms = [(sides_B3, turned_B3), (sides_B3, 0 * turned_B3), (lowest_B3, 0 * turned_B3)]
+        if role.tilt_degrees or role.stretch:
+            more_B5 = 2 * self._uniforms(role, "tilt", form, 0 if role.share_spatial else attempt, count=5) - 1
+            tilted_B3 = turned_B3.copy()
+            tilted_B3[:, 1:] = np.deg2rad(role.tilt_degrees) * more_B5[:, :2]
+            forms.insert(0, (sides_B3 * (1 + _stretch(role) * more_B5[:, 2:]), tilted_B3))
+        room_B3, reach_B3 = high_B3 - low_B3 + 1e-9, _margin(role) + 1e-9
+        linear = _linear(*forms[0], self.spacing_B3)
+        for sides, angles in forms[1:]:
             tight_B = (extents(linear, role.size_DHW) > room_B3).any(1)
-            linear = _linear(role, np.where(tight_B, lowest, scale_B), angle_B, self.ratio_B)
+            tight_B |= (role.elastic_vox * np.abs(linear).sum(2) > reach_B3).any(1)
+            if not tight_B.any():
+                break
+            linear = np.where(tight_B[:, None, None], _linear(sides, angles, self.spacing_B3), linear)
         return Boxes(role.size_DHW, linear, self._corner(role, view, attempt, linear, low_B3, high_B3))
 
     def _corner(
@@ -246,22 +254,23 @@ class _Placer:
         return uniforms(self.seed, self.sample_B, ("place", role.name, what, view, attempt), count)
 
 
-def concentric(role: RoleSpec, anchor: Boxes, low_B3: F64, high_B3: F64, ratio_B: F64) -> Boxes:
+def concentric(role: RoleSpec, anchor: Boxes, low_B3: F64, high_B3: F64, spacing_B3: F64) -> Boxes:
     """The box of `role` with the largest intersection over union with the anchor, about the anchor's centre.
 
     It is moved just so far that it lies in [low, high), which cannot lessen the overlap with an anchor that lies there.
     """
     lowest, highest = role.scale
-    turn = np.deg2rad(role.rotate_degrees)
-    # The anchor's own scale and angle, so that boxes of one size can agree exactly.
-    area = np.linalg.det(anchor.linear_B33[:, 1:, 1:]) * np.prod(anchor.size_DHW[1:]) / np.prod(role.size_DHW[1:])
-    angle = np.arctan2(anchor.linear_B33[:, 2, 1] * ratio_B, anchor.linear_B33[:, 1, 1])
-    same = np.zeros(len(ratio_B))
-    shapes = [(np.clip(np.sqrt(area), lowest, highest), np.clip(angle, -turn, turn))]
-    shapes += [(same + scale, np.clip(angle, -turn, turn)) for scale in np.linspace(lowest, highest, 9)]
+    # The anchor's own scale and angles, so that boxes of one size can agree exactly.
+    rigid = anchor.linear_B33 * spacing_B3[:, :, None] / spacing_B3[:, None, :]
+    length_B3 = np.linalg.norm(rigid, axis=1)
+    area = length_B3[:, 1] * length_B3[:, 2] * np.prod(anchor.size_DHW[1:]) / np.prod(role.size_DHW[1:])
+    most = np.deg2rad([role.rotate_degrees, role.tilt_degrees, role.tilt_degrees])
+    angles = np.clip(_angles(rigid / length_B3[:, None]), -most, most)
+    same = np.zeros(len(spacing_B3))
+    scales = [np.clip(np.sqrt(area), lowest, highest), *(same + scale for scale in np.linspace(lowest, highest, 9))]
     best: Boxes | None = None
-    for scale_B, angle_B in shapes:
-        linear = _linear(role, scale_B, angle_B, ratio_B)
+    for scale_B in scales:
+        linear = _linear(_sides(role, scale_B), angles, spacing_B3)
         extent = extents(linear, role.size_DHW)
         low = np.clip(anchor.centre_B3 - extent / 2, low_B3, np.maximum(low_B3, high_B3 - extent))
         box = Boxes(role.size_DHW, linear, low)
@@ -277,13 +286,41 @@ def _unmet(role: RoleSpec, box: Boxes, anchors: list[Boxes]) -> NDArray[np.bool_
     return unmet
 
 
-def _linear(role: RoleSpec, scale_B: F64, angle_B: F64, ratio_B: F64) -> F64:
-    linear = np.zeros((len(scale_B), 3, 3))
-    linear[:, 0, 0] = scale_B if role.scale_depth else 1.0
-    linear[:, 1, 1] = linear[:, 2, 2] = scale_B * np.cos(angle_B)
-    linear[:, 1, 2] = -scale_B * np.sin(angle_B) * ratio_B
-    linear[:, 2, 1] = scale_B * np.sin(angle_B) / ratio_B
-    return linear
+def _sides(role: RoleSpec, scale_B: F64) -> F64:
+    """Scale of each axis of the view, (B, 3)."""
+    return np.stack([scale_B if role.scale_depth else np.ones_like(scale_B), scale_B, scale_B], axis=1)
+
+
+def _stretch(role: RoleSpec) -> F64:
+    """Largest relative change of each axis' scale."""
+    return role.stretch * np.array([float(role.scale_depth), 1.0, 1.0])
+
+
+def _linear(sides_B3: F64, angles_B3: F64, spacing_B3: F64) -> F64:
+    """View voxels to volume voxels: scale each axis, then turn rigidly in millimetres."""
+    turn = _rotation(angles_B3) * sides_B3[:, None, :]
+    return np.asarray(turn * (spacing_B3[:, None, :] / spacing_B3[:, :, None]))
+
+
+def _rotation(angles_B3: F64) -> F64:
+    """Rotation about W, then H, then D, by angles (B, 3) ordered (D, H, W), radians; (B, 3, 3)."""
+    (ca, cb, cc), (sa, sb, sc) = np.cos(angles_B3).T, np.sin(angles_B3).T
+    rows = [
+        [cb * cc, -cb * sc, sb],
+        [ca * sc + sa * sb * cc, ca * cc - sa * sb * sc, -sa * cb],
+        [sa * sc - ca * sb * cc, sa * cc + ca * sb * sc, ca * cb],
+    ]
+    return np.stack([np.stack(row, axis=1) for row in rows], axis=1)
+
+
+def _angles(rotation_B33: F64) -> F64:
+    """The inverse of `_rotation` for tilts of up to 90 degrees, (B, 3)."""
+    r = rotation_B33
+    return np.stack([
+        np.arctan2(-r[:, 1, 2], r[:, 2, 2]),
+        np.arcsin(np.clip(r[:, 0, 2], -1, 1)),
+        np.arctan2(-r[:, 0, 1], r[:, 0, 0]),
+    ], axis=1)  # fmt: skip
 
 
 def _corners(extent_B3: F64, low_B3: F64, high_B3: F64, shape_B3: F64) -> tuple[F64, F64]:
@@ -296,22 +333,30 @@ def _corners(extent_B3: F64, low_B3: F64, high_B3: F64, shape_B3: F64) -> tuple[
 
 
 def _largest(role: RoleSpec) -> F64:
-    """Sides of the bounding box at the largest scale and the worst angle, volume voxels of equal H and W spacing."""
-    d, h, w = (float(x) for x in role.size_DHW)
-    angle = np.linspace(0, np.deg2rad(min(role.rotate_degrees, 90.0)), 181)
-    high = role.scale[1]
-    return np.array([
-        d * (high if role.scale_depth else 1.0),
-        high * float(np.max(np.cos(angle) * h + np.sin(angle) * w)),
-        high * float(np.max(np.sin(angle) * h + np.cos(angle) * w)),
-    ])  # fmt: skip
+    """Sides of the bounding box at the largest scale and the worst angles, volume voxels of equal spacing."""
+    sides = np.array(role.size_DHW) * _sides(role, np.array([role.scale[1]]))[0] * (1 + _stretch(role))
+    d, h, w = sides.tolist()
+    return np.array(_worst(d, h, w, role.rotate_degrees, role.tilt_degrees))
+
+
+@functools.lru_cache(maxsize=256)
+def _worst(d: float, h: float, w: float, rotate_degrees: float, tilt_degrees: float) -> tuple[float, float, float]:
+    # Mirrors leave the bounding box alone, and each turns two angles round: one sign is free, and 90 degrees suffice.
+    tilts = np.deg2rad(np.linspace(0, tilt_degrees, 31 if tilt_degrees else 1))
+    turns = np.deg2rad(np.linspace(0, min(rotate_degrees, 90.0), 31 if tilt_degrees else 181))
+    grid = np.stack(np.meshgrid(turns, tilts, np.union1d(-tilts, tilts), indexing="ij"), axis=-1).reshape(-1, 3)
+    x, y, z = (float(n) for n in (np.abs(_rotation(grid)) @ np.array([d, h, w])).max(0))
+    return x, y, z
 
 
 def _margin(role: RoleSpec) -> F64:
-    """Voxels beyond the box that an elastic deformation may reach."""
-    scale = role.scale[1]
-    plane = scale * (np.sqrt(2) if role.rotate_degrees else 1.0)
-    return np.asarray(np.ceil(role.elastic_vox * np.array([scale if role.scale_depth else 1.0, plane, plane])))
+    """Voxels beyond the box that an elastic deformation may reach, at equal spacing."""
+    sides = _sides(role, np.array([role.scale[1]]))[0] * (1 + _stretch(role))
+    if role.tilt_degrees:  # an axis of the volume may take part of all three of the view's, or of two
+        sides = np.full(3, np.sqrt(3) * sides.max())
+    elif role.rotate_degrees:
+        sides = sides * np.array([1.0, np.sqrt(2), np.sqrt(2)])
+    return np.asarray(np.ceil(role.elastic_vox * sides))
 
 
 def _check_other(role: RoleSpec, roles: dict[str, RoleSpec]) -> None:
@@ -333,28 +378,43 @@ def _check_other(role: RoleSpec, roles: dict[str, RoleSpec]) -> None:
             )
     if role.min_overlap == 0:
         return
-    if role.share_spatial and role.count > 1 and (role.scale[0] < role.scale[1] or role.rotate_degrees):
+    if role.share_spatial and role.count > 1 and _varies(role):
         raise ConfigError(
             thing,
             expected="views that may each scale to meet their overlap with another role",
             found="share_spatial",
             remedy="drop share_spatial, or fix scale and rotation",
         )
-    free = np.full((1, 3), 1e9)
-    turn = np.deg2rad(other.rotate_degrees)
-    for scale, angle in itertools.product(np.linspace(*other.scale, 5), {0.0, turn / 2, turn}):
-        linear = _linear(other, np.full(1, scale), np.full(1, angle), np.ones(1))
-        anchor = Boxes(other.size_DHW, linear, np.zeros((1, 3)))
-        found = float(iou(concentric(role, anchor, -free, free, np.ones(1)), anchor)[0])
-        if found < role.min_overlap:
-            raise ConfigError(
-                f"{thing}: min_overlap",
-                expected=f"at most {found:.3f}, which its sizes allow with role {other.name!r} at scale {scale:.3g}",
-                found=str(role.min_overlap),
-            )
+    found = _least_overlap(role, other)
+    if found < role.min_overlap:
+        raise ConfigError(
+            f"{thing}: min_overlap",
+            expected=f"at most {found:.3f}, which its sizes allow with any box of role {other.name!r}",
+            found=str(role.min_overlap),
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _least_overlap(role: RoleSpec, other: RoleSpec) -> float:
+    """What `concentric` reaches at worst over scales, angles and stretches of the other role, at equal spacing."""
+    turn, tilt = np.deg2rad(other.rotate_degrees), np.deg2rad(other.tilt_degrees)
+    angles = itertools.product({0.0, turn / 2, turn}, {0.0, tilt}, {0.0, tilt})
+    stretches = itertools.product(*({1 + most, 1 - most} for most in _stretch(other).tolist()))
+    forms = np.array([
+        (scale, *turned, *stretch)
+        for scale, turned, stretch in itertools.product(np.linspace(*other.scale, 5), list(angles), list(stretches))
+    ])  # fmt: skip
+    even, free = np.ones((len(forms), 3)), np.full((len(forms), 3), 1e9)
+    linear = _linear(_sides(other, forms[:, 0]) * forms[:, 4:], forms[:, 1:4], even)
+    anchor = Boxes(other.size_DHW, linear, np.zeros((len(forms), 3)))
+    return float(iou(concentric(role, anchor, -free, free, even), anchor).min())
+
+
+def _varies(role: RoleSpec) -> bool:
+    return role.scale[0] < role.scale[1] or role.rotate_degrees + role.tilt_degrees + role.stretch > 0
 
 
 def _upright(role: RoleSpec, scale: float) -> Boxes:
     """One box at the origin without rotation."""
-    linear = _linear(role, np.full(1, scale), np.zeros(1), np.ones(1))
+    linear = _linear(_sides(role, np.full(1, scale)), np.zeros((1, 3)), np.ones((1, 3)))
     return Boxes(role.size_DHW, linear, np.zeros((1, 3)))

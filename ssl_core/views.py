@@ -94,6 +94,10 @@ class RoleSpec:
         scale_depth: Whether D is scaled too.
         flip: Probability of a flip along each of D, H, W.
         rotate_degrees: Largest rotation about the D axis, in either direction, rigid in millimetres.
+        tilt_degrees: Largest rotation about the H axis and about the W axis, in either direction, rigid in millimetres.
+            A sample whose box would then not fit into the host crop (slices far apart) keeps its rotation about D only.
+        stretch: Largest relative change of the scale of each axis by itself, in either direction; D only with
+            `scale_depth`.
         elastic_vox: Largest elastic displacement along each axis, view voxels; 0 for none.
         min_overlap: Least intersection over union of this role's boxes with the first view of the role `overlaps`
             (with each other when `overlaps` is empty). 0 places boxes independently in the host crop.
@@ -115,6 +119,8 @@ class RoleSpec:
     scale_depth: bool = False
     flip: tuple[float, float, float] = (0.0, 0.0, 0.0)
     rotate_degrees: float = 0.0
+    tilt_degrees: float = field(default=0.0, kw_only=True)
+    stretch: float = field(default=0.0, kw_only=True)
     elastic_vox: float = 0.0
     min_overlap: float = 0.0
     overlaps: str = ""

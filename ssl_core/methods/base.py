@@ -36,7 +36,22 @@ class Crops(Config):
         default=False, description="Whether D is scaled too; our choice, as sibling code scales H and W"
     )
     flip: tuple[float, float, float] = Field(default=(0.5, 0.5, 0.5), description="Probability of a flip along D, H, W")
-    rotate_degrees: float = Field(default=0.0, ge=0, le=180, description="Largest rotation about D; our choice")
+    rotate_degrees: float = Field(
+        default=0.0, ge=0, le=180, description="Largest rotation about D; PCRLv2's code: 10, else our choice: none"
+    )
+    tilt_degrees: float = Field(
+        default=0.0,
+        ge=0,
+        le=90,
+        description="Largest rotation about H and about W; PCRLv2's code: 10, else our choice: none",
+    )
+    stretch: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Largest relative change of each axis' scale by itself, of D only with `scale_depth`; PCRLv2's"
+        " code: 0.1, else our choice: none",
+    )
     elastic_vox: float = Field(
         default=0.0, ge=0, description="Largest elastic displacement, view voxels; our choice: none"
     )

@@ -90,11 +90,13 @@ class PCRLv2(nn.Module):
                 scale_depth=True,
                 flip=(0.0, 0.0, 0.5),
                 rotate_degrees=10.0,
+                tilt_degrees=10.0,
+                stretch=0.1,
                 min_overlap=0.3,
                 intensity="pcrlv2",
             ),
-            description="The two global views; sizes, overlap, flip and rotation after the code, which draws one of"
-            " four sizes and turns about all axes",
+            description="The two global views; sizes, overlap, flip, rotation about all axes and stretch after the"
+            " code, which draws one of four sizes",
         )
         local: Crops = Field(
             default=Crops(
@@ -103,9 +105,12 @@ class PCRLv2(nn.Module):
                 scale_depth=True,
                 flip=(0.0, 0.0, 0.5),
                 rotate_degrees=10.0,
+                tilt_degrees=10.0,
+                stretch=0.1,
                 intensity="pcrlv2_local",
             ),
-            description="The local crops, inside the union of the global ones; sizes after the code",
+            description="The local crops, inside the union of the global ones; sizes, flip, rotation and stretch after"
+            " the code",
         )
         locals: int = Field(default=6, ge=1, description="Local crops, K; code: 6")
         scales: int = Field(default=3, ge=1, description="Finest decoder levels compared, at most; code: 3")

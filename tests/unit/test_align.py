@@ -78,10 +78,12 @@ ROLES = [
     RoleSpec("a", 2, (12, 20, 16), scale=(0.7, 1.4), flip=(0.5, 0.5, 0.5), min_overlap=0.1, intensity="none"),
     RoleSpec("a", 2, (12, 20, 16), scale=(0.8, 1.2), flip=(0.5, 0.5, 0.5), scale_depth=True, rotate_degrees=30,
              min_overlap=0.1, intensity="none"),
+    RoleSpec("a", 2, (12, 20, 16), scale=(0.8, 1.2), flip=(0.5, 0.5, 0.5), scale_depth=True, rotate_degrees=20,
+             min_overlap=0.1, intensity="none", tilt_degrees=12, stretch=0.1),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("role", ROLES, ids=["boxes", "rotated"])
+@pytest.mark.parametrize("role", ROLES, ids=["boxes", "rotated", "tilted"])
 def test_coordinate_volumes_coincide(role):
     """Over 60 random pairs: what the two views show at the shared points is one place."""
     spec = ViewSpec((role,))

@@ -21,7 +21,7 @@ def _amount(pixels, colour):
     return int((np.abs(pixels - rgb).max(2) < 0.02).sum())
 
 
-@pytest.mark.parametrize("more", [{}, {"rotate_degrees": 25.0}, {"elastic_vox": 1.0}])
+@pytest.mark.parametrize("more", [{}, {"rotate_degrees": 25.0}, {"tilt_degrees": 15.0}, {"elastic_vox": 1.0}])
 def test_views_show_their_shared_region(more):
     spec = ViewSpec((RoleSpec("a", 2, (10, 16, 16), (0.8, 1.2), False, (0.5, 0.5, 0.5), min_overlap=0.3, **more),))
     views = make_views(noise(spec, 2), spec, seed=0, policy=IntensityPolicy()).roles["a"]

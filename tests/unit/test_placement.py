@@ -45,6 +45,7 @@ PGL = RoleSpec("pair", 2, (16, 24, 24), scale=(0.8, 1.3), flip=(0.5, 0.5, 0.5), 
         (PGL, RoleSpec("local", 6, (8, 8, 8), scale=(0.5, 1.5), overlaps="pair", inside_union=True)),
         (PGL, RoleSpec("other", 2, (16, 24, 20), scale=(0.8, 1.3), overlaps="pair", min_overlap=0.5)),
         (RoleSpec("wavy", 2, (8, 24, 24), scale=(0.8, 1.2), rotate_degrees=10, elastic_vox=2.0),),
+        (RoleSpec("tilted", 2, (8, 24, 16), scale=(0.9, 1.2), rotate_degrees=30, elastic_vox=1, tilt_degrees=25),),
     ],
 )
 def test_boxes_lie_in_the_host_crop_and_in_the_volume(roles):
@@ -76,9 +77,10 @@ def test_a_box_larger_than_the_volume_covers_it():
 
 
 @pytest.mark.parametrize("overlap", [0.05, 0.1, 0.3, 0.6, 0.9, 1.0])
-@pytest.mark.parametrize("turn", [0.0, 20.0])
-def test_overlap_is_met_by_every_pair(overlap, turn):
-    role = RoleSpec("a", 3, (12, 20, 16), scale=(0.7, 1.2), rotate_degrees=turn, min_overlap=overlap)
+@pytest.mark.parametrize(("turn", "tilt"), [(0.0, 0.0), (20.0, 0.0), (20.0, 15.0)])
+def test_overlap_is_met_by_every_pair(overlap, turn, tilt):
+    size, scale = (12, 20, 16), (0.7, 1.2)
+    role = RoleSpec("a", 3, size, scale, rotate_degrees=turn, min_overlap=overlap, tilt_degrees=tilt, stretch=tilt / 99)
     maps, _, _ = _draw(role, samples=np.arange(60), grow=20)
     boxes = [Boxes(role.size_DHW, m[:, :, :3], _box(m, role.size_DHW)[0]) for m in maps["a"]]
     for i, j in ((0, 1), (0, 2), (1, 2)):
@@ -98,14 +100,16 @@ def test_overlap_with_another_role_is_met_and_the_fallback_is_reached():
     )
 
 
-def test_iou_of_rotated_boxes_against_counting():
+@pytest.mark.parametrize("tilt", [0.0, 0.7])
+def test_iou_of_rotated_boxes_against_counting(tilt):
     rng = np.random.default_rng(0)
     role = RoleSpec("a", 1, (6, 20, 12), scale=(0.7, 1.4), rotate_degrees=60)
     for _ in range(6):
-        ratio = np.array([rng.uniform(0.6, 1.5)])
+        spacing = rng.uniform(0.8, 1.3, (1, 3))
         pair = []
         for _ in range(2):
-            linear = placement._linear(role, rng.uniform(0.7, 1.4, 1), rng.uniform(-1, 1, 1), ratio)
+            sides, angles = rng.uniform(0.7, 1.4, (1, 3)), rng.uniform(-1, 1, (1, 3)) * [1, tilt, tilt]
+            linear = placement._linear(sides, angles, spacing)
             pair.append(Boxes(role.size_DHW, linear, rng.uniform(0, 6, (1, 3))))
         low = np.minimum(pair[0].low_B3, pair[1].low_B3)[0]
         high = np.maximum(*(box.low_B3 + box.extent_B3 for box in pair))[0]
@@ -160,6 +164,45 @@ def test_depth_is_scaled_only_on_request_and_rotation_is_rigid_in_mm():
     assert np.allclose(deep[:, 0, 0], deep[:, 1, 1])
 
 
+def test_tilt_turns_about_every_axis_rigidly_in_mm():
+    spacing = np.array([2.0, 1.25, 0.8])
+    role = RoleSpec("a", 1, (12, 20, 20), scale=(0.7, 1.4), scale_depth=True, rotate_degrees=25, tilt_degrees=15)
+    linear = _draw(role, spacing=spacing, grow=60)[0]["a"][0, :, :, :3]
+    metric = np.diag(spacing) @ linear @ np.diag(1 / spacing)
+    scale = np.cbrt(np.linalg.det(metric))
+    assert np.allclose(np.swapaxes(metric, 1, 2) @ metric, scale[:, None, None] ** 2 * np.eye(3))
+    angles = np.rad2deg(placement._angles(metric / scale[:, None, None]))
+    assert (np.abs(angles).max(0) <= [25, 15, 15]).all()
+    assert (angles.max(0) > [22, 13, 13]).all()
+    assert (angles.min(0) < [-22, -13, -13]).all()
+    # One angle at a time: the axis it is named after stays where it is.
+    for axis in range(3):
+        turn = placement._rotation(np.deg2rad(20.0) * np.eye(3)[axis : axis + 1])[0]
+        assert np.array_equal(turn[axis], np.eye(3)[axis])
+        assert turn[axis - 2, axis - 2] == pytest.approx(np.cos(np.deg2rad(20)))
+    # Slices far apart: what does not fit keeps its rotation about D, and the draws without tilt are as they were.
+    flat = RoleSpec("a", 1, (12, 20, 20), rotate_degrees=25)
+    both = RoleSpec("a", 1, (12, 20, 20), rotate_degrees=25, tilt_degrees=15)
+    need = host_size(ViewSpec((both,)))
+    assert need[0] > 12
+    assert need[0] < 12 + 2 * 20 * np.sin(np.deg2rad(15)) + 1
+    thick, plain = (_draw(r, spacing=(12.0, 1.0, 1.0))[0]["a"][0, :, :, :3] for r in (both, flat))
+    given_up = (thick[:, 0, 1:] == 0).all(1)
+    assert 0.1 < given_up.mean() < 1
+    assert np.array_equal(thick[given_up], plain[given_up])
+
+
+def test_stretch_changes_each_axis_by_itself():
+    role = RoleSpec("a", 1, (12, 20, 20), scale=(0.9, 1.1), scale_depth=True, stretch=0.2)
+    sides = np.diagonal(_draw(role)[0]["a"][0, :, :, :3], axis1=1, axis2=2)
+    ratio = sides[:, 0] / sides[:, 1]
+    assert (sides >= 0.9 * 0.8 - 1e-9).all()
+    assert (sides <= 1.1 * 1.2 + 1e-9).all()
+    assert ratio.min() < 0.75
+    assert ratio.max() > 1.3
+    assert (_draw(RoleSpec("a", 1, (12, 20, 20), stretch=0.2))[0]["a"][0, :, 0, 0] == 1).all()
+
+
 def test_shifted_views_differ_by_a_whole_shift_along_depth():
     role = RoleSpec("a", 3, (5, 20, 20), scale=(0.8, 1.2), offset_vox=(1, 3), share_spatial=True, flip=(0.0, 0.5, 0.5))
     maps, _, _ = _draw(role)
@@ -208,6 +251,8 @@ def test_host_size_closed_forms():
         ((RoleSpec("a", 1, (8, 8, 8), min_overlap=1.5),), "min_overlap"),
         ((RoleSpec("a", 1, (8, 8, 8), flip=(0, 2, 0)),), "flip"),
         ((RoleSpec("a", 1, (8, 8, 8), elastic_vox=-1),), "elastic_vox"),
+        ((RoleSpec("a", 1, (8, 8, 8), tilt_degrees=120),), "tilt_degrees"),
+        ((RoleSpec("a", 1, (8, 8, 8), stretch=1),), "stretch"),
         ((RoleSpec("a", 2, (8, 8, 8), offset_vox=(3, 1)),), "offset_vox"),
         ((RoleSpec("a", 2, (8, 8, 8), offset_vox=(1, 3), min_overlap=0.5),), "offset_vox"),
         ((RoleSpec("a", 2, (8, 8, 8), inside_union=True),), "inside_union"),
@@ -232,7 +277,9 @@ def test_a_small_host_crop_is_refused():
 
 
 def test_concentric_box_matches_an_anchor_of_its_own_shape():
-    linear = placement._linear(PGL, np.array([0.9]), np.array([0.0]), np.ones(1))
-    anchor = Boxes(PGL.size_DHW, linear, np.array([[3.0, 4.5, 7.25]]))
-    free = np.full((1, 3), 100.0)
-    assert iou(concentric(PGL, anchor, -free, free, np.ones(1)), anchor)[0] == pytest.approx(1.0, abs=1e-12)
+    free, spacing = np.full((1, 3), 100.0), np.array([[2.0, 0.9, 1.1]])
+    turned = RoleSpec("a", 1, PGL.size_DHW, scale=(0.8, 1.3), rotate_degrees=30, tilt_degrees=20)
+    for role, angles in ((PGL, [[0.0, 0.0, 0.0]]), (turned, [[-0.4, 0.2, -0.3]])):
+        linear = placement._linear(np.array([[1.0, 0.9, 0.9]]), np.array(angles), spacing)
+        anchor = Boxes(role.size_DHW, linear, np.array([[3.0, 4.5, 7.25]]))
+        assert iou(concentric(role, anchor, -free, free, spacing), anchor)[0] == pytest.approx(1.0, abs=1e-9)

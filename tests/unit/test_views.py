@@ -17,6 +17,9 @@ EVERYTHING = ViewSpec((PAIR, TURNED, WAVY), maps=("label",))
 AT_ONCE = RoleSpec(
     "at once", 2, (12, 18, 14), (0.8, 1.3), True, (0.5, 0.5, 0.5), rotate_degrees=40, elastic_vox=1.0, min_overlap=0.1
 )
+TILTED = RoleSpec(
+    "tilted", 2, (10, 18, 14), (0.8, 1.3), True, (0.5, 0.5, 0.5), 30, min_overlap=0.2, tilt_degrees=20, stretch=0.2
+)
 
 
 def _make(batch, spec, dtype=torch.float32, policy=AS_STORED, seed=0, **more):
@@ -32,7 +35,7 @@ def _centres(view):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float64, 1e-9)])
 def test_every_voxel_shows_the_place_that_the_geometry_says(dtype, tolerance):
-    spec = ViewSpec(tuple(RoleSpec(**{**vars(r), "intensity": "none"}) for r in (*EVERYTHING.roles, AT_ONCE)))
+    spec = ViewSpec(tuple(RoleSpec(**{**vars(r), "intensity": "none"}) for r in (*EVERYTHING.roles, AT_ONCE, TILTED)))
     batch = coordinates(spec, 10, spacing=(3.0, 1.2, 0.9))
     low = torch.from_numpy(batch.start_B3)[:, None] + 0.5
     high = low + torch.tensor(spec.host_size_DHW) - 1
