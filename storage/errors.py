@@ -59,6 +59,10 @@ class NotFound(StoreError):
     """The object is not there."""
 
 
+class NotOffered(StoreError):
+    """The store cannot do what was asked of it at all: write or list over plain HTTP, for one."""
+
+
 class CorruptChunk(StoreError):
     """A stored chunk, shard index or manifest does not match its checksum, size or layout."""
 

@@ -16,7 +16,7 @@ from obstore.store import HTTPStore, S3Store
 
 from storage.aws import resolve
 from storage.bytestore import check_key, check_prefix, check_range, join, short
-from storage.errors import ConfigError, NotFound, StoreError
+from storage.errors import ConfigError, NotFound, NotOffered, StoreError
 from storage.retry import RetryPolicy, TransientError, retry
 
 if TYPE_CHECKING:
@@ -109,6 +109,13 @@ class ObjectStore:
                         found=f"refused: {_reason(error)}",
                         remedy="check the credentials of the AWS environment and the rights of that key",
                     ) from error
+                if self._read_only and isinstance(error, exceptions.NotSupportedError):
+                    raise NotOffered(
+                        thing,
+                        expected="a server that answers range requests",
+                        found=_reason(error),
+                        remedy="Python's own http.server does not; nginx, Apache and object stores do",
+                    ) from error
                 if _is_final(error):
                     raise StoreError(thing, expected=f"an answer of {self._where}", found=_reason(error)) from error
                 raise TransientError(_reason(error)) from error
@@ -117,7 +124,7 @@ class ObjectStore:
 
     def _writable(self, key: str) -> None:
         if self._read_only:
-            raise StoreError(join(self.url, key), expected="a writable store", found="a read-only http(s) URL")
+            raise NotOffered(join(self.url, key), expected="a writable store", found="a read-only http(s) URL")
 
     def get(self, key: str) -> bytes:
         """See `ByteStore`."""
@@ -263,7 +270,17 @@ class ObjectStore:
         folder = check_prefix(prefix).rpartition("/")[0]
 
         def attempt() -> list[str]:
-            return [m["path"] for batch in obstore.list(self._store, folder or None) for m in batch]
+            try:
+                return [m["path"] for batch in obstore.list(self._store, folder or None) for m in batch]
+            except exceptions.BaseError as error:
+                if self._read_only and (_status(error) in _NO_LISTING or "decoding PROPFIND" in str(error)):
+                    raise NotOffered(
+                        join(self.url, prefix),
+                        expected="a server that lists its objects, as WebDAV servers do",
+                        found=_reason(error),
+                        remedy="a published data set is read without any list",
+                    ) from error
+                raise
 
         # Some programs mark "folders" by empty objects named like the prefix or ending in a slash; they hold nothing.
         return iter(sorted(k for k in self._call(prefix, attempt) if k.startswith(prefix) and k and k[-1] != "/"))
@@ -284,6 +301,8 @@ def _reason(error: BaseException) -> str:
     return " ".join(text.split())[:300]
 
 
+_NO_LISTING = (400, 403, 404, 405, 415, 501)
+"""What servers say to the WebDAV request for a list when they know none."""
 _STATUS = re.compile(r"non-2xx status code: (\d{3})")
 
 

@@ -1,7 +1,7 @@
 """What other backends and stores are tested with: a public contract and phantom volumes.
 
-Needs pytest. `StoreContract` is subclassed by a test class that gives the fixture `store`. See also
-`storage.faultproxy`.
+Needs pytest. `StoreContract`, or for what is read only `ReadOnlyContract`, is subclassed by a test class that gives the
+fixture `store`. See also `storage.stream_testing` and `storage.faultproxy`.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,37 +13,46 @@ import numpy.typing as npt
 import pytest
 
 from storage.bytestore import ByteStore, join, open_store
-from storage.errors import ConfigError, CorruptChunk, NotFound
+from storage.errors import ConfigError, CorruptChunk, NotFound, NotOffered
 from storage.layout import Layout
 from storage.manifest import Manifest
 from storage.volumewriter import write_volume
 
 
-class StoreContract:
-    """What every `ByteStore` does. Subclass it and give a fixture `store`: an open, empty, writable store."""
+class ReadContract:
+    """What every `ByteStore` does when it is read.
 
-    def test_put_then_get_gives_the_same_bytes(self, store: ByteStore) -> None:
-        """Also for an empty object, one byte, and any byte value."""
-        for key, data in {"a": b"", "b/c": b"\x00", "b/d e": bytes(range(256)) * 5000}.items():
-            assert store.put(key, data) is True
+    Subclass it and give a fixture `store`: open and empty. One that cannot write needs a fixture `writer` too: a store
+    that puts objects where the other one reads them.
+    """
+
+    @pytest.fixture
+    def writer(self, store: ByteStore) -> ByteStore:
+        """What objects are put by; the store itself where it writes."""
+        return store
+
+    def test_what_was_put_is_what_is_read(self, store: ByteStore, writer: ByteStore) -> None:
+        """Also an empty object, one byte, any byte value, and keys with odd letters."""
+        for key, data in {"a": b"", "b/c": b"\x00", "b/d e": bytes(range(256)) * 5000, "ü+%20#1?": b"odd"}.items():
+            writer.put(key, data)
             assert store.get(key) == data
             assert store.head(key) == len(data)
             assert store.exists(key)
 
-    def test_a_range_is_exact(self, store: ByteStore) -> None:
+    def test_a_range_is_exact(self, store: ByteStore, writer: ByteStore) -> None:
         """Half open, as in Python."""
         data = bytes(range(256)) * 40
-        store.put("x", data)
+        writer.put("x", data)
         for start, stop in [(0, 1), (0, len(data)), (17, 4711), (len(data) - 1, len(data)), (5, 5)]:
             assert store.get_range("x", start, stop) == data[start:stop]
         ranges = [(9, 12), (0, 3), (9000, len(data)), (10, 11)]
         assert store.get_ranges("x", ranges) == [data[a:b] for a, b in ranges]
         assert store.get_ranges("x", []) == []
 
-    def test_a_range_beyond_the_end_raises_and_names_the_key(self, store: ByteStore) -> None:
+    def test_a_range_beyond_the_end_raises_and_names_the_key(self, store: ByteStore, writer: ByteStore) -> None:
         """Neither fewer bytes nor other ones."""
-        store.put("folder/x", b"0123456789")
-        store.put("empty", b"")
+        writer.put("folder/x", b"0123456789")
+        writer.put("empty", b"")
         for key, start, stop in [("folder/x", 5, 11), ("folder/x", 10, 12), ("folder/x", 50, 60), ("empty", 0, 1)]:
             with pytest.raises(CorruptChunk, match=key):
                 store.get_range(key, start, stop)
@@ -51,16 +60,18 @@ class StoreContract:
             store.get_ranges("folder/x", [(0, 3), (5, 11)])
 
     @pytest.mark.parametrize(("start", "stop"), [(-1, 3), (3, 2)])
-    def test_a_reversed_or_negative_range_is_refused(self, store: ByteStore, start: int, stop: int) -> None:
+    def test_a_reversed_or_negative_range_is_refused(
+        self, store: ByteStore, writer: ByteStore, start: int, stop: int
+    ) -> None:
         """Before any request."""
-        store.put("x", b"0123456789")
+        writer.put("x", b"0123456789")
         with pytest.raises(ConfigError, match="x"):
             store.get_range("x", start, stop)
 
-    def test_a_suffix_is_the_end_or_the_whole(self, store: ByteStore) -> None:
+    def test_a_suffix_is_the_end_or_the_whole(self, store: ByteStore, writer: ByteStore) -> None:
         """Also of an empty object."""
-        store.put("x", b"0123456789")
-        store.put("empty", b"")
+        writer.put("x", b"0123456789")
+        writer.put("empty", b"")
         assert store.get_suffix("x", 4) == b"6789"
         assert store.get_suffix("x", 40) == b"0123456789"
         assert store.get_suffix("empty", 4) == b""
@@ -78,6 +89,68 @@ class StoreContract:
             with pytest.raises(NotFound, match="no/such"):
                 call()
         assert not store.exists("no/such")
+
+    def test_equal_urls_see_the_same_objects(self, store: ByteStore, writer: ByteStore) -> None:
+        """And a longer one sees its part."""
+        writer.put("part/x", b"here")
+        assert open_store(store.url).get("part/x") == b"here"
+        assert open_store(join(store.url, "part")).get("x") == b"here"
+
+    def test_threads_read_together(self, store: ByteStore, writer: ByteStore) -> None:
+        """Every thread its own bytes."""
+        data = np.random.default_rng(0).bytes(200_000)
+        writer.put("x", data)
+        with ThreadPoolExecutor(16) as pool:
+            found = pool.map(lambda i: store.get_range("x", i * 997, i * 997 + 991), range(200))
+            assert [*found] == [data[i * 997 : i * 997 + 991] for i in range(200)]
+
+    @pytest.mark.parametrize("key", ["", "/x", "x/", "a//b", "../x", "a/./b", "a\\b"])
+    def test_a_key_that_leaves_the_store_is_not_read(self, store: ByteStore, key: str) -> None:
+        """Before any request."""
+        with pytest.raises(ConfigError):
+            store.get(key)
+
+    @pytest.mark.parametrize("prefix", ["../", "a/../../b", "/", "/etc/"])
+    def test_a_prefix_that_leaves_the_store_is_refused(self, store: ByteStore, prefix: str) -> None:
+        """Names outside it are nobody's business."""
+        with pytest.raises(ConfigError):
+            list(store.list(prefix))
+
+
+class ReadOnlyContract(ReadContract):
+    """What a store does beside that which can only be read: it refuses the rest by name, at once."""
+
+    def test_every_write_is_refused_and_names_the_key(self, store: ByteStore, writer: ByteStore) -> None:
+        """And changes nothing."""
+        writer.put("folder/x", b"old")
+        calls: list[Callable[[], Any]] = [
+            lambda: store.put("folder/x", b"new"),
+            lambda: store.put("folder/y", b"new"),
+            lambda: store.put("folder/y", b"new", if_absent=True),
+            lambda: store.swap("folder/x", b"new", b"old"),
+            lambda: store.swap("folder/y", b"new", None),
+            lambda: store.delete("folder/x"),
+        ]
+        for call in calls:
+            with pytest.raises(NotOffered, match=r"folder/[xy].*read-only"):
+                call()
+        assert list(writer.list()) == ["folder/x"]
+        assert store.get("folder/x") == b"old"
+
+
+class StoreContract(ReadContract):
+    """What every `ByteStore` does that can be written. The fixture `store` is open, empty and writable."""
+
+    def test_put_says_that_it_wrote(self, store: ByteStore) -> None:
+        """And the object is there at once."""
+        assert store.put("a/b", b"-") is True
+        assert store.get("a/b") == b"-"
+
+    @pytest.mark.parametrize("key", ["", "/x", "x/", "a//b", "../x", "a/./b", "a\\b"])
+    def test_a_key_that_leaves_the_store_is_not_written(self, store: ByteStore, key: str) -> None:
+        """Nor may a write go there."""
+        with pytest.raises(ConfigError):
+            store.put(key, b"-")
 
     def test_put_replaces(self, store: ByteStore) -> None:
         """The last one wins, whole."""
@@ -142,34 +215,6 @@ class StoreContract:
         store.delete("x")
         assert not store.exists("x")
         assert list(store.list()) == []
-
-    @pytest.mark.parametrize("key", ["", "/x", "x/", "a//b", "../x", "a/./b", "a\\b"])
-    def test_a_key_that_leaves_the_store_is_refused(self, store: ByteStore, key: str) -> None:
-        """For reading and writing."""
-        with pytest.raises(ConfigError):
-            store.get(key)
-        with pytest.raises(ConfigError):
-            store.put(key, b"-")
-
-    @pytest.mark.parametrize("prefix", ["../", "a/../../b", "/", "/etc/"])
-    def test_a_prefix_that_leaves_the_store_is_refused(self, store: ByteStore, prefix: str) -> None:
-        """Names outside it are nobody's business."""
-        with pytest.raises(ConfigError):
-            list(store.list(prefix))
-
-    def test_equal_urls_see_the_same_objects(self, store: ByteStore) -> None:
-        """And a longer one sees its part."""
-        store.put("part/x", b"here")
-        assert open_store(store.url).get("part/x") == b"here"
-        assert open_store(join(store.url, "part")).get("x") == b"here"
-
-    def test_threads_read_together(self, store: ByteStore) -> None:
-        """Every thread its own bytes."""
-        data = np.random.default_rng(0).bytes(200_000)
-        store.put("x", data)
-        with ThreadPoolExecutor(16) as pool:
-            found = pool.map(lambda i: store.get_range("x", i * 997, i * 997 + 991), range(200))
-            assert [*found] == [data[i * 997 : i * 997 + 991] for i in range(200)]
 
 
 def phantom(shape_DHW: Sequence[int], seed: int = 0, channels: int = 1) -> npt.NDArray[np.int16]:

@@ -5,11 +5,12 @@ Nothing is repaired. Each problem names the volume and, where it lies in one obj
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from storage.bytestore import join
-from storage.errors import NotFound, StoreError
+from storage.errors import NotFound, NotOffered, StoreError
 from storage.manifest import Manifest, VolumeRecord, fingerprint_of, manifest_key
 from storage.volumes import VolumeStore
 from storage.volumewriter import content_sha256, label_record, region_count
@@ -39,7 +40,8 @@ class Report:
         volumes: How many volumes it lists.
         nbytes: Voxels and labels read, in decoded bytes.
         problems: Everything that is wrong; empty when all is well.
-        strangers: Volume folders that no row of this manifest names: unpublished, or of another version.
+        strangers: Volume folders that no row of this manifest names: unpublished, or of another version. None where
+            the store cannot list what it holds.
     """
 
     url: str
@@ -47,7 +49,7 @@ class Report:
     volumes: int
     nbytes: int
     problems: tuple[Problem, ...]
-    strangers: tuple[str, ...] = ()
+    strangers: tuple[str, ...] | None = ()
 
     @property
     def ok(self) -> bool:
@@ -83,8 +85,20 @@ def verify(url: str, progress: Progress | None = None, *, fingerprint: str | Non
             problems += [Problem(record.volume_id, what) for what in wrong]
             if progress is not None:
                 progress(done, len(manifest), nbytes)
-        present = {PurePosixPath(key).parts[1] for key in store.store.list("volumes/")}
-    return Report(url, manifest.fingerprint, len(manifest), nbytes, tuple(problems), tuple(sorted(present - known)))
+        strangers: tuple[str, ...] | None = None
+        with suppress(NotOffered):
+            strangers = tuple(sorted({PurePosixPath(key).parts[1] for key in store.store.list("volumes/")} - known))
+    return Report(url, manifest.fingerprint, len(manifest), nbytes, tuple(problems), strangers)
+
+
+def damage(url: str, record: VolumeRecord) -> list[str]:
+    """What is wrong with one volume, published or not; empty when every byte is as the record says.
+
+    Raises:
+        StoreError: the store refuses or does not answer.
+    """
+    with VolumeStore(url, Manifest.from_records([record], {}), threads=2) as store:
+        return _volume(store, record)[1]
 
 
 def _volume(store: VolumeStore, record: VolumeRecord) -> tuple[int, list[str]]:

@@ -112,10 +112,13 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     report = verify(arguments.data, progress=progress)
     problems = [str(p) for p in report.problems]
-    text = "\n".join(
-        [f"{report.volumes} volumes, {report.nbytes / 1e6:.1f} MB read, {len(problems)} problems", *problems]
-    )
-    emit({"volumes": report.volumes, "bytes": report.nbytes, "problems": problems}, arguments.json, text)
+    lines = [f"{report.volumes} volumes, {report.nbytes / 1e6:.1f} MB read, {len(problems)} problems", *problems]
+    if report.strangers is None:
+        lines.append("the store cannot list what it holds: volumes that no manifest names were not looked for")
+    else:
+        lines += [f"volumes/{name}: of no volume of this manifest" for name in report.strangers]
+    facts = {"volumes": report.volumes, "bytes": report.nbytes, "problems": problems, "strangers": report.strangers}
+    emit(facts, arguments.json, "\n".join(lines))
     return 1 if problems else 0
 
 

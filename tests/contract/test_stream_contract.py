@@ -13,6 +13,7 @@ from storage.manifest import Manifest
 from storage.stream import CropStream
 from storage.stream_testing import StreamContract
 from storage.volumes import VolumeStore, padding_value, write_volume
+from tests.httpserver import served
 from tests.service.s3server import S3Server
 
 SHAPES = [(9, 11, 13), (20, 26, 28), (5, 7, 30), (12, 12, 12), (8, 9, 10), (16, 5, 6)]
@@ -46,11 +47,14 @@ def publish(url: str) -> None:
 class StoredStreamContract(StreamContract):
     """Adds what only a real store can show."""
 
-    url: str
+    @pytest.fixture
+    def writer(self, url: str) -> str:
+        """Where the data set is written to be read at `url`."""
+        return url
 
     @pytest.fixture
-    def source(self, url: str) -> Iterator[VolumeStore]:
-        publish(url)
+    def source(self, url: str, writer: str) -> Iterator[VolumeStore]:
+        publish(writer)
         with VolumeStore(url, threads=3) as store:
             yield store
 
@@ -79,8 +83,10 @@ class StoredStreamContract(StreamContract):
             assert batch.label_BDHW[b].any()
 
     @pytest.mark.parametrize("damage", ["deleted", "empty", "flipped"])
-    def test_a_damaged_shard_raises_and_names_volume_and_key(self, source: VolumeStore, url: str, damage: str) -> None:
-        store = open_store(url)
+    def test_a_damaged_shard_raises_and_names_volume_and_key(
+        self, source: VolumeStore, writer: str, damage: str
+    ) -> None:
+        store = open_store(writer)
         keys = [key for key in store.list("volumes/vol-03/0/c/")]
         assert keys
         for key in keys:
@@ -117,6 +123,19 @@ class TestFsspec(StoredStreamContract):
     @pytest.fixture
     def url(self, tmp_path: Path) -> str:
         return f"local://{tmp_path}"
+
+
+class TestHttp(StoredStreamContract):
+    """Read only: the data set is written to the folder that the server shows."""
+
+    @pytest.fixture
+    def writer(self, tmp_path: Path) -> str:
+        return tmp_path.as_uri()
+
+    @pytest.fixture
+    def url(self, tmp_path: Path) -> Iterator[str]:
+        with served(tmp_path) as url:
+            yield url
 
 
 @pytest.mark.service

@@ -7,9 +7,8 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import suppress
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +16,15 @@ import obstore
 import pytest
 
 from storage.bytestore import ByteStore, FileStore, join, open_store
-from storage.errors import ConfigError, NotFound, StoreError
+from storage.errors import ConfigError, NotFound, NotOffered, StoreError
 from storage.fsspecstore import FsspecStore
 from storage.layout import Layout
 from storage.objectstore import ObjectStore
 from storage.retry import RetryPolicy
-from storage.testing import StoreContract, publish_phantoms
+from storage.testing import ReadOnlyContract, StoreContract, publish_phantoms
+from storage.verify import verify
 from storage.volumes import VolumeStore
+from tests.httpserver import served
 
 
 class TestFile(StoreContract):
@@ -76,6 +77,22 @@ class TestFsspec(StoreContract):
         monkeypatch.setattr(store._fs, "cat_file", failing)  # type: ignore[attr-defined]
         with pytest.raises(StoreError, match=r"x/some/key.*RuntimeError: 550 no"):
             store.get("some/key")
+
+
+class TestHttp(ReadOnlyContract):
+    @pytest.fixture
+    def writer(self, tmp_path: Path) -> ByteStore:
+        return FileStore(tmp_path / "a store")
+
+    @pytest.fixture
+    def store(self, writer: ByteStore, tmp_path: Path) -> Iterator[ByteStore]:
+        (tmp_path / "a store").mkdir()
+        with served(tmp_path) as url:
+            yield open_store(f"{url}/a%20store")
+
+    def test_a_plain_server_does_not_list_and_says_so(self, store: ByteStore) -> None:
+        with pytest.raises(NotOffered, match=r"folder.*lists its objects.*501"):
+            list(store.list("folder/"))
 
 
 @pytest.mark.parametrize(
@@ -212,64 +229,41 @@ def test_a_file_in_the_way_of_a_folder_is_an_error_that_names_the_key(tmp_path: 
         store.get("x/y")
 
 
-class _Ranges(SimpleHTTPRequestHandler):
-    """Files with single ranges, which the standard library's handler does not do."""
-
-    def send_head(self):  # type: ignore[no-untyped-def]
-        path, wanted = Path(self.translate_path(self.path)), self.headers.get("Range")
-        if wanted is None or not path.is_file():
-            return super().send_head()
-        first, _, last = wanted.removeprefix("bytes=").partition("-")
-        size = path.stat().st_size
-        start = int(first) if first else max(0, size - int(last))
-        stop = min(size, int(last) + 1) if first and last else size
-        if start >= size:
-            self.send_error(416)
-            return None
-        file = path.open("rb")
-        file.seek(start)
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
-        self.send_header("Content-Length", str(stop - start))
-        self.end_headers()
-        self.wfile.write(file.read(stop - start))
-        file.close()
-        return None
-
-    def log_message(self, *_: object) -> None: ...
-
-
-@contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """The URL of a plain file server."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Ranges, directory=str(folder)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-def test_http_reads_and_does_not_write(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "x").write_bytes(b"0123456789")
-    with served(tmp_path) as url:
-        store = open_store(f"{url}/folder")
-        assert store.get("x") == b"0123456789"
-        assert store.get_range("x", 2, 5) == b"234"
-        assert store.get_ranges("x", [(0, 1), (4, 6)]) == [b"0", b"45"]
-        assert store.get_suffix("x", 3) == b"789"
-        assert store.head("x") == 10
-        with pytest.raises(NotFound, match="folder/y"):
-            store.get("y")
-        with pytest.raises(StoreError, match="read-only"):
-            store.put("y", b"-")
-
-
-def test_a_data_set_is_read_over_http(tmp_path: Path) -> None:
+def test_a_data_set_is_read_and_verified_over_http(tmp_path: Path) -> None:
     _, arrays = publish_phantoms(tmp_path.as_uri(), [(40, 50, 60)], layout=Layout((16, 16, 16), (48, 64, 64)))
-    with served(tmp_path) as url, VolumeStore(url) as store:
-        np.testing.assert_array_equal(store.read_volume("phantom-000"), arrays["phantom-000"])
+    with served(tmp_path) as url:
+        with VolumeStore(url) as store:
+            np.testing.assert_array_equal(store.read_volume("phantom-000"), arrays["phantom-000"])
+        report = verify(url)
+        assert (report.ok, report.volumes, report.strangers) == (True, 1, None)
+        shard = tmp_path / "volumes" / "phantom-000" / "0" / "c" / "0" / "0" / "0" / "0"
+        data = bytearray(shard.read_bytes())
+        data[99] ^= 4
+        shard.write_bytes(data)
+        assert "volumes/phantom-000/0/c/0/0/0/0" in str(*verify(url).problems)
+
+
+class _Pages(SimpleHTTPRequestHandler):
+    """Answers every request that it does not know with a page, as many a web application does."""
+
+    def do_PROPFIND(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<html>welcome</html>")
+
+
+def test_a_page_is_no_list(tmp_path: Path) -> None:
+    with served(tmp_path, _Pages) as url, pytest.raises(NotOffered, match="lists its objects"):
+        list(open_store(url).list())
+
+
+def test_a_server_without_ranges_is_named_and_not_believed(tmp_path: Path) -> None:
+    """The standard library's sends the whole object, whatever part of it was asked for."""
+    FileStore(tmp_path).put("folder/x", b"0123456789")
+    with served(tmp_path, SimpleHTTPRequestHandler) as url:
+        store = open_store(url)
+        assert store.get("folder/x") == b"0123456789"
+        for call in (lambda: store.get_range("folder/x", 0, 4), lambda: store.get_suffix("folder/x", 4)):
+            with pytest.raises(NotOffered, match=r"folder/x.*range requests"):
+                call()

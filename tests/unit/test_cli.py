@@ -116,7 +116,7 @@ def test_reading_verbs_print_json(store: str, tmp_path: Path, capsys: pytest.Cap
     assert read("data", "show", store)["volumes"] == 4
     checked = read("data", "verify", store)
     assert checked["volumes"] == 4
-    assert checked["problems"] == []
+    assert checked["problems"] == checked["strangers"] == []
     methods = {item["name"]: item["text"] for item in read("methods")}
     assert {"pgl", "simclr"} <= set(methods)
     assert all(methods.values())
