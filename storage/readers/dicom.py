@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pydicom
 from pydicom.errors import BytesLengthException
 
@@ -44,7 +45,7 @@ class Slice:
     spacing: tuple[float, float]  # between rows, between columns
     slope: float
     intercept: float
-    order: tuple[float, float, int]
+    order: tuple[float, float, int, int]
     along: float = 0.0
 
 
@@ -69,6 +70,8 @@ def _read_series(files: Sequence[str], policy: ReadPolicy, thing: str) -> RawVol
     slices: list[Slice] = []
     for number, path in enumerate(files):
         slices += _slices(path, number, thing)
+        # Before all are read: what they hold is in memory.
+        check_size(thing, (len(slices), int(slices[0].dataset.Rows), int(slices[0].dataset.Columns)), policy)
     first = slices[0].dataset
     notes: list[str] = []
     slices = _one_direction(thing, slices)
@@ -103,7 +106,8 @@ def _read_series(files: Sequence[str], policy: ReadPolicy, thing: str) -> RawVol
 def _slices(path: str, number: int, thing: str) -> list[Slice]:
     try:
         dataset: Any = pydicom.dcmread(path, force=True)
-        planes = _frames(dataset) if int(dataset.get("NumberOfFrames") or 1) > 1 else [(0, [dataset])]
+        framed = int(dataset.get("NumberOfFrames") or 1) > 1 or "PerFrameFunctionalGroupsSequence" in dataset
+        planes = _frames(dataset) if framed else [(0, [dataset])]
         if "MOSAIC" in (dataset.get("ImageType") or []):
             raise RefusedInput(
                 thing,
@@ -113,6 +117,13 @@ def _slices(path: str, number: int, thing: str) -> list[Slice]:
             )
         if int(dataset.get("SamplesPerPixel") or 1) != 1:
             raise RefusedInput(thing, expected="one value a pixel", found="colour images")
+        if "ModalityLUTSequence" in dataset:
+            raise RefusedInput(
+                thing,
+                expected="values rescaled by slope and intercept",
+                found="a modality look-up table",
+                remedy="apply it in another tool and export the series again",
+            )
         out = []
         for frame, groups in planes:
             direction = np.array([float(x) for x in _find(groups, "ImageOrientationPatient")])
@@ -130,7 +141,7 @@ def _slices(path: str, number: int, thing: str) -> list[Slice]:
                     (spacing[0], spacing[1]),
                     float(slope),
                     float(intercept),
-                    (time, float(dataset.get("InstanceNumber") or 0), number),
+                    (time, float(dataset.get("InstanceNumber") or 0), number, frame),
                 )
             )
     except DAMAGED as error:
@@ -166,15 +177,18 @@ def _find(groups: Sequence[Any], keyword: str, default: Any = None) -> Any:
 
 
 def _one_direction(thing: str, slices: list[Slice]) -> list[Slice]:
-    """Refuse a series whose planes differ in size, direction or pixel spacing."""
-
-    def key(s: Slice) -> tuple[object, ...]:
-        direction = tuple(np.round(np.concatenate([s.row, s.column]), 3) + 0.0)
-        return (int(s.dataset.Rows), int(s.dataset.Columns), direction, tuple(round(x, 4) for x in s.spacing))
-
-    kinds = Counter(key(s) for s in slices)
+    """Refuse a series whose planes differ in size, direction or pixel spacing by more than rounding."""
+    kinds: list[tuple[npt.NDArray[np.float64], int]] = []  # of each its first slice, and how many
+    limit = np.array([0, 0, *[1e-3] * 6, 1e-4, 1e-4])
+    for s in slices:
+        size = (int(s.dataset.Rows), int(s.dataset.Columns))
+        facts = np.array([*size, *s.row, *s.column, *s.spacing])
+        at = next((i for i, (kind, _) in enumerate(kinds) if (np.abs(facts - kind) <= limit).all()), len(kinds))
+        if at == len(kinds):
+            kinds.append((facts, 0))
+        kinds[at] = (kinds[at][0], kinds[at][1] + 1)
     if len(kinds) > 1:
-        (_, most), *_ = kinds.most_common(1)
+        most = max(count for _, count in kinds)
         raise RefusedInput(
             thing,
             expected="slices of one size, direction and pixel spacing",

@@ -13,7 +13,7 @@ from storage.errors import RefusedInput
 from storage.ingest_policy import IngestPolicy
 from storage.ingest_volume import prepare
 from storage.pairing import discover
-from storage.readers import RawVolume, ReadPolicy, read_any, read_item
+from storage.readers import RawVolume, ReadPolicy, dicom, read_any, read_item
 from tests.unit.scans import disc, phantom, save_dicom, segmentation, slices
 
 ARRAY = phantom((8, 12, 10)) + np.int16(1000)
@@ -207,6 +207,65 @@ def test_multi_frame_objects(tmp_path):
     ds.PixelData = ARRAY[::-1].astype("<u2").tobytes()
     raw = read(tmp_path, [ds])
     np.testing.assert_array_equal(raw.array_CDHW[0], ARRAY.astype(np.int32) * 2 - 1000)
+
+
+def framed(flat: list[Dataset], order: list[int]) -> Dataset:
+    """One object with these slices as its frames, in that order."""
+    ds = flat[0]
+    frames = []
+    for k in order:
+        frame, position = Dataset(), Dataset()
+        position.ImagePositionPatient = flat[k].ImagePositionPatient
+        frame.PlanePositionSequence = DicomSequence([position])
+        frames.append(frame)
+    shared, orientation, measures = Dataset(), Dataset(), Dataset()
+    orientation.ImageOrientationPatient, measures.PixelSpacing = ds.ImageOrientationPatient, ds.PixelSpacing
+    shared.PlaneOrientationSequence, shared.PixelMeasuresSequence = [orientation], [measures]
+    ds.PixelData = b"".join(flat[k].PixelData for k in order)
+    ds.SharedFunctionalGroupsSequence, ds.PerFrameFunctionalGroupsSequence = [shared], frames
+    ds.NumberOfFrames = len(order)
+    for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"):
+        delattr(ds, keyword)
+    return ds
+
+
+def test_objects_of_one_frame_each_are_a_series_too(tmp_path):
+    flat = slices(ARRAY, intercept=0)
+    raw = read(tmp_path, [framed([ds], [0]) for ds in flat])
+    np.testing.assert_array_equal(raw.array_CDHW[0], ARRAY)
+
+
+def test_frames_at_one_place_stay_in_their_order_whatever_the_last_digits_of_the_place(tmp_path):
+    """Else two times would be mixed within a channel."""
+    later = ARRAY + np.int16(500)
+    jitter = np.random.default_rng(1).normal(0, 1e-4, 16).round(6)
+    flat = slices(ARRAY, [round(2 * k + jitter[k], 6) for k in range(8)], intercept=0)
+    flat += slices(later, [round(2 * k + jitter[8 + k], 6) for k in range(8)], intercept=0)
+    assert 0 < sum(jitter[:8] > jitter[8:]) < 8
+    raw = read(tmp_path, [framed(flat, list(range(16)))], ReadPolicy(four_d="channels"))
+    np.testing.assert_array_equal(raw.array_CDHW, np.stack([ARRAY, later]))
+
+
+def test_directions_that_differ_by_rounding_are_one_direction(tmp_path):
+    datasets = slices(ARRAY)
+    for k, ds in enumerate(datasets):  # on both sides of where three decimals would be rounded
+        ds.ImageOrientationPatient = ["1", ("0.000502", "0.000498")[k % 2], "0", "-0.0005", "1", "0"]
+        ds.PixelSpacing = ["1.5", ("0.7500501", "0.7500499")[k % 2]]
+    assert read(tmp_path, datasets).array_CDHW.shape == (1, *ARRAY.shape)
+
+
+def test_a_look_up_table_is_not_passed_over(tmp_path):
+    table = Dataset()
+    table.LUTDescriptor, table.LUTData, table.ModalityLUTType = [4, 0, 16], bytes(8), "US"
+    assert "look-up table" in str(refusal(tmp_path, slices(ARRAY, ModalityLUTSequence=DicomSequence([table]))))
+
+
+def test_a_series_larger_than_a_task_may_take_is_refused_before_all_of_it_is_read(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(dicom, "_slices", lambda *a, f=dicom._slices: opened.append(a) or f(*a))
+    error = refusal(tmp_path, slices(ARRAY), ReadPolicy(max_voxels=3 * 12 * 10))
+    assert "at most 360 voxels" in str(error)
+    assert len(opened) == 4
 
 
 def test_a_segmentation_lies_on_its_series(tmp_path):
