@@ -6,9 +6,11 @@ Images and labels are paired by name and never by position in a list. Three layo
 - one folder where labels end in `_label`, `-seg`, `_mask` and the like, and images in nothing or `_image`;
 - trees of DICOM files, with or without extension or DICOMDIR: one item a series.
 
-`case_0000`, `case_0001` in an image folder are channels of one volume.
+`case_0000`, `case_0001` in an image folder are channels of one volume. A label map inside an OME-Zarr image is its
+label where it holds one and no file beside it is.
 """
 
+import json
 import os
 import re
 from collections import Counter
@@ -37,6 +39,8 @@ _LABEL_FOLDER = re.compile(r"^(label|mask|seg|segmentation|labelmap)s?(?P<part>T
 _IMAGE_SUFFIX = re.compile(r"^(?P<base>.+?)[-_. ](image|img)$", re.IGNORECASE)
 _LABEL_SUFFIX = re.compile(r"^(?P<base>.+?)[-_. ](label|labels|seg|mask|segmentation|labelmap|dseg)$", re.IGNORECASE)
 _CHANNEL = re.compile(r"^(?P<base>.+)_(?P<channel>\d{4})$")
+_COMPUTED = "superpixels-"
+"""How maps begin that this project computed and lists among the labels of an image."""
 _BIDS_SUBJECT = re.compile(r"(?:^|/)(sub-[A-Za-z0-9]+)")
 
 
@@ -246,12 +250,31 @@ def _items(
             continue
         images = tuple(case.images[channel] for channel in sorted(case.images))
         source = _relative(images[0], top)
+        inside = _labels_inside(images[0]) if case.kind == "zarr" else []
+        if len(inside) == 1 and case.label is None and len(images) == 1:
+            case.label = f"{images[0]}/labels/{inside[0]}"
+        elif inside:
+            what = "the one beside it is used" if case.label else "none of them is used"
+            orphans.append(Orphan(source, f"label maps inside the image, {', '.join(inside)}: {what}"))
         if case.label is None and (place, part) in labelled:
             orphans.append(Orphan(source, f"image without a label named {base}; kept as an unlabelled volume"))
         unclear = part if names[place, base] > 1 else ""  # the same name in imagesTr and imagesTs
         name = "/".join(word for word in (place, unclear, base) if word)
         items.append(IngestItem(name, case.kind, images, case.label, _subject(source, name, pattern), source))
     return items, orphans
+
+
+def _labels_inside(image: str) -> list[str]:
+    """The label maps that an OME-Zarr image lists, of version 0.5 or 0.4."""
+    for name in ("zarr.json", ".zattrs"):
+        try:
+            found = json.loads((Path(image) / "labels" / name).read_bytes())
+            attributes = found["attributes"]["ome"] if name == "zarr.json" else found
+            names = [str(label) for label in attributes["labels"]]
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+        return sorted(label for label in names if not label.startswith(_COMPUTED) and ".." not in label)
+    return []
 
 
 def _subject(source: str, name: str, pattern: re.Pattern[str] | None) -> str:

@@ -59,7 +59,8 @@ def read_label(path: str, policy: ReadPolicy, image: RawVolume) -> RawVolume:
     """Read a label map: one channel of whole, non-negative numbers.
 
     Args:
-        image: What it labels; a DICOM segmentation lists only some planes and is laid out on the image's grid.
+        image: What it labels; a DICOM segmentation lists only some planes and is laid out on the image's grid, and a
+            map inside an OME-Zarr image shares its place.
 
     Returns:
         The volume with `array_CDHW` as uint8 where the values allow it, else int32.
@@ -68,11 +69,16 @@ def read_label(path: str, policy: ReadPolicy, image: RawVolume) -> RawVolume:
         RefusedInput: values that are no labels, or several channels.
     """
     suffix = split_name(Path(path).name)[1]
-    if not suffix:
+    if suffix:
+        raw = _read_one(path, SUFFIXES[suffix], policy)
+    elif Path(path).is_dir():
+        from storage.readers.zarr_folder import read_own_label
+
+        raw = read_own_label(path, policy, image)
+    else:
         from storage.readers.dicom_seg import read_segmentation
 
         return read_segmentation(path, image)
-    raw = _read_one(path, SUFFIXES[suffix], policy)
     array = raw.array_CDHW
     if len(array) != 1:
         raise RefusedInput(path, expected="one label map", found=f"{len(array)} channels")

@@ -15,7 +15,16 @@ from storage.readers.itk import pick_series
 from storage.readers.raw import Affine, Array, RawVolume, ReadPolicy, check_size
 
 READER = f"zarr/{zarr.__version__}"
-_TO_MM = {"millimeter": 1.0, "meter": 1e3, "centimeter": 10.0, "micrometer": 1e-3, "nanometer": 1e-6}
+_TO_MM = {
+    "meter": 1e3,
+    "decimeter": 100.0,
+    "centimeter": 10.0,
+    "millimeter": 1.0,
+    "micrometer": 1e-3,
+    "nanometer": 1e-6,
+    "angstrom": 1e-7,
+    "inch": 25.4,
+}
 
 
 def read_zarr(path: str, policy: ReadPolicy) -> RawVolume:
@@ -37,13 +46,8 @@ def read_zarr(path: str, policy: ReadPolicy) -> RawVolume:
         attributes: dict[str, Any] = dict(node.attrs)
         ome: Any = attributes.get("ome", attributes)
         try:
-            image = ome["multiscales"][0]
-            dataset = image["datasets"][0]
-            axes = "".join(axis["name"] for axis in image["axes"])
-            units = {axis["name"]: _TO_MM.get(axis.get("unit", "millimeter"), 1.0) for axis in image["axes"]}
-            array_node: Any = node[dataset["path"]]
-            transforms = [*dataset.get("coordinateTransformations", []), *image.get("coordinateTransformations", [])]
-            spacing, origin = _placed(axes, units, transforms)
+            axes, spacing, origin = _image(path, ome["multiscales"][0], notes)
+            array_node: Any = node[ome["multiscales"][0]["datasets"][0]["path"]]
             own = attributes.get("tomoscale", {})
             scale, offset = float(own.get("scale", 1)), float(own.get("offset", 0))
             affine = np.array(own["affine_ras_mm"], np.float64).reshape(4, 4) if "affine_ras_mm" in own else None
@@ -72,6 +76,42 @@ def read_zarr(path: str, policy: ReadPolicy) -> RawVolume:
         affine[:3, 3] = origin[::-1]
         notes.append("no orientation stored: z, y, x taken to grow to superior, anterior, right")
     return RawVolume(array, geometry.check_affine(affine, path), READER, notes=notes)
+
+
+def read_own_label(path: str, policy: ReadPolicy, image: RawVolume) -> RawVolume:
+    """Read a label map that an OME-Zarr image holds in its folder `labels`.
+
+    Args:
+        path: Of the map: `<image>/labels/<name>`, its last `labels`.
+        image: The image, as read; where both have the same scale and translation, its affine is the map's too.
+
+    Raises:
+        RefusedInput: as `read_zarr`.
+    """
+    raw = read_zarr(path, policy)
+    places = []
+    for folder in (path, path.rpartition("/labels/")[0]):
+        attributes: dict[str, Any] = dict(zarr.open_group(folder, mode="r").attrs)
+        ome: Any = attributes.get("ome", attributes)
+        places.append(_image(folder, ome["multiscales"][0], [])[1:])
+    if np.allclose(places[0], places[1], rtol=1e-4, atol=1e-4):
+        raw.affine, raw.notes = image.affine, []
+    return raw
+
+
+def _image(path: str, image: Any, notes: list[str]) -> tuple[str, list[float], list[float]]:
+    """Axes, and spacing and origin in mm along z, y, x, of the largest array of a `multiscales` entry."""
+    dataset = image["datasets"][0]
+    axes = "".join(axis["name"] for axis in image["axes"])
+    named = {axis["name"]: axis.get("unit") for axis in image["axes"] if axis["name"] in ("z", "y", "x")}
+    unknown = sorted({str(unit) for unit in named.values()} - {*_TO_MM, "None"})
+    if unknown:
+        raise RefusedInput(path, expected=f"a unit of length among {', '.join(_TO_MM)}", found=", ".join(unknown))
+    if None in named.values():
+        notes.append("no unit of length stored: millimetres assumed")
+    transforms = [*dataset.get("coordinateTransformations", []), *image.get("coordinateTransformations", [])]
+    spacing, origin = _placed(axes, {name: _TO_MM.get(str(unit), 1.0) for name, unit in named.items()}, transforms)
+    return axes, spacing, origin
 
 
 def _placed(axes: str, units: dict[str, float], transforms: list[dict[str, Any]]) -> tuple[list[float], list[float]]:

@@ -22,7 +22,7 @@ from storage.ingest_records import source_digest, source_state
 from storage.ingest_volume import prepare
 from storage.pairing import discover
 from storage.readers import ReadPolicy, read_any, read_item, read_label
-from storage.volumewriter import write_volume
+from storage.volumewriter import write_derived, write_volume
 from tests.unit.scans import disc, folder, phantom, save_dicom, save_nifti, segmentation, slices
 
 AFFINE = np.array([[-1.5, 0, 0, 30], [0, 0, 2.0, -10], [0, 1.25, 0, 5], [0, 0, 0, 1.0]])
@@ -116,6 +116,56 @@ def test_what_this_project_stores_is_read_back_with_its_values(tmp_path):
     raw = read_any(str(tmp_path / "volumes" / "v.zarr"))
     np.testing.assert_allclose(raw.array_CDHW, stored * 0.5 + 10)
     np.testing.assert_allclose(raw.affine, AFFINE)
+
+
+@pytest.mark.parametrize(("unit", "mm"), [("inch", 25.4), ("decimeter", 100.0), (None, 1.0), ("pixel", 0)])
+def test_units_of_ome_zarr_are_known_or_refused(tmp_path, unit, mm):
+    group = zarr.open_group(str(tmp_path / "image.zarr"), mode="w")
+    group.create_array("0", data=phantom())
+    axes = [{"name": n, "type": "space", **({"unit": unit} if unit else {})} for n in "zyx"]
+    level = {"path": "0", "coordinateTransformations": [{"type": "scale", "scale": [2, 1, 1]}]}
+    group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": [level]}]}
+    if not mm:
+        assert "pixel" in str(refusal(tmp_path / "image.zarr"))
+        return
+    raw = read_any(str(tmp_path / "image.zarr"))
+    assert geometry.spacing_dhw(raw.affine) == pytest.approx((2 * mm, mm, mm))
+    assert any("millimetres assumed" in note for note in raw.notes) == (unit is None)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_label_inside_an_ome_zarr_image_is_its_label(tmp_path, turned):
+    """Also where the image's place needs a rotation, which OME-Zarr has no words for."""
+    affine = np.diag([2, 1.5, 1, 1.0])
+    if turned:
+        affine[:3, :3] = np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1]]) @ affine[:3, :3]
+    affine[:3, 3] = (5, 6, 7)
+    store, image, labels = open_store(str(tmp_path)), phantom()[None], {"organs": disc()}
+    record = write_volume(store, "v.zarr", image, spacing_mm=(1, 1.5, 2), affine=affine, labels=labels)
+    write_derived(store, record, "superpixels-1-abc", disc().astype(np.int32) + 5, "test")
+    found = discover(tmp_path / "volumes")
+    (item,) = found.items
+    assert found.orphans == ()
+    ready = prepare(item, IngestPolicy())
+    np.testing.assert_array_equal(ready.label_DHW, disc())
+    write_volume(store, "v.zarr", image, spacing_mm=(1, 1.5, 2), affine=affine, labels={**labels, "more": disc()})
+    found = discover(tmp_path / "volumes")
+    assert found.items[0].label is None
+    assert "more, organs: none of them is used" in str(found.orphans[0])
+
+
+def test_a_label_inside_an_ome_zarr_image_that_lies_elsewhere_is_refused(tmp_path):
+    group = zarr.open_group(str(tmp_path / "v.zarr"), mode="w")
+    axes = [{"name": n, "type": "space", "unit": "millimeter"} for n in "zyx"]
+    for name, array, scale in (("", phantom(), 1.0), ("labels/organs", disc(), 1.3)):
+        node = group.require_group(name) if name else group
+        node.create_array("0", data=array)
+        level = {"path": "0", "coordinateTransformations": [{"type": "scale", "scale": [scale] * 3}]}
+        node.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": [level]}]}
+    group["labels"].attrs["ome"] = {"version": "0.5", "labels": ["organs"]}
+    (item,) = discover(tmp_path).items
+    with pytest.raises(RefusedInput, match="corners"):
+        prepare(item, IngestPolicy())
 
 
 def test_slope_and_intercept_are_applied(tmp_path):
