@@ -18,7 +18,7 @@ from ssl_core.methods.base import method_class
 from ssl_core.portable.predictor import check_bundle
 from ssl_core.portable.safetensors import read_safetensors
 from ssl_core.weights import load_exact
-from storage.errors import ConfigError
+from storage.errors import ConfigError, RefusedInput
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,20 @@ def read_encoder(bundle: Path) -> EncoderBundle:
     """The encoder in a bundle, of either kind.
 
     Raises:
-        RefusedInput: the bundle is damaged.
+        RefusedInput: the bundle is damaged or lacks a tensor.
     """
     card = check_bundle(bundle)
     architecture = json.loads((bundle / "architecture.json").read_text(encoding="utf-8"))
     plan = json.loads((bundle / "preprocess.json").read_text(encoding="utf-8"))
     weights = read_safetensors(bundle / "weights.safetensors")
+    missing = [key for key in architecture["encoder_keys"] if key not in weights]
+    if missing:
+        raise RefusedInput(
+            str(bundle / "weights.safetensors"),
+            expected=f"all {len(architecture['encoder_keys'])} tensors of the encoder",
+            found=f"{len(missing)} missing, the first: {missing[0]}",
+            remedy="pull it again, or train it again",
+        )
     return EncoderBundle(
         backbone=architecture["backbone"],
         arguments=architecture["backbone_arguments"],

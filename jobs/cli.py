@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -12,6 +13,18 @@ from collections.abc import Sequence
 from jobs import interrupts
 from jobs.commands import bench, data, demo, models, stack, submit, train
 from storage.errors import TomoscaleError
+
+# What was expected, and what to do, where the system itself says no.
+_ELSEWHERE = "or give another place"
+_RIGHTS = ("the right to use it", f"change its owner or rights, {_ELSEWHERE}")
+_SYSTEM = {
+    errno.ENOSPC: ("room on its disk", f"free space there or in $TMPDIR, {_ELSEWHERE}"),
+    errno.EDQUOT: ("room within the quota", f"free space there or in $TMPDIR, {_ELSEWHERE}"),
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EROFS: ("a file system that may be written", "give another place"),
+    errno.ENOENT: ("a path that exists", "check the path"),
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,11 +60,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_gone():
             return 128 + signal.SIGPIPE  # as with `| head`: nothing to say, and nobody to say it to
-        name = f"{error.filename}: " if error.filename else ""
-        print(f"tomoscale: {name}{error.strerror or error}", file=sys.stderr)
+        print(f"tomoscale: {_of_the_system(error)}", file=sys.stderr)
         if os.environ.get("TOMOSCALE_TRACEBACK"):
             traceback.print_exc()
         return 1
+
+
+def _of_the_system(error: OSError) -> str:
+    """The message of an error that no part of the project has put into words of its own."""
+    found = error.strerror or str(error)
+    if error.errno not in _SYSTEM:
+        return f"{error.filename}: {found}" if error.filename else found
+    expected, remedy = _SYSTEM[error.errno]
+    thing = str(error.filename or "a file of this command")
+    return str(TomoscaleError(thing, expected=expected, found=found, remedy=remedy))
 
 
 def _reader_gone() -> bool:
@@ -71,7 +93,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Arguments, with `key=value` allowed after options too, where argparse alone would not have it."""
     top = parser()
     arguments, rest = top.parse_known_args(argv)
-    takes = next((name for name in ("overrides", "policy") if hasattr(arguments, name)), None)
+    takes = next((name for name in ("overrides", "policy", "settings") if hasattr(arguments, name)), None)
     if rest and (takes is None or any(item.startswith("-") or "=" not in item for item in rest)):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if takes and rest:

@@ -18,12 +18,13 @@ import psutil
 
 from cluster import services, stack
 from jobs import entry, presets, report, submit, tracking
-from jobs.configs import FinetuneJobConfig, PretrainConfig, TuneConfig
+from jobs.configs import FinetuneJobConfig, LabelledConfig, PretrainConfig, TuneConfig
 from jobs.ingest import ingest
-from jobs.text import to_json
+from jobs.labelled import draw
+from jobs.text import to_json, write_page
 from ssl_core.config import dump_yaml, parse
 from storage import cohort
-from storage.errors import ConfigError, TomoscaleError
+from storage.errors import ConfigError, RefusedInput, TomoscaleError
 from storage.ingest import IngestReport
 from storage.manifest import Manifest
 
@@ -75,6 +76,13 @@ class Demo:
 
     def run(self) -> Path:
         """Everything; returns the path of the report."""
+        if self.data is not None and not self.data.is_dir():
+            raise ConfigError(
+                f"--data {self.data}",
+                expected="a folder of volumes",
+                found="a file" if self.data.exists() else "no folder",
+                remedy="give the folder that holds images/ and labels/",
+            )
         self.out.mkdir(parents=True, exist_ok=True)
         running = stack.status(self.state).running
         if running:
@@ -102,6 +110,7 @@ class Demo:
         url = self.store or f"s3://volumes/{title}"
         with self._stage("ingest"):
             found = ingest(str(folder), url, say=self.say)
+        _refuse_too_few_labels(found.manifest, url)
         configs: dict[str, Any] = {}
         runs = "s3://runs"
         pre = parse(PretrainConfig, presets.pretrain(f"demo-{stamp}", url, runs))
@@ -126,8 +135,8 @@ class Demo:
             views, caption = _views_picture(pre)
         summary = self._summary(title, simulated, url, found, pre, searched, tuned, predicted, configs)
         page = self.out / "report.html"
-        _write(page, report.render(summary, {"views": views, **previews}, {"views": caption, **captions}))
-        _write(self.out / "summary.json", to_json(summary))
+        write_page(page, report.render(summary, {"views": views, **previews}, {"views": caption, **captions}))
+        write_page(self.out / "summary.json", to_json(summary))
         self.say("")
         self.say(report.text(summary))
         if simulated:
@@ -138,8 +147,6 @@ class Demo:
         """Folder, short name, and whether it is simulated."""
         datasets = os.environ.get("TOMOSCALE_DATASETS")
         if self.data is not None:
-            if not self.data.is_dir():
-                raise ConfigError(f"--data {self.data}", expected="a folder of volumes", found="no folder")
             return self.data, self.data.resolve().name.replace("_", "-").lower(), False
         if datasets and (Path(datasets) / "msd_hippocampus").is_dir():
             return Path(datasets) / "msd_hippocampus", "msd-hippocampus", False
@@ -274,6 +281,21 @@ class Demo:
         self.say(f"   {name}: {self.timings[name]:.1f} s")
 
 
+def _refuse_too_few_labels(manifest: Manifest, url: str) -> None:
+    """Now, and not after the minutes of a pre-training."""
+    wanted = parse(LabelledConfig, presets.labelled(url, LABEL))
+    try:
+        draw(manifest, wanted)
+    except RefusedInput as error:
+        raise RefusedInput(
+            error.thing,
+            expected=error.expected,
+            found=error.found,
+            remedy="give a folder with more labelled subjects; to pre-train alone, or fine-tune on fewer, use"
+            " `tomoscale pretrain` and `tomoscale finetune` with `labelled.subjects`",
+        ) from error
+
+
 def _views_picture(pre: PretrainConfig) -> tuple[bytes, str]:
     """Two views of the first sample that the job saw, and what they share."""
     from jobs.pretrain_loop import stream_spec
@@ -296,9 +318,3 @@ def _views_picture(pre: PretrainConfig) -> tuple[bytes, str]:
     return views_picture(
         first, second, spacing_mm=record.spacing_mm
     ), f"Sample 0 of the stream, volume {volume}, as the method saw it."
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    shutil.move(temporary, path)

@@ -27,7 +27,13 @@ def load(kind: type[C], argv: Sequence[str], program: str) -> C:
     """The configuration named on a job's command line."""
     usage = argparse.ArgumentParser(prog=f"python -m {program}")
     usage.add_argument("config", help="YAML file")
-    usage.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
+    usage.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="settings that replace those of the file",
+    )
     arguments = usage.parse_args(argv)
     return load_config(kind, Path(arguments.config), arguments.overrides)
 

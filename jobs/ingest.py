@@ -130,7 +130,8 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(
             f"source {config.source}",
             expected="a folder that the cluster's nodes can see",
-            found="no such folder",
+            found="a file" if os.path.exists(config.source) else "no such folder",
+            remedy="check the path; every volume below a folder is taken",
         )
     connect()
     ingest(config.source, config.data, config.policy, append=config.append, say=lambda line: print(line, flush=True))

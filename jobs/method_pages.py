@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 import ssl_core.methods  # noqa: F401  registers them
-from jobs.text import table, wrap
+from jobs.text import table, wrap, write_page
 from ssl_core.methods.base import method_class, method_names
 
 _SECTIONS = {"Idea:": "Idea", "Formula:": "Formula", "Traps:": "Traps", "Cost:": "Cost", "Use it": "When"}
@@ -102,7 +102,7 @@ def write_pages(folder: Path) -> list[Path]:
     """Write all pages to a folder; pages of methods that are no more are left for their owner to remove."""
     folder.mkdir(parents=True, exist_ok=True)
     for file, text in markdown_pages().items():
-        (folder / file).write_text(text, encoding="utf-8")
+        write_page(folder / file, text)
     return [folder / file for file in markdown_pages()]
 
 

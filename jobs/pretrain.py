@@ -87,7 +87,8 @@ def main(argv: Sequence[str]) -> int:
         tags={"tomoscale.data": config.data, "tomoscale.fingerprint": manifest.fingerprint},
     )
     pinned = config.model_copy(update={"fingerprint": manifest.fingerprint})
-    print(f"pre-training {config.name}: {config.method_name} on {len(manifest)} volumes of {config.data}", flush=True)
+    used = f"{len(manifest.select(split=config.stream.split))} of {len(manifest)} volumes (split {config.stream.split})"
+    print(f"pre-training {config.name}: {config.method_name} on {used} of {config.data}", flush=True)
     print(f"MLflow run {run_id}", flush=True)
     began = time.monotonic()
     try:

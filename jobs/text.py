@@ -3,12 +3,16 @@
 import itertools
 import json
 import math
+import os
 import shutil
 import sys
 import textwrap
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from storage.errors import ConfigError, StackError
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -53,6 +57,29 @@ def emit(data: Any, as_json: bool, text: str) -> None:
 def to_json(data: Any) -> str:
     """JSON that every reader takes: what is not finite becomes null, what JSON does not know becomes text."""
     return json.dumps(_finite(data), indent=2, default=str, allow_nan=False)
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write a file whole or not at all; what was there before stays until then.
+
+    Raises:
+        ConfigError: its folder is not there.
+        StackError: the system would not take it: no room, no right.
+    """
+    if not path.parent.is_dir():
+        raise ConfigError(str(path.parent), expected="a folder", found="none", remedy="create it first")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StackError(
+            str(path),
+            expected="a file that this user can write, on a disk with room",
+            found=error.strerror or str(error),
+            remedy="free space, change the owner of the folder, or give another place",
+        ) from error
 
 
 def _finite(data: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jobs.commands.common import add_json, add_state, job_address, use_stack
-from jobs.text import Progress, emit, table
+from jobs.text import Progress, emit, table, write_page
 
 
 def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -25,7 +25,9 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         action = actions.add_parser(name, help=text)
         action.add_argument("source", help="folder of NIfTI, DICOM, NRRD, MHA or Zarr volumes, or `simulated`")
         action.add_argument("data", help="URL of the store, such as s3://volumes/NAME or file:///path")
-        action.add_argument("policy", nargs="*", metavar="key=value", help="ingest policy, such as spacing_mm=1.0")
+        action.add_argument(
+            "policy", nargs="*", default=[], metavar="key=value", help="ingest policy, such as spacing_mm=1.0"
+        )
         action.add_argument("--address", metavar="URL", help="job server; the local stack's when it is up")
         action.add_argument("--local", action="store_true", help="in this process, without a cluster")
         add_state(action)
@@ -35,7 +37,11 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     )
     regions.add_argument("data", help="URL of the store")
     regions.add_argument(
-        "settings", nargs="*", metavar="key=value", help="how they are made, such as scale=50 or mode=volume"
+        "settings",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="how they are made, such as scale=50 or mode=volume",
     )
     regions.add_argument("--address", metavar="URL", help="job server; the local stack's when it is up")
     regions.add_argument("--local", action="store_true", help="in this process, without a cluster")
@@ -137,7 +143,7 @@ def _show(arguments: argparse.Namespace) -> int:
         from storage.volumes import VolumeStore
 
         with VolumeStore(arguments.data, manifest) as store:
-            arguments.html.write_text(render(store, facts), encoding="utf-8")
+            write_page(arguments.html, render(store, facts))
         print(f"wrote {arguments.html}", file=sys.stderr)
     return 0
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from jobs.commands.common import add_json, add_state, use_stack
 from jobs.text import Progress, emit, table
-from storage.errors import ConfigError
+from storage.errors import ConfigError, StackError
 
 
 def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -69,7 +69,8 @@ def _show(arguments: argparse.Namespace) -> int:
 
     use_stack(arguments)
     found = _plain(registry.resolve(arguments.model))
-    emit(found, arguments.json, "\n".join(f"{k}: {v}" for k, v in found.items()))
+    shown = found | {"aliases": ", ".join(found["aliases"]) or "-"}
+    emit(found, arguments.json, "\n".join(f"{k}: {v}" for k, v in shown.items()))
     return 0
 
 
@@ -95,6 +96,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from storage.manifest import Manifest
     from storage.volumes import VolumeStore
 
+    if not arguments.tolerance_mm > 0:
+        raise ConfigError(
+            "--tolerance-mm",
+            expected="millimetres, above 0",
+            found=f"{arguments.tolerance_mm:g}",
+            remedy="leave it out",
+        )
     use_stack(arguments)
     manifest = Manifest.open(arguments.data)
     indices = manifest.select(split=arguments.split, labelled=arguments.label).tolist()
@@ -156,10 +164,24 @@ def _predict(arguments: argparse.Namespace) -> int:
     use_stack(arguments)
     with tempfile.TemporaryDirectory(prefix="tomoscale-model-") as folder:
         predictor = _predictor(arguments.model, Path(folder))
-        mask = predictor.predict_file(arguments.input, arguments.output)
+        mask = _write_mask(predictor, arguments.input, arguments.output)
     counts = {name: int((mask == value).sum()) for value, name in predictor.plan.labels}
     print(f"{arguments.output}: {mask.shape}, voxels {counts}", file=sys.stderr)
     return 0
+
+
+def _write_mask(predictor: Any, source: Path, target: Path) -> Any:
+    try:
+        return predictor.predict_file(source, target)
+    except OSError as error:
+        if error.filename == str(source):
+            raise
+        raise StackError(
+            str(target),
+            expected="a mask written to a disk with room, by a user with the right to",
+            found=error.strerror or str(error),
+            remedy="free space, change the owner of the folder, or give another place",
+        ) from error
 
 
 def _predictor(model: str, folder: Path) -> Any:

@@ -41,8 +41,9 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _status(arguments: argparse.Namespace) -> int:
     use_stack(arguments)
-    job = jobclient.status(job_address(arguments), arguments.id).to_json()
-    emit(job, arguments.json, "\n".join(f"{k}: {v}" for k, v in job.items()))
+    job = jobclient.status(job_address(arguments), arguments.id)
+    shown = job.to_json() | {"started": _clock(job.started), "ended": _clock(job.ended)}
+    emit(job.to_json(), arguments.json, "\n".join(f"{k}: {v}" for k, v in shown.items()))
     return 0
 
 

@@ -18,6 +18,10 @@ from tests.toy_method import Toy, batch, views_of
 STEPS, BATCH = 6, 12
 CONFIG: dict[str, Any] = {"steps": STEPS, "warmup_steps": 2, "log_every": 1, "lr": 0.05, "clip": 0.05}
 EXACT = EngineConfig(precision="fp64", **CONFIG)
+# One step of it takes the gradient itself off the weights: AdamW and clipping would hide a factor.
+PLAIN = EngineConfig(
+    precision="fp64", optimizer="sgd", momentum=0.0, weight_decay=0.0, clip=0.0, lr=1.0, steps=9, warmup_steps=0
+)
 
 
 def worker(rank: int, world: int, folder: Path, parts: list[Callable[[Path], None]]) -> None:
@@ -60,6 +64,13 @@ def train_exact(folder: Path) -> None:
     assert_equal_on_all_ranks(trained)
     if dist.get_rank() == 0:
         checkpoint.save(folder / "exact", trained.state_dict(), {"logged": logged})
+
+
+def one_plain_step(folder: Path) -> None:
+    stepped = engine(PLAIN, contrast=True)
+    stepped.step(mine(0, torch.float64))
+    if dist.get_rank() == 0:
+        checkpoint.save(folder / "plain", stepped.state_dict(), {})
 
 
 def train_and_resume(folder: Path) -> None:
@@ -116,22 +127,32 @@ def assert_equal_on_all_ranks(trained: Engine) -> None:
 def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that two ranks are asked, in one start of two processes."""
     folder = tmp_path_factory.mktemp("two")
-    spawn(2, folder, [train_exact, train_and_resume, stop_together, fail_together])
+    spawn(2, folder, [train_exact, one_plain_step, train_and_resume, stop_together, fail_together])
     return folder / "exact"
+
+
+def joined(step: int) -> Any:
+    """What two ranks have together. The loss does not care for the order within a batch; only the toy's queue does."""
+    order = [i for rank in range(2) for i in range(rank, BATCH, 2)]
+    parts = [batch(step * BATCH + i, 1, torch.float64) for i in order]
+    return views_of(torch.cat([v.roles["whole"][0].image_BCDHW for v in parts]), torch.cat([v.sample_B for v in parts]))
+
+
+def test_gradients_are_not_off_by_the_world_size(exact: Path) -> None:
+    two = checkpoint.load(exact.parent / "plain")[0]["method"]
+    alone = Engine(Toy(seed=0, contrast=True), PLAIN)
+    before = {name: tensor.clone() for name, tensor in alone.method.online.named_parameters()}
+    alone.step(joined(0))
+    for name, tensor in alone.method.online.named_parameters():
+        gradient = before[name] - tensor
+        assert float(gradient.detach().norm()) > 1e-6, name
+        torch.testing.assert_close(before[name] - two[f"online.{name}"], gradient, rtol=0, atol=1e-10, msg=name)
 
 
 def test_two_ranks_are_one_on_the_joined_batch(exact: Path) -> None:
     state, meta = checkpoint.load(exact)
     alone = Engine(Toy(seed=0, contrast=True), EXACT)
-    # The order of samples within a batch does not matter to the loss; only the toy's queue keeps it.
-    order = [i for rank in range(2) for i in range(rank, BATCH, 2)]
-    logged = []
-    for step in range(STEPS):
-        joined = [batch(step * BATCH + i, 1, torch.float64) for i in order]
-        views = views_of(
-            torch.cat([v.roles["whole"][0].image_BCDHW for v in joined]), torch.cat([v.sample_B for v in joined])
-        )
-        logged.append(alone.step(views))
+    logged = [alone.step(joined(step)) for step in range(STEPS)]
     for one, two in zip(logged, meta["logged"], strict=True):
         assert one == pytest.approx(two, rel=1e-10)
     mine = alone.state_dict()

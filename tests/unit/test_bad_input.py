@@ -8,12 +8,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from jobs import cli
+from jobs import cli, demo, ingest
 from ssl_core.bundle import write_bundle
+from storage.errors import ConfigError, RefusedInput
+from tests.phantoms import write_phantoms
 from tests.unit.scans import disc, folder, phantom, save_nifti
 from tests.unit.test_bundle import facts, network
 
@@ -72,6 +75,36 @@ def test_a_folder_that_is_not_there(command: Command, tmp_path: Path) -> None:
     assert code == 2
     check(message, str(tmp_path / "scans"), "no such", "check the path")
     assert command.files() == []
+
+
+def test_the_job_of_an_ingest_tells_a_file_from_no_folder(tmp_path: Path) -> None:
+    scan = save_nifti(tmp_path / "scan.nii.gz", phantom())
+    for source, found in ((scan, "a file"), (tmp_path / "absent", "no such folder")):
+        (tmp_path / "c.yaml").write_text(f"source: {source}\ndata: memory://x\n")
+        with pytest.raises(ConfigError) as caught:
+            ingest.main([str(tmp_path / "c.yaml")])
+        check(str(caught.value), str(source), found, "check the path")
+
+
+@pytest.mark.parametrize("name", ["absent", "scan.nii.gz"])
+def test_the_demo_looks_at_its_folder_before_it_starts_anything(command: Command, tmp_path: Path, name: str) -> None:
+    save_nifti(tmp_path / "scan.nii.gz", phantom())
+    state, out = tmp_path / "state", tmp_path / "out"
+    code, message = command("demo", "--data", str(tmp_path / name), "--out", str(out), "--state", str(state))
+    assert code == 2
+    check(message, str(tmp_path / name), "a folder of volumes", "images/ and labels/")
+    assert not state.exists()
+    assert not out.exists()
+
+
+def test_the_demo_wants_labels_before_it_pre_trains(tmp_path: Path) -> None:
+    url = (tmp_path / "store").as_uri()
+    few = write_phantoms(url, 8, shape=(8, 9, 10), label="label")
+    with pytest.raises(RefusedInput) as caught:
+        demo._refuse_too_few_labels(few, url)
+    check(str(caught.value), url, "8 with label 'label' in the train split", "found 6", "tomoscale pretrain")
+    other = (tmp_path / "other").as_uri()
+    demo._refuse_too_few_labels(write_phantoms(other, 11, shape=(8, 9, 10), label="label"), other)
 
 
 def test_a_folder_without_volumes(command: Command, tmp_path: Path) -> None:
@@ -273,6 +306,40 @@ def test_a_full_disk_and_room_again(command: Command, tmp_path: Path, small_disk
     assert command("data", "ingest", "--local", str(source), store.as_uri())[0] == 0
     assert command("data", "verify", store.as_uri())[0] == 0
     assert "3 volumes" in command.out
+
+
+def test_what_does_not_fit_on_a_disk_is_named_and_not_half_there(
+    command: Command, tmp_path: Path, small_disk: Path, segmenter: Path
+) -> None:
+    write_phantoms(command.url, 2, shape=(8, 9, 10))
+    scan = save_nifti(tmp_path / "scan.nii.gz", phantom())
+    with suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
+        while filler.write(bytes(4096)):
+            pass
+    page, mask = small_disk / "page.html", small_disk / "mask.nii.gz"
+    for target, arguments in (
+        (page, ["data", "show", command.url, "--html", str(page)]),
+        (mask, ["predict", str(segmenter), str(scan), str(mask)]),
+        (small_disk / "docs", ["methods", "--markdown", "--out", str(small_disk / "docs")]),
+    ):
+        code, message = command(*arguments)
+        assert code == 1
+        check(message, str(target), "a disk with room", "No space left on device", "free space")
+    assert [path.name for path in small_disk.rglob("*") if path.is_file()] == ["filler"]
+
+
+def test_a_page_for_a_folder_that_is_not_there(command: Command, tmp_path: Path) -> None:
+    write_phantoms(command.url, 2, shape=(8, 9, 10))
+    code, message = command("data", "show", command.url, "--html", str(tmp_path / "absent" / "page.html"))
+    assert code == 2
+    check(message, str(tmp_path / "absent"), "a folder", "create it first")
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan"])
+def test_a_tolerance_that_is_none(command: Command, segmenter: Path, value: str) -> None:
+    code, message = command("evaluate", str(segmenter), command.url, f"--tolerance-mm={value}")
+    assert code == 2
+    check(message, "--tolerance-mm", "above 0", value)
 
 
 def test_no_s3_credentials(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The command line: every verb works and explains itself, reads as JSON where asked, and ends as a program should."""
 
 import argparse
+import errno
 import json
 import signal
 import socket
@@ -153,6 +154,19 @@ def test_settings_may_stand_before_and_after_options(
     assert "steps: 90" in capsys.readouterr().out
 
 
+def test_settings_of_super_pixels_may_stand_after_options_too(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--local", "scle=5"], ["scle=5", "--local"]):
+        assert cli.main(["data", "superpixels", store, *arguments]) == 2
+        assert "did you mean 'scale'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["data ingest", "data append", "pretrain"])
+def test_settings_are_not_called_required(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(verb.split())
+    assert capsys.readouterr().err.splitlines()[-1].endswith(("required: source, data", "required: config"))
+
+
 def test_a_traceback_is_printed_only_when_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,6 +226,27 @@ def test_a_broken_connection_is_no_broken_pipe(
     monkeypatch.setattr("jobs.commands.train._methods", fail)
     assert cli.main(["methods"]) == 1
     assert capsys.readouterr().err == "tomoscale: Broken pipe\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), "/a/b; expected room on its disk; found No space"),
+        (OSError(errno.ENOSPC, "No space left on device"), "a file of this command; expected room on its disk"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), "/a/b; expected the right to use it; found"),
+    ],
+)
+def test_an_error_of_the_system_says_what_to_do(
+    error: OSError, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(arguments: argparse.Namespace) -> int:
+        raise error
+
+    monkeypatch.setattr("jobs.commands.train._methods", fail)
+    assert cli.main(["methods"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"tomoscale: {text}")
+    assert "give another place" in err
 
 
 def test_an_error_of_the_system_is_one_line_with_the_file(capsys: pytest.CaptureFixture[str]) -> None:
