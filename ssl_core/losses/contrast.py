@@ -74,9 +74,10 @@ def near(
         length_N: Length of the volume it is in, voxels.
         other_centre_K: The same of the keys.
         other_length_K: The same of the keys.
-        threshold: t, read as the decimal number that it prints as.
+        threshold: t, read as the decimal number that it prints as, or the nearest fraction over at most a million.
     """
-    limit = Fraction(str(threshold))
+    # Longer denominators, as of 1/3 in 16 digits, would overflow the products below.
+    limit = Fraction(str(threshold)).limit_denominator(10**6)
     a, b = _quanta(centre_N)[:, None], _quanta(other_centre_K)[None, :]
     n, m = length_N.round().long()[:, None], other_length_K.round().long()[None, :]
     return (a * m - b * n).abs() * limit.denominator < limit.numerator * n * m * QUANTA

@@ -76,6 +76,11 @@ def test_queue_contrast() -> None:
     keep[:, 4:] = False
     wanted = slow.queue(q.numpy(), k.numpy(), n.numpy()[:4], 0.2)
     assert float(queue_nce(q, k, unit(n, 1), 0.2, keep)) == pytest.approx(wanted, abs=1e-12)
+    q.requires_grad_()
+    alone = queue_nce(q, k, unit(n, 1), 0.2, torch.zeros(3, 7, dtype=torch.bool))
+    alone.backward()
+    assert alone.item() == 0
+    assert not q.grad.any(), "a queue without negatives has a gradient"
 
 
 def test_slices_exactly_a_threshold_apart_are_never_positives() -> None:
@@ -93,6 +98,13 @@ def test_positions_of_volumes_of_different_length_compare_exactly() -> None:
     # 0.35 - 0.35 = 0 and 0.3 - 0.35 = -0.05 for the first key
     assert near(a, n, b, m, 0.05).tolist() == [[True, True], [False, False]]
     assert near(a, n, b, m, 0.0501).tolist() == [[True, True], [True, False]]
+
+
+def test_a_threshold_of_many_digits_does_not_overflow() -> None:
+    index, length = torch.arange(300, dtype=torch.float64) + 0.5, torch.full((300,), 300.0)
+    apart = (index[:, None] - index[None]).abs()
+    assert torch.equal(near(index, length, index, length, 1 / 3), apart < 100)
+    assert torch.equal(near(index, length, index, length, 0.123456789), apart <= 37)
 
 
 ONE_HOT = [
