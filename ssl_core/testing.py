@@ -5,6 +5,7 @@ Subclass `MethodContract` in a test module; it runs for every registered method.
 
 import copy
 import dataclasses
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,7 +18,8 @@ import ssl_core.methods  # noqa: F401  registers every method
 from ssl_core.backbones import build
 from ssl_core.backbones.pyramid import Pyramid
 from ssl_core.backbones.registry import architecture
-from ssl_core.config import parse, resolved
+from ssl_core.bench.memory import peak_of
+from ssl_core.config import Config, parse, resolved
 from ssl_core.distributed import Collectives, Single
 from ssl_core.methods.base import Crops, StepContext, method_class, method_names
 from ssl_core.ranks import Ranks
@@ -231,6 +233,20 @@ def trained(method: Any) -> list[nn.Parameter]:
     return [p for p in method.parameters() if p.requires_grad]
 
 
+def gradient(method: Any, batch: ViewBatch, *, autocast: torch.dtype | None = None) -> tuple[float, Tensor]:
+    """Loss of a first step, and its gradient over all trained parameters as one float64 vector; the method is kept."""
+    method = copy.deepcopy(method)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        loss = method(batch, context(0)).total
+    loss.backward()
+    return float(loss.detach()), torch.cat([p.grad.double().flatten() for p in trained(method) if p.grad is not None])
+
+
+def rounded(x: Tensor) -> Tensor:
+    """Float32 numbers as bfloat16 has them, in float32; others as they are."""
+    return x.to(torch.bfloat16).to(x.dtype) if x.dtype == torch.float32 else x
+
+
 def assert_targets_follow(method: Any, batch: ViewBatch, step: int = 50) -> None:
     """After a step every weight of a `target_X` is m times itself plus 1 - m times that of `X`, m one number in [0, 1).
 
@@ -295,11 +311,17 @@ class MethodContract:
     Attributes:
         steps, lr: Training that must lower the loss on two samples.
         bf16_tolerance: Largest relative difference of the loss under bfloat16 autocast, plus the same absolutely.
+        bf16_gradient_factor: Autocast changes the gradient of all trained parameters together at most this many times
+            as much as rounding weights and images to bfloat16 once does in float32, and `bf16_gradient_slack` of its
+            length. A fixed limit would say more of an untrained network than of the method: pooled features of few
+            samples are nearly alike, and a batch norm makes much of what rounding does to their differences.
     """
 
     steps = 20
     lr = 1e-2
     bf16_tolerance = 0.05
+    bf16_gradient_factor = 3.0
+    bf16_gradient_slack = 0.02
 
     @pytest.fixture(params=method_names())
     def name(self, request: pytest.FixtureRequest) -> str:
@@ -318,6 +340,15 @@ class MethodContract:
         config = tiny_config(name)
         assert parse(kind, resolved(config)) == config
         assert [f for f, info in kind.model_fields.items() if not info.description] == []
+
+    def test_a_group_of_settings_given_in_part_keeps_the_rest(self, name: str) -> None:
+        """Who changes the size of the crops keeps the method's own flips, overlap and intensity changes."""
+        kind = method_class(name).Config
+        for field, info in kind.model_fields.items():
+            default = info.get_default(call_default_factory=True)
+            if isinstance(default, Config):
+                for key, value in resolved(default).items():
+                    assert getattr(parse(kind, {field: {key: value}}), field) == default, f"{field}.{key}"
 
     def test_the_method_and_its_config_are_documented(self, name: str) -> None:
         """The docstring has the parts that its page is made of."""
@@ -415,14 +446,44 @@ class MethodContract:
         report = load_exact(stock, encoder_state(backbone), backbone.encoder_keys())
         assert len(report.matched) == len(backbone.encoder_keys()) > 0
 
-    def test_bfloat16_is_near_float32(self, name: str) -> None:
-        """Autocast changes the loss little."""
+    def test_bfloat16_is_near_float32(self, name: str, record_property: Callable[[str, object], None]) -> None:
+        """Autocast changes the loss little, and the gradient not much more than rounding weights and images once."""
         method = tiny_method(name)
         batch = self.views(method, [0, 1, 2])
-        exact = float(copy.deepcopy(method)(batch, context(0)).total.detach())
-        with torch.autocast("cpu", torch.bfloat16):
-            rough = float(method(batch, context(0)).total.detach())
-        assert abs(rough - exact) <= self.bf16_tolerance * (1 + abs(exact))
+        exact_loss, exact = gradient(method, batch)
+        rough_loss, rough = gradient(method, batch, autocast=torch.bfloat16)
+        assert abs(rough_loss - exact_loss) <= self.bf16_tolerance * (1 + abs(exact_loss))
+        with torch.no_grad():
+            for parameter in method.parameters():
+                parameter.copy_(rounded(parameter))
+        _, near = gradient(method, _map(batch, rounded))
+        error, unavoidable = (float((other - exact).norm() / exact.norm()) for other in (rough, near))
+        record_property("bf16_gradient_error", round(error, 4))
+        record_property("bf16_gradient_cosine", round(float(nn.functional.cosine_similarity(rough, exact, dim=0)), 4))
+        assert error <= self.bf16_gradient_factor * unavoidable + self.bf16_gradient_slack
+
+    def test_memory_and_time_of_a_step_are_recorded(
+        self, name: str, record_property: Callable[[str, object], None]
+    ) -> None:
+        """As properties of the test; a step holds its gradients and more, and a later one no more than the first."""
+        method = tiny_method(name)
+        batch = self.views(method, [0, 1])
+        parameters = trained(method)
+
+        def step() -> None:
+            method.zero_grad()
+            method(batch, context(0)).total.backward()
+            method.after_step(context(0))
+
+        step()
+        started = time.perf_counter()
+        step()
+        record_property("step_ms", round(1000 * (time.perf_counter() - started), 2))
+        method.zero_grad()
+        peaks = [peak_of(step, torch.device("cpu")) for _ in range(2)]
+        record_property("step_peak_kib", round(peaks[0] / 1024))
+        assert peaks[0] > sum(p.nbytes for p in parameters)
+        assert peaks[1] <= 1.05 * peaks[0]
 
     def views(self, method: Any, samples: list[int], dtype: torch.dtype = torch.float32) -> ViewBatch:
         """Synthetic views of these samples as the method wants them."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ssl_core.backbones.base import Backbone
@@ -22,44 +22,60 @@ from storage.errors import ConfigError
 class MethodConfig(Config):
     """Base of a method's settings. Every field carries a description that names its source or says "our choice"."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_own_defaults(cls, data: Any) -> Any:
+        """A group given in part, such as `crops`, keeps the rest as this method has it, not as the group's class."""
+        if not isinstance(data, dict):
+            return data
+        merged = dict(data)
+        for key in data.keys() & cls.model_fields.keys():
+            default = cls.model_fields[key].get_default(call_default_factory=True)
+            if isinstance(default, Config) and isinstance(data[key], dict):
+                merged[key] = default.model_dump() | data[key]
+        return merged
+
+
+_SOURCE = "source: the group's line, else our choice"
+
 
 class Crops(Config):
     """The crops that a method compares, and how they are augmented."""
 
     size_DHW: tuple[int, int, int] = Field(
-        default=(64, 64, 64), description="Voxels of a view along D, H, W; our choice"
+        default=(64, 64, 64), description=f"Voxels of a view along D, H, W; {_SOURCE}"
     )
     scale: tuple[float, float] = Field(
-        default=(1.0, 1.0), description="Lowest and highest ratio of the box cut from the volume to the view"
+        default=(1.0, 1.0),
+        description=f"Lowest and highest ratio of the box cut from the volume to the view; {_SOURCE}",
     )
     scale_depth: bool = Field(
-        default=False, description="Whether D is scaled too; our choice, as sibling code scales H and W"
+        default=False, description=f"Whether D is scaled too; {_SOURCE}, as sibling code scales H and W"
     )
-    flip: tuple[float, float, float] = Field(default=(0.5, 0.5, 0.5), description="Probability of a flip along D, H, W")
-    rotate_degrees: float = Field(
-        default=0.0, ge=0, le=180, description="Largest rotation about D; PCRLv2's code: 10, else our choice: none"
+    flip: tuple[float, float, float] = Field(
+        default=(0.5, 0.5, 0.5), description=f"Probability of a flip along D, H, W; {_SOURCE}"
     )
+    rotate_degrees: float = Field(default=0.0, ge=0, le=180, description=f"Largest rotation about D; {_SOURCE}")
     tilt_degrees: float = Field(
-        default=0.0,
-        ge=0,
-        le=90,
-        description="Largest rotation about H and about W; PCRLv2's code: 10, else our choice: none",
+        default=0.0, ge=0, le=90, description=f"Largest rotation about H and about W; {_SOURCE}"
     )
     stretch: float = Field(
         default=0.0,
         ge=0,
         lt=1,
-        description="Largest relative change of each axis' scale by itself, of D only with `scale_depth`; PCRLv2's"
-        " code: 0.1, else our choice: none",
+        description=f"Largest relative change of each axis' scale by itself, of D only with `scale_depth`; {_SOURCE}",
     )
-    elastic_vox: float = Field(
-        default=0.0, ge=0, description="Largest elastic displacement, view voxels; our choice: none"
-    )
+    elastic_vox: float = Field(default=0.0, ge=0, description="Largest elastic displacement, view voxels; our choice")
     min_overlap: float = Field(
-        default=0.0, ge=0, le=1, description="Least intersection over union of the boxes; 0 places them independently"
+        default=0.0,
+        ge=0,
+        le=1,
+        description=f"Least intersection over union of the boxes; 0 places them independently; {_SOURCE}",
     )
     intensity: Literal["none", "light", "strong", "genesis", "pcrlv2", "pcrlv2_local"] = Field(
-        default="light", description="Named list of intensity changes; our choice"
+        default="light",
+        description="Named list of intensity changes: `light` is PGL's (second-hand), `strong` ours, `genesis` nnssl's,"
+        " `pcrlv2` its code's",
     )
 
     def role(self, name: str, count: int, **changes: Any) -> RoleSpec:

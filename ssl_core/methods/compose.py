@@ -31,8 +31,9 @@ class Compose(nn.Module):
     Formula: L = sum over parts of weight L_part. All parts share the backbone and, where their roles have the same
     name, the views: such roles are merged into the most demanding one, and must otherwise agree.
 
-    Traps: weights of losses of different scale mean little by themselves, look at the logged terms; every part that
-    keeps a moving average keeps its own copy of the backbone; methods that mask or corrupt their input encode it
+    Traps: weights of losses of different scale mean little by themselves, look at the logged terms; the crops are the
+    composition's, so Models Genesis restores what `crops.intensity` changed, which is little unless that is `genesis`;
+    every part that keeps a moving average keeps its own copy of the backbone; methods that mask their input encode it
     themselves, so nothing is saved there.
 
     Cost: the sum of the parts; encoder maps of a view are made once for all parts that take them as they are.
