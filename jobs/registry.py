@@ -6,6 +6,7 @@ newest version; `champion` moves only to a version that beat the current one on 
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -115,7 +116,9 @@ def pull(uri: str, target: Path) -> Path:
         RefusedInput: what came does not match its digests.
     """
     if target.exists():
-        raise ConfigError(str(target), expected="a new directory", found="one that exists")
+        raise ConfigError(
+            str(target), expected="a new directory", found="one that exists", remedy="remove it or name another"
+        )
     found = resolve(uri)
     import mlflow
     from mlflow.exceptions import MlflowException
@@ -127,11 +130,13 @@ def pull(uri: str, target: Path) -> Path:
             local = Path(mlflow.artifacts.download_artifacts(f"{found.uri}/artifacts/bundle", dst_path=folder))
         except (MlflowException, OSError) as error:
             if found.tags.get(_FINGERPRINT):
+                # MLflow keeps a full disk to itself: the room that there is says which of the two it was.
+                room = f"{shutil.disk_usage(target.parent).free / 1e6:.1f} MB free in {target.parent}"
                 raise StackError(
                     f"artifacts of {found.uri}",
-                    expected="a download from MLflow's artifact store",
-                    found=" ".join(str(error).split())[:200],
-                    remedy="check the artifact store (`tomoscale doctor`), then pull again",
+                    expected="a download from MLflow's artifact store to a disk with room for it",
+                    found=f"{_last(error)}, and {room}",
+                    remedy="free space there or check the artifact store (`tomoscale doctor`), then pull again",
                 ) from error
             raise RefusedInput(
                 found.uri, expected="a model registered by tomoscale", found="another kind of model"
@@ -195,7 +200,7 @@ def evidence_of(uri: str) -> Evidence:
                 f"evaluation of {uri}",
                 expected="scores of held-out cases in its bundle",
                 found="none",
-                remedy="evaluate it first: `tomoscale evaluate MODEL DATA`",
+                remedy="promote segmenters that `tomoscale finetune` registered; it scores them and keeps the scores",
             )
         data = json.loads(path.read_text(encoding="utf-8"))
     return Evidence(data["split"], data["measure"], {str(k): float(v) for k, v in data["cases"].items()})
@@ -245,7 +250,7 @@ def _beats(mine: Evidence, theirs: Evidence, target: Version, current: Version) 
             f"promotion of {target.uri}",
             expected=f"{theirs.measure} on the {len(theirs.cases)} cases of {theirs.split}, as the champion has",
             found=f"{mine.measure} on {len(mine.cases)} cases of {mine.split}",
-            remedy=f"evaluate {target.uri} and {current.uri} on the same split",
+            remedy="fine-tune both with one `labelled.data` and `labelled.fingerprint`",
         )
     cases = sorted(mine.cases)
     result = compare(
@@ -349,7 +354,15 @@ def _version(found: Any, aliases: Mapping[str, list[str]]) -> Version:
     return Version(found.name, number, mine, dict(found.tags), found.run_id or "", int(found.creation_timestamp))
 
 
+def _last(error: BaseException) -> str:
+    """The last line of a message: MLflow puts the cause below a list of addresses and files."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" #")]
+    return lines[-1][:200].rstrip(".") if lines else type(error).__name__
+
+
 def _quiet() -> None:
-    """No progress bars where no terminal shows them."""
+    """No progress bars where no terminal shows them, and no log of every file that is tried again."""
+    for name in ("store.artifact.http_artifact_repo", "utils.file_utils"):
+        logging.getLogger(f"mlflow.{name}").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
