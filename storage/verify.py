@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 from storage.bytestore import join
 from storage.errors import NotFound, NotOffered, StoreError
@@ -147,12 +148,37 @@ def _documents(store: VolumeStore, record: VolumeRecord) -> list[str]:
             if key in arrays:
                 if parse_array(document, thing) != store.meta(record.volume_id, arrays[key]):
                     wrong.append(f"{thing} does not describe the array that the manifest does")
-            elif "ome" not in json.loads(document)["attributes"]:
-                wrong.append(f"{thing} is not OME-Zarr")
+            else:
+                wrong += [f"{thing} {what}" for what in _misplaced(json.loads(document)["attributes"], record)]
         except NotFound:
             wrong.append(f"{thing} is missing")
         except StoreError as error:
             wrong.append(str(error))
         except (ValueError, KeyError, TypeError) as error:
             wrong.append(f"{thing} is not Zarr metadata: {type(error).__name__}: {error}")
+    return wrong
+
+
+def _misplaced(attributes: dict[str, Any], record: VolumeRecord) -> list[str]:
+    """What the metadata of a group say otherwise than the manifest: where a volume lies and what its values mean."""
+    if "ome" not in attributes:
+        return ["is not OME-Zarr"]
+    wrong = []
+    placed = {"scale": list(record.spacing_mm), "translation": [record.affine[i] for i in (11, 7, 3)]}
+    for scales in attributes["ome"].get("multiscales", []):
+        for transform in scales["datasets"][0]["coordinateTransformations"]:
+            for kind in sorted(placed.keys() & transform.keys()):
+                if transform[kind][-3:] != placed[kind]:
+                    wrong.append(f"has the {kind} {transform[kind]} where the manifest says {placed[kind]}")
+    facts: dict[str, Any] = {
+        "affine_ras_mm": list(record.affine),
+        "spacing_mm": list(record.spacing_mm),
+        "scale": record.scale,
+        "offset": record.offset,
+        "content_sha256": record.content_sha256,
+    }
+    own = attributes.get("tomoscale", {})  # what others wrote may lack
+    wrong += [
+        f"has the {k} {own[k]} where the manifest says {facts[k]}" for k in facts if own.get(k, facts[k]) != facts[k]
+    ]
     return wrong

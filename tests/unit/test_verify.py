@@ -90,6 +90,29 @@ def test_damaged_metadata_are_found(store: ByteStore, key: str, text: bytes) -> 
     assert f"volumes/phantom-001/{key}" in str(problem)
 
 
+@pytest.mark.parametrize(
+    ("key", "old", "new", "what"),
+    [
+        ("zarr.json", b'"scale": 1.0', b'"scale": 1.5', "the scale 1.5"),
+        ("zarr.json", b'"offset": 0.0', b'"offset": 8.0', "the offset 8.0"),
+        ("zarr.json", b"2.0", b"3.0", "spacing_mm"),
+        ("labels/tissue/zarr.json", b"2.0", b"6.0", "the scale [6.0, 0.8, 0.8]"),
+        ("labels/tissue/zarr.json", b" 0.0", b" 4.0", "the translation [4.0, 4.0, 4.0]"),
+    ],
+)
+def test_metadata_that_say_otherwise_than_the_manifest_are_found(
+    store: ByteStore, key: str, old: bytes, new: bytes, what: str
+) -> None:
+    """Other readers believe them."""
+    document = store.get(f"volumes/phantom-001/{key}")
+    assert old in document
+    store.put(f"volumes/phantom-001/{key}", document.replace(old, new))
+    problems = verify(store.url).problems
+    assert problems
+    assert all(f"volumes/phantom-001/{key}" in str(problem) for problem in problems)
+    assert what in "".join(map(str, problems))
+
+
 def test_metadata_of_another_array_are_found(store: ByteStore) -> None:
     store.put("volumes/phantom-001/0/zarr.json", store.get("volumes/phantom-000/0/zarr.json"))
     (problem,) = verify(store.url).problems
