@@ -8,7 +8,6 @@ import fcntl
 import os
 import re
 import stat
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -168,14 +167,22 @@ def short(thing: str, start: int, stop: int, size: int | None = None) -> Corrupt
 
 
 class FileStore:
-    """A local directory. Writes go through a temporary file and a rename, so readers see whole objects only."""
+    """A local directory. Writes go through a temporary file and a rename, so readers see whole objects only.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        root: The directory; made by the first write.
+        unforced: Number of a file system (`st_dev`) that the caller forces to the disk himself, by `storage.settle`,
+            before anything refers to what was written. Elsewhere every object is on the disk when `put` returns.
+    """
+
+    def __init__(self, root: Path, *, unforced: int | None = None) -> None:
         self.root = root.expanduser().absolute()
         self.url = self.root.as_uri()
+        self._folder = str(self.root).rstrip("/")
+        self._unforced = unforced
 
-    def _path(self, key: str) -> Path:
-        return self.root / check_key(key)
+    def _path(self, key: str) -> str:
+        return f"{self._folder}/{check_key(key)}"  # a Path takes longer to make than a small file to open
 
     def _open(self, key: str) -> int:
         path = self._path(key)
@@ -240,13 +247,16 @@ class FileStore:
         path = self._path(key)
         temporary = ""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fd, temporary = tempfile.mkstemp(prefix=".put-", dir=path.parent)
-            with os.fdopen(fd, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
+            fd, temporary = _new_file(os.path.dirname(path))
+            try:
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[os.write(fd, rest) :]
+                os.fchmod(fd, 0o644)  # whatever the umask: another user's jobs read it
+                if os.fstat(fd).st_dev != self._unforced:
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
             if if_absent:
                 try:
                     os.link(temporary, path)
@@ -337,12 +347,24 @@ class FileStore:
     def delete(self, key: str) -> None:
         """See `ByteStore`."""
         try:
-            self._path(key).unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                os.unlink(self._path(key))
         except OSError as error:
             raise StoreError(join(self.url, key), expected="a file to delete", found=str(error.strerror)) from error
 
     def __reduce__(self) -> tuple[object, ...]:
         return FileStore, (self.root,)
+
+
+def _new_file(folder: str) -> tuple[int, str]:
+    """A new file under a name that no reader takes for an object; the folder is made where it is missing."""
+    path = f"{folder}/.put-{os.urandom(8).hex()}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, 0o600), path
+    except FileNotFoundError:
+        os.makedirs(folder, exist_ok=True)
+        return os.open(path, flags, 0o600), path
 
 
 _MEMORY: dict[str, bytes] = {}

@@ -6,6 +6,7 @@ to right, up to the rotation that an oblique scan keeps in its affine: axes are 
 never interpolated.
 """
 
+from functools import lru_cache
 from itertools import permutations
 from typing import Any, Literal
 
@@ -65,7 +66,14 @@ def nearest_axes(affine: Affine) -> tuple[tuple[int, int, int], tuple[bool, bool
     Returns:
         (source, flip): RAS axis a comes from index axis source[a] (0=i, 1=j, 2=k), reversed where flip[a].
     """
-    u, _, vt = np.linalg.svd(affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0))
+    return _nearest_axes(np.ascontiguousarray(affine[:3, :3], np.float64).tobytes())
+
+
+@lru_cache(maxsize=64)
+def _nearest_axes(axes: bytes) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
+    """The same of nine float64: asked several times a volume, and often the same for all of a data set."""
+    matrix = np.frombuffer(axes, np.float64).reshape(3, 3)
+    u, _, vt = np.linalg.svd(matrix / np.linalg.norm(matrix, axis=0))
     rotation = u @ vt
     # of the six permutations the one with the largest trace is nearest in the Frobenius norm; rounding makes ties
     # (a scan at exactly 45 degrees) fall the same way on every machine

@@ -42,6 +42,7 @@ from storage.ingest_volume import prepare
 from storage.layout import choose_layout
 from storage.manifest import Manifest, VolumeRecord
 from storage.pairing import IngestItem, Orphan, discover
+from storage.settle import settling, unforced
 from storage.volumewriter import content_sha256, write_volume
 
 __all__ = ["IngestPolicy", "IngestReport", "Outcome", "Progress", "Quarantined", "Work", "discover", "ingest_item"]
@@ -64,6 +65,10 @@ class Work:
     policy: IngestPolicy
     modality: str = ""
     known: tuple[VolumeRecord, ...] = ()
+    resumed: bool = True
+    """Whether an earlier run may have left a record of it."""
+    unforced: int | None = None
+    """The file system that the run forces to the disk before it publishes, so that the task need not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +150,10 @@ def map_threads(function: Callable[[W], R], items: Iterable[W]) -> Iterator[R]:
                 future.cancel()
 
 
+HERE = (map_serial, map_threads)
+"""Mappers whose tasks write from this machine: what they wrote, its system can force to the disk at the end."""
+
+
 def run(
     src: str,
     dst: str,
@@ -188,10 +197,16 @@ def run(
     facts = dataset_facts(found.root, name or dst.rstrip("/").rpartition("/")[2])
     works = _plan(found.items, dst, policy, pseudonyms, before, facts.modality)
     outcomes: list[Outcome] = []
-    for outcome in mapper(ingest_work, works):
-        outcomes.append(outcome)
-        if progress is not None:
-            progress(_progress(outcomes, len(works), time.monotonic() - started))
+    resumed = any(True for _ in store.list("ingest/"))
+    with settling(store) as files:
+        device = files.device if files is not None and mapper in HERE else None
+        works = [replace(work, resumed=resumed, unforced=device) for work in works]
+        for outcome in mapper(ingest_work, works):
+            outcomes.append(outcome)
+            if progress is not None:
+                progress(_progress(outcomes, len(works), time.monotonic() - started))
+        if files is not None:  # also for what an earlier run wrote and did not get to force
+            files.settle()
     refused = tuple(sorted((o.refused for o in outcomes if o.refused), key=lambda q: q.source))
     records = [o.record for o in outcomes if o.record]
     stale = {work.source for work in works} | (set() if append else set(refused_before))
@@ -252,9 +267,10 @@ def ingest_item(work: Work) -> tuple[VolumeRecord, bool]:
     """
     state, policy = source_state(work.item), work.policy
     digest, version = source_digest(work.item), policy.version
-    store = open_store(work.store_url)
+    store = unforced(open_store(work.store_url), work.unforced)
     known = next((r for r in work.known if (r.source_sha256, r.policy) == (digest, version)), None)
-    known = known or recorded(store, work.volume_id, digest, version)
+    if known is None and work.resumed:
+        known = recorded(store, work.volume_id, digest, version)
     if known is not None:
         return replace(known, subject=work.subject, study=work.study), True
     ready = prepare(work.item, policy, work.modality)
@@ -294,7 +310,7 @@ def ingest_item(work: Work) -> tuple[VolumeRecord, bool]:
         policy=version,
         notes=ready.notes,
     )
-    replace(held, record=record).save(store)
+    replace(held, record=record, forced=work.unforced is None).save(store)
     return record, False
 
 

@@ -16,8 +16,10 @@ from storage.ingest_policy import IngestPolicy
 from storage.manifest import LabelRecord, VolumeRecord
 from storage.pairing import IngestItem
 from storage.readers.raw import file_digest
+from storage.verify import damage
 
 _LONGEST_ID = 100
+_RECORD = tuple(VolumeRecord.__dataclass_fields__)
 
 
 def hides(item: IngestItem, policy: IngestPolicy) -> bool:
@@ -123,12 +125,17 @@ class Sidecar:
 
     An id belongs to one version of one source, that is to equal bytes: who makes another version takes another id, so
     that two jobs never write different bytes under one.
+
+    Attributes:
+        forced: Whether the volume was on the disk before its record was written; if not, who finds the record has to
+            read the volume before believing it, for the power may have failed in between.
     """
 
     volume_id: str
     source_sha256: str
     policy: str
     record: VolumeRecord | None = None
+    forced: bool = True
 
     @property
     def version(self) -> tuple[str, str]:
@@ -137,7 +144,23 @@ class Sidecar:
 
     def save(self, store: ByteStore, if_absent: bool = False) -> bool:
         """Write or replace it; False if it is to be the first and another is there."""
-        return store.put(side_key(self.volume_id), json.dumps(asdict(self)).encode(), if_absent=if_absent)
+        return store.put(side_key(self.volume_id), self._bytes(), if_absent=if_absent)
+
+    def take_over(self, store: ByteStore) -> bool:
+        """Replace an empty one, which nobody writes and a power failure leaves; False if it is none."""
+        key = side_key(self.volume_id)
+        try:
+            return not store.get(key) and store.swap(key, self._bytes(), b"")
+        except NotFound:
+            return False
+
+    def _bytes(self) -> bytes:
+        record = None if self.record is None else {name: getattr(self.record, name) for name in _RECORD}
+        if record is not None:
+            record["labels"] = [asdict(label) for label in record["labels"]]
+            record["derived"] = [asdict(derived) for derived in record["derived"]]
+        fields = {"volume_id": self.volume_id, "source_sha256": self.source_sha256, "policy": self.policy}
+        return json.dumps({**fields, "record": record, "forced": self.forced}).encode()
 
     @classmethod
     def load(cls, store: ByteStore, volume_id: str) -> "Sidecar | None":
@@ -146,7 +169,11 @@ class Sidecar:
             data = json.loads(store.get(side_key(volume_id)))
             record = data["record"]
             return cls(
-                data["volume_id"], data["source_sha256"], data["policy"], record and VolumeRecord(**_tuples(record))
+                data["volume_id"],
+                data["source_sha256"],
+                data["policy"],
+                record and VolumeRecord(**_tuples(record)),
+                bool(data.get("forced", True)),
             )
         except (NotFound, ValueError, KeyError, TypeError):
             return None
@@ -165,7 +192,7 @@ def claim(store: ByteStore, base: str, digest: str, policy: str) -> Sidecar:
     """
     mine = Sidecar(base, digest, policy)
     tagged = replace(mine, volume_id=f"{base}-{content_tag(digest, policy)}")
-    first = mine.save(store, if_absent=True)
+    first = mine.save(store, if_absent=True) or mine.take_over(store)
     found = mine if first else Sidecar.load(store, base)
     if found is not None and found.version == mine.version:
         # Asked behind the claim: before it, another job could finish and drop its own in between.
@@ -183,7 +210,10 @@ def claim(store: ByteStore, base: str, digest: str, policy: str) -> Sidecar:
 def _whole(store: ByteStore, volume_id: str) -> tuple[str, str] | None:
     """The version of a volume that is written to its end; None where there is none."""
     try:
-        facts = json.loads(store.get(f"volumes/{volume_id}/zarr.json"))["attributes"]["tomoscale"]
+        document = store.get(f"volumes/{volume_id}/zarr.json")
+        if not document:  # which nobody writes and a power failure leaves
+            return None
+        facts = json.loads(document)["attributes"]["tomoscale"]
         return str(facts["source_sha256"]), str(facts["policy"])
     except NotFound:
         return None
@@ -192,10 +222,16 @@ def _whole(store: ByteStore, volume_id: str) -> tuple[str, str] | None:
 
 
 def recorded(store: ByteStore, base: str, digest: str, policy: str) -> VolumeRecord | None:
-    """The record of a version that an earlier run wrote and did not get to publish, or None."""
+    """The record of a version that an earlier run wrote and did not get to publish, or None.
+
+    Where that run did not force the volume to the disk, it is read and compared with the record: what can be read now
+    will be forced with the rest, and what a power failure took is written again.
+    """
     for volume_id in (base, f"{base}-{content_tag(digest, policy)}"):
         found = Sidecar.load(store, volume_id)
-        if found is not None and found.version == (digest, policy) and found.record is not None:
+        if found is None or found.version != (digest, policy) or found.record is None:
+            continue
+        if found.forced or not damage(store.url, found.record):
             return found.record
     return None
 

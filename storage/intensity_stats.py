@@ -29,6 +29,8 @@ SHARES = (0.005, 0.995)
 HISTOGRAM_RANGE = 1 << 17
 """Whole numbers that span less than this are counted value by value, several times as fast as partial sorting."""
 _BLOCK = 1 << 18
+_SMALL = 1 << 17
+"""Values up to which sorting all of them takes less time than bracketing two percentiles."""
 
 Values = npt.NDArray[np.floating[Any]] | npt.NDArray[np.integer[Any]]
 Mask = npt.NDArray[np.bool_]
@@ -70,13 +72,19 @@ def foreground(values: Values) -> tuple[Mask, dict[str, float]]:
         if counts[first].any():
             lowest, counts = lowest + int(first[0]), counts[first]
         return mask, _counted_stats(lowest, counts)
-    mask = _mask(values, _percentiles(_finite(values)))
+    known = _finite(values).reshape(-1)
+    ordered = known.copy() if known.size <= _SMALL else None
+    if ordered is not None:
+        ordered.sort()
+    mask = _mask(values, _percentiles(known, ordered))
     kept = values[mask]
+    if ordered is not None:
+        ordered = ordered[-kept.size :]  # the foreground are the greatest of the finite values
     mean = float(kept.mean(dtype=np.float64))
     apart = np.subtract(kept, mean, dtype=np.float64)
     std = float(np.sqrt(apart @ apart / kept.size))
     return mask, dict(
-        zip(STATS_ORDER, (float(kept.min()), float(kept.max()), mean, std, *_percentiles(kept)), strict=True)
+        zip(STATS_ORDER, (float(kept.min()), float(kept.max()), mean, std, *_percentiles(kept, ordered)), strict=True)
     )
 
 
@@ -104,13 +112,24 @@ def _mask(values: Values, bounds: tuple[float, float]) -> Mask:
     return above if above.any() else np.isfinite(values)
 
 
-def _percentiles(values: Values) -> tuple[float, float]:
-    """The 0.5th and 99.5th percentile of finite values, as `numpy.percentile` defines them ("linear")."""
-    counted = _counts(values)
+def _percentiles(values: Values, ordered: Values | None = None) -> tuple[float, float]:
+    """The 0.5th and 99.5th percentile of finite values, as `numpy.percentile` defines them ("linear").
+
+    Args:
+        values: Any shape.
+        ordered: The same values sorted, where that has been done.
+    """
+    counted = None if ordered is not None else _counts(values)
     if counted is not None:
         return _ranks(*counted)
     flat = values.reshape(-1)
-    found = [_blend(share, flat.size, lambda k: _ranked(flat, k)) for share in SHARES]
+
+    def ranked(k: int) -> tuple[float, float]:
+        if ordered is None:
+            return _ranked(flat, k)
+        return float(ordered[k]), float(ordered[min(k + 1, ordered.size - 1)])
+
+    found = [_blend(share, flat.size, ranked) for share in SHARES]
     return found[0], found[1]
 
 

@@ -5,6 +5,7 @@ for a chunk that is not stored; then, usually, a CRC32C.
 """
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,7 @@ def build_index(entries: dict[int, tuple[int, int]], chunks: int) -> bytes:
     return append_crc32c(pairs.tobytes())
 
 
+@lru_cache(maxsize=256)
 def curve_order(grid: tuple[int, ...]) -> npt.NDArray[np.int64]:
     """Chunk numbers (C order) along a Hilbert curve of the last three axes; those that differ in earlier axes adjoin.
 
@@ -80,4 +82,6 @@ def curve_order(grid: tuple[int, ...]) -> npt.NDArray[np.int64]:
             code = code << 1 | ((axis ^ twist) >> b & 1)
     space = np.argsort(code, kind="stable")
     outer = np.arange(math.prod(lead), dtype=np.int64) * math.prod(last)
-    return (space[:, None] + outer[None, :]).reshape(-1)
+    order: npt.NDArray[np.int64] = (space[:, None] + outer[None, :]).reshape(-1)
+    order.flags.writeable = False  # it is kept, for volumes of one shape
+    return order

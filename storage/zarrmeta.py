@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -60,10 +60,11 @@ def default_meta(shape: Sequence[int], shard: Sequence[int], chunk: Sequence[int
     )
 
 
+@lru_cache(maxsize=256)  # volumes of one data set often have one shape
 def array_document(
-    shape: Sequence[int],
-    shard: Sequence[int],
-    chunk: Sequence[int],
+    shape: tuple[int, ...],
+    shard: tuple[int, ...],
+    chunk: tuple[int, ...],
     dtype: np.dtype[Any],
     axes: str,
     compressor: str = COMPRESSOR,
@@ -170,4 +171,24 @@ def parse_array(document: bytes, thing: str) -> ArrayMeta:
 
 
 def _json(data: Mapping[str, Any]) -> bytes:
-    return json.dumps(data, indent=1, sort_keys=True, allow_nan=False).encode()
+    """What `json.dumps(data, indent=1, sort_keys=True, allow_nan=False)` gives, whose indenting encoder is slow."""
+    return _text(dict(data), "\n ").encode()
+
+
+def _text(value: Any, line: str) -> str:
+    """A value as JSON; `line` is the line break with the indent of what lies inside it."""
+    kind = type(value)
+    if kind is str:
+        return _string(value)
+    if kind is int or (kind is float and math.isfinite(value)):
+        return repr(value)
+    if isinstance(value, dict):
+        items = [f"{_string(key)}: {_text(value[key], line + ' ')}" for key in sorted(value)]
+        return f"{{{line}{f',{line}'.join(items)}{line[:-1]}}}" if items else "{}"
+    if isinstance(value, (list, tuple)):
+        items = [_text(item, line + " ") for item in value]
+        return f"[{line}{f',{line}'.join(items)}{line[:-1]}]" if items else "[]"
+    return json.dumps(value, allow_nan=False)  # and what JSON does not know is refused
+
+
+_string = json.encoder.encode_basestring_ascii

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage import ingest
+from storage import ingest, settle
 from storage.bytestore import FileStore, open_store
 from storage.errors import ConfigError, NotFound, RefusedInput, StoreError
 from storage.ingest import map_serial, map_threads, run
@@ -126,22 +126,82 @@ def test_a_run_killed_within_a_volume_writes_it_again_under_the_same_id(src, dst
     assert on_disk(dst) == on_disk(whole)
 
 
-def test_a_full_disk_is_one_clear_error_and_publishes_nothing(src, dst, monkeypatch):
-    real = os.fsync
-    room = iter(range(6))
+@pytest.mark.parametrize(("call", "room"), [("write", 6), ("fsync", 0)])
+@pytest.mark.parametrize("mapper", [map_threads, lambda function, items: map(function, items)], ids=["here", "away"])
+def test_a_full_disk_is_one_clear_error_and_publishes_nothing(src, dst, monkeypatch, call, room, mapper):
+    real = getattr(os, call)
+    left = iter(range(room))
 
-    def full(fd):
-        if next(room, None) is None:
+    def full(*arguments):
+        if next(left, None) is None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(fd)
+        return real(*arguments)
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, call, full)
     with pytest.raises(StoreError, match="No space left on device"):
-        run(str(src), dst, HALVES)
+        run(str(src), dst, HALVES, mapper=mapper)
     monkeypatch.undo()
     with pytest.raises(NotFound):
         Manifest.open(dst)
     assert "latest" not in on_disk(dst)
+
+
+def test_everything_is_on_the_disk_before_it_is_published(src, dst, monkeypatch):
+    """Objects one by one where another machine writes them, all at once where this one does."""
+    events = []
+    fsync, syncfs = os.fsync, settle._syncfs
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    monkeypatch.setattr(settle, "_syncfs", lambda fd: (events.append(set(on_disk(dst))), syncfs(fd)))
+    monkeypatch.setattr(settle, "_kind", lambda device: "ext4")
+    run(str(src), dst, HALVES)
+    at_once, *later = events
+    assert at_once == {key for key in on_disk(dst) if key.startswith("volumes/")} | {
+        f"ingest/case_{i:02d}.json" for i in range(4)
+    }
+    assert len(later) == 2, "the manifest and its pointer"
+    events.clear()
+    other = f"{dst}-2"
+    run(str(src), other, HALVES, mapper=lambda function, items: map(function, items))
+    assert sum(f"{Path(urlsplit(other).path)}/volumes/" in str(event) for event in events) == 4 * 7
+    assert [event for event in events if isinstance(event, set)] == [set(on_disk(dst))], "of earlier runs"
+    events.clear()
+    monkeypatch.setattr(settle, "_kind", lambda device: "fuse.sshfs")
+    run(str(src), f"{dst}-3", HALVES)
+    assert len(events) == 4 * 9 + 2, "each object, its claim, its record"
+
+
+def test_a_disk_that_fails_at_the_end_publishes_nothing(src, dst, monkeypatch):
+    def failing(fd):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(settle, "_syncfs", failing)
+    monkeypatch.setattr(settle, "_kind", lambda device: "ext4")
+    with pytest.raises(StoreError, match="Input/output error"):
+        run(str(src), dst, HALVES)
+    with pytest.raises(NotFound):
+        Manifest.open(dst)
+
+
+def test_what_a_power_failure_took_of_an_unpublished_run_is_written_again(src, dst, tmp_path, monkeypatch):
+    def cut(fd):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(settle, "_syncfs", cut)
+    monkeypatch.setattr(settle, "_kind", lambda device: "ext4")
+    with pytest.raises(KeyboardInterrupt):
+        run(str(src), dst, HALVES)
+    monkeypatch.undo()
+    root = Path(urlsplit(dst).path)
+    # Names without bytes, as a journal that keeps names alone may leave them: voxels, metadata, a claim.
+    for key in ("volumes/case_00/0/c/0/0/0/0", "volumes/case_01/zarr.json", "ingest/case_02.json"):
+        (root / key).write_bytes(b"")
+    (root / "volumes/case_01/labels/label/zarr.json").unlink()
+    report = run(str(src), dst, HALVES)
+    assert (report.written, report.skipped) == (3, 1)
+    whole = (tmp_path / "whole" / "store").as_uri()
+    run(str(src), whole, HALVES)
+    (root / ".put-lock").unlink()
+    assert on_disk(dst) == on_disk(whole)
 
 
 def test_refused_volumes_are_listed_and_the_rest_goes_on(src, dst):

@@ -20,6 +20,7 @@ from storage.layout import Layout, choose_layout
 from storage.manifest import Manifest
 from storage.testing import phantom, phantom_label, publish_phantoms
 from storage.volumes import Crop, VolumeStore, padding_value, write_volume
+from storage.zarrmeta import group_document
 
 SHAPES = [(35, 50, 36), (70, 41, 90), (9, 64, 64)]
 SMALL = Layout((16, 16, 16), (32, 48, 32))
@@ -120,6 +121,25 @@ def test_the_metadata_are_ome_zarr_0_5(published: tuple[str, dict[str, Any]]) ->
     label = json.loads(store.get("labels/tissue/zarr.json"))["attributes"]["ome"]
     assert label["image-label"] == {"source": {"image": "../../"}}
     assert [a["name"] for a in label["multiscales"][0]["axes"]] == ["z", "y", "x"]
+
+
+TREES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inside: st.lists(inside) | st.tuples(inside, inside) | st.dictionaries(st.text(), inside),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(), TREES))
+@settings(deadline=None, max_examples=25)
+def test_documents_are_the_text_that_json_gives(attributes: dict[str, Any]) -> None:
+    whole = {"attributes": attributes, "node_type": "group", "zarr_format": 3}
+    assert group_document(attributes) == json.dumps(whole, indent=1, sort_keys=True).encode()
+
+
+def test_documents_hold_no_number_that_json_has_not() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        group_document({"x": [np.nan]})
 
 
 CODECS: list[tuple[dict[str, Any], bool]] = [
