@@ -146,14 +146,20 @@ class Plan:
         return order.places(sample_B, seed=spec.seed, n=n, lanes=spec.lanes, crops_per_visit=spec.crops_per_visit)
 
     def reads(self, k: int) -> list[list[Cut]]:
-        """Groups of cuts, each of one visit, that batch k is the first to need; later batches find theirs read."""
+        """Groups of cuts, each of one visit, that batch k is the first to need; later batches find theirs read.
+
+        The visit that a lane is in at the start is read cut by cut. Read in one go, the first batches would all read
+        for later ones, and a trainer would wait for two to three batches' worth of crops with each of them.
+        """
         spec, samples = self.spec, self.batch(k)
         where = self.places(samples)
         groups = []
         for sample, cut, position in zip(samples, where.cut.tolist(), where.position.tolist(), strict=True):
-            if cut % self.per_read and sample - spec.lanes >= self.start:
+            length = min(self.per_read, spec.crops_per_visit - cut)
+            if sample - cut * spec.lanes < self.start + spec.lanes:
+                length = 1
+            elif cut % self.per_read:
                 continue
-            length = min(self.per_read - cut % self.per_read, spec.crops_per_visit - cut)
             volume = int(self._indices[position])
             groups.append([self._cut(sample + t * spec.lanes, volume) for t in range(length)])
         return groups
