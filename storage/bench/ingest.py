@@ -53,6 +53,8 @@ class Size:
         real: Most real volumes of a folder.
         rounds: Measurements of each tool, one after another in turn.
         cores: How many a tool may use; one and all there are, where not given.
+        budget_s: No round begins that would end later than this after the start, judged by the last one; one is always
+            done.
     """
 
     phantoms: int
@@ -60,10 +62,11 @@ class Size:
     rounds: int
     shape: tuple[int, int, int] = (160, 256, 256)
     cores: tuple[int, ...] = ()
+    budget_s: float = 600
 
 
-QUICK = Size(phantoms=3, real=24, rounds=2)
-FULL = Size(phantoms=8, real=260, rounds=5)
+QUICK = Size(phantoms=3, real=24, rounds=2, budget_s=170)
+FULL = Size(phantoms=4, real=260, rounds=5)
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def bench_ingest(
     """Measure ours and `tools` and return a JSON-able result; `format_ingest` prints it.
 
     Args:
-        quick: A run of about three minutes.
+        quick: A run of about three minutes; else one of about ten.
         out: JSON file to write.
         tools: Peers.
         size: Amounts other than those of `quick`.
@@ -120,18 +123,21 @@ def bench_ingest(
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         say("make volumes")
         sets = [_phantoms(size, Path(folder)), *_real(size.real)]
-        for files in sets:
-            for spacing in (None, files.spacing_mm):
-                for cores in numbers:
-                    for k in range(size.rounds):
-                        for tool in _turned([Tool(OURS, __name__, "with statistics, checks, checksums"), *tools], k):
-                            say(f"{files.name}, {_spacing(spacing)}, {cores} cores: {tool.name}, round {k + 1}")
-                            took, cpu_s, stored = _run(tool, files, spacing, cores, Path(folder))
-                            key = (files.name, _spacing(spacing), cores, tool.name)
-                            row = rows.setdefault(key, _row(key, tool, files))
-                            row["seconds"].append(took)
-                            row["cpu_s"].append(cpu_s)
-                            row["stored_mb"] = stored / 1e6
+        cases = [(files, spacing, n) for files in sets for spacing in (None, files.spacing_mm) for n in numbers]
+        for k in range(size.rounds):
+            round_began = time.perf_counter()
+            for files, spacing, cores in cases:
+                for tool in _turned([Tool(OURS, __name__, "with statistics, checks, checksums"), *tools], k):
+                    say(f"{files.name}, {_spacing(spacing)}, {cores} cores: {tool.name}, round {k + 1}")
+                    took, cpu_s, stored = _run(tool, files, spacing, cores, Path(folder))
+                    key = (files.name, _spacing(spacing), cores, tool.name)
+                    row = rows.setdefault(key, _row(key, tool, files))
+                    row["seconds"].append(took)
+                    row["cpu_s"].append(cpu_s)
+                    row["stored_mb"] = stored / 1e6
+            now = time.perf_counter()
+            if now + (now - round_began) > began + size.budget_s:
+                break
     for row in rows.values():
         rates = [row["raw_mb"] / took for took in row["seconds"]]
         row["mb_per_s"] = measure.spread(rates)

@@ -37,7 +37,8 @@ COLUMNS = {
 }
 MEMORY_COLUMNS = {"crops": "crops", "rss_mib": "resident MiB"}
 TARGET_COLUMNS = {"what": "figure", "value": "found", "target": "target", "met": "met"}
-MOMENTS = 20
+MOMENTS, FEWEST = 20, 8
+"""At which memory is looked at, and as many at least, however late it is."""
 WAIT_PERCENT, SLOPE_MIB, OPEN_S = 3.0, 1.0, 2.0
 """Targets: data wait, growth of resident memory over 1000 crops, opening of the largest manifest."""
 MANIFEST_COLUMNS = {
@@ -52,7 +53,12 @@ REQUESTS_IN_FLIGHT = 32
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured. The batch is 8 and the fake step sleeps `step_s`."""
+    """How much is measured. The batch is 8 and the fake step sleeps `step_s`.
+
+    Attributes:
+        budget_s: Seconds from the start after which the memory run ends and before which every condition has to,
+            judged by the longest one before it; what does not begin for that is named as skipped.
+    """
 
     volumes: int
     shape: tuple[int, int, int]
@@ -63,10 +69,11 @@ class Size:
     manifests: tuple[int, ...]
     batch: int = 8
     step_s: float = 0.1
+    budget_s: float = 600
 
 
 QUICK = Size(3, (192, 256, 256), 60, 25, 1000, (0, 20), (1_000, 10_000))
-FULL = Size(8, (256, 320, 320), 300, 100, 10_000, (0, 5, 20), (1_000, 1_000_000))
+FULL = Size(8, (256, 320, 320), 300, 60, 10_000, (0, 20), (1_000, 1_000_000))
 
 
 def bench_loader(
@@ -81,7 +88,7 @@ def bench_loader(
     """Stream crops on two cores from the disk, the node's cache and (with `s3_url`) S3; `format_loader` prints it.
 
     Args:
-        quick: A run of about two minutes.
+        quick: A run of about two minutes; else one of about ten.
         s3_url: Where to put the volumes meanwhile; endpoint and credentials come from the AWS environment.
         out: JSON file to write.
         size: Amounts other than those of `quick`.
@@ -92,6 +99,7 @@ def bench_loader(
     say = progress or (lambda _: None)
     facts, began = measure.machine(), time.perf_counter()
     rows: list[dict[str, Any]] = []
+    skipped: list[str] = []
     say("make volumes")
     volumes = data or bench_data.phantoms(size.volumes, size.shape)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder, ExitStack() as stack:
@@ -103,21 +111,23 @@ def bench_loader(
         stack.callback(at.remove)
         spec = StreamSpec(seed=1, global_batch=size.batch, crop_DHW=volumes.crop_DHW)
         local = at.folder("tomoscale").as_uri()
-        for cuts in (4, 1):
-            one = replace(spec, crops_per_visit=cuts)
-            say(f"local, {cuts} crops a visit")
-            rows.append({"where": "local", "delay_ms": 0} | _fed(local, one, size, None))
-            for delay in size.delays_ms if url is not None else ():
-                say(f"S3 +{delay:g} ms, {cuts} crops a visit")
-                with _behind(delay):
-                    rows.append({"where": "s3", "delay_ms": delay} | _fed(at.url("tomoscale"), one, size, None))
-            if url is not None:
-                say(f"S3 behind the node cache, {cuts} crops a visit")
-                cache = NodeCache(Path(folder) / f"cache-{cuts}", 8 << 30)
-                _fed(at.url("tomoscale"), one, replace(size, step_s=0.0), cache)
-                rows.append({"where": "cache", "delay_ms": 0} | _fed(at.url("tomoscale"), one, size, cache))
+        until, longest = began + size.budget_s, 0.0
+        for where, delay, cuts in _conditions(size, url is not None):
+            name = f"{where} +{delay:g} ms, {cuts} crops a visit"
+            start = time.perf_counter()
+            if start + longest > until:
+                skipped.append(name)
+                continue
+            say(name)
+            one, source = replace(spec, crops_per_visit=cuts), local if where == "local" else at.url("tomoscale")
+            cache = NodeCache(Path(folder) / f"cache-{cuts}", 8 << 30) if where == "cache" else None
+            with _behind(delay):
+                if cache is not None:  # filled first
+                    _fed(source, one, replace(size, step_s=0.0, flat_out=1), cache)
+                rows.append({"where": where, "delay_ms": delay} | _fed(source, one, size, cache))
+            longest = max(longest, time.perf_counter() - start)
         say(f"memory over {size.memory_crops} crops")
-        memory = _memory(local if url is None else at.url("tomoscale"), spec, size)
+        memory = _memory(local if url is None else at.url("tomoscale"), spec, size, until)
     say("manifests")
     manifests = [_manifest(n) for n in size.manifests]
     slope = slope_mib(memory)
@@ -126,6 +136,7 @@ def bench_loader(
         "machine": facts,
         "size": asdict(size),
         "rows": rows,
+        "skipped": skipped,
         "memory": memory,
         "memory_slope_mib_per_1000_crops": slope,
         "manifests": manifests,
@@ -147,7 +158,15 @@ def format_loader(result: Mapping[str, Any]) -> str:
     ]
     step = 1000 * result["size"]["step_s"]
     note = f"batch {result['size']['batch']}, fake step {step:g} ms, on two cores; took {result['took_s']} s"
+    if result["skipped"]:
+        note += f"; for want of time without {', '.join(result['skipped'])}"
     return "\n\n".join([measure.headline(result["machine"]), *tables, note])
+
+
+def _conditions(size: Size, s3: bool) -> list[tuple[str, float, int]]:
+    """Where from, milliseconds of delay, and crops a visit of every row."""
+    remote = [*(("s3", delay) for delay in size.delays_ms), ("cache", 0.0)] if s3 else []
+    return [(where, delay, cuts) for cuts in (4, 1) for where, delay in [("local", 0.0), *remote]]
 
 
 def slope_mib(memory: Sequence[Mapping[str, float]]) -> float:
@@ -201,8 +220,8 @@ def _fed(url: str, spec: StreamSpec, size: Size, cache: NodeCache | None) -> dic
     }
 
 
-def _memory(url: str, spec: StreamSpec, size: Size) -> list[dict[str, Any]]:
-    """Resident memory of this process at some moments of a long stream."""
+def _memory(url: str, spec: StreamSpec, size: Size, until: float) -> list[dict[str, Any]]:
+    """Resident memory of this process at some moments of a long stream, which ends early when time is up."""
     rows: list[dict[str, Any]] = []
     batches = size.memory_crops // spec.global_batch
 
@@ -214,6 +233,8 @@ def _memory(url: str, spec: StreamSpec, size: Size) -> list[dict[str, Any]]:
         for k in range(batches):
             if k % max(1, batches // MOMENTS) == 0:
                 note(k)
+            if len(rows) > FEWEST and time.perf_counter() > until:
+                return rows
             next(stream)
         note(batches)
     return rows

@@ -61,7 +61,7 @@ class Size:
 
 
 QUICK = Size(2, (192, 256, 256), crops=12, rounds=5, delays_ms=(0, 20), cap_s=0.6, real=0, budget_s=140)
-FULL = Size(8, (256, 320, 320), crops=64, rounds=5, delays_ms=(0, 5, 20), cap_s=1.2, real=20, budget_s=1800)
+FULL = Size(8, (256, 320, 320), crops=64, rounds=5, delays_ms=(0, 5, 20), cap_s=1.2, real=20, budget_s=1500)
 
 
 @dataclass
@@ -110,7 +110,7 @@ def bench_reads(
     """Measure every peer and return a JSON-able result; `format_reads` prints it.
 
     Args:
-        quick: A run of about two and a half minutes.
+        quick: A run of about two and a half minutes; else one of about 25.
         peers: Names among `known`; all by default. One whose package is missing becomes a row that says so.
         s3_url: Where to put the volumes meanwhile; endpoint and credentials come from the AWS environment. Without it
             only local reads are measured.

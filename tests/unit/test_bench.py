@@ -233,6 +233,15 @@ def test_the_loader_run_reports_wait_throughput_and_memory(phantoms: data.DataSe
     assert json.loads((tmp_path / "loader.json").read_text())["name"] == "loader"
 
 
+def test_a_loader_run_out_of_time_says_what_it_left_out(phantoms: data.DataSet) -> None:
+    size = loader.Size(2, (40, 48, 56), 2, 2, 800, (0,), (10,), step_s=0.01, budget_s=0)
+    result = loader.bench_loader(size=size, data=phantoms)
+    assert [(r["where"], r["crops_per_visit"]) for r in result["rows"]] == []
+    assert result["skipped"] == ["local +0 ms, 4 crops a visit", "local +0 ms, 1 crops a visit"]
+    assert result["memory"][-1]["crops"] < 800
+    assert "without local +0 ms, 4 crops a visit" in loader.format_loader(result)
+
+
 def test_the_slope_of_memory_leaves_the_filling_of_buffers_out() -> None:
     rows = [{"crops": crops, "rss_mib": 100 + 300 * (crops > 0) + 0.002 * crops} for crops in range(0, 4001, 200)]
     assert loader.slope_mib(rows) == pytest.approx(2.0)
