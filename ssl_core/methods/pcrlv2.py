@@ -75,7 +75,8 @@ class PCRLv2(nn.Module):
     Traps: the target is taken before the intensity changes and has to lie in [0, 1], which the output's sigmoid
     reaches; batches of one leave the embeddings' batch norm nothing to compare; fine-tuning without skips is poor.
 
-    Cost: two passes of the whole network and one over K small crops; no copy, no queue.
+    Cost: two passes of the whole network and one over K small crops; no copy, no queue. The crop read from a volume has
+    to hold every turned box: 126 x 187 x 188 voxels by default, 69 x 160 x 160 without tilt and stretch.
 
     Use it where both classification and segmentation matter.
     """
