@@ -85,19 +85,30 @@ def _run_and_kill(info: StackInfo, module: str, job: Any, sign: str) -> list[str
     return lines
 
 
-def test_a_search_goes_on_after_its_drivers_death(local_stack: StackInfo, phantoms: str, encoder: str) -> None:
+@pytest.fixture(scope="module")
+def searched(local_stack: StackInfo, phantoms: str, encoder: str) -> tuple[dict[str, Any], list[str]]:
+    """Result and log of a search whose driver was killed."""
     job = parse(TuneConfig, common("search", phantoms) | {"encoders": [encoder, "none"], "trials": 5, "concurrent": 2})
     name, lines = run_and_kill_the_driver(local_stack, "jobs.tune", job, r"epoch 1:")
-    assert any("continuing the search" in line for line in lines), lines
     result = entry.read_result("s3://runs", name)
     print(result["trials"])
+    return result, lines
+
+
+def test_asha_stops_trials_early(searched: tuple[dict[str, Any], list[str]]) -> None:
+    result, _ = searched
+    # Each goes on only where it is no worse than half of those before it: with five, some are not.
+    assert any(trial["stopped_early"] for trial in result["trials"]), "ASHA has heard of every epoch"
+    assert any(trial["epochs"] == EPOCHS for trial in result["trials"])
+
+
+def test_a_search_goes_on_after_its_drivers_death(searched: tuple[dict[str, Any], list[str]]) -> None:
+    result, lines = searched
+    assert any("continuing the search" in line for line in lines), lines
     assert len(result["trials"]) == 5
     for trial in result["trials"]:
         assert trial["status"] == "done", trial
         assert 1 <= trial["epochs"] <= EPOCHS, trial
-    # Each goes on only where it is no worse than half of those before it: with five, some are not.
-    assert any(trial["stopped_early"] for trial in result["trials"]), "ASHA has heard of every epoch"
-    assert any(trial["epochs"] == EPOCHS for trial in result["trials"])
     api = tracking.client()
     run = api.get_run(result["run_id"])
     assert run.info.status == "FINISHED"
