@@ -28,7 +28,7 @@ INDEXES_KEPT = 4096
 SMALL_SHARD = 1 << 20
 """Raw bytes up to which a shard is fetched whole: its index would cost a round trip and save little."""
 CORES = len(os.sched_getaffinity(0))
-REMEDY = "`tomoscale data verify` lists every damage; ingest the volume again"
+REMEDY = "`tomoscale data verify` lists every damage; restore the object, or ingest into a new store"
 
 
 @dataclass(frozen=True, slots=True)

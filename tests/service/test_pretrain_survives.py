@@ -197,7 +197,7 @@ def test_a_damaged_volume_ends_the_job_at_once_and_by_name(local_stack: StackInf
     watched = Watched(local_stack, config("damaged", url))
     with pytest.raises(StackError, match="phantom-002") as refused:
         watched.finish()
-    assert "ingest the volume again" in str(refused.value)
+    assert "ingest into a new store" in str(refused.value)
     assert refused.value.exit_code == 1
     assert "\n".join(watched.lines).count("CorruptChunk: volume phantom-002") == 1, "tried again, or another error"
 
