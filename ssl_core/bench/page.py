@@ -18,14 +18,25 @@ _STEP = {
     "samples_per_s": "samples/s",
     "of_plain": "speed / plain",
     "step_s": "step s, median [p95]",
-    "peak_mib": "peak MiB",
+    "state_mib": "state MiB",
+    "step_mib": "step MiB",
     **{part: f"{part} %" for part in PARTS},
     "gflop": "GFLOP a step",
     "reached": "of the convolution rate %",
 }
-_VARIANTS = ("method", "variant", "samples_per_s", "of_plain", "step_s", "peak_mib", "reached")
-_METHODS = ("method", "parameters_m", "samples_per_s", "step_s", "peak_mib", *PARTS, "gflop", "reached")
-_NETWORKS = ("backbone", "parameters_m", "samples_per_s", "step_s", "peak_mib", "views", "gflop", "reached")
+_VARIANTS = ("method", "variant", "samples_per_s", "of_plain", "step_s", "state_mib", "step_mib", "reached")
+_METHODS = ("method", "parameters_m", "samples_per_s", "step_s", "state_mib", "step_mib", *PARTS, "gflop", "reached")
+_NETWORKS = (
+    "backbone",
+    "parameters_m",
+    "samples_per_s",
+    "step_s",
+    "state_mib",
+    "step_mib",
+    "views",
+    "gflop",
+    "reached",
+)
 
 
 def machine(result: Result, _: str = "") -> str:
@@ -54,7 +65,10 @@ def _row(row: dict[str, Any], every: list[dict[str, Any]]) -> dict[str, Any]:
     ]
     median, late = row["step_s"]
     return {
-        **{key: row[key] for key in ("method", "backbone", "variant", "samples_per_s", "peak_mib", "gflop")},
+        **{
+            key: row[key]
+            for key in ("method", "backbone", "variant", "samples_per_s", "state_mib", "step_mib", "gflop")
+        },
         **{part: f"{100 * share:.1f}" for part, share in row["shares"].items()},
         "parameters_m": row["parameters"] / 1e6,
         "of_plain": row["samples_per_s"] / plain[0]["samples_per_s"] if plain else None,
@@ -78,7 +92,7 @@ def _nnssl(result: Result, _: str) -> str:
     theirs, hardware = result["nnssl"]["published"], result["nnssl"]["hardware"]
     rows = [
         {"whose": f"tomoscale, {r['variant']}", "where": r["device"], "step": f"{r['batch']} crops"}
-        | {"views": 2 * r["samples_per_s"], "memory": f"{r['peak_mib'] / 1024:.1f} GiB"}
+        | {"views": 2 * r["samples_per_s"], "memory": f"{(r['state_mib'] + r['step_mib']) / 1024:.1f} GiB"}
         for r in result["rows"]
     ]
     rows += [

@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import ssl_core.methods  # noqa: F401  registers them
 from ssl_core.backbones import build
 from ssl_core.bench.facts import machine
-from ssl_core.bench.memory import peak_mib, reset_peak
+from ssl_core.bench.memory import peak_of
 from ssl_core.bench.rate import convolution_rate, seconds, step_operations, wait
 from ssl_core.config import parse
 from ssl_core.distributed import current
@@ -76,7 +76,9 @@ class Row:
         variant: Name in `VARIANTS`.
         samples_per_s: Batch over the median time of a step, views and data wait included.
         step_s: Median and 95th percentile of a step, seconds.
-        peak_mib: Largest memory: allocated on CUDA; resident size of the process on CPU, libraries included.
+        state_mib: What lasts from step to step: weights, their moving averages, queues, and the optimizer's moments.
+        step_mib: Most that a step holds beyond that: views, activations, gradients. By torch's allocator, so that
+            neither libraries nor other rows count.
         shares: Share of the step's time by part of `PARTS`: waiting for crops, making views, the networks' layers, the
             rest of the method's forward pass, backward pass with gradient averaging and clipping, update with moving
             averages.
@@ -95,7 +97,8 @@ class Row:
     parameters: int
     samples_per_s: float
     step_s: tuple[float, float]
-    peak_mib: float
+    state_mib: float
+    step_mib: float
     shares: dict[str, float]
     gflop: float
     rate_gflops: float
@@ -159,7 +162,7 @@ def measure(
     rate: float = math.nan,
     backbones: Backbones = BACKBONES,
 ) -> Row:
-    """Train `warmup + 2 * steps` steps and look at the clock.
+    """Train `warmup + 2 * steps` steps and look at the clock, and one more for the memory.
 
     Args:
         method: Registered name.
@@ -180,12 +183,11 @@ def measure(
         ConfigError: unknown names, or sizes that the backbone refuses.
     """
     device = torch.device(device)
-    settings = {"steps": warmup + 2 * steps, "warmup_steps": 0, "log_every": 10**9} | _known(
+    settings = {"steps": warmup + 2 * steps + 1, "warmup_steps": 0, "log_every": 10**9} | _known(
         VARIANTS, "variant", variant
     )
     made = _method(method, backbone, size_DHW, backbones)
     spec = type(made).view_spec(made.config)
-    reset_peak(device)
     engine = Engine(
         made,
         parse(EngineConfig, settings | dict(engine_settings or {}), "bench engine"),
@@ -200,9 +202,9 @@ def measure(
     for _ in range(warmup):
         engine.step(views_of(next(batches)))
     times = [seconds(lambda: engine.step(views_of(next(batches))), device) for _ in range(steps)]
-    peak = peak_mib(device)
     parts = [_parts(engine, batches, views_of) for _ in range(steps)]
     sums = {name: sum(p[name] for p in parts) for name in PARTS}
+    held = peak_of(lambda: engine.step(views_of(next(batches))), device)
     middle = statistics.median(times)
     return Row(
         method=method,
@@ -215,12 +217,20 @@ def measure(
         parameters=sum(p.numel() for p in engine.method.parameters()),
         samples_per_s=batch / middle,
         step_s=(middle, float(np.quantile(times, 0.95))),
-        peak_mib=peak,
+        state_mib=_bytes_of(engine) / 2**20,
+        step_mib=held / 2**20,
         shares={name: value / sum(sums.values()) for name, value in sums.items()},
         gflop=operations / 1e9,
         rate_gflops=rate / 1e9,
         reached=operations / middle / rate,
     )
+
+
+def _bytes_of(engine: Engine) -> int:
+    """Of all tensors of the state, each once."""
+    moments = [value for entry in engine.optimizer.state_dict().values() for value in entry.values()]
+    tensors = [*engine.method.parameters(), *engine.method.buffers(), *moments]
+    return sum(t.nbytes for t in {t.data_ptr(): t for t in tensors}.values())
 
 
 def _method(method: str, backbone: str, size_DHW: Triple, backbones: Backbones) -> Any:
@@ -281,11 +291,18 @@ def _parts(
 
 def table(rows: Sequence[Row]) -> str:
     """Aligned plain text."""
-    head = ["method", "backbone", "variant", "batch", "size", "M params", "samples/s", "step s", "p95 s", "peak MiB"]
+    head = ["method", "backbone", "variant", "batch", "size", "M params", "samples/s", "step s", "p95 s"]
+    head += ["state MiB", "step MiB"]
     lines = [[*head, *(f"{part} %" for part in PARTS), "GFLOP", "of conv rate %"]]
     for row in rows:
         size = "x".join(map(str, row.size_DHW))
-        figures = [f"{row.samples_per_s:.2f}", f"{row.step_s[0]:.3f}", f"{row.step_s[1]:.3f}", f"{row.peak_mib:.0f}"]
+        figures = [
+            f"{row.samples_per_s:.2f}",
+            f"{row.step_s[0]:.3f}",
+            f"{row.step_s[1]:.3f}",
+            f"{row.state_mib:.0f}",
+            f"{row.step_mib:.0f}",
+        ]
         facts = [row.method, row.backbone, row.variant, str(row.batch), size, f"{row.parameters / 1e6:.2f}"]
         shares = [f"{100 * row.shares[part]:.1f}" for part in PARTS]
         lines.append([*facts, *figures, *shares, f"{row.gflop:.1f}", f"{100 * row.reached:.0f}"])

@@ -20,7 +20,8 @@ from ssl_core.bench.voxel_probe import Case
 from ssl_core.config import parse
 from ssl_core.engine import Engine, EngineConfig
 from ssl_core.methods.base import method_names
-from ssl_core.testing import synthetic_views, tiny_config, tiny_method
+from ssl_core.testing import tiny_config, tiny_method
+from ssl_core.testing_views import synthetic_views
 from storage import cohort
 from storage.errors import ConfigError
 

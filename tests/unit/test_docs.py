@@ -23,7 +23,8 @@ from ssl_core.finetune import FinetuneConfig
 from ssl_core.intensity import IntensityPolicy
 from ssl_core.methods.base import Crops, method_names
 from ssl_core.superpixel_settings import Superpixels
-from ssl_core.testing import DEGENERATE, MethodContract
+from ssl_core.testing import MethodContract
+from ssl_core.testing_views import DEGENERATE
 from storage.errors import ConfigError
 from storage.ingest_policy import IngestPolicy
 from storage.readers.raw import ReadPolicy

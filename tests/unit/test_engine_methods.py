@@ -17,7 +17,8 @@ from ssl_core.engine import Engine, EngineConfig, fit
 from ssl_core.make_views import make_views
 from ssl_core.methods.base import method_class
 from ssl_core.probes import CollapseWarning, probe
-from ssl_core.testing import synthetic_views, tiny_method
+from ssl_core.testing import tiny_method
+from ssl_core.testing_views import synthetic_views
 from tests.unit import crops
 
 SMALL = {"crops": {"size_DHW": [32, 32, 32], "min_overlap": 0.2, "flip": [0.5, 0.5, 0.5]}, "hidden": 16, "out": 8}

@@ -20,13 +20,12 @@ from ssl_core.methods.pcrlv2 import mid_weight
 from ssl_core.testing import (
     assert_targets_follow,
     context,
-    synthetic_views,
-    take,
     tiny_config,
     tiny_method,
     train,
     trained,
 )
+from ssl_core.testing_views import synthetic_views, take
 from ssl_core.views import View, ViewBatch, ViewSpec
 from storage.errors import ConfigError
 

@@ -16,7 +16,7 @@ from ssl_core import checkpoint
 from ssl_core.config import parse
 from ssl_core.methods.base import method_class
 from ssl_core.probes import CollapseWarning
-from ssl_core.testing import synthetic_views
+from ssl_core.testing_views import synthetic_views
 from ssl_core.views import ViewSpec
 from storage.errors import ConfigError
 from storage.volumes import VolumeStore

@@ -10,7 +10,8 @@ from ssl_core import recompute
 from ssl_core.backbones import build
 from ssl_core.backbones.registry import backbone_names
 from ssl_core.engine import Engine, EngineConfig
-from ssl_core.testing import synthetic_views, tiny_method
+from ssl_core.testing import tiny_method
+from ssl_core.testing_views import synthetic_views
 from storage.errors import ConfigError
 from tests.unit.test_backbones import SMALL, volume
 
