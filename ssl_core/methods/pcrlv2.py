@@ -73,9 +73,9 @@ class PCRLv2(nn.Module):
     + 1/(2K) sum over local crops v of (S_l(x1, v) + S_l(x2, v)), beta on a cosine from 1 to 0.
 
     Traps: the target is taken before the intensity changes and has to lie in [0, 1], which the output's sigmoid
-    reaches; batches of one leave the embeddings' batch norm nothing to compare; fine-tuning without skips is poor; the
-    network wants batch norm, as the code's has (`norm_name: batch` of `dynunet`); instance norms leave pooled maps of all
-    samples nearly alike, and in our runs nothing was learned from comparing them.
+    reaches; batches of one leave the embeddings' batch norm nothing to compare; fine-tuning without skips is poor;
+    comparing needs batch norm in the network, as the code's has (`norm_name: batch` of `dynunet`): instance norms
+    leave pooled maps of all samples nearly alike, and in our runs nothing was learned from them.
 
     Cost: two passes of the whole network and one over K small crops; no copy, no queue. The crop read from a volume has
     to hold every turned box: 126 x 187 x 188 voxels by default, 69 x 160 x 160 without tilt and stretch.
