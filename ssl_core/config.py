@@ -60,14 +60,17 @@ def parse(kind: type[C], data: dict[str, Any], name: str = "config") -> C:
         path = ".".join(str(p) for p in first["loc"])
         thing = f"{name}: {path}" if path else name
         if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(first["loc"][-1]), list(_field_names(kind)), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "remove it; `tomoscale plan KIND CONFIG` prints every key"
+            known = {place.rpartition(".")[2]: place for place in _places(kind) if place != path}
+            near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+            # A right name in the wrong group is said with its group.
+            meant = known[near[0]] if near and near[0] == first["loc"][-1] else next(iter(near), "")
+            hint = f"did you mean {meant!r}?" if meant else "remove it; `tomoscale plan KIND CONFIG` prints every key"
             found = f"unknown key {first['loc'][-1]!r}"
             raise ConfigError(thing, expected="a known key", found=found, remedy=hint) from error
         if first["type"] == "missing":
             remedy = "set it in the file or as key=value"
             raise ConfigError(thing, expected="a value", found="none", remedy=remedy) from error
-        message = first["msg"].removeprefix("Value error, ")
+        message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").partition(", unable")[0]
         raise ConfigError(thing, expected=message, found=repr(first.get("input"))[:120]) from error
 
 
@@ -116,9 +119,10 @@ def _override(data: dict[str, Any], item: str) -> None:
         raise ConfigError(f"override {item!r}", expected="a YAML value after '='", found=text) from error
 
 
-def _field_names(kind: type[BaseModel]) -> Iterator[str]:
+def _places(kind: type[BaseModel], group: str = "") -> Iterator[str]:
+    """Every key with the groups it is in; those further up come last."""
     for name, field in kind.model_fields.items():
-        yield name
         for sub in (field.annotation, *getattr(field.annotation, "__args__", ())):
             if isinstance(sub, type) and issubclass(sub, BaseModel):
-                yield from _field_names(sub)
+                yield from _places(sub, f"{group}{name}.")
+    yield from (f"{group}{name}" for name in kind.model_fields)

@@ -296,8 +296,13 @@ class ObjectStore:
 
 
 def _reason(error: BaseException) -> str:
-    """obstore's message without its dump of nested Rust structures."""
+    """obstore's message without its dump of nested Rust structures, and of a server's XML what it says."""
     text = str(error).split("\n\nDebug source:")[0]
+    said = [
+        part[1] for part in (re.search(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL) for tag in ("Code", "Message")) if part
+    ]
+    if said:
+        text = text[: text.index("<")] + ": ".join(said)
     return " ".join(text.split())[:300]
 
 

@@ -20,6 +20,8 @@ def plan(**changes: Any) -> dict[str, Any]:
     [
         (plan(metod={"name": "pgl"}), "did you mean 'method'"),
         (plan(engine={"stepz": 3}), "did you mean 'steps'"),
+        (plan(steps=3), "did you mean 'engine.steps'"),
+        (plan(engine={"steps": "many"}), "engine.steps; expected a valid integer; found 'many'"),
         (plan(method={"name": "pgl", "hiden": 3}), "did you mean 'hidden'"),
         (plan(method={"name": "pgk"}), "one of"),
         (plan(method={}), "the name of a method"),
