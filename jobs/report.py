@@ -16,10 +16,10 @@ def loss_figure(points: Sequence[Sequence[Any]]) -> bytes:
     if len(names) == 2:  # a single term is the loss itself
         names = ["loss"]
     drawing, axis = plt.subplots(figsize=(7.2, 2.9))
-    for name, colour in zip(names, COLOURS * 3, strict=False):
+    for number, name in enumerate(names):
         xy = [(s, m[name]) for s, _, m in points if name in m]
         label = "total" if name == "loss" else name.removeprefix("loss/")
-        axis.plot(*zip(*xy, strict=True), color=colour, label=label, lw=1.8, marker="o", ms=2.5)
+        axis.plot(*zip(*xy, strict=True), color=COLOURS[number % len(COLOURS)], label=label, lw=1.8, marker="o", ms=2.5)
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("loss")
     if len(names) > 1:
