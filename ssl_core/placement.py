@@ -233,9 +233,11 @@ class _Placer:
         u = self._uniforms(role, "shift", 0, 0, count=max(2 * later, 1))
         size = nearest + np.floor(u[:, :later] * (furthest - nearest + 1))
         shift = np.concatenate([np.zeros((len(u), 1)), np.where(u[:, later : 2 * later] < 0.5, -size, size)], axis=1)
-        form = self._candidate(role, 0, 0, *self._host(role)).linear_B33
         span = shift.max(1) - shift.min(1)
-        low = self._corner(role, 0, 0, form, *self._host(role), extra=span)
+        least, most = self._host(role)
+        # The box has to leave room for its shifts: a tilted one of thin slices may need all of the crop along D.
+        form = self._candidate(role, 0, 0, least, most - span[:, None] * [1, 0, 0]).linear_B33
+        low = self._corner(role, 0, 0, form, least, most, extra=span)
         low[:, 0] -= shift.min(1)
         steps = [low + np.stack([s, 0 * s, 0 * s], axis=1) for s in shift.T]
         return [Boxes(role.size_DHW, form, step) for step in steps]

@@ -212,6 +212,16 @@ def test_shifted_views_differ_by_a_whole_shift_along_depth():
     assert set(np.unique(step[..., 0])) == {-3, -2, -1, 1, 2, 3}
 
 
+def test_shifted_views_of_thin_slices_stay_in_the_host_crop_when_they_are_tilted():
+    role = RoleSpec("a", 2, (8, 24, 24), offset_vox=(4, 4), share_spatial=True, tilt_degrees=25)
+    maps, start, host = _draw(role, spacing=(0.5, 1.0, 1.0))
+    low, high = _box(maps["a"], role.size_DHW)
+    assert (low >= start - 1e-9).all()
+    assert (high <= start + host + 1e-9).all()
+    tilted = (maps["a"][0, :, 0, 1:3] != 0).any(1)
+    assert 0.1 < tilted.mean() < 1, "what does not fit is not tilted, the rest is"
+
+
 def test_shared_transform_and_union():
     either = (0.5, 0.5, 0.5)
     shared = RoleSpec("a", 3, (8, 20, 20), (0.7, 1.3), False, either, 20, min_overlap=0.2, share_spatial=True)
