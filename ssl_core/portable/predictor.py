@@ -126,7 +126,7 @@ class Predictor:
         Args:
             values_CDHW: Intensities after scale and offset.
             affine: (4, 4); gives the spacing.
-            stats: Recorded foreground statistics; None computes them.
+            stats: Recorded foreground statistics of the first channel, see `prepare`; None computes them.
         """
         if self.kind != "segmenter":
             raise ConfigError(

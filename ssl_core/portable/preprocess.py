@@ -118,15 +118,17 @@ def prepare(
         values_CDHW: Intensities after scale and offset.
         affine: (4, 4) of `values_CDHW`.
         plan: The bundle's preprocessing.
-        stats: Foreground statistics as ingest records them, of the first channel of the resampled volume; None
-            computes them.
+        stats: Foreground statistics as ingest records them, of the first channel of `values_CDHW`; None computes
+            them. Where the volume is resampled they are measured anew, as ingest does after resampling.
 
     Returns:
         The network's input (C, D, H, W), and the value of "air", with which crops are padded beyond the volume, (C,).
     """
+    given = values_CDHW
     if plan.spacing_mm is not None:
         values_CDHW, _ = resample(values_CDHW, affine, plan.spacing_mm, plan.interpolation)
-    found = foreground_stats(values_CDHW[0]) if stats is None else stats
+    # Larger voxels average noise away: statistics of the finer grid are not those that training saw.
+    found = stats if stats is not None and values_CDHW is given else foreground_stats(values_CDHW[0])
     table = constants(plan.intensity, found)
     air = apply(np.full(values_CDHW.shape[0], found["min"]), table)
     return apply(values_CDHW, table), air

@@ -10,12 +10,13 @@ import torch
 from ssl_core.bundle import write_bundle
 from ssl_core.intensity import IntensityPolicy, constants, normalise_array
 from ssl_core.portable import Predictor
+from ssl_core.portable.preprocess import Preprocess, prepare
 from ssl_core.portable.preprocess import apply as portable_apply
 from ssl_core.portable.preprocess import constants as portable_constants
 from ssl_core.portable.safetensors import read_safetensors
 from ssl_core.portable.windows import padded, slide, slide_features
 from storage.errors import ConfigError, RefusedInput
-from storage.geometry import canonicalise
+from storage.geometry import canonicalise, resample
 from storage.intensity_stats import foreground_stats
 from tests.unit.test_bundle import encoder, facts, network, scan, segmenter
 
@@ -86,6 +87,24 @@ def test_resampling_gives_a_mask_in_the_grid_of_the_file(tmp_path: Path) -> None
     bundle = write_bundle(tmp_path / "b", "segmenter", network(), facts(spacing_mm=(2.0, 2.0, 2.0)))
     mask = Predictor(bundle, "cpu").predict(scan(tmp_path))
     assert mask.shape == (36, 30, 41)
+
+
+def test_recorded_statistics_are_not_used_for_a_volume_that_is_resampled() -> None:
+    """Noise averages out in larger voxels: with the finer grid's deviation the network would see other values."""
+    values = np.random.default_rng(0).normal(100, 30, (1, 16, 18, 20))
+    recorded = foreground_stats(values[0])
+    plan = Preprocess(1, (2.0, 2.0, 2.0), "linear", IntensityPolicy().model_dump(), (16, 16, 16), ((0, "background"),))
+    for stats in (None, recorded):
+        image, air = prepare(values, np.eye(4), plan, stats)
+        wanted = foreground_stats(resample(values, np.eye(4), (2.0, 2.0, 2.0), "linear")[0][0])
+        assert wanted["std"] < 0.7 * recorded["std"]
+        table = portable_constants(plan.intensity, wanted)
+        assert np.array_equal(image, portable_apply(resample(values, np.eye(4), (2.0, 2.0, 2.0), "linear")[0], table))
+        assert air == portable_apply(np.array([wanted["min"]]), table)
+    # On the grid that they were measured on they are used as they are.
+    known = recorded | {"mean": 1.0}
+    image, _ = prepare(values, np.diag([2.0, 2.0, 2.0, 1.0]), plan, known)
+    assert np.array_equal(image, portable_apply(values, portable_constants(plan.intensity, known)))
 
 
 def test_inputs_that_do_not_fit_are_refused(tmp_path: Path, segmenter: Path, encoder: Path) -> None:
