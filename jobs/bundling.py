@@ -19,6 +19,7 @@ from ssl_core.portable.predictor import check_bundle
 from ssl_core.portable.safetensors import read_safetensors
 from ssl_core.weights import load_exact
 from storage.errors import ConfigError, RefusedInput
+from storage.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,21 @@ def write_encoder(config: PretrainConfig, directory: Path, target: Path, *, run_
         "run_id": run_id,
     }
     last = meta["journal"][-1][2]
+    manifest = Manifest.open(config.data, meta["fingerprint"])
+    seen = (record for record in manifest.records() if record.split == config.stream.split)
+    notes: tuple[str, ...] = ()
+    try:
+        spacing_mm, interpolation = stored_spacing(seen)
+    except ConfigError as error:  # no reason to lose the encoder
+        spacing_mm, interpolation = None, "linear"
+        notes = (f"Some of its training volumes were resampled; their spacings differ: {error.found}.",)
     facts = BundleFacts(
         name=config.model_name,
         patch_DHW=views.roles[0].size_DHW,
         intensity=config.intensity,
+        spacing_mm=spacing_mm,
+        interpolation=interpolation,
+        notes=notes,
         lineage=lineage,
         metrics={f"pre-training {k}": float(v) for k, v in last.items() if k.startswith(("loss", "monitor", "probe"))},
     )

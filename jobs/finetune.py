@@ -71,7 +71,9 @@ def train_once(
     subjects = split.draw(manifest, labelled)
     store = VolumeStore(labelled.data, manifest)
     encoder = bundling.pull_encoder(like if start == "none" else start)
-    values = label_values(store, subjects.train, labelled.label)
+    # Of all subjects: a class that the few training volumes happen to lack is missed in the others, not left unscored.
+    everyone = (*subjects.train, *subjects.inner, *subjects.test)
+    values = label_values(store, everyone, labelled.label)
     labels = split.value_names(manifest, labelled.label, values)
     network = build_segmenter(
         encoder.backbone,

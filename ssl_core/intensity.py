@@ -1,7 +1,8 @@
 """Intensity normalisation: stored values to network input, by a policy that is chosen at read time.
 
 Every policy is one formula, y = (clip(x, low, high) - centre) / spread, with constants from the policy or from the
-volume's recorded foreground statistics, so that training and prediction cannot drift apart.
+volume's recorded foreground statistics, so that training and prediction cannot drift apart. The statistics are those of
+a volume's first channel and hold for all of them.
 """
 
 from collections.abc import Mapping

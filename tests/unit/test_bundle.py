@@ -179,6 +179,19 @@ def test_weights_match_completely_or_not_at_all() -> None:
         assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
 
 
+def test_writing_leaves_the_network_as_it_is(tmp_path: Path) -> None:
+    backbone = network()
+    backbone.net.to(memory_format=torch.channels_last_3d).train()
+    before = {name: (p, p.stride(), p.detach().clone()) for name, p in backbone.net.named_parameters()}
+    write_bundle(tmp_path / "b", "segmenter", backbone, facts())
+    for name, parameter in backbone.net.named_parameters():
+        same, stride, value = before[name]
+        assert parameter is same
+        assert parameter.stride() == stride
+        assert torch.equal(parameter, value)
+    assert all(module.training for module in backbone.net.modules())
+
+
 def test_mistakes_leave_no_directory(tmp_path: Path) -> None:
     for kind, changes in (("segmenter", {"labels": LABELS[:2]}), ("segmenter", {"patch_DHW": (30, 32, 32)})):
         with pytest.raises(ConfigError):
