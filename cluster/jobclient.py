@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -85,9 +84,8 @@ def cluster_info(address: str, headers: Mapping[str, str] | None = None, **given
 
     url = f"http://{address}"
     sent = dict(headers or {})
-    token = token_for(url)
-    if token and not any(name.lower() == "authorization" for name in sent):
-        sent["Authorization"] = f"Bearer {token}"
+    if not any(name.lower() == "authorization" for name in sent):
+        sent |= _shown(token_for(url))
     return ClusterInfo(address=url, cookies=given.get("cookies"), metadata=given.get("metadata"), headers=sent)
 
 
@@ -239,6 +237,13 @@ def _client(address: str, token: str | None, job: str = "") -> "Iterator[JobSubm
     from ray.job_submission import JobSubmissionClient
 
     url = address.replace("cluster://", "http://", 1).rstrip("/")
+    if "@" in urlsplit(url).netloc:
+        raise StackError(
+            "address of the job server",
+            expected="one without a password, which logs would show",
+            found="a user or password in it",
+            remedy="put a token into RAY_AUTH_TOKEN or the file RAY_AUTH_TOKEN_PATH",
+        )
     if urlsplit(url).scheme not in ("http", "https"):
         raise StackError(
             f"address {address!r}",
@@ -247,16 +252,11 @@ def _client(address: str, token: str | None, job: str = "") -> "Iterator[JobSubm
             remedy="`tomoscale status` prints the one of the local stack",
         )
     token = token_for(url) if token is None else token
-    headers = {"Authorization": f"Bearer {token}"} if token else None
     try:
         with _addresses_unset():
-            client = JobSubmissionClient(url, headers=headers)
+            client = JobSubmissionClient(url, headers=_shown(token))
         yield client
     except AuthenticationError as error:
-        # A process that has used a token once is asked for one by Ray before anything is sent.
-        silent = None if token else _silence(url)
-        if silent is not None:
-            raise _absent(url, silent) from error
         raise StackError(
             f"Ray jobs at {url}",
             expected="a valid token",
@@ -288,15 +288,12 @@ def _absent(url: str, error: Exception) -> StackError:
     )
 
 
-def _silence(url: str) -> OSError | None:
-    """Why nobody listens at a URL's host and port; None when somebody does."""
-    parts = urlsplit(url)
-    try:
-        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-        socket.create_connection((parts.hostname or "", port), timeout=5).close()
-    except OSError as error:
-        return error
-    return None
+def _shown(token: str) -> dict[str, str]:
+    """The header that shows a token; an empty one shows none, and keeps Ray from adding what its variables name.
+
+    That may be the token of the local stack, which no other server must learn.
+    """
+    return {"Authorization": f"Bearer {token}" if token else ""}
 
 
 @contextlib.contextmanager

@@ -30,18 +30,23 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def use_stack(arguments: argparse.Namespace) -> None:
     """Point this process at the local stack, if one is up; what else is set in the environment stays.
 
-    Where $AWS_ENDPOINT_URL_S3 names another server, that one is meant and all S3 settings stay as they are.
+    Where $AWS_ENDPOINT_URL_S3 or $MLFLOW_TRACKING_URI names another server, that one is meant: its settings stay as
+    they are, and it is not shown the stack's keys. Where it names none, the stack is not shown those of another.
     """
     folder = state_dir(arguments)
     if not stack.status(folder).running:
         return
     settings = stack.environment(folder)
-    s3 = "AWS_ENDPOINT_URL_S3"
-    if os.environ.get(s3) not in (None, "", settings[s3]):
-        settings = {key: value for key, value in settings.items() if not key.startswith("AWS_")}
-    else:
+    if os.environ.get("AWS_ENDPOINT_URL_S3") in (None, "", settings["AWS_ENDPOINT_URL_S3"]):
         for key in services.UNSET:  # keys of another store in the environment would beat the stack's profile
             os.environ.pop(key, None)
+    for address, group in (("AWS_ENDPOINT_URL_S3", "AWS_"), ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_")):
+        named = os.environ.get(address)
+        own = {key: value for key, value in settings.items() if key.startswith(group)}
+        if not named:
+            os.environ.update(own)
+        elif named != settings[address]:
+            settings = {key: value for key, value in settings.items() if key not in own}
     for key, value in settings.items():
         os.environ.setdefault(key, value)
 

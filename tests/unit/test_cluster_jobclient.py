@@ -1,4 +1,9 @@
+import http.server
+import os
 import socket
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -63,6 +68,57 @@ def test_ray_finds_the_token_through_the_address(folder: Path) -> None:
     assert info.headers == {"X-Mine": "1", "Authorization": f"Bearer {states.secret(folder, 'ray_token')}"}
     given = cluster.get_job_submission_client_cluster_info("127.0.0.1:4242", headers={"authorization": "Bearer x"})
     assert given.headers == {"authorization": "Bearer x"}
+
+
+ASK = """
+import sys
+from cluster import jobclient
+from storage.errors import StackError
+try:
+    jobclient.list_jobs(sys.argv[1])
+except StackError as error:
+    print(error)
+"""
+
+
+def test_ray_itself_shows_the_stack_token_to_no_other_server(folder: Path, tmp_path: Path) -> None:
+    """In a process of its own, since Ray reads its mode once, with the variables that the stack's clients have."""
+    shown: list[str | None] = []
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            shown.append(self.headers["Authorization"])
+            self.send_response(401)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    token = folder / "secrets" / "ray_token"
+    told = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", ASK, f"http://127.0.0.1:{server.server_port}"],
+            env={**os.environ, **told},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0, done.stderr
+    assert shown == [""]
+    assert "asks for a token and none was found" in done.stdout
+
+
+def test_an_address_with_a_password_is_refused_and_not_repeated(folder: Path) -> None:
+    for address in ("http://admin:hush-hush@127.0.0.1:1", "ray://admin:hush-hush@127.0.0.1:1"):
+        with pytest.raises(StackError) as caught:
+            jobclient.list_jobs(address)
+        assert "hush" not in str(caught.value)
 
 
 def test_an_address_of_another_kind() -> None:
