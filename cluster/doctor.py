@@ -23,7 +23,8 @@ from packaging.version import InvalidVersion, Version
 
 from cluster import processes, services
 from cluster import state as states
-from storage.errors import TomoscaleError
+from storage.bytestore import refuse_credentials
+from storage.errors import ConfigError, TomoscaleError
 
 _LEAST_FREE_GB = 10.0
 _LARGEST_SKEW_S = 60.0  # S3 refuses signatures that are 15 minutes off; certificates and logs suffer long before
@@ -40,14 +41,22 @@ class Check:
     remedy: str = ""
 
 
-def run(store: str = "s3://runs") -> list[Check]:
+def run(store: str = "s3://runs", state_dir: Path | None = None) -> list[Check]:
     """All checks, in the order in which a failure explains the later ones.
 
     Args:
         store: `s3://bucket[/prefix]` to write a small object to, read it back and delete it.
+        state_dir: Folder of the local stack; `$TOMOSCALE_STATE` or `~/.tomoscale` by default.
+
+    Raises:
+        ConfigError: `store` is no such URL.
     """
-    checks = [_python(), _packages(), _start_method(), _shared_memory(), _disk(), _files(), _ports(), _proxy()]
-    checks += [_telemetry(), _secrets()]
+    refuse_credentials(store)
+    if urlsplit(store).scheme != "s3" or not urlsplit(store).netloc:
+        raise ConfigError(f"store {store!r}", expected="s3://bucket or s3://bucket/prefix", found="another URL")
+    folder = state_dir or states.default_dir()
+    checks = [_python(), _packages(), _start_method(), _shared_memory(), _disk(folder), _files(), _ports(), _proxy()]
+    checks += [_telemetry(), _secrets(folder)]
     for name, question in (("S3", lambda: _s3(store)), ("MLflow", _mlflow), ("Ray jobs", _ray)):
         checks += _asked(name, question)
     return checks
@@ -132,8 +141,7 @@ def _shared_memory() -> Check:
     return Check("shared memory", free >= least, f"{free / 1e6:.0f} MB free in /dev/shm", remedy)
 
 
-def _disk() -> Check:
-    folder = states.default_dir()
+def _disk(folder: Path) -> Check:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free / 1e9
@@ -169,8 +177,8 @@ def _telemetry() -> Check:
     return Check("telemetry", not on, finding, "; ".join(f"export {name}={_OFF[name][0]}" for name in on))
 
 
-def _secrets() -> Check:
-    folder = states.default_dir() / "secrets"
+def _secrets(state_dir: Path) -> Check:
+    folder = state_dir / "secrets"
     if not folder.is_dir():
         return Check("secrets", True, "no local stack here")
     wide = [path.name for path in sorted(folder.iterdir()) if stat.S_IMODE(path.stat().st_mode) & 0o077]
@@ -226,8 +234,9 @@ def _mlflow() -> list[Check]:
         return [Check("MLflow", False, "a user or password in MLFLOW_TRACKING_URI, which logs would show", remedy)]
     question = f"{url.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1"
     user = (os.environ.get("MLFLOW_TRACKING_USERNAME", ""), os.environ.get("MLFLOW_TRACKING_PASSWORD", ""))
-    problem = services.http_problem(question, basic=user if user[0] else None)
-    checks = [Check("MLflow", not problem, problem or f"{url} answers", "check address, user and password")]
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN", "")  # which MLflow takes where there is no user and password
+    problem = services.http_problem(question, basic=user if user[0] else None, bearer="" if user[0] else token)
+    checks = [Check("MLflow", not problem, problem or f"{url} answers", "check address, user, password or token")]
     if not problem:
         remedy = "start it with --app-name basic-auth, or keep it private"
         checks.append(_closed("MLflow access", question, "asks for a password", "answers without a password", remedy))
@@ -237,9 +246,10 @@ def _mlflow() -> list[Check]:
 def _ray() -> list[Check]:
     from cluster import jobclient
 
-    url = os.environ.get("RAY_API_SERVER_ADDRESS", "")
+    url = os.environ.get("TOMOSCALE_JOBS_ADDRESS") or os.environ.get("RAY_API_SERVER_ADDRESS", "")
     if not url:
-        return [Check("Ray jobs", False, "RAY_API_SERVER_ADDRESS is not set", "run `tomoscale up`, or set it")]
+        remedy = "run `tomoscale up`, or set it to the address of a job server"
+        return [Check("Ray jobs", False, "TOMOSCALE_JOBS_ADDRESS is not set", remedy)]
     count = len(jobclient.list_jobs(url))
     question = url.replace("cluster://", "http://", 1).rstrip("/") + "/api/jobs/"
     remedy = "start every node with RAY_AUTH_MODE=token and one token"

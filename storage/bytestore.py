@@ -74,7 +74,7 @@ def open_store(url: str, policy: RetryPolicy | None = None) -> ByteStore:
         ConfigError: the URL is malformed, carries credentials, or names an unknown scheme.
     """
     policy = policy or RetryPolicy.from_environment()
-    _refuse_credentials(url)
+    refuse_credentials(url)
     if "://" not in url:
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/|(s3|file|memory|https?):", url):  # silently a folder of that odd name
             raise ConfigError(url, expected="two slashes behind the scheme, as in s3://bucket", found="fewer")
@@ -107,10 +107,13 @@ def open_store(url: str, policy: RetryPolicy | None = None) -> ByteStore:
     return FsspecStore(url, policy)
 
 
-def _refuse_credentials(url: str) -> None:
+def refuse_credentials(url: str) -> None:
     """Refuse `scheme://user:password@...`, wherever in the URL, without repeating it.
 
     A secret may hold slashes: but for URLs that may have a port and a path, every `@` behind a colon counts.
+
+    Raises:
+        ConfigError: there are some.
     """
     for scheme, rest in re.findall(r"([A-Za-z0-9+.-]+):/+(.*?)(?=::|$)", url, re.DOTALL):
         ported = scheme.lower() in ("http", "https", "file", "memory")

@@ -29,6 +29,7 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     add_state(env)
     env.set_defaults(run=_env)
     check = verbs.add_parser("doctor", help="check this machine and the services it would use")
+    check.add_argument("--store", default="s3://runs", metavar="URL", help="bucket to try S3 on (default: s3://runs)")
     add_state(check)
     add_json(check)
     check.set_defaults(run=_doctor)
@@ -68,7 +69,7 @@ def _env(arguments: argparse.Namespace) -> int:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     use_stack(arguments)
-    checks = doctor.run()
+    checks = doctor.run(arguments.store, state_dir(arguments))
     data = [{"check": c.name, "ok": c.ok, "found": c.finding, "remedy": c.remedy} for c in checks]
     rows = [("ok" if c.ok else "FAILED", c.name, c.finding, "" if c.ok else c.remedy) for c in checks]
     emit(data, arguments.json, table(("", "check", "found", "what to do"), rows))

@@ -4,6 +4,7 @@ import pytest
 
 from cluster import doctor
 from cluster import state as states
+from storage.errors import ConfigError
 
 
 @pytest.fixture
@@ -42,9 +43,9 @@ def test_telemetry_is_off_only_when_both_say_so(bare: Path, monkeypatch: pytest.
 def test_a_secret_that_others_can_read_is_found(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(states, "_LONGEST", 4096)
     states.prepare(bare / "state")
-    assert doctor._secrets().ok
+    assert doctor._secrets(bare / "state").ok
     (bare / "state" / "secrets" / "ray_token").chmod(0o640)
-    check = doctor._secrets()
+    check = doctor._secrets(bare / "state")
     assert not check.ok
     assert "ray_token" in check.finding
 
@@ -86,3 +87,21 @@ def test_a_password_in_mlflows_address_is_not_repeated(bare: Path, monkeypatch: 
     (check,) = doctor._mlflow()
     assert not check.ok
     assert "hush" not in check.finding
+
+
+def test_it_looks_at_the_stack_and_the_job_server_that_it_is_told(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(states, "_LONGEST", 4096)
+    states.prepare(bare / "other")
+    (bare / "other" / "secrets" / "ray_token").chmod(0o644)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+    monkeypatch.setenv("TOMOSCALE_JOBS_ADDRESS", "ray://127.0.0.1:2")
+    checks = {check.name: check for check in doctor.run(state_dir=bare / "other")}
+    assert not checks["secrets"].ok
+    assert "another kind of address" in checks["Ray jobs"].finding
+
+
+@pytest.mark.parametrize("url", ["runs", "file:///runs", "s3://", "s3://KEY:hush-hush@runs"])
+def test_a_store_that_is_no_bucket_is_refused(bare: Path, url: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        doctor.run(url)
+    assert "hush" not in str(caught.value)
