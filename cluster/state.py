@@ -68,8 +68,11 @@ def prepare(state_dir: Path) -> State:
         for folder in (state_dir, *(state_dir / name for name in ("secrets", "s3", "mlflow", "ray", "logs"))):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         state_dir.chmod(0o700)
-        state = load(state_dir) or State(stack=secrets.token_hex(8))
-        save(state_dir, state)
+        state = load(state_dir)
+        if state is None:
+            state = State(stack=secrets.token_hex(8))
+            write_private(state_dir / "state.json", json.dumps(dataclasses.asdict(state), indent=1), keep=True)
+            state = load(state_dir) or state
         for name in ("s3_access_key", "s3_secret_key", "mlflow_password", "mlflow_cookie_key", "ray_token"):
             _make_secret(state_dir, name)
     except OSError as error:
@@ -109,8 +112,14 @@ def save(state_dir: Path, state: State) -> None:
     write_private(state_dir / "state.json", json.dumps(dataclasses.asdict(state), indent=1))
 
 
-def write_private(path: Path, text: str) -> None:
-    """Replace a file at once, readable by its owner only from its first byte on."""
+def write_private(path: Path, text: str, *, keep: bool = False) -> None:
+    """Replace a file at once, readable by its owner only from its first byte on.
+
+    Args:
+        path: The file.
+        text: What it holds then.
+        keep: Leave one that is there: of two programs that make it together, both then have the first one's.
+    """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
@@ -118,7 +127,12 @@ def write_private(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        if keep:
+            with contextlib.suppress(FileExistsError):
+                os.link(part, path)
+            part.unlink()
+        else:
+            os.replace(part, path)
     except OSError:
         part.unlink(missing_ok=True)
         raise
@@ -144,7 +158,7 @@ def secret(state_dir: Path, name: str) -> str:
 def _make_secret(state_dir: Path, name: str) -> None:
     path = state_dir / "secrets" / name
     if not path.exists():
-        write_private(path, secrets.token_hex(10 if name == "s3_access_key" else 32))
+        write_private(path, secrets.token_hex(10 if name == "s3_access_key" else 32), keep=True)
 
 
 @contextlib.contextmanager

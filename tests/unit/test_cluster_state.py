@@ -102,6 +102,40 @@ def test_one_at_a_time_and_a_dead_holder_lets_go(folder: Path) -> None:
         pass
 
 
+def _prepare(folder: str, go: str) -> None:
+    states._LONGEST = 4096
+    while not Path(go).exists():
+        time.sleep(0.001)
+    state = states.prepare(Path(folder))
+    (Path(folder) / f"{os.getpid()}.id").write_text(state.stack + states.secret(Path(folder), "ray_token"))
+
+
+def test_two_that_start_together_have_one_stack_and_one_secret(folder: Path, tmp_path: Path) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    both = [spawn.Process(target=_prepare, args=(str(folder), str(tmp_path / "go"))) for _ in range(3)]
+    for process in both:
+        process.start()
+    time.sleep(0.5)  # most likely all wait by then
+    (tmp_path / "go").touch()
+    for process in both:
+        process.join(240)
+        assert process.exitcode == 0
+    found = {path.read_text() for path in folder.glob("*.id")}
+    state = states.load(folder)
+    assert state is not None
+    assert found == {state.stack + states.secret(folder, "ray_token")}
+    assert not list(folder.glob("**/*.part"))
+
+
+def test_what_is_there_is_kept_where_it_is_to_be(folder: Path) -> None:
+    folder.mkdir()
+    for text, keep, kept in (("one", True, "one"), ("two", True, "one"), ("three", False, "three")):
+        states.write_private(folder / "file", text, keep=keep)
+        assert (folder / "file").read_text() == kept
+        assert mode(folder / "file") == 0o600
+    assert [path.name for path in folder.iterdir()] == ["file"]
+
+
 def test_nothing_started_is_nothing_to_stop(folder: Path) -> None:
     assert stack.down(folder) is False
     info = stack.status(folder)
