@@ -5,25 +5,28 @@ retry strategy when it pickles an S3 file system on the way to the controller an
 holds no credentials: every node resolves its own from the ordinary AWS environment.
 """
 
-import os
 from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow.fs as pa_fs
 
+from storage.aws import resolve
 from storage.errors import ConfigError
 
 _ATTEMPTS = 14  # capped exponential back-off of the AWS SDK: about two minutes of outage
 
 
 class RetryingS3FileSystem(pa_fs.S3FileSystem):  # type: ignore[misc]
-    """pyarrow's S3 file system, with retries that survive pickling and the endpoint taken from the environment."""
+    """pyarrow's S3 file system, with retries that survive pickling, at the server and region of `storage.aws`.
+
+    Pyarrow alone reads no endpoint from AWS's files, so that data and checkpoints could go to two servers.
+    """
 
     def __init__(self) -> None:
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        options: dict[str, Any] = {"region": os.environ.get("AWS_REGION", "us-east-1")}
-        if endpoint:
-            parts = urlsplit(endpoint)
+        access = resolve()
+        options: dict[str, Any] = {"region": access.region}
+        if access.endpoint:
+            parts = urlsplit(access.endpoint)
             options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
         super().__init__(
             retry_strategy=pa_fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
