@@ -22,6 +22,8 @@ Interpolation = Literal["linear", "bspline", "nearest", "onehot"]
 
 MOST_GROWTH = 8
 """Of the voxels of a sheared volume on a straight grid; a gantry tilted by 30 degrees makes it less than twice."""
+ROUNDING_VOX = 0.02
+"""A drift of the slices along an axis by less, from the first to the last, is taken for rounding of the header."""
 _LETTERS = (("L", "R"), ("P", "A"), ("I", "S"))
 
 
@@ -229,8 +231,11 @@ def straighten(
     sign = np.sign(np.diag(r))
     straight = q * sign * np.abs(np.diag(r))  # columns: straight directions times their spacing
     sizes = np.array(array_CDHW.shape[:0:-1], np.float64)
+    sheared = np.linalg.solve(straight, axes)  # ones on the diagonal, zeros below it
+    # Rounding, of a header or of this, must not count: at -1e-16 a whole slice would lie outside and be lost.
+    sheared = np.where(np.abs(sheared - np.eye(3)) * sizes < ROUNDING_VOX, np.eye(3), sheared)
     corners = np.array(np.meshgrid(*((-0.5, n - 0.5) for n in sizes), indexing="ij")).reshape(3, -1)
-    reach = np.linalg.solve(straight, axes @ corners)
+    reach = sheared @ corners
     low, high = reach.min(axis=1), reach.max(axis=1)
     size = np.maximum(np.ceil(high - low - 1e-6).astype(int), 1)
     if size.prod() > MOST_GROWTH * sizes.prod():
@@ -241,7 +246,7 @@ def straighten(
             remedy="the header is damaged, or the axes are nearly parallel",
         )
     first = low + 0.5 + (high - low - size) / 2  # spread the rounding over both ends
-    to_old = np.linalg.solve(axes, straight)  # new index (relative) -> old index
+    to_old = np.linalg.inv(sheared)  # new index (relative) -> old index
     matrix = to_old[::-1, ::-1]  # scipy counts k, j, i
     offset = (to_old @ first)[::-1]
     if fill is None:
