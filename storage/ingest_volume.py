@@ -15,7 +15,7 @@ from nibabel.spatialimages import HeaderDataError
 from storage import geometry
 from storage.errors import RefusedInput
 from storage.ingest_policy import IngestPolicy
-from storage.intensity_stats import foreground, foreground_box, foreground_mask
+from storage.intensity_stats import foreground, foreground_box, foreground_mask, foreground_stats
 from storage.pairing import IngestItem
 from storage.readers import RawVolume, read_item, read_label
 
@@ -24,6 +24,9 @@ Triple = tuple[int, int, int]
 
 ROBUST_RANGES = 12.0
 """Stored int16 spans at most so many robust ranges (p99.5 - p0.5), which keeps half a step below 1e-4 of one."""
+
+LEAST_HU_RANGE = 100.0
+"""CT whose robust range (p99.5 - p0.5) is below it, such as one scaled to 0 to 1, is not rounded to whole numbers."""
 
 _AT_ONCE = 1 << 16
 """Values that are worked on by one call, which costs microseconds whatever their number."""
@@ -90,7 +93,7 @@ def prepare(item: IngestItem, policy: IngestPolicy, modality: str = "") -> Prepa
     notes = raw.notes
     found = geometry.orientation(raw.affine)
     image, affine = geometry.canonicalise(raw.array_CDHW, raw.affine)
-    label_DHW = None if label is None else _matched_label(item, label, image, affine, policy, notes)
+    label_DHW = None if label is None else _matched_label(item, label, raw, image, affine, policy, notes)
     whole = image.dtype.kind in "iu"
     kind = policy.modality or raw.modality or modality or _looks_like_ct(image, notes)
     native = geometry.spacing_dhw(affine)
@@ -98,9 +101,20 @@ def prepare(item: IngestItem, policy: IngestPolicy, modality: str = "") -> Prepa
     _check_resampled(item.source, image.shape, native, wanted, policy)
     resized, new_affine = geometry.resample(image, affine, wanted, policy.image_interpolation)
     if resized is not image:
-        if label_DHW is not None:
-            label_DHW = geometry.resample(label_DHW[None], affine, wanted, policy.label_interpolation)[0][0]
+        if resized.min() == resized.max():
+            raise RefusedInput(
+                item.source,
+                expected=f"an image with contrast at {_mm(wanted)} mm",
+                found=f"{resized[0].size:,} voxels, all {float(resized.min()):g}",
+                remedy="choose a smaller spacing_mm",
+            )
         notes.append(f"resampled from {_mm(native)} to {_mm(wanted)} mm (D, H, W), {policy.image_interpolation}")
+        if label_DHW is not None:
+            before = label_DHW
+            label_DHW = geometry.resample(label_DHW[None], affine, wanted, policy.label_interpolation)[0][0]
+            lost = np.setdiff1d(before[before > 0], label_DHW[label_DHW > 0]).tolist()
+            if lost:
+                notes.append(f"label values too small to be left after resampling: {', '.join(map(str, lost[:20]))}")
         image, affine, whole = resized, new_affine, False
     mask, stats = foreground(image[0])
     for channel in image[1:]:
@@ -136,11 +150,18 @@ def quantise(
 
     Whole numbers that span at most 65,535 are stored exactly (offset 0 where int16 holds them as they are). CT that is
     no longer whole is rounded to 1 HU. Everything else is spread over the int16 range; half a step stays below 1e-4 of
-    the robust range p99.5 - p0.5, for which outliers beyond 12 such ranges are clipped, with a note.
+    the robust range p99.5 - p0.5, for which outliers beyond 12 such ranges are clipped, with a note. Channels share
+    one scale; where it would be too coarse for one of them, all are kept as float32, with a note.
+
+    Args:
+        stats: Of the first channel.
     """
     low, high = float(values_CDHW.min()), float(values_CDHW.max())
     whole = whole or (high - low <= 65535 and _whole(values_CDHW))
-    ct = modality == "CT" and not whole
+    ct = modality == "CT" and not whole and len(values_CDHW) == 1
+    if ct and stats["p99_5"] - stats["p0_5"] < LEAST_HU_RANGE:
+        notes.append(f"CT, but from {low:g} to {high:g}: no Hounsfield units, and not rounded to whole numbers")
+        ct = False
     if whole and high - low <= 65535:
         offset = 0.0 if low >= -32768 and high <= 32767 else low + 32768
         if offset == 0:
@@ -150,11 +171,16 @@ def quantise(
         if low < -32768 or high > 32767:
             notes.append("Hounsfield units beyond int16 clipped")
         return np.clip(np.rint(values_CDHW), -32768, 32767).astype(np.int16), 1.0, 0.0
-    robust = stats["p99_5"] - stats["p0_5"]
-    bottom, top = low, high
-    if robust > 0 and high - low > ROBUST_RANGES * robust:
-        bottom = max(low, stats["p0_5"] - robust)
-        top = min(high, bottom + ROBUST_RANGES * robust)
+    bottom, top = _kept(low, high, stats)
+    if len(values_CDHW) > 1:
+        measured = [stats, *(foreground_stats(channel) for channel in values_CDHW[1:])]
+        ends = [_kept(float(c.min()), float(c.max()), found) for c, found in zip(values_CDHW, measured, strict=True)]
+        bottom, top = min(end[0] for end in ends), max(end[1] for end in ends)
+        finest = min((r for found in measured if (r := found["p99_5"] - found["p0_5"]) > 0), default=0.0)
+        if top - bottom > ROBUST_RANGES * finest > 0:
+            notes.append("kept as float32: the scale of int16 would be too coarse for one of the channels")
+            return values_CDHW.astype(np.float32), 1.0, 0.0
+    if (bottom, top) != (low, high):
         clipped = int(np.count_nonzero((values_CDHW < bottom) | (values_CDHW > top)))
         notes.append(f"{clipped:,} outliers beyond {bottom:g} to {top:g} clipped (found {low:g} to {high:g})")
     scale = (top - bottom) / 65534
@@ -169,36 +195,62 @@ def quantise(
     return stored, scale, offset
 
 
+def _kept(low: float, high: float, stats: dict[str, float]) -> tuple[float, float]:
+    """The least and greatest value that are not clipped, of a channel from `low` to `high`."""
+    robust = stats["p99_5"] - stats["p0_5"]
+    if robust <= 0 or high - low <= ROBUST_RANGES * robust:
+        return low, high
+    bottom = max(low, stats["p0_5"] - robust)
+    return bottom, min(high, bottom + ROBUST_RANGES * robust)
+
+
 def _matched_label(
-    item: IngestItem, label: RawVolume, image: Array, affine: geometry.Affine, policy: IngestPolicy, notes: list[str]
+    item: IngestItem,
+    label: RawVolume,
+    raw: RawVolume,
+    image: Array,
+    affine: geometry.Affine,
+    policy: IngestPolicy,
+    notes: list[str],
 ) -> Array:
-    """The label in canonical axes, after checking that it lies on its image's grid."""
+    """The label in canonical axes, after checking that it lies on its image's grid.
+
+    Args:
+        raw: The image as it was read; `image` and `affine` are the same in canonical axes.
+    """
     thing = f"label of {item.source}"
     array, own = label.array_CDHW, label.affine
     if policy.read.shear == "correct" and geometry.shear(own) > 1e-3:
         array, own = geometry.straighten(array, own, labels=True)
-    array, own = geometry.canonicalise(array, own)
-    if array.shape[1:] != image.shape[1:]:
+    turned, own = geometry.canonicalise(array, own)
+    shape = (image.shape[1], image.shape[2], image.shape[3])
+    spacing = geometry.spacing_dhw(affine)
+    apart = geometry.corner_distance(own, affine, shape) if turned.shape[1:] == shape else math.inf
+    ignored = policy.label_affine == "ignore" and apart > 0.1 * min(spacing)
+    if ignored and apart > 0.1 * min(n * s for n, s in zip(shape, spacing, strict=True)):
+        # So far off, the header says nothing of the axes either: voxels lie as the image's do. By less, it only errs.
+        turned, _ = geometry.canonicalise(array, raw.affine)
+    if turned.shape[1:] != shape:
         raise RefusedInput(
             thing,
-            expected=f"the image's shape {image.shape[1:]} (D, H, W)",
-            found=str(array.shape[1:]),
+            expected=f"the image's shape {shape} (D, H, W)",
+            found=str(turned.shape[1:]),
             remedy="was it drawn on another image? resample it onto this one, or remove it",
         )
-    apart = geometry.corner_distance(own, affine, (image.shape[1], image.shape[2], image.shape[3]))
-    if apart > 0.1 * min(geometry.spacing_dhw(affine)):
-        if policy.label_affine == "check":
-            raise RefusedInput(
-                thing,
-                expected="the image's affine",
-                found=f"corners {apart:.3g} mm apart",
-                remedy="set label_affine to ignore if only the header is wrong",
-            )
-        notes.append(f"label affine ignored: corners {apart:.3g} mm from the image's")
+    if ignored:
+        off = "other axes than the image's" if math.isinf(apart) else f"corners {apart:.3g} mm from the image's"
+        notes.append(f"label affine ignored: {off}")
+    elif apart > 0.1 * min(spacing):
+        raise RefusedInput(
+            thing,
+            expected="the image's affine",
+            found=f"corners {apart:.3g} mm apart",
+            remedy="set label_affine to ignore if only the header is wrong",
+        )
     notes.extend(f"label: {note}" for note in label.notes)
-    if not array.any():
+    if not turned.any():
         notes.append("label holds background only")
-    matched: Array = array[0]
+    matched: Array = turned[0]
     return matched
 
 

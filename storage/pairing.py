@@ -6,14 +6,15 @@ Images and labels are paired by name and never by position in a list. Three layo
 - one folder where labels end in `_label`, `-seg`, `_mask` and the like, and images in nothing or `_image`;
 - trees of DICOM files, with or without extension or DICOMDIR: one item a series.
 
-`case_0000`, `case_0001` in an image folder are channels of one volume. A label map inside an OME-Zarr image is its
-label where it holds one and no file beside it is.
+`case_0000`, `case_0001` in an image folder are channels of one volume. They are volumes of their own where labels bear
+such numbers too, or where nothing there is numbered 0000 and no label is named `case`. A label map inside an OME-Zarr
+image is its label where it holds one and no file beside it is.
 """
 
 import json
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -56,6 +57,7 @@ class IngestItem:
         subject: What the split is made by. Of a DICOM series, the PatientID as found: never written anywhere as it is.
         source: Path of the first image relative to the ingested folder, or of the folder that holds the series.
         study, series: DICOM instance UIDs as found; empty otherwise.
+        channels: The four digits in the names of `images` that are channels; a volume that lacks one is refused.
     """
 
     name: str
@@ -66,6 +68,7 @@ class IngestItem:
     source: str
     study: str = ""
     series: str = ""
+    channels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,22 +167,45 @@ def discover(src: str | os.PathLike[str], subject_pattern: str | None = None) ->
             found=found,
             remedy="give the folder that holds images/ and, where there are any, labels/",
         )
+    items = [replace(i, name=legible(i.name), source=legible(i.source), subject=legible(i.subject)) for i in items]
     return Discovery(
         str(top),
         tuple(sorted(_unique(items), key=lambda item: item.name)),
-        tuple(sorted(orphans, key=lambda orphan: orphan.source)),
-        tuple(sorted(ignored)),
+        tuple(Orphan(legible(o.source), legible(o.what)) for o in sorted(orphans, key=lambda o: o.source)),
+        tuple(legible(path) for path in sorted(ignored)),
     )
+
+
+def legible(text: str) -> str:
+    """A text with file names in it that can be written: bytes that are no UTF-8 are spelt out."""
+    return text if text.isascii() else text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _walk(root: Path) -> Iterable[Path]:
     """Files and Zarr folders below `root`, hidden ones left out, in a stable order."""
-    for here, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
+
+    def failed(error: OSError) -> None:  # else what it holds would be missing without a word
+        raise RefusedInput(
+            str(error.filename),
+            expected="a readable folder",
+            found=error.strerror or type(error).__name__,
+            remedy="make it readable, or give the folder that holds the scans alone",
+        ) from error
+
+    for here, folders, names in os.walk(root, onerror=failed, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and not _is_loop(Path(here, f)))
         for folder in [f for f in folders if _is_zarr(Path(here, f))]:
             folders.remove(folder)
             yield Path(here, folder)
         yield from (Path(here, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _is_loop(folder: Path) -> bool:
+    """Whether it is a link to a folder on the way to it, whose files would be found again and again."""
+    if not folder.is_symlink():
+        return False
+    target = folder.resolve()
+    return any(above.resolve().is_relative_to(target) for above in folder.parents)
 
 
 def _is_zarr(folder: Path) -> bool:
@@ -197,19 +223,20 @@ def _pair(files: list[Path], top: Path) -> dict[tuple[str, str, str], _Case]:
     """Group files under (folder they belong to, base name)."""
     cases: dict[tuple[str, str, str], _Case] = {}
     claimed: dict[tuple[tuple[str, str, str], str], Path] = {}
+    channelled = _channelled(files, top)
     for path in files:
         relative = PurePosixPath(path.relative_to(top).as_posix())
         stem, suffix = split_name(path.name)
         place, part, role = _role(relative.parent)
-        base, channel = stem, ""
-        if role == "image" and (match := _CHANNEL.match(stem)):
+        base, channel = stem, "0000"
+        if role == "image" and (match := _CHANNEL.match(stem)) and (place, part, match["base"]) in channelled:
             base, channel = match["base"], match["channel"]
         elif role == "" and (match := _LABEL_SUFFIX.match(stem)):
             base, role = match["base"], "label"
         elif match := _IMAGE_SUFFIX.match(stem):
             base = match["base"]
         key = (place, part, base)
-        slot = f"label of {base}" if role == "label" else f"image of {base}, channel {channel or '0000'}"
+        slot = f"label of {base}" if role == "label" else f"image of {base}, channel {channel}"
         if (other := claimed.get((key, slot))) is not None:
             raise RefusedInput(
                 str(relative),
@@ -225,6 +252,26 @@ def _pair(files: list[Path], top: Path) -> dict[tuple[str, str, str], _Case]:
             case.images[channel] = str(path)
             case.kind = SUFFIXES[suffix]
     return cases
+
+
+def _channelled(files: list[Path], top: Path) -> set[tuple[str, str, str]]:
+    """The keys of which four digits at the end of a name are channels, and not patients as in `amos_0001`."""
+    numbers: defaultdict[tuple[str, str, str], set[str]] = defaultdict(set)
+    labels: set[tuple[str, str, str]] = set()
+    patients: set[tuple[str, str]] = set()
+    for path in files:
+        place, part, role = _role(PurePosixPath(path.relative_to(top).as_posix()).parent)
+        stem, _ = split_name(path.name)
+        match = _CHANNEL.match(stem)
+        if role == "label":
+            labels.add((place, part, stem))
+            if match:
+                patients.add((place, match["base"]))
+        elif role == "image" and match:
+            numbers[place, part, match["base"]].add(match["channel"])
+    unclear = {key: found for key, found in numbers.items() if (key[0], key[2]) not in patients}
+    from_zero = {place for (place, _, _), found in unclear.items() if "0000" in found}
+    return {key for key in unclear if key[0] in from_zero or key in labels}
 
 
 def _role(folder: PurePosixPath) -> tuple[str, str, str]:
@@ -248,7 +295,8 @@ def _items(
             assert case.label is not None
             orphans.append(Orphan(_relative(case.label, top), f"label without an image named {base}"))
             continue
-        images = tuple(case.images[channel] for channel in sorted(case.images))
+        channels = tuple(sorted(case.images))
+        images = tuple(case.images[channel] for channel in channels)
         source = _relative(images[0], top)
         inside = _labels_inside(images[0]) if case.kind == "zarr" else []
         if len(inside) == 1 and case.label is None and len(images) == 1:
@@ -260,7 +308,8 @@ def _items(
             orphans.append(Orphan(source, f"image without a label named {base}; kept as an unlabelled volume"))
         unclear = part if names[place, base] > 1 else ""  # the same name in imagesTr and imagesTs
         name = "/".join(word for word in (place, unclear, base) if word)
-        items.append(IngestItem(name, case.kind, images, case.label, _subject(source, name, pattern), source))
+        subject = _subject(source, name, pattern)
+        items.append(IngestItem(name, case.kind, images, case.label, subject, source, channels=channels))
     return items, orphans
 
 

@@ -73,6 +73,14 @@ def _read_series(files: Sequence[str], policy: ReadPolicy, thing: str) -> RawVol
         # Before all are read: what they hold is in memory.
         check_size(thing, (len(slices), int(slices[0].dataset.Rows), int(slices[0].dataset.Columns)), policy)
     first = slices[0].dataset
+    patients = {str(s.dataset.get("PatientID") or "").strip() for s in slices} - {""}
+    if len(patients) > 1:
+        raise RefusedInput(
+            thing,
+            expected="slices of one patient",
+            found=f"{len(patients)} patient ids under one series",
+            remedy="ids were changed in part, or one series id was given to several patients: anonymise it again",
+        )
     notes: list[str] = []
     slices = _one_direction(thing, slices)
     normal = np.cross(slices[0].row, slices[0].column)
@@ -115,8 +123,16 @@ def _slices(path: str, number: int, thing: str) -> list[Slice]:
                 found="a Siemens mosaic, whose planes lie side by side in one image",
                 remedy="convert the series to NIfTI with dcm2niix",
             )
-        if int(dataset.get("SamplesPerPixel") or 1) != 1:
+        meaning = str(dataset.get("PhotometricInterpretation") or "MONOCHROME2")
+        if int(dataset.get("SamplesPerPixel") or 1) != 1 or not meaning.startswith("MONOCHROME"):
             raise RefusedInput(thing, expected="one value a pixel", found="colour images")
+        if framed and int(dataset.get("NumberOfFrames") or 1) != len(planes):
+            raise RefusedInput(
+                thing,
+                expected="a position for each frame",
+                found=f"{len(planes)} for {dataset.get('NumberOfFrames')} frames",
+                remedy="the file is damaged: export it again",
+            )
         if "ModalityLUTSequence" in dataset:
             raise RefusedInput(
                 thing,
@@ -128,19 +144,22 @@ def _slices(path: str, number: int, thing: str) -> list[Slice]:
         for frame, groups in planes:
             direction = np.array([float(x) for x in _find(groups, "ImageOrientationPatient")])
             spacing = [float(x) for x in _find(groups, "PixelSpacing")]
-            slope = _find(groups, "RescaleSlope", 1.0)
-            intercept = _find(groups, "RescaleIntercept", 0.0)
+            slope, intercept = float(_find(groups, "RescaleSlope", 1.0)), float(_find(groups, "RescaleIntercept", 0.0))
+            origin = np.array([float(x) for x in _find(groups, "ImagePositionPatient")])
             time = float(dataset.get("AcquisitionNumber") or 0)
+            numbers = [*origin, *direction, *spacing, slope, intercept]
+            if not np.isfinite(numbers).all() or min(spacing) <= 0 or slope == 0:
+                raise ValueError("no place or no values")  # later on, comparisons with NaN would find nothing wrong
             out.append(
                 Slice(
                     dataset,
                     frame,
-                    np.array([float(x) for x in _find(groups, "ImagePositionPatient")]),
+                    origin,
                     direction[:3] / np.linalg.norm(direction[:3]),
                     direction[3:] / np.linalg.norm(direction[3:]),
                     (spacing[0], spacing[1]),
-                    float(slope),
-                    float(intercept),
+                    slope,
+                    intercept,
                     (time, float(dataset.get("InstanceNumber") or 0), number, frame),
                 )
             )
@@ -234,8 +253,21 @@ def _places(thing: str, slices: list[Slice], policy: ReadPolicy, notes: list[str
     if policy.four_d == "first":
         notes.append(f"first of up to {max(counts)} images at each position")
         return [group[:1] for group in groups]
+    beside = max(_sideways(s.origin - group[0].origin, s) for group in groups for s in group)
+    if beside > 0.1 * min(slices[0].spacing):
+        raise RefusedInput(
+            thing,
+            expected="images at one position that cover each other",
+            found=f"some that lie {beside:.2f} mm beside the others",
+            remedy="they are stacks of their own: separate the series",
+        )
     notes.append(f"{max(counts)} images at each position taken as channels")
     return groups
+
+
+def _sideways(way: Affine, s: Slice) -> float:
+    """How far a way leads within the plane of a slice, in mm."""
+    return float(np.hypot(way @ s.row, way @ s.column))
 
 
 def _pixels(thing: str, s: Slice) -> Array:

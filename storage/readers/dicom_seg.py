@@ -43,7 +43,9 @@ def read_segmentation(path: str, image: RawVolume) -> RawVolume:
             oriented = frame.get("PlaneOrientationSequence") or shared[0].PlaneOrientationSequence
             direction = np.array([float(x) for x in oriented[0].ImageOrientationPatient])
             origin = np.array([float(x) for x in frame.PlanePositionSequence[0].ImagePositionPatient])
-            k = _slice_of(thing, image, origin, direction, plane.shape)
+            measures = frame.get("PixelMeasuresSequence") or shared[0].get("PixelMeasuresSequence")
+            spacing = [float(x) for x in measures[0].PixelSpacing] if measures else None
+            k = _slice_of(thing, image, origin, direction, plane.shape, spacing)
             taken = (plane > 0) & (labels[k] > 0)
             overlap += int(np.count_nonzero(taken))
             labels[k][plane > 0] = number
@@ -56,14 +58,21 @@ def read_segmentation(path: str, image: RawVolume) -> RawVolume:
 
 
 def _slice_of(
-    thing: str, image: RawVolume, origin: geometry.Affine, direction: geometry.Affine, shape: tuple[int, ...]
+    thing: str,
+    image: RawVolume,
+    origin: geometry.Affine,
+    direction: geometry.Affine,
+    shape: tuple[int, ...],
+    spacing: list[float] | None,
 ) -> int:
     """The image slice on which a frame lies, after checking that it covers it pixel for pixel."""
     _, depth, rows, columns = image.array_CDHW.shape
     row, column = _LPS_TO_RAS @ direction[:3], _LPS_TO_RAS @ direction[3:]
     index = np.linalg.inv(image.affine) @ np.array([*(_LPS_TO_RAS @ origin), 1.0])
-    axes = image.affine[:3, :3] / np.linalg.norm(image.affine[:3, :3], axis=0)
+    lengths = np.linalg.norm(image.affine[:3, :3], axis=0)
+    axes = image.affine[:3, :3] / lengths
     aligned = float(axes[:, 0] @ row) > 0.999 and float(axes[:, 1] @ column) > 0.999
+    aligned = aligned and (spacing is None or np.allclose(spacing, lengths[1::-1], rtol=1e-3))
     k = round(float(index[2]))
     if shape != (rows, columns) or not aligned or np.abs(index[:3] - [0, 0, k]).max() > 0.1 or not 0 <= k < depth:
         raise RefusedInput(

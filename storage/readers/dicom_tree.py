@@ -4,6 +4,8 @@ Files belong together by SeriesInstanceUID, wherever they lie. A DICOMDIR is not
 anyway, and goes stale when they are copied.
 """
 
+import os
+import struct
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +16,8 @@ from pydicom.errors import BytesLengthException, InvalidDicomError
 
 from storage.pairing import IngestItem, Orphan
 
-SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
+SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
+"""Storage of segmentations, and of those as label maps, which are no images either."""
 DICOMDIR = "1.2.840.10008.1.3.10"
 DAMAGED = (
     OSError,
@@ -28,9 +31,12 @@ DAMAGED = (
     RuntimeError,
     TypeError,
     ValueError,
+    struct.error,
 )
 """What pydicom raises on a damaged header, when it is read or, since values are parsed late, when one is asked for."""
 _DAMAGED_FILE = "a DICOM file whose header is damaged: the series that it belongs to is read without it"
+_HOLDS_NOTHING = "an empty or unreadable file beside a series: if it is a slice, the series is read without it"
+_NAMED = (".dcm", ".ima")
 _TAGS = [
     "SOPClassUID",
     "SeriesInstanceUID",
@@ -63,7 +69,7 @@ def discover_dicom(files: list[Path], top: Path) -> tuple[list[IngestItem], list
     for path in files:
         dataset = header(path)
         if dataset is None:
-            if _says_dicom(path):
+            if _says_dicom(path) or path.suffix.lower() in _NAMED:
                 orphans.append(Orphan(path.relative_to(top).as_posix(), _DAMAGED_FILE))
             left.append(path)
             continue
@@ -72,19 +78,23 @@ def discover_dicom(files: list[Path], top: Path) -> tuple[list[IngestItem], list
         if kind == DICOMDIR:
             continue
         uid = str(dataset.get("SeriesInstanceUID") or "")
-        if kind == SEGMENTATION:
+        if kind in SEGMENTATIONS:
             segmentations.append((path, _referenced(dataset)))
         elif uid and "Rows" in dataset:
             entry = series[uid]
             entry.files.append(path)
-            entry.study = str(dataset.get("StudyInstanceUID") or "")
-            entry.patient = str(dataset.get("PatientID") or "").strip()
+            entry.study = str(dataset.get("StudyInstanceUID") or "") or entry.study
+            entry.patient = str(dataset.get("PatientID") or "").strip() or entry.patient
         else:
             left.append(path)
             no_image.append((path, uid if kind else ""))
     for path, uid in no_image:  # reports and plans have no pixels, but say what they are, in series of their own
-        if uid in series or (not uid and _says_dicom(path)):
+        if uid in series or (not uid and (_says_dicom(path) or path.suffix.lower() in _NAMED)):
             orphans.append(Orphan(path.relative_to(top).as_posix(), _DAMAGED_FILE))
+    beside = {file.parent for entry in series.values() for file in entry.files}
+    for path in left:
+        if path.parent in beside and path.suffix.lower() not in _NAMED and _holds_nothing(path):
+            orphans.append(Orphan(path.relative_to(top).as_posix(), _HOLDS_NOTHING))
     labels: dict[str, Path] = {}
     for path, referenced in segmentations:
         source = path.relative_to(top).as_posix()
@@ -103,7 +113,7 @@ def header(path: Path) -> Any | None:
 
     A file without the 128-byte preamble is taken only when it is named .dcm or .ima, for otherwise any file would do.
     """
-    force = path.suffix.lower() in (".dcm", ".ima")
+    force = path.suffix.lower() in _NAMED
     if not force and not _says_dicom(path):
         return None
     try:
@@ -125,6 +135,13 @@ def _says_dicom(path: Path) -> bool:
         return False
 
 
+def _holds_nothing(path: Path) -> bool:
+    try:
+        return path.stat().st_size == 0 or not os.access(path, os.R_OK)
+    except OSError:
+        return True
+
+
 def _referenced(dataset: Any) -> str:
     sequence = dataset.get("ReferencedSeriesSequence") or []
     return str(sequence[0].get("SeriesInstanceUID") or "") if len(sequence) else ""
@@ -139,8 +156,8 @@ def _item(uid: str, entry: _Series, label: Path | None, top: Path) -> IngestItem
         kind="dicom",
         images=tuple(str(path) for path in files),
         label=None if label is None else str(label),
-        # a series of nobody is its own subject: anonymised exports often blank the id
-        subject=entry.patient or uid,
+        # anonymised exports often blank the id: then those of one study are at least of one person
+        subject=entry.patient or entry.study or uid,
         source=folder if folder != "." else files[0].name,
         study=entry.study,
         series=uid,

@@ -47,7 +47,7 @@ def read_nifti(path: str, policy: ReadPolicy) -> RawVolume:
         check_size(path, shape, policy)
         shape = _four_d(path, shape, policy, notes)
         dtype = _dtype(path, header)
-        offset = int(header["vox_offset"]) if pixels == path else 0
+        offset = int(header["vox_offset"])
         if pixels == path and offset < 348:
             raise RefusedInput(path, expected="voxels behind the header", found=f"vox_offset {offset}")
         wanted = int(np.prod(shape)) * dtype.itemsize
@@ -221,8 +221,19 @@ def _affine(path: str, header: Any, notes: list[str]) -> Affine:
         raise RefusedInput(path, expected="a usable qform or sform", found=" ".join(str(error).split())) from error
     if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
         notes.append("no qform or sform: orientation taken from the voxel sizes alone")
+    if int(header["sform_code"]) > 0 and int(header["qform_code"]) > 0 and _disagree(affine, header):
+        notes.append("sform and qform tell different axes: sform used")
     unit = header.get_xyzt_units()[0] if int(header["xyzt_units"]) & 7 in (0, 1, 2, 3) else "unknown"
     if _TO_MM[unit] != 1:
         affine[:3] *= _TO_MM[unit]
         notes.append(f"lengths converted from {unit} to mm")
     return geometry.check_affine(affine, path)
+
+
+def _disagree(sform: Affine, header: Any) -> bool:
+    """Whether the axes of the header's other affine run elsewhere, as programs that prefer it see them."""
+    try:
+        qform = np.array(header.get_qform(), np.float64)
+        return geometry.nearest_axes(qform) != geometry.nearest_axes(sform)
+    except (ValueError, np.linalg.LinAlgError, nib.spatialimages.HeaderDataError):
+        return False

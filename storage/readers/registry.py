@@ -10,6 +10,8 @@ from storage.errors import ConfigError, RefusedInput
 from storage.pairing import SUFFIXES, IngestItem, discover, split_name
 from storage.readers.raw import Array, RawVolume, ReadPolicy
 
+_EXACT = 2**53
+
 
 def read_any(path: str, policy: ReadPolicy | None = None) -> RawVolume:
     """Read one volume file, Zarr folder, or folder (or file) of one DICOM series.
@@ -44,6 +46,14 @@ def read_item(item: IngestItem, policy: ReadPolicy) -> RawVolume:
         from storage.readers.dicom import read_series  # pydicom costs start-up time
 
         return _checked(item.source, read_series(item.images, policy, item.source), policy)
+    expected = tuple(f"{number:04d}" for number in range(len(item.images)))
+    if item.channels and item.channels != expected:
+        raise RefusedInput(
+            item.source,
+            expected=f"channels {', '.join(expected)} in file names",
+            found=", ".join(item.channels),
+            remedy="a channel is missing, or counted from another number: another channel would stand in its place",
+        )
     volumes = [_checked(path, _read_one(path, item.kind, policy), policy) for path in item.images]
     first = volumes[0]
     if len(volumes) == 1:
@@ -138,6 +148,10 @@ def _checked(thing: str, raw: RawVolume, policy: ReadPolicy) -> RawVolume:
     if array.dtype.kind == "f":
         array = _finite(thing, array, policy, raw.notes)
     low, high = array.min(), array.max()
+    if array.dtype.kind != "f" and max(-int(low), int(high)) > _EXACT:
+        raise RefusedInput(
+            thing, expected="whole numbers below 2^53, which float64 holds exactly", found=f"{low} to {high}"
+        )
     if low == high:
         raise RefusedInput(thing, expected="an image with contrast", found=f"every voxel is {float(low):g}")
     raw.array_CDHW = array
@@ -157,7 +171,8 @@ def _checked(thing: str, raw: RawVolume, policy: ReadPolicy) -> RawVolume:
 
 
 def _finite(thing: str, array: Array, policy: ReadPolicy, notes: list[str]) -> Array:
-    finite = np.isfinite(array)
+    # what float32 cannot hold would be infinite later on
+    finite = np.isfinite(array) if array.dtype.itemsize <= 4 else np.abs(array) <= np.finfo(np.float32).max
     bad = int(array.size - np.count_nonzero(finite))
     if bad == 0:
         return array
@@ -167,7 +182,7 @@ def _finite(thing: str, array: Array, policy: ReadPolicy, notes: list[str]) -> A
         raise RefusedInput(
             thing,
             expected="finite values",
-            found=f"{bad:,} of {array.size:,} voxels NaN or infinite",
+            found=f"{bad:,} of {array.size:,} voxels NaN, infinite or beyond float32",
             remedy="set nonfinite to lowest if they mark the background",
         )
     notes.append(f"{bad:,} voxels were NaN or infinite and set to the lowest finite value")

@@ -65,6 +65,7 @@ def read_zarr(path: str, policy: ReadPolicy) -> RawVolume:
         )
     if axes and axes[-3:] != "zyx":
         raise RefusedInput(path, expected="axes that end in z, y, x", found=repr(axes))
+    _count_chunks(array_node, notes)
     array: Array = np.asarray(array_node[...])
     array = array.reshape(-1, *array.shape[-3:])
     if len(array) > 1 and not axes.startswith("c"):
@@ -76,6 +77,13 @@ def read_zarr(path: str, policy: ReadPolicy) -> RawVolume:
         affine[:3, 3] = origin[::-1]
         notes.append("no orientation stored: z, y, x taken to grow to superior, anterior, right")
     return RawVolume(array, geometry.check_affine(affine, path), READER, notes=notes)
+
+
+def _count_chunks(array: Any, notes: list[str]) -> None:
+    """Say how much of an array no file holds: Zarr may leave out what is empty, and a copy may lose more."""
+    there, wanted = array.nchunks_initialized, array.nchunks
+    if there < wanted:
+        notes.append(f"{wanted - there} of {wanted} chunks are not stored and were read as {array.fill_value}")
 
 
 def read_own_label(path: str, policy: ReadPolicy, image: RawVolume) -> RawVolume:
@@ -123,6 +131,8 @@ def _placed(axes: str, units: dict[str, float], transforms: list[dict[str, Any]]
             scale, shift = scale * transform["scale"], shift * transform["scale"]
         elif transform["type"] == "translation":
             shift = shift + transform["translation"]
+        elif transform["type"] != "identity":
+            raise ValueError(f"a coordinate transformation of type {transform['type']!r}")
     mm = [units[name] for name in "zyx"]
     return [float(scale[a]) * u for a, u in zip(at, mm, strict=True)], [
         float(shift[a]) * u for a, u in zip(at, mm, strict=True)

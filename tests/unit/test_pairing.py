@@ -1,13 +1,18 @@
 """Pairing by name, never by position; orphans by name."""
 
+import errno
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MediaStorageDirectoryStorage, generate_uid
 
 from storage.errors import ConfigError, RefusedInput
 from storage.pairing import discover, split_name
+from storage.readers import ReadPolicy, read_item, read_label
+from storage.readers.dicom_tree import header
 from tests.unit.scans import disc, phantom, save_dicom, save_nifti, segmentation, slices
 
 
@@ -64,6 +69,62 @@ def test_channel_suffixes_are_one_volume(tmp_path):
     assert [Path(p).name for p in items["c"].images] == ["c_0000.nii.gz", "c_0001.nii.gz"]
     assert items["c"].label is not None
     assert len(items["d"].images) == 1
+
+
+def test_patients_with_four_digits_are_not_channels_of_one(tmp_path):
+    """As in AMOS: were they stacked, many patients would be one volume, and no label would have an image."""
+    touch(tmp_path, *(f"{kind}Tr/amos_000{i}.nii.gz" for kind in ("images", "labels") for i in range(3)))
+    touch(tmp_path, "imagesTs/amos_0000.nii.gz", "imagesTs/amos_0007.nii.gz", "plain/images/p_0001.nii.gz")
+    found = pairs(tmp_path)
+    assert found["Tr/amos_0000"] == "labelsTr/amos_0000.nii.gz"
+    assert {name: label for name, label in found.items() if label is None} == {
+        "Ts/amos_0000": None,
+        "amos_0007": None,
+        "plain/p_0001": None,
+    }
+    assert len(found) == 6
+    assert discover(tmp_path).orphans == ()
+
+
+def test_a_missing_channel_is_not_stood_in_for_by_the_next(tmp_path):
+    for name in ("a_0000", "a_0001", "b_0000", "b_0002", "c_0001"):
+        save_nifti(tmp_path / "images" / f"{name}.nii.gz", phantom(seed=len(name)))
+    items = {item.name: item for item in discover(tmp_path).items}
+    assert len(read_item(items["a"], ReadPolicy()).array_CDHW) == 2
+    for name, found in (("b", "0000, 0002"), ("c", "0001")):
+        with pytest.raises(RefusedInput, match=found):
+            read_item(items[name], ReadPolicy())
+
+
+def test_links_in_a_circle_are_followed_once(tmp_path):
+    touch(tmp_path, "a/one.nii.gz", "b/two.nii.gz")
+    (tmp_path / "a" / "up").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "a" / "beside").symlink_to(tmp_path / "b", target_is_directory=True)
+    (tmp_path / "b" / "back").symlink_to(tmp_path / "a", target_is_directory=True)
+    assert sorted(pairs(tmp_path)) == ["a/beside/two", "a/one", "b/back/one", "b/two"]
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    touch(tmp_path, "a/one.nii.gz", "b/two.nii.gz")
+    real = os.scandir
+
+    def closed(path: str) -> object:
+        if str(path).endswith("/b"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(RefusedInput, match="/b; expected a readable folder; found Permission denied"):
+        discover(tmp_path)
+
+
+def test_names_that_are_no_utf_8_are_spelt_out(tmp_path):
+    save_nifti(tmp_path / "a.nii.gz", phantom())
+    os.rename(tmp_path / "a.nii.gz", os.fsencode(tmp_path) + b"/M\xfcller.nii.gz")
+    touch(tmp_path, "b.nii.gz")
+    item = discover(tmp_path).items[0]
+    assert (item.name, item.subject, item.source) == ("M\\xfcller", "M\\xfcller", "M\\xfcller.nii.gz")
+    np.testing.assert_array_equal(read_item(item, ReadPolicy()).array_CDHW[0], phantom())
 
 
 def test_two_files_for_one_name_are_refused(tmp_path):
@@ -145,6 +206,57 @@ def test_a_dicom_file_with_a_damaged_header_is_named(tmp_path):
     assert [len(item.images) for item in found.items] == [7]
     assert [(o.source, "damaged" in o.what) for o in found.orphans] == [(first.name, True)]
     assert found.ignored == tuple(sorted([first.name, "notes.txt"]))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_dicom_file_cut_anywhere_in_its_header_is_no_error(tmp_path):
+    """One raised would end the ingest of all the others."""
+    save_dicom(tmp_path, slices(phantom((1, 2, 2))))
+    path = tmp_path / "IM0000"
+    whole = path.read_bytes()
+    assert header(path) is not None
+    for length in range(132, 480):
+        path.write_bytes(whole[:length])
+        found = header(path)
+        assert found is None or "PixelData" not in found
+
+
+def test_an_empty_slice_is_named(tmp_path):
+    """A copy that stopped leaves one, and a series without its last slice looks whole."""
+    save_dicom(tmp_path / "a", slices(phantom((8, 6, 6))))
+    save_dicom(tmp_path / "b", slices(phantom((8, 6, 6))), [f"{k}.dcm" for k in range(8)])
+    touch(tmp_path / "a", "readme")
+    for path in (tmp_path / "a" / "IM0007", tmp_path / "b" / "7.dcm"):
+        path.write_bytes(b"")
+    found = discover(tmp_path)
+    assert [len(item.images) for item in found.items] == [7, 7]
+    assert [o.source for o in found.orphans] == ["a/IM0007", "b/7.dcm"]
+
+
+def test_series_without_a_patient_belong_to_the_subject_of_their_study(tmp_path):
+    """Else two sequences of one examination could be split."""
+    one, two = slices(phantom((4, 6, 5)), patient=""), slices(phantom((4, 6, 5), 1), patient="")
+    for ds in two:
+        ds.StudyInstanceUID = one[0].StudyInstanceUID
+    save_dicom(tmp_path / "t1", one)
+    save_dicom(tmp_path / "t2", two)
+    save_dicom(tmp_path / "other", slices(phantom((4, 6, 5), 2), patient=""))
+    subjects = [item.subject for item in discover(tmp_path).items]
+    assert subjects.count(str(one[0].StudyInstanceUID)) == 2
+    assert len(set(subjects)) == 2
+
+
+def test_a_segmentation_as_label_map_is_no_image(tmp_path):
+    one = slices(phantom((4, 6, 5)))
+    save_dicom(tmp_path / "ct", one)
+    label = segmentation(one, disc((4, 6, 5)))
+    label.SOPClassUID = label.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.66.7"
+    label.SegmentationType = "LABELMAP"
+    save_dicom(tmp_path / "seg", [label])
+    (item,) = discover(tmp_path).items
+    assert item.label is not None
+    with pytest.raises(RefusedInput, match="label map one"):
+        read_label(item.label, ReadPolicy(), read_item(item, ReadPolicy()))
 
 
 def test_a_segmentation_without_its_series_is_an_orphan(tmp_path):

@@ -3,6 +3,7 @@
 import gzip
 import os
 import shutil
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -133,6 +134,31 @@ def test_units_of_ome_zarr_are_known_or_refused(tmp_path, unit, mm):
     assert any("millimetres assumed" in note for note in raw.notes) == (unit is None)
 
 
+def test_an_ome_zarr_that_is_placed_by_other_means_is_refused(tmp_path):
+    group = zarr.open_group(str(tmp_path / "image.zarr"), mode="w")
+    group.create_array("0", data=phantom())
+    axes = [{"name": n, "type": "space", "unit": "millimeter"} for n in "zyx"]
+    for kind, fine in (("identity", True), ("affine", False)):
+        level = {"path": "0", "coordinateTransformations": [{"type": "scale", "scale": [2, 1, 1]}, {"type": kind}]}
+        group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": [level]}]}
+        if fine:
+            assert geometry.spacing_dhw(read_any(str(tmp_path / "image.zarr")).affine) == (2, 1, 1)
+        else:
+            assert "affine" in refusal(tmp_path / "image.zarr").found
+
+
+@pytest.mark.parametrize("shards", [None, (4, 4, 4)])
+def test_chunks_that_a_zarr_does_not_hold_are_noted(tmp_path, shards):
+    path = tmp_path / "a.zarr"
+    array = zarr.create_array(store=str(path), shape=(8, 8, 8), chunks=(2, 2, 2), shards=shards, dtype="i2")
+    array[...] = phantom((8, 8, 8)) + np.int16(1)
+    assert "not stored" not in str(read_any(str(path)).notes)
+    lost = sorted((path / "c").rglob("1"))[-1]
+    assert lost.is_file()
+    lost.unlink()
+    assert "of 64 chunks are not stored" in str(read_any(str(path)).notes)
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_label_inside_an_ome_zarr_image_is_its_label(tmp_path, turned):
     """Also where the image's place needs a rotation, which OME-Zarr has no words for."""
@@ -230,16 +256,165 @@ def test_a_flipped_bit_in_a_gzip_is_noticed(tmp_path):
     assert "gzip" in refusal(path).expected
 
 
+@pytest.mark.parametrize("name", ["a.mgz", "a.mha", "a.mhd", "a.nrrd", "a.nhdr"])
+def test_a_flipped_bit_in_compressed_voxels_is_noticed(tmp_path, name):
+    """By the checksum behind them, on which neither nibabel nor SimpleITK insists."""
+    array = np.random.default_rng(0).integers(0, 3000, (12, 14, 16)).astype(np.int16)
+    path = save_mgz(tmp_path / name, array, AFFINE) if name == "a.mgz" else tmp_path / name
+    if name != "a.mgz":
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array), str(path), True)
+    np.testing.assert_array_equal(read_any(str(path)).array_CDHW[0], array)
+    packed = next((p for p in tmp_path.iterdir() if p != path), path)
+    whole = packed.read_bytes()
+    for at in (len(whole) // 3, len(whole) // 2):
+        data = bytearray(whole)
+        data[at] ^= 4
+        packed.write_bytes(bytes(data))
+        assert "damage" in refusal(path).remedy
+    packed.write_bytes(whole[: len(whole) // 2])
+    assert "trunc" in refusal(path).remedy
+
+
+@pytest.mark.parametrize("dtype", ["<i2", ">f4", "u1"])
+@pytest.mark.parametrize("sized", [True, False])
+def test_compressed_metaimages_are_read_with_and_without_the_size_of_their_compression(tmp_path, dtype, sized):
+    """MetaImage's own code returns other voxels without it."""
+    array = np.clip(phantom(), 0, 250).astype(dtype)
+    packed = zlib.compress(array.tobytes())
+    kind = {"i2": "MET_SHORT", "f4": "MET_FLOAT", "u1": "MET_UCHAR"}[array.dtype.str[1:]]
+    size = f"CompressedDataSize = {len(packed)}\n" if sized else ""
+    header = (
+        f"ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = {dtype[0] == '>'}\n"
+        f"CompressedData = True\n{size}ElementSpacing = 1 1 1\nDimSize = 14 12 10\nElementType = {kind}\n"
+        "ElementDataFile = LOCAL\n"
+    )
+    (tmp_path / "a.mha").write_bytes(header.encode() + packed)
+    np.testing.assert_array_equal(read_any(str(tmp_path / "a.mha")).array_CDHW[0], array)
+
+
+@pytest.mark.parametrize(
+    ("named", "found"),
+    [
+        ("LIST\np0\np1\np2\np3", ""),
+        ("p%d 0 3 1", ""),
+        ("p%d 0", ""),
+        ("LIST\np0\np1\np2", "3 by the header"),  # of which the library makes what lies in memory
+        ("LIST 3\np0", "a shorter one"),
+        ("p%d 0 2 1", "3 by the header"),
+        ("p%d 0 3", "0 by the header"),  # of which the library dies
+        ("p%d 0 3 0", "0 by the header"),
+        ("p%q 0 3 1", "0 by the header"),
+    ],
+)
+def test_a_metaimage_has_a_file_for_every_slice(tmp_path, named, found):
+    array = phantom((4, 5, 6))
+    for k, plane in enumerate(array):
+        (tmp_path / f"p{k}").write_bytes(plane.tobytes())
+    header = "ObjectType = Image\nNDims = 3\nDimSize = 6 5 4\nElementType = MET_SHORT\nElementSpacing = 1 1 1\n"
+    path = tmp_path / "a.mhd"
+    path.write_text(f"{header}ElementDataFile = {named}\n")
+    if found:
+        assert found in refusal(path).found
+    else:
+        np.testing.assert_array_equal(read_any(str(path)).array_CDHW[0], array)
+
+
+def nrrd(path: Path, fields: str, array: np.ndarray) -> Path:
+    sizes = " ".join(map(str, array.shape[::-1]))
+    header = (
+        f"NRRD0005\ntype: short\ndimension: {array.ndim}\nsizes: {sizes}\nencoding: raw\nendian: little\n{fields}\n"
+    )
+    path.write_bytes(header.encode() + b"\n" + array.astype("<i2").tobytes())
+    return path
+
+
+LPS = "space: left-posterior-superior\nspace directions: (500,0,0) (0,500,0) (0,0,500)\nspace origin: (5,6,7)"
+
+
+@pytest.mark.parametrize(("unit", "mm"), [("um", 1e-3), ("microns", 1e-3), ("\xb5m", 1e-3), ("mm", 1), ("parsec", 0)])
+def test_units_of_nrrd_are_known_or_refused(tmp_path, unit, mm):
+    path = nrrd(tmp_path / "a.nrrd", LPS + f'\nspace units: "{unit}" "{unit}" "{unit}"', phantom())
+    if not mm:
+        assert "parsec" in refusal(path).found
+        return
+    raw = read_any(str(path))
+    assert geometry.spacing_dhw(raw.affine) == pytest.approx((500 * mm,) * 3)
+    np.testing.assert_allclose(raw.affine[:3, 3], np.array([-5, -6, 7]) * mm)
+    assert bool(raw.notes) == (mm != 1)
+
+
+def test_units_of_nrrds_axes_and_of_metaimages(tmp_path):
+    series = np.stack([phantom(), phantom(seed=1)])
+    path = nrrd(tmp_path / "a.nrrd", 'spacings: 2 2 2 9\nunits: "cm" "cm" "cm" "ms"', series)
+    assert geometry.spacing_dhw(read_any(str(path), ReadPolicy(four_d="first")).affine) == pytest.approx((20,) * 3)
+    path = save_itk(tmp_path / "a.mha", phantom(), np.diag([500.0, 500, 500, 1]))
+    path.write_bytes(path.read_bytes().replace(b"ElementType", b"DistanceUnits = um\nElementType"))
+    assert geometry.spacing_dhw(read_any(str(path)).affine) == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_the_space_of_a_nrrd_is_followed_or_said_to_be_unknown(tmp_path):
+    spatial = "space directions: (1,0,0,0) (0,1,0,0) (0,0,2,0) (0,0,0,1)\nspace origin: (5,6,7,0)"
+    series = np.stack([phantom(), phantom(seed=1)])
+    path = nrrd(tmp_path / "a.nrrd", f"space: right-anterior-superior-time\n{spatial}", series)
+    raw = read_any(str(path), ReadPolicy(four_d="first"))
+    np.testing.assert_allclose(raw.affine, [[1, 0, 0, 5], [0, 1, 0, 6], [0, 0, 2, 7], [0, 0, 0, 1]])
+    notes = read_any(str(nrrd(tmp_path / "b.nrrd", "spacings: 2 2 2", phantom()))).notes
+    assert notes == ["no space in the header: axes taken as to left, back and up"]
+    notes = read_any(
+        str(nrrd(tmp_path / "c.nrrd", LPS.replace("left-posterior-superior", "scanner-xyz"), phantom()))
+    ).notes
+    assert "scanner-xyz" in notes[0]
+    assert "1 mm assumed" in read_any(str(nrrd(tmp_path / "d.nrrd", "content: none", phantom()))).notes[0]
+    assert read_any(str(nrrd(tmp_path / "e.nrrd", LPS, phantom()))).notes == []
+
+
+def test_an_mgz_without_geometry_says_so(tmp_path):
+    path = save_mgz(tmp_path / "a.mgz", phantom(), AFFINE)
+    assert read_any(str(path)).notes == []
+    data = bytearray(gzip.decompress(path.read_bytes()))
+    data[28:30] = b"\0\0"
+    path.write_bytes(gzip.compress(bytes(data)))
+    assert "goodRASFlag" in read_any(str(path)).notes[0]
+
+
+def test_voxels_of_a_pair_begin_where_its_header_says(tmp_path):
+    path = save_pair(tmp_path / "a.hdr", phantom(), AFFINE)
+    header = bytearray(path.read_bytes())
+    header[108:112] = np.float32(16).tobytes()
+    path.write_bytes(bytes(header))
+    pixels = path.with_suffix(".img")
+    pixels.write_bytes(bytes(16) + pixels.read_bytes())
+    np.testing.assert_array_equal(read_any(str(path)).array_CDHW[0], phantom())
+
+
+def test_a_header_of_two_minds_is_noted(tmp_path):
+    image = nib.Nifti1Image(phantom().T, np.diag([2.0, 2, 2, 1]))
+    for flip, notes in ((1, 0), (-1, 1)):
+        image.set_qform(np.diag([2.0 * flip, 2, 2, 1]), 1)
+        image.set_sform(np.diag([2.0, 2, 2, 1]), 1)
+        nib.save(image, tmp_path / "a.nii")
+        raw = read_any(str(tmp_path / "a.nii"))
+        assert [note for note in raw.notes if "sform used" in note] == raw.notes
+        assert len(raw.notes) == notes
+        assert geometry.orientation(raw.affine) == "RAS"
+
+
 @pytest.mark.parametrize(
     ("array", "found"),
     [
         (np.full((4, 5, 6), np.nan, np.float32), "only NaN"),
         (np.full((4, 5, 6), 7, np.int16), "every voxel is 7"),
+        (np.where(np.arange(120).reshape(4, 5, 6) == 3, 1e300, 1.0), "1 of 120"),
         (np.where(np.arange(120).reshape(4, 5, 6) == 3, np.inf, 1.0 * np.arange(120).reshape(4, 5, 6)), "1 of 120"),
     ],
 )
 def test_values_that_hold_no_image(tmp_path, array, found):
     assert found in refusal(save_nifti(tmp_path / "a.nii.gz", array)).found
+
+
+def test_whole_numbers_that_no_float_holds_are_refused(tmp_path):
+    zarr.save_array(str(tmp_path / "a.zarr"), phantom().astype(np.int64) + 2**60)
+    assert "2^53" in refusal(tmp_path / "a.zarr").expected
 
 
 def test_nonfinite_background_by_policy(tmp_path):
@@ -331,6 +506,42 @@ def test_a_label_in_another_orientation_is_turned_onto_its_image(tmp_path):
     save_nifti(tmp_path / "labels" / "case_00.nii.gz", disc()[:, :, ::-1], flipped)
     ready = prepare(discover(tmp_path).items[0], IngestPolicy())
     np.testing.assert_array_equal(ready.label_DHW, disc())
+
+
+def test_a_label_without_a_header_lies_as_its_images_voxels_do(tmp_path):
+    """Turned by the header that is to be ignored, it would be the image's mirror image."""
+    affine = np.array([[-1.5, 0, 0, 80], [0, -1.25, 0, 70], [0, 0, 2.0, -40], [0, 0, 0, 1]])
+    save_nifti(tmp_path / "images" / "a.nii.gz", phantom(), affine)
+    save_nifti(tmp_path / "labels" / "a.nii.gz", disc(), np.eye(4))
+    item = discover(tmp_path).items[0]
+    ready = prepare(item, IngestPolicy(label_affine="ignore"))
+    np.testing.assert_array_equal(ready.stored_CDHW[0], phantom()[:, ::-1, ::-1])
+    np.testing.assert_array_equal(ready.label_DHW, disc()[:, ::-1, ::-1])
+    assert any("label affine ignored" in note for note in ready.notes)
+    save_nifti(tmp_path / "images" / "a.nii.gz", phantom(), AFFINE)  # other axes altogether
+    ready = prepare(item, IngestPolicy(label_affine="ignore"))
+    expected, _ = geometry.canonicalise(disc()[None], AFFINE)
+    np.testing.assert_array_equal(ready.label_DHW, expected[0])
+    # a header that knows its axes and errs a little in its place is believed in its axes
+    near = np.diag([1.5, 1.25, 2, 1])
+    near[:3, 3] = (80 - 13 * 1.5 + 0.3, 70 - 11 * 1.25, -40)
+    save_nifti(tmp_path / "images" / "a.nii.gz", phantom(), affine)
+    save_nifti(tmp_path / "labels" / "a.nii.gz", disc()[:, ::-1, ::-1], near)
+    ready = prepare(item, IngestPolicy(label_affine="ignore"))
+    np.testing.assert_array_equal(ready.label_DHW, disc()[:, ::-1, ::-1])
+
+
+def test_what_resampling_takes_away_is_said_or_refused(tmp_path):
+    folder(tmp_path, 1)
+    small = disc()
+    small[0, 0, 0] = 7
+    save_nifti(tmp_path / "labels" / "case_00.nii.gz", small)
+    item = discover(tmp_path).items[0]
+    ready = prepare(item, IngestPolicy(spacing_mm=2.0))
+    assert [n for n in ready.notes if "too small" in n] == ["label values too small to be left after resampling: 7"]
+    assert not any("too small" in note for note in prepare(item, IngestPolicy(spacing_mm=0.5)).notes)
+    with pytest.raises(RefusedInput, match="contrast at 50x50x50 mm; found 1 voxels"):
+        prepare(item, IngestPolicy(spacing_mm=50.0))
 
 
 def test_channels_share_one_grid(tmp_path):

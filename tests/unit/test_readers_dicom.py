@@ -246,6 +246,43 @@ def test_frames_at_one_place_stay_in_their_order_whatever_the_last_digits_of_the
     np.testing.assert_array_equal(raw.array_CDHW, np.stack([ARRAY, later]))
 
 
+def test_every_frame_has_a_position(tmp_path):
+    """Else those without one would be left out."""
+    ds = framed(slices(ARRAY), list(range(8)))
+    ds.PerFrameFunctionalGroupsSequence = ds.PerFrameFunctionalGroupsSequence[:6]
+    assert "6 for 8 frames" in refusal(tmp_path, [ds]).found
+
+
+@pytest.mark.parametrize(
+    ("tag", "value"), [("ImagePositionPatient", ["-20", "-30", "nan"]), ("PixelSpacing", ["-1.5", "0.75"])]
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_places_that_are_none_are_refused(tmp_path, tag, value):
+    datasets = slices(ARRAY)
+    for ds in datasets if tag == "PixelSpacing" else datasets[3:4]:
+        setattr(ds, tag, value)
+    assert "without one of them" in refusal(tmp_path, datasets).found
+
+
+def test_stacks_that_lie_side_by_side_are_no_channels(tmp_path):
+    left = slices(ARRAY)
+    right = slices(ARRAY + 7, series=left[0].SeriesInstanceUID)
+    for ds in right:
+        ds.ImagePositionPatient = [10, *ds.ImagePositionPatient[1:]]
+    assert "30.00 mm beside" in refusal(tmp_path, [*left, *right], ReadPolicy(four_d="channels")).found
+
+
+def test_series_of_several_patients_are_refused(tmp_path):
+    """A careless anonymiser gives one series id to all, and their slices would be sorted into one another."""
+    datasets = slices(ARRAY[:4])
+    datasets += slices(ARRAY[4:], [8, 10, 12, 14], patient="P2", series=datasets[0].SeriesInstanceUID)
+    assert "2 patient ids" in refusal(tmp_path, datasets).found
+
+
+def test_numbers_of_colours_are_no_intensities(tmp_path):
+    assert "colour" in refusal(tmp_path, slices(ARRAY, PhotometricInterpretation="PALETTE COLOR")).found
+
+
 def test_directions_that_differ_by_rounding_are_one_direction(tmp_path):
     datasets = slices(ARRAY)
     for k, ds in enumerate(datasets):  # on both sides of where three decimals would be rounded
@@ -281,6 +318,12 @@ def test_a_segmentation_lies_on_its_series(tmp_path):
     wrong = segmentation(moved, label)
     wrong.ReferencedSeriesSequence[0].SeriesInstanceUID = datasets[0].SeriesInstanceUID
     save_dicom(tmp_path / "seg", [wrong])
+    with pytest.raises(RefusedInput, match="pixel for pixel"):
+        prepare(discover(tmp_path).items[0], IngestPolicy())
+    coarser, measures = segmentation(datasets, label), Dataset()
+    measures.PixelSpacing = [3, 1.5]
+    coarser.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence = DicomSequence([measures])
+    save_dicom(tmp_path / "seg", [coarser])
     with pytest.raises(RefusedInput, match="pixel for pixel"):
         prepare(discover(tmp_path).items[0], IngestPolicy())
 
