@@ -12,6 +12,7 @@ copies, percentile copy, stored int16, label); `ReadPolicy.max_voxels` bounds it
 """
 
 import os
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,13 +26,14 @@ from storage.bytestore import ByteStore, open_store
 from storage.deidentify import Pseudonyms, load_salt
 from storage.errors import NotFound, RefusedInput, StoreError
 from storage.ingest_policy import IngestPolicy
-from storage.ingest_publish import check_subjects, publish
+from storage.ingest_publish import check_subjects, folders_of_people, publish
 from storage.ingest_quarantine import QUARANTINE, Quarantined, read_quarantine, write_quarantine
 from storage.ingest_records import (
     base_id,
     claim,
     content_tag,
     dataset_facts,
+    hides,
     record_source,
     recorded,
     side_key,
@@ -41,7 +43,7 @@ from storage.ingest_records import (
 from storage.ingest_volume import prepare
 from storage.layout import choose_layout
 from storage.manifest import Manifest, VolumeRecord
-from storage.pairing import IngestItem, Orphan, discover
+from storage.pairing import IngestItem, Orphan, discover, legible, split_name
 from storage.settle import settling, unforced
 from storage.volumewriter import content_sha256, write_volume
 
@@ -227,7 +229,7 @@ def run(
         quarantined=refused,
         orphans=found.orphans,
         ignored=found.ignored,
-        warnings=warnings,
+        warnings=(*warnings, *(folders_of_people(found.items) if policy.subject_pattern is None else ())),
         manifest=manifest,
         bytes_in=sum(o.bytes_in for o in outcomes),
         seconds=time.monotonic() - started,
@@ -242,7 +244,10 @@ def ingest_work(work: Work) -> Outcome:
         parts = [f"expected {error.expected}" if error.expected else "", f"found {error.found}" if error.found else ""]
         reason = "; ".join(part for part in (*parts, error.remedy) if part)
         thing = "" if work.item.kind == "dicom" else _relative_thing(error.thing, work.item)
-        return Outcome(None, Quarantined(work.item.source, work.source, f"{thing}{reason}"), False, _size(work.item))
+        reason = legible(f"{thing}{reason}")
+        if work.item.kind != "dicom" and hides(work.item, work.policy):
+            reason = _without_names(reason, work.item)
+        return Outcome(None, Quarantined(work.item.source, work.source, reason), False, _size(work.item))
     return Outcome(record, None, skipped, 0 if skipped else _size(work.item))
 
 
@@ -340,7 +345,7 @@ def _plan(
         if volume_id in used:  # two names that differ only in characters an id cannot have
             volume_id = f"{volume_id}-{content_tag(source, item.name)}"
         used[volume_id] = source
-        hide = policy.identifiers == "hash" or (policy.identifiers == "auto" and item.kind == "dicom")
+        hide = hides(item, policy)
         subject = pseudonyms.of("subject", item.subject) if hide and pseudonyms else item.subject
         study = pseudonyms.of("study", item.study) if hide and pseudonyms and item.study else item.study
         works.append(Work(item, volume_id, source, subject, study, dst, policy, modality, known.get(source, ())))
@@ -367,9 +372,21 @@ def _progress(outcomes: Sequence[Outcome], total: int, seconds: float) -> Progre
 
 def _relative_thing(thing: str, item: IngestItem) -> str:
     """The name in a message, when it is more than the file itself, without the path to the folder."""
-    root = item.images[0].removesuffix(item.source)
-    name = thing.replace(root, "")
+    root = legible(item.images[0]).removesuffix(item.source)
+    name = legible(thing).replace(root, "")
     return "" if name == item.source else f"{name}: "
+
+
+def _without_names(reason: str, item: IngestItem) -> str:
+    """A reason as it may be stored where names are hidden: file names name people, and libraries quote them too."""
+    root = legible(item.images[0]).removesuffix(item.source)
+    paths = [legible(path) for path in (*item.images, *([item.label] if item.label else []))]
+    names = {item.name, *paths, *(path.removeprefix(root) for path in paths), *(Path(path).name for path in paths)}
+    names |= {split_name(Path(path).name)[0] for path in paths}
+    for name in sorted(names, key=len, reverse=True):
+        if len(name) > 2:  # less names nobody, and is part of many words
+            reason = reason.replace(name, "(a name)")
+    return re.sub(r"\S*[/\\]\S*", "(a path)", reason)  # of other files, or cut off
 
 
 def _size(item: IngestItem) -> int:

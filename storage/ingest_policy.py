@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from storage.readers.raw import ReadPolicy
 
 VERSION = 1
-"""Raised whenever the same source and policy would give other voxels or facts than before."""
+"""Raised, from the first release on, when the same source and policy would give other voxels or facts than before."""
 
 _OUTSIDE = {"split", "seed", "min_subjects", "max_failed", "subject_pattern"}
 

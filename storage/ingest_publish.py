@@ -9,8 +9,10 @@ merges, and replaces the pointer only if nobody else did meanwhile; who comes se
 - maps that were computed meanwhile stay with their volumes, and published subjects keep their split.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import PurePosixPath
 from typing import Any
 
 from storage import splits
@@ -19,6 +21,10 @@ from storage.errors import RefusedInput
 from storage.ingest_policy import IngestPolicy
 from storage.ingest_records import image_digest
 from storage.manifest import Manifest, VolumeRecord, update
+from storage.pairing import IngestItem
+
+_A_FEW = 20
+"""Scans that one person may have."""
 
 
 def publish(
@@ -62,7 +68,7 @@ def publish(
         facts = dict(dataset)
         if kept and latest is not None:
             facts = _joined(latest.dataset, dataset, warnings)
-        earlier = {record.subject: record.split for record in (*before, *there)}
+        earlier = _splits(mine.values(), (*before, *there))
         return Manifest.from_records(_split([*mine.values(), *kept], policy, earlier, store.url, warnings), facts)
 
     return update(store, merged), tuple(warnings)
@@ -84,6 +90,25 @@ def check_subjects(thing: str, subjects: Iterable[str], least: int) -> None:
         )
 
 
+def folders_of_people(items: Iterable[IngestItem]) -> tuple[str, ...]:
+    """A warning where several folders hold a few volumes each, all of which count as subjects of their own.
+
+    Such folders are often a person's, whose scans would come into different splits, and no check can see it.
+    """
+    folders: defaultdict[str, list[str]] = defaultdict(list)
+    for item in items:
+        if item.kind != "dicom" and item.subject == item.name:
+            folders[str(PurePosixPath(item.source).parent)].append(item.source)
+    several = {folder: names for folder, names in folders.items() if len(names) > 1}
+    if len(several) < 2 or max(map(len, several.values())) > _A_FEW:
+        return ()
+    folder, names = min(several.items())
+    return (
+        f"{len(several)} folders hold several volumes that count as different subjects, such as {folder} with "
+        f"{len(names)}: if a folder is one person's, set subject_pattern, or it may be in training and test",
+    )
+
+
 def _settled(records: Iterable[VolumeRecord], there: Sequence[VolumeRecord]) -> dict[str, VolumeRecord]:
     """The run's records by id; of one that is published already, its id and its computed maps."""
     ids = {record.volume_id for record in there}
@@ -102,6 +127,19 @@ def _settled(records: Iterable[VolumeRecord], there: Sequence[VolumeRecord]) -> 
             )
         mine[record.volume_id] = record
     return mine
+
+
+def _splits(mine: Iterable[VolumeRecord], published: Sequence[VolumeRecord]) -> dict[str, str]:
+    """Splits by published subject, and by new names of such: a pattern or new files may rename whose volume it is."""
+    earlier = {record.subject: record.split for record in published}
+    versions = {_version(record): record.split for record in published}
+    renamed: defaultdict[str, set[str]] = defaultdict(set)
+    for record in mine:
+        renamed[record.subject].add(versions.get(_version(record), ""))
+    for subject, found in renamed.items():
+        if len(kept := found - {""}) == 1:  # of several none can be kept
+            earlier.setdefault(subject, kept.pop())
+    return earlier
 
 
 def _version(record: VolumeRecord) -> tuple[str, str, str]:
@@ -133,6 +171,8 @@ def _split(
     """The records with their splits, and notes on equal content."""
     check_subjects(thing, [record.subject for record in records], policy.min_subjects)
     members = [(record.subject, image_digest(record)) for record in records]
+    # Other policies make other voxels of the same file: whoever has its copy under another name is the same person too.
+    members += [(record.subject, f"source {record.source_sha256}") for record in records if record.source_sha256]
     split = splits.assign(members, policy.split, policy.seed, earlier)
     first: dict[str, str] = {}
     again: dict[str, list[str]] = {}
@@ -144,6 +184,12 @@ def _split(
             notes = (*notes, f"same content as {same}")
             again.setdefault(same, []).append(record.volume_id)
         final.append(replace(record, split=split[record.subject], notes=notes))
+    policies: defaultdict[str, set[str]] = defaultdict(set)
+    for record in records:
+        policies[record.source_sha256].add(record.policy)
+    several = [record.volume_id for record in final if record.source_sha256 and len(policies[record.source_sha256]) > 1]
+    if several:
+        warnings.append(f"{len(several)} volumes are of scans that other policies were used for too: {several[0]}, ...")
     for same, ids in again.items():
         named = ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
         warnings.append(f"same content as {same}, and in one split with it: {named}")

@@ -4,6 +4,7 @@ import os
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as DicomSequence
@@ -13,7 +14,7 @@ from storage.deidentify import CODES, NUMBERS, Pseudonyms, allowed_facts, load_s
 from storage.errors import ConfigError
 from storage.ingest_policy import IngestPolicy
 from storage.manifest import Manifest
-from tests.unit.scans import disc, phantom, save_dicom, segmentation, slices
+from tests.unit.scans import disc, phantom, save_dicom, save_nifti, segmentation, slices
 
 SECRETS = [
     "Doe", "Jane", "19610203", "20240517", "MRN-4711", "ACC-0815", "St Elsewhere", "Dr Who", "Baker Street",
@@ -109,8 +110,6 @@ def test_volumes_of_one_patient_stay_together_and_the_salt_decides_the_names(tmp
 
 
 def test_file_names_are_hidden_where_the_policy_says_so(tmp_path):
-    from tests.unit.scans import save_nifti
-
     for name in ("Doe_Jane", "Roe_Richard"):
         save_nifti(tmp_path / "src" / f"{name}.nii.gz", phantom(seed=len(name)))
     (tmp_path / "src" / "Poe_Edgar.nii.gz").write_text("no volume")
@@ -120,6 +119,26 @@ def test_file_names_are_hidden_where_the_policy_says_so(tmp_path):
     data = store_bytes(dst)
     for name in (b"Doe", b"Roe", b"Poe", b"Edgar"):
         assert name not in data
+
+
+def test_reasons_of_refusals_hide_file_names_too(tmp_path):
+    src, dst = tmp_path / "src", tmp_path / "store"
+    for name in ("Doe_Jane", "Roe_Richard", "Poe_Edgar"):
+        save_nifti(src / "Ward" / "images" / f"{name}.nii.gz", phantom(seed=len(name)))
+    save_nifti(src / "Ward" / "labels" / "Doe_Jane.nii.gz", disc() + np.float32(0.5))
+    save_nifti(src / "Ward" / "labels" / "Roe_Richard.nii.gz", disc((10, 12, 13)))
+    (src / "Ward" / "images" / "Moe_Lester.mha").write_text("no volume")
+    parts = "data file: LIST\nCoe_1.raw\nCoe_2.raw\n"
+    kinds = "NRRD0004\ntype: short\ndimension: 3\nsizes: 4 5 2\nencoding: raw\nendian: little\n"
+    (src / "Ward" / "images" / "nobody.nhdr").write_text(f"{kinds}{parts}")
+    policy = IngestPolicy(identifiers="hash", split=(1, 0, 0), min_subjects=1, max_failed=1)
+    report = ingest.run(str(src), dst.as_uri(), policy, pseudonyms=Pseudonyms(b"0123456789abcdef"))
+    assert (report.published, len(report.quarantined)) == (1, 4)
+    data = store_bytes(dst)
+    for name in (b"Doe", b"Roe", b"Poe", b"Moe", b"Coe", b"Ward", bytes(tmp_path)):
+        assert name not in data
+    for reason in (b"0.5 among them", b"the image's shape"):
+        assert reason in (dst / "quarantine.jsonl").read_bytes()
 
 
 def test_free_text_never_passes_the_list():

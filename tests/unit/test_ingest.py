@@ -304,6 +304,39 @@ def test_duplicates_are_noted_and_never_split(src, dst):
     assert run(str(src), dst, HALVES).manifest.fingerprint == report.manifest.fingerprint
 
 
+def test_a_copy_is_never_split_from_its_original_whatever_the_policy(tmp_path, dst):
+    first = run(str(folder(tmp_path / "a", 8, labelled=False)), dst, HALVES)
+    splits = {r.source_sha256: r.split for r in first.manifest.records()}
+    (tmp_path / "a" / "images").rename(tmp_path / "a" / "copies")
+    again = run(str(tmp_path / "a"), dst, HALVES.model_copy(update={"spacing_mm": 2.0}), append=True)
+    assert again.published == 16
+    assert "16 volumes are of scans that other policies were used for too" in again.warnings[0]
+    assert {r.split == splits[r.source_sha256] for r in again.manifest.records()} == {True}
+
+
+def test_folders_that_may_be_people_are_pointed_out(tmp_path, dst):
+    src = tmp_path / "src"
+    for i in range(6):
+        save_nifti(src / f"P{i % 3}" / f"scan_{i}.nii.gz", phantom(seed=i))
+    warnings = run(str(src), dst, HALVES).warnings
+    assert len(warnings) == 1
+    assert "3 folders hold several volumes" in warnings[0]
+    assert "subject_pattern" in warnings[0]
+    assert run(str(src), dst, HALVES.model_copy(update={"subject_pattern": "^P[0-9]"})).warnings == ()
+
+
+def test_volumes_keep_their_split_when_files_beside_them_change_their_subjects_names(tmp_path, dst):
+    src = tmp_path / "src"
+    for i in range(8):
+        save_nifti(src / "imagesTr" / f"case_{i}.nii.gz", phantom(seed=i))
+    before = {r.source: (r.subject, r.split) for r in run(str(src), dst, HALVES).manifest.records()}
+    for i in range(8):
+        save_nifti(src / "imagesTs" / f"case_{i}.nii.gz", phantom(seed=100 + i))
+    after = {r.source: (r.subject, r.split) for r in run(str(src), dst, HALVES).manifest.records()}
+    assert all(after[source][0] != subject for source, (subject, _) in before.items())
+    assert all(after[source][1] == split for source, (_, split) in before.items())
+
+
 def test_a_source_that_changes_while_it_is_read_is_refused(src, dst, monkeypatch):
     """Its digest would be of other bytes than its voxels, and the next run would take it for unchanged."""
     real = ingest.prepare
@@ -441,6 +474,34 @@ def test_resampled_ct_is_rounded_to_one_hounsfield_unit():
     stored, scale, offset = quantise(values, foreground_stats(values), "CT", False, [])
     assert (scale, offset) == (1.0, 0.0)
     np.testing.assert_array_equal(stored.ravel(), [-1000, 1, 300, 3000])
+
+
+def test_ct_that_is_not_in_hounsfield_units_is_not_rounded_to_them():
+    values = np.random.default_rng(0).random((1, 4, 16, 16)).astype(np.float32)
+    notes: list[str] = []
+    stored, scale, offset = quantise(values, foreground_stats(values), "CT", False, notes)
+    np.testing.assert_allclose(stored * scale + offset, values, atol=1e-4)
+    assert "no Hounsfield units" in notes[0]
+
+
+@pytest.mark.parametrize("modality", ["", "CT", "MR"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_no_channel_is_clipped_or_rounded_by_the_scale_of_another(modality, order):
+    """CT and PET, say: by the first's robust range the other would be flat."""
+    draw = np.random.default_rng(0)
+    ct, pet = draw.uniform(-1000, 1500, (4, 16, 16)), draw.gamma(2.0, 1.5, (4, 16, 16))
+    values = np.stack([ct, pet][::order]).astype(np.float32)
+    notes: list[str] = []
+    stored, scale, offset = quantise(values, foreground_stats(values[0]), modality, False, notes)
+    np.testing.assert_array_equal(stored * scale + offset, values)
+    assert stored.dtype == np.float32
+    assert "float32" in notes[0]
+    values[1] = values[0] * np.float32(0.9) + 1
+    stored, scale, offset = quantise(values, foreground_stats(values[0]), modality, False, [])
+    assert stored.dtype == np.int16
+    for channel, back in zip(values, stored.astype(np.float64) * scale + offset, strict=True):
+        stats = foreground_stats(channel)
+        assert np.abs(back - channel).max() <= 1e-4 * (stats["p99_5"] - stats["p0_5"])
 
 
 def test_float32_by_policy(src, dst):
