@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.losses.dice import DiceCELoss
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
@@ -122,6 +121,8 @@ def train_segmenter(
         device: Where to train.
         on_epoch: Called after each epoch, counted from 1; may raise to stop.
     """
+    from monai.losses.dice import DiceCELoss  # seconds to import, which a search's driver need not spend
+
     module = _module(network).to(device).train()
     role = RoleSpec(
         name="patch",

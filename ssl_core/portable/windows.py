@@ -1,12 +1,13 @@
-"""Sliding windows over a whole volume, blended with Gaussian weights."""
+"""Sliding windows over a whole volume, blended with Gaussian weights.
+
+MONAI, which takes seconds to import, is imported when a volume is computed: jobs that only plan import this too.
+"""
 
 from collections.abc import Callable, Iterator
 from itertools import product
 
 import numpy as np
 import torch
-from monai.data.utils import compute_importance_map
-from monai.inferers.utils import sliding_window_inference
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -57,6 +58,8 @@ def slide(
         overlap: Share of a window that its neighbour covers again.
         batch: Windows computed at once.
     """
+    from monai.inferers.utils import sliding_window_inference
+
     larger, inside = padded(image_CDHW, window_DHW, air_C)
     with torch.inference_mode():
         logits = sliding_window_inference(
@@ -97,6 +100,8 @@ def slide_features(
         stride_DHW: Input voxels between features.
         device: Where windows are computed.
     """
+    from monai.data.utils import compute_importance_map
+
     shape = image_CDHW.shape[1:]
     size = [max(w, -(-n // s) * s) for n, w, s in zip(shape, window_DHW, stride_DHW, strict=True)]
     larger = np.empty((image_CDHW.shape[0], *size), np.float32)

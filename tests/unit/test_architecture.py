@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,13 @@ def test_imports_run_one_way(package: str) -> None:
         if (bad := set(imported(path)) & FORBIDDEN[package])
     }
     assert not wrong
+
+
+def test_who_only_plans_does_not_wait_for_monai() -> None:
+    """Its import takes longer than that of all else together; clients, drivers and controllers have no use for it."""
+    program = "import sys, jobs.pretrain_loop, jobs.tune, jobs.superpixels; print('monai' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_portable_code_needs_only_what_a_bare_environment_has() -> None:
