@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from jobs import interrupts
 from jobs.commands import bench, data, demo, models, stack, submit, train
+from jobs.tracking import in_our_words
 from storage.errors import TomoscaleError
 
 # What was expected, and what to do, where the system itself says no.
@@ -49,21 +50,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int | None = arguments.run(arguments)
         sys.stdout.flush()  # a reader that went away shows here, and not when the interpreter ends
         return code or 0
-    except TomoscaleError as error:
-        print(f"tomoscale: {error}", file=sys.stderr)
-        if os.environ.get("TOMOSCALE_TRACEBACK"):
-            traceback.print_exc()
-        return error.exit_code
     except KeyboardInterrupt:
         print("tomoscale: interrupted", file=sys.stderr)
         return 130
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_gone():
             return 128 + signal.SIGPIPE  # as with `| head`: nothing to say, and nobody to say it to
-        print(f"tomoscale: {_of_the_system(error)}", file=sys.stderr)
-        if os.environ.get("TOMOSCALE_TRACEBACK"):
-            traceback.print_exc()
-        return 1
+        return _failed(_of_the_system(error), 1)
+    except Exception as error:
+        said = error if isinstance(error, TomoscaleError) else in_our_words(error)
+        if said is None:
+            raise
+        return _failed(str(said), said.exit_code)
+
+
+def _failed(message: str, code: int) -> int:
+    print(f"tomoscale: {message}", file=sys.stderr)
+    if os.environ.get("TOMOSCALE_TRACEBACK"):
+        traceback.print_exc()
+    return code
 
 
 def _of_the_system(error: OSError) -> str:

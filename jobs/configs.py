@@ -1,21 +1,46 @@
 """The configurations of the jobs: what a YAML file given to `tomoscale` may say.
 
-Every model is frozen and closed to unknown keys; `tomoscale plan CONFIG` prints the resolved form.
+Every model is frozen and closed to unknown keys; `tomoscale plan KIND CONFIG` prints the resolved form.
 """
 
-from typing import Any, Self
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 import ssl_core.methods  # noqa: F401  registers the methods that `method.name` may name
+from jobs.tracking import flatten
 from ssl_core.config import Config, parse, resolved
 from ssl_core.engine import EngineConfig
 from ssl_core.finetune import FinetuneConfig
 from ssl_core.intensity import IntensityPolicy
 from ssl_core.methods.base import MethodConfig, method_class
 from ssl_core.superpixel_settings import Superpixels
+from storage.bytestore import refuse_credentials
 from storage.errors import ConfigError
 from storage.ingest_policy import IngestPolicy
+
+
+def _without_credentials(url: str) -> str:
+    refuse_credentials(url)
+    return url
+
+
+# Refused before a configuration is printed, sent or logged.
+Url = Annotated[str, AfterValidator(_without_credentials)]
+
+
+def changed(config: Config, before: Mapping[str, Any], free: Collection[str]) -> dict[str, str]:
+    """Settings that are not what they were, by dotted key, each as a line; those in groups named `free` may change.
+
+    Args:
+        config: What is asked for now.
+        before: What was asked for then, as `ssl_core.config.resolved` gave it; where nobody kept it, nothing is said.
+        free: Keys of the first level.
+    """
+    now, then = flatten(resolved(config)) if before else {}, flatten(before)
+    keys = [key for key in {**then, **now} if key.partition(".")[0] not in free and now.get(key) != then.get(key)]
+    return {key: f"{key}={now.get(key)} (was {then.get(key)})" for key in keys}
 
 
 class BackboneConfig(Config):
@@ -44,10 +69,21 @@ class ClusterConfig(Config):
     """What a job asks of the cluster."""
 
     workers: int = Field(2, ge=1, description="training workers")
-    min_workers: int | None = Field(None, ge=1, description="elastic lower bound; the job runs with what there is")
+    min_workers: int | None = Field(
+        None,
+        ge=1,
+        description="elastic: the job runs with what there is, from this many to `workers`, as far as the number"
+        " divides `stream.global_batch` and `stream.lanes`; exactly `workers` when empty",
+    )
     cpus_per_worker: float = Field(1, gt=0, description="logical CPUs of a worker")
-    gpu: bool = Field(False, description="one GPU a worker")
+    gpu: bool = Field(False, description="one GPU a worker; without it training is on the CPU")
     max_failures: int = Field(5, ge=-1, description="worker-group restarts before the job fails; -1 is no limit")
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers ({self.min_workers}) to be at most workers ({self.workers})")
+        return self
 
 
 class IngestConfig(Config):
@@ -55,7 +91,7 @@ class IngestConfig(Config):
 
     name: str = Field("ingest", description="name of the job", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     source: str = Field(description="folder of volumes that the nodes can see, or `simulated`")
-    data: str = Field(description="URL of the store")
+    data: Url = Field(description="URL of the store")
     policy: IngestPolicy = IngestPolicy()
     append: bool = Field(False, description="keep published volumes that the source does not hold")
 
@@ -64,7 +100,7 @@ class SuperpixelConfig(Config):
     """A job that computes super-pixels beside the images of a store."""
 
     name: str = Field("superpixels", description="name of the job", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    data: str = Field(description="URL of an ingested store")
+    data: Url = Field(description="URL of an ingested store")
     superpixels: Superpixels = Superpixels()
 
 
@@ -93,12 +129,12 @@ class PretrainConfig(Config):
     """
 
     name: str = Field(description="name of the job; the same name resumes", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    data: str = Field(description="URL of an ingested store, such as s3://volumes/hippocampus")
+    data: Url = Field(description="URL of an ingested store, such as s3://volumes/hippocampus")
     fingerprint: str | None = Field(None, description="manifest to pin; the latest when empty")
     source: str | None = Field(
         None, description="folder to ingest when the store has no manifest yet, or `simulated` for the embedded cohort"
     )
-    runs: str = Field("s3://runs", description="URL below which checkpoints are written")
+    runs: Url = Field("s3://runs", description="URL below which checkpoints are written")
     experiment: str = Field("tomoscale", description="MLflow experiment")
     model: str | None = Field(None, description="registered model name; the job's name when empty")
     method: dict[str, Any] = Field(default_factory=lambda: {"name": "pgl"}, description="method name and its settings")
@@ -162,7 +198,7 @@ def _with_a_network(starts: tuple[str, ...]) -> tuple[str, ...]:
 class LabelledConfig(Config):
     """Which labelled subjects a fine-tuning sees; subject-level splits of the manifest throughout."""
 
-    data: str = Field(description="URL of an ingested store with labels")
+    data: Url = Field(description="URL of an ingested store with labels")
     fingerprint: str | None = Field(None, description="manifest to pin; the latest when empty")
     label: str = Field("label", description="name of the label map")
     subjects: int = Field(8, ge=2, description="labelled training subjects to use, drawn by `subjects_seed`")
@@ -178,17 +214,26 @@ class LabelledConfig(Config):
 
 
 class SearchSpace(Config):
-    """Ranges of the search; a pair is drawn log-uniformly, a list of choices uniformly."""
+    """Ranges of the search."""
 
-    lr: tuple[float, float] = (3e-4, 1e-2)
-    encoder_lr_scale: tuple[float, ...] = (0.1, 0.3, 1.0)
+    lr: tuple[float, float] = Field((3e-4, 1e-2), description="`finetune.lr`: lowest and highest, drawn log-uniformly")
+    encoder_lr_scale: tuple[float, ...] = Field(
+        (0.1, 0.3, 1.0), min_length=1, description="`finetune.encoder_lr_scale`: the choices, drawn uniformly"
+    )
+
+    @field_validator("lr")
+    @classmethod
+    def _check_lr(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("two numbers above 0, the lower first")
+        return value
 
 
 class TuneConfig(Config):
     """A search over fine-tuning settings with early stopping on each epoch's metric."""
 
     name: str = Field(description="name of the search; the same name resumes", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    runs: str = Field("s3://runs", description="URL below which the search's state is written")
+    runs: Url = Field("s3://runs", description="URL below which the search's state is written")
     experiment: str = Field("tomoscale", description="MLflow experiment")
     encoders: tuple[str, ...] = Field(
         description="model URIs to start from, or `none` for random weights of the first one's network; a dimension of"
@@ -200,7 +245,7 @@ class TuneConfig(Config):
     trials: int = Field(6, ge=1, description="trials in all")
     concurrent: int = Field(2, ge=1, description="trials at a time")
     cpus_per_trial: float = Field(1, gt=0, description="logical CPUs of a trial")
-    gpus_per_trial: float = Field(0, ge=0, description="GPUs of a trial")
+    gpus_per_trial: float = Field(0, ge=0, description="GPUs of a trial; without one it trains on the CPU")
     grace_epochs: int = Field(1, ge=1, description="ASHA: epochs before a trial may be stopped")
     reduction: int = Field(2, ge=2, description="ASHA: one in this many goes on at each rung")
     seed: int = Field(0, description="seed of the searcher")
@@ -215,15 +260,15 @@ class FinetuneJobConfig(Config):
     """Fine-tuning from each start with each seed, evaluated per case on the held-out split."""
 
     name: str = Field(description="name of the job", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    runs: str = Field("s3://runs", description="URL below which results are written")
+    runs: Url = Field("s3://runs", description="URL below which results are written")
     experiment: str = Field("tomoscale", description="MLflow experiment")
     starts: dict[str, str] = Field(description="name of a start to a model URI, or `none` for random weights")
     labelled: LabelledConfig
     finetune: FinetuneConfig = FinetuneConfig()
-    seeds: tuple[int, ...] = Field((0, 1, 2), description="seeds of each start")
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="seeds of each start, all different")
     concurrent: int = Field(2, ge=1, description="trainings at a time")
     cpus_per_run: float = Field(1, gt=0, description="logical CPUs of a training")
-    gpus_per_run: float = Field(0, ge=0, description="GPUs of a training")
+    gpus_per_run: float = Field(0, ge=0, description="GPUs of a training; without one it trains on the CPU")
     model: str | None = Field(None, description="registered name of the segmenter; the job's name when empty")
     register_start: str | None = Field(None, description="start whose first seed is registered; the first when empty")
     nsd_tolerance_mm: float = Field(1.0, gt=0, description="tolerance of the normalised surface Dice")
@@ -232,6 +277,13 @@ class FinetuneJobConfig(Config):
     @classmethod
     def _check_starts(cls, value: dict[str, str]) -> dict[str, str]:
         _with_a_network(tuple(value.values()))
+        return value
+
+    @field_validator("seeds")
+    @classmethod
+    def _check_seeds(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("different seeds")
         return value
 
     @model_validator(mode="after")

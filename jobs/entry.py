@@ -6,11 +6,13 @@ import logging
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jobs.tracking import in_our_words
 from ssl_core.config import Config
 from ssl_core.config import load as load_config
 from storage.bytestore import join, open_store
@@ -43,12 +45,17 @@ def guarded(main: Callable[[Sequence[str]], int]) -> int:
     quiet()
     try:
         return main(sys.argv[1:])
-    except TomoscaleError as error:
-        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
+    except Exception as error:
+        said = error if isinstance(error, TomoscaleError) else in_our_words(error)
+        if said is None:
+            raise
+        print(f"{Path(sys.argv[0]).stem}: {said}", file=sys.stderr, flush=True)
+        if os.environ.get("TOMOSCALE_TRACEBACK"):
+            traceback.print_exc()
+        return said.exit_code
 
 
 def quiet() -> None:
@@ -92,6 +99,14 @@ def end_run(api: Any, run_id: str, status: str, tries: int = 6) -> None:
                 time.sleep(5)
         else:
             return
+
+
+def end_failed(api: Any, run_id: str, error: BaseException) -> None:
+    """End the run of a job that an error ended: as killed where somebody stopped it, else as failed.
+
+    `jobs stop` sends SIGTERM, which Ray turns into SystemExit in a driver.
+    """
+    end_run(api, run_id, "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
 
 
 def write_result(runs: str, name: str, result: dict[str, Any]) -> None:

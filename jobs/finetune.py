@@ -22,6 +22,7 @@ from jobs.configs import FinetuneJobConfig, LabelledConfig
 from ssl_core.config import parse, resolved
 from ssl_core.finetune import FinetuneConfig
 from storage.bytestore import join, open_store
+from storage.errors import ConfigError
 
 
 @dataclasses.dataclass
@@ -45,6 +46,7 @@ def train_once(
     seed: int,
     on_epoch: Callable[[int, dict[str, float]], None] = lambda _epoch, _metrics: None,
     like: str,
+    gpu: bool = False,
 ) -> Trained:
     """One training in this process.
 
@@ -55,6 +57,7 @@ def train_once(
         seed: Seed of weights, crops and augmentations.
         on_epoch: Hears each epoch's metrics.
         like: Encoder whose network and preprocessing are used when `start` is `none`.
+        gpu: Whether to train on a GPU.
     """
     import torch
 
@@ -66,7 +69,7 @@ def train_once(
 
     entry.quiet()
     torch.manual_seed(seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_for(gpu)
     manifest = Manifest.open(labelled.data, labelled.fingerprint)
     subjects = split.draw(manifest, labelled)
     store = VolumeStore(labelled.data, manifest)
@@ -99,6 +102,24 @@ def train_once(
     return Trained(network, store, subjects, labels, encoder, history, device)
 
 
+def device_for(gpu: bool) -> Any:
+    """Where to train: on a GPU where one was asked for. Ray hides none from tasks that did not ask.
+
+    Raises:
+        ConfigError: one was asked for, and torch sees none.
+    """
+    import torch
+
+    if gpu and not torch.cuda.is_available():
+        raise ConfigError(
+            "GPUs of a training",
+            expected="a build of torch that sees the one that it was given",
+            found=f"torch {torch.__version__}, which sees none",
+            remedy="install a build with CUDA on the nodes, or ask for 0",
+        )
+    return torch.device("cuda" if gpu else "cpu")
+
+
 def one(payload: dict[str, Any], start: str, seed: int) -> dict[str, Any]:
     """Task: train from a start with a seed, score every test case, and write the bundle when it is the chosen one."""
     from ssl_core.finetune import score_volumes
@@ -106,7 +127,14 @@ def one(payload: dict[str, Any], start: str, seed: int) -> dict[str, Any]:
     config = parse(FinetuneJobConfig, payload["config"])
     began = time.monotonic()
     like = next(uri for uri in config.starts.values() if uri != "none")
-    trained = train_once(config.labelled, config.finetune, start=config.starts[start], seed=seed, like=like)
+    trained = train_once(
+        config.labelled,
+        config.finetune,
+        start=config.starts[start],
+        seed=seed,
+        like=like,
+        gpu=config.gpus_per_run > 0,
+    )
     cases = []
     for index, scores in score_volumes(
         trained.network,
@@ -202,7 +230,7 @@ def main(argv: Sequence[str]) -> int:
         summary = summarise(config, results)
         entry.write_result(config.runs, config.name, {**summary, "run_id": run_id, "seconds": time.monotonic() - began})
     except BaseException as error:
-        entry.end_run(api, run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        entry.end_failed(api, run_id, error)
         raise
     entry.end_run(api, run_id, "FINISHED")
     print(summary["test"]["statement"], flush=True)

@@ -86,8 +86,11 @@ def ingest(
         append: Keep published volumes that `source` does not hold.
         say: Hears the summary, orphans and refusals by name.
     """
+    mapper = partial(ray_map, lost=unread) if ray.is_initialized() else map_threads
     if source == SIMULATED:
         from storage import cohort
+
+        mapper = map_threads  # the folder is in this node's cache, where tasks on other nodes would not find it
 
         say("making SIMULATED subjects from a head template")
         source = str(cohort.ensure())
@@ -98,7 +101,6 @@ def ingest(
             bar.append(Bar("ingest", p.total, "volumes"))
         bar[0].update(p.done, f"{p.mb_per_s:.1f} MB/s")
 
-    mapper = partial(ray_map, lost=unread) if ray.is_initialized() else map_threads
     report = run(source, data, policy, mapper=mapper, progress=progress, append=append)
     say(describe(report, data))
     return report

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from jobs import registry
-from jobs.configs import FinetuneJobConfig, LabelledConfig, TuneConfig
+from jobs.configs import FinetuneJobConfig, LabelledConfig, TuneConfig, changed
 from ssl_core.config import digest, parse, resolved
 from storage.bytestore import join, open_store
 from storage.errors import ConfigError, NotFound
@@ -36,7 +36,7 @@ def pinned(config: J) -> J:
         kept = json.loads(store.get(KEY))
     except NotFound:
         fixed = _fixed(config)
-        kept = {"asked": asked, "config": resolved(fixed)}
+        kept = {"asked": asked, "settings": resolved(config), "config": resolved(fixed)}
         if store.put(KEY, json.dumps(kept).encode(), if_absent=True):
             return fixed
         kept = json.loads(store.get(KEY))  # another start of this job was first
@@ -44,7 +44,7 @@ def pinned(config: J) -> J:
         raise ConfigError(
             f"job {config.name!r}",
             expected=f"the settings that it was started with, kept at {store.url}/{KEY}",
-            found="others",
+            found=", ".join(changed(config, kept.get("settings", {}), _FREE).values()) or "others",
             remedy="choose another name for other settings",
         )
     free = {name: getattr(config, name) for name in plain}

@@ -1,8 +1,8 @@
 """Pre-training as a Ray job: `python -m jobs.pretrain CONFIG [key=value ...]`.
 
 The same name continues the same job after any death: of a worker (Ray Train restarts the group from the last
-checkpoint), of the driver (submit again) or of the store (writes are
-retried for minutes, and the controller is started again).
+checkpoint), of the driver (submit again) or of the store (writes are retried for minutes, and the controller is started
+again).
 """
 
 import json
@@ -23,7 +23,6 @@ from storage.errors import NotFound, StackError, TomoscaleError
 from storage.manifest import Manifest
 
 _CONTROLLER_TRIES = 5
-_START = "start.json"
 
 
 def train_loop(payload: dict[str, Any]) -> None:
@@ -95,8 +94,7 @@ def main(argv: Sequence[str]) -> int:
         with fit(pinned, run_id).as_directory() as directory:
             version = _complete(api, pinned, run_id, Path(directory))
     except BaseException as error:
-        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-        entry.end_run(api, run_id, status)
+        entry.end_failed(api, run_id, error)
         raise
     entry.end_run(api, run_id, "FINISHED")
     print(
@@ -115,20 +113,28 @@ def as_started(config: PretrainConfig) -> PretrainConfig:
     if config.fingerprint is not None:
         return config
     try:
-        kept = json.loads(open_store(join(config.runs, config.name)).get(_START))
+        kept = json.loads(open_store(join(config.runs, config.name)).get(_start(config)))
     except NotFound:
         return config
-    from jobs.pretrain_loop import config_digest
-
-    same = kept["config_digest"] == config_digest(config)
-    return config.model_copy(update={"fingerprint": kept["fingerprint"]}) if same else config
+    return config.model_copy(update={"fingerprint": kept["fingerprint"]})
 
 
 def note_start(config: PretrainConfig, manifest: Manifest) -> None:
-    """Keep at `<runs>/<name>/start.json` what `as_started` looks for."""
+    """Keep below `<runs>/<name>/starts` what `as_started` looks for; what the first start noted stays.
+
+    Each choice of settings has a file of its own, so that a job sent with wrong ones, which its checkpoint refuses,
+    does not take the manifest of the right ones away.
+    """
     from jobs.pretrain_loop import identity
 
-    open_store(join(config.runs, config.name)).put(_START, json.dumps(identity(config, manifest)).encode())
+    note = json.dumps(identity(config, manifest)).encode()
+    open_store(join(config.runs, config.name)).put(_start(config), note, if_absent=True)
+
+
+def _start(config: PretrainConfig) -> str:
+    from jobs.pretrain_loop import config_digest
+
+    return f"starts/{config_digest(config)}.json"
 
 
 def fit(config: PretrainConfig, run_id: str) -> Any:
@@ -144,8 +150,10 @@ def fit(config: PretrainConfig, run_id: str) -> Any:
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
+    from jobs.elastic import share_evenly
     from jobs.failures import FINAL, StopOnFinalErrors
 
+    share_evenly(config.stream.global_batch, config.stream.lanes)
     path, filesystem = storage_for(config.runs)
     need = config.cluster
     workers: Any = need.workers if need.min_workers is None else (need.min_workers, need.workers)

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs.configs import PretrainConfig, ProbeConfig
+from jobs.configs import ClusterConfig, PretrainConfig, ProbeConfig, changed
 from jobs.label_probe import LabelProbe
 from jobs.superpixels import require_superpixels
 from jobs.tracking import Point, point
 from ssl_core import checkpoint
 from ssl_core.backbones.registry import build
-from ssl_core.config import digest
+from ssl_core.config import digest, resolved
 from ssl_core.distributed import Collectives, current
-from ssl_core.engine import Engine, fit
+from ssl_core.engine import Engine, EngineConfig, fit
 from ssl_core.make_views import make_views
 from ssl_core.methods.base import method_class
 from ssl_core.views import ViewBatch, ViewSpec
@@ -33,7 +33,18 @@ from storage.manifest import Manifest
 from storage.stream import CropStream, HostBatch, StreamSpec
 from storage.volumes import VolumeStore
 
-JOURNAL = "journal"
+JOURNAL, SETTINGS = "journal", "settings"
+# What may change under a name. How often to log or save, of `engine`, may too; it says so itself.
+_FREE: dict[str, Any] = {
+    "probe": ProbeConfig(),
+    "runs": "",
+    "experiment": "",
+    "cluster": ClusterConfig(),
+    "name": "n",
+    "source": None,
+    "model": None,
+    "fingerprint": None,
+}
 
 
 @dataclass
@@ -98,19 +109,43 @@ def identity(config: PretrainConfig, manifest: Manifest) -> dict[str, str]:
 
 def config_digest(config: PretrainConfig) -> str:
     """Names the settings that change the result; which manifest is not among them."""
-    neutral = {
-        "probe": ProbeConfig(),
-        "runs": "",
-        "experiment": "",
-        "cluster": {},
-        "name": "n",
-        "source": None,
-        "model": None,
-        "fingerprint": None,
-    }
-    plain = config.model_copy(update={"engine": type(config.engine)(), "cluster": type(config.cluster)()})
-    kept = plain.model_copy(update={k: v for k, v in neutral.items() if k != "cluster"})
+    kept = config.model_copy(update={**_FREE, "engine": EngineConfig()})
     return f"{digest(kept)}-{config.engine.digest()}"
+
+
+def require_same(config: PretrainConfig, manifest: Manifest, meta: dict[str, Any]) -> None:
+    """Refuse to go on from a checkpoint of other settings or other data.
+
+    Raises:
+        ConfigError: names what is other than it was.
+    """
+    who = identity(config, manifest)
+    try:
+        checkpoint.require_same(meta, **who)
+    except ConfigError as error:
+        before = meta.get(SETTINGS, {})
+        lines = changed(config, before, _FREE)
+        found = [line for key, line in lines.items() if not _is_free(config.engine, before, key)]
+        remedy = "choose another name for other settings"
+        if (other := meta["fingerprint"]) != who["fingerprint"]:
+            found.append(f"manifest {who['fingerprint']} (was {other})")
+            remedy += f"; fingerprint={other} goes on with the data that it had"
+        raise ConfigError(
+            f"job {config.name!r}",
+            expected="the settings and the data that its checkpoint was made with",
+            found=", ".join(found) or error.found,
+            remedy=remedy,
+        ) from error
+
+
+def _is_free(engine: EngineConfig, before: dict[str, Any], key: str) -> bool:
+    """Whether a setting of the engine changes nothing that its digest names."""
+    group, _, name = key.partition(".")
+    if group != "engine" or name not in before[group]:
+        return False
+    value = before[group][name]
+    as_it_was = {name: tuple(value) if isinstance(value, list) else value}
+    return engine.model_copy(update=as_it_was).digest() == engine.digest()
 
 
 def build_engine(config: PretrainConfig, device: torch.device) -> Engine:
@@ -163,7 +198,7 @@ def run(
     record, journal = SampleRecord(), list[Point]()
     if restore is not None:
         state, meta = checkpoint.load(restore)
-        checkpoint.require_same(meta, **who)
+        require_same(config, manifest, meta)
         engine.load_state_dict(state)
         record.value = meta["samples"]
         journal = [Point.from_json(item) for item in meta[JOURNAL]]
@@ -221,6 +256,7 @@ def run(
             "stream": {"seed": spec.seed, "next": step * spec.global_batch},
             "samples": record.value,
             JOURNAL: [item.to_json() for item in journal],
+            SETTINGS: resolved(config),
         }
         with tempfile.TemporaryDirectory(prefix="tomoscale-") as folder:
             directory = checkpoint.save(Path(folder) / "checkpoint", state, facts)

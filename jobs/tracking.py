@@ -8,6 +8,7 @@ when training ends. What the server already has is asked, never assumed, so each
 import os
 import queue
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -80,6 +81,19 @@ def client() -> Any:
     return api
 
 
+def in_our_words(error: Exception) -> StackError | None:
+    """What MLflow refused or failed to do; None for an error that is not MLflow's."""
+    loaded = sys.modules.get("mlflow.exceptions")  # nothing of MLflow's was raised where it was not imported
+    if loaded is None or not isinstance(error, loaded.MlflowException):
+        return None
+    return StackError(
+        f"MLflow at {os.environ.get('MLFLOW_TRACKING_URI', '')}",
+        expected="the request to be accepted",
+        found=" ".join(str(error).split())[:300],
+        remedy="`tomoscale doctor` says whether it answers; a user without the right to change a model asks its owner",
+    )
+
+
 _REMEDY = "start the local stack with `tomoscale up`, or set MLFLOW_TRACKING_URI and its credentials"
 
 
@@ -110,11 +124,11 @@ def open_run(
         )
     experiment_id = found.experiment_id if found else api.create_experiment(experiment)
     identity = {"tomoscale.job": name, "tomoscale.kind": kind}
+    if parent:  # children of two jobs may have one name: `a-b` and `c` of one, `a` and `b-c` of another
+        identity["mlflow.parentRunId"] = parent
     query = " and ".join(f"tags.`{k}` = {_quoted(v)}" for k, v in identity.items())
     runs = api.search_runs([experiment_id], query, max_results=1)
     all_tags = {**identity, **_code_tags(), **tags}
-    if parent:
-        all_tags["mlflow.parentRunId"] = parent
     if runs:
         run_id: str = runs[0].info.run_id
         api.update_run(run_id, status="RUNNING")

@@ -40,6 +40,7 @@ def trial(settings: dict[str, Any], payload: dict[str, Any]) -> None:
         seed=config.seed,
         on_epoch=on_epoch,
         like=next(uri for uri in config.encoders if uri != "none"),
+        gpu=config.gpus_per_trial > 0,
     )
 
 
@@ -68,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
         _log(api, config, run_id, summary, results)
         entry.write_result(config.runs, config.name, {**summary, "run_id": run_id, "seconds": time.monotonic() - began})
     except BaseException as error:
-        entry.end_run(api, run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        entry.end_failed(api, run_id, error)
         raise
     entry.end_run(api, run_id, "FINISHED")
     print(f"best: {summary['chosen']}", flush=True)

@@ -22,8 +22,8 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         "overhead", help="Ray Train beside torchrun: step time and data wait, two processes each"
     )
     overhead.add_argument("data", help="URL of an ingested store")
-    overhead.add_argument("--rounds", type=int, default=3)
-    overhead.add_argument("--steps", type=int, default=60)
+    overhead.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of each (default 3)")
+    overhead.add_argument("--steps", type=int, default=60, metavar="N", help="steps of a run (default 60)")
     overhead.add_argument("--address", metavar="URL", help="job server; the local stack's when empty")
     on_device = [(action, partial(_on_device, runner)) for action, runner in device_benchmarks(names)]
     on_device.append((bench_learn.add(names), partial(_on_device, bench_learn.measure)))
@@ -60,10 +60,6 @@ def _overhead(arguments: argparse.Namespace) -> int:
 def _write(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
         path.write_text(json.dumps(result, indent=1), encoding="utf-8")
-
-
-def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
 
 
 def _say(line: str) -> None:

@@ -155,7 +155,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _predict(arguments: argparse.Namespace) -> int:
     if not arguments.output.name.endswith((".nii", ".nii.gz")):
         raise ConfigError(
-            str(arguments.output), expected="a name that ends in .nii or .nii.gz", found=arguments.output.suffix
+            "output",
+            expected="a name that ends in .nii or .nii.gz",
+            found=str(arguments.output),
+            remedy="give a mask such a name",
         )
     if not arguments.input.is_file():
         raise ConfigError(str(arguments.input), expected="a NIfTI file", found="no such file", remedy="check the path")

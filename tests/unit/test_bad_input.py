@@ -411,7 +411,9 @@ def test_prediction_of_a_damaged_file(
     assert not (tmp_path / "mask.nii.gz").exists()
 
 
-@pytest.mark.parametrize(("name", "parts"), [("mask.txt", (".nii.gz",)), ("absent/mask.nii.gz", ("absent", "folder"))])
+@pytest.mark.parametrize(
+    ("name", "parts"), [("mask", (".nii.gz", "found ")), ("absent/mask.nii.gz", ("absent", "folder"))]
+)
 def test_prediction_to_nowhere(
     command: Command, tmp_path: Path, segmenter: Path, name: str, parts: tuple[str, ...]
 ) -> None:

@@ -249,6 +249,21 @@ def test_an_error_of_the_system_says_what_to_do(
     assert "give another place" in err
 
 
+def test_what_mlflow_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from mlflow.exceptions import RestException
+
+    def fail(arguments: argparse.Namespace) -> int:
+        raise RestException({"error_code": "PERMISSION_DENIED", "message": "no right to\nset an alias"})
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    monkeypatch.setattr("jobs.commands.train._methods", fail)
+    assert cli.main(["methods"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("tomoscale: MLflow at http://mlflow:5000; expected")
+    assert "PERMISSION_DENIED: no right to set an alias" in err
+    assert err.count("\n") == 1
+
+
 def test_an_error_of_the_system_is_one_line_with_the_file(capsys: pytest.CaptureFixture[str]) -> None:
     with tempfile.NamedTemporaryFile(dir="/tmp") as file:  # short: the folder of a stack may not be longer
         assert cli.main(["up", "--state", f"{file.name}/below"]) == 1

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from jobs import cli, presets
-from jobs.configs import FinetuneJobConfig, PretrainConfig, TuneConfig
-from ssl_core.config import digest, dump_yaml, load, parse, resolved
+from jobs.configs import FinetuneJobConfig, IngestConfig, PretrainConfig, TuneConfig
+from ssl_core.config import Config, digest, dump_yaml, load, parse, resolved
 from storage.errors import ConfigError
 
 
@@ -28,6 +28,7 @@ def plan(**changes: Any) -> dict[str, Any]:
         (plan(engine={"lr": "fast"}), "lr"),
         (plan(stream={"global_batch": 9}), "multiples of cluster.workers"),
         (plan(name="../x"), "name"),
+        (plan(cluster={"workers": 2, "min_workers": 3}), "min_workers (3) to be at most workers (2)"),
         ({"data": "x"}, "name"),
     ],
 )
@@ -94,3 +95,39 @@ def test_a_method_page_lists_every_setting_with_its_source(capsys: pytest.Captur
     assert "feature_level" in page
     assert "our choice" in page
     assert cli.main(["methods", "nope"]) == 2
+
+
+LABELLED = {"data": "memory://x"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "hint"),
+    [
+        (TuneConfig, {"encoders": ["models:/e@candidate"], "space": {"lr": [0.1, 0.01]}}, "the lower first"),
+        (TuneConfig, {"encoders": ["models:/e@candidate"], "space": {"lr": [0, 0.01]}}, "above 0"),
+        (TuneConfig, {"encoders": ["models:/e@candidate"], "space": {"encoder_lr_scale": []}}, "at least 1"),
+        (TuneConfig, {"encoders": []}, "at least one model URI"),
+        (FinetuneJobConfig, {"starts": {"a": "models:/e@candidate"}, "seeds": [0, 0]}, "different seeds"),
+        (FinetuneJobConfig, {"starts": {"a": "models:/e@candidate"}, "seeds": []}, "at least 1"),
+    ],
+)
+def test_what_would_fail_in_the_middle_of_a_job_is_refused_before(
+    kind: type[TuneConfig] | type[FinetuneJobConfig], data: dict[str, Any], hint: str
+) -> None:
+    with pytest.raises(ConfigError, match=hint):
+        parse(kind, {"name": "n", "labelled": LABELLED, **data})
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        (PretrainConfig, {"data": "https://me:hush-hush@host/store"}),
+        (PretrainConfig, {"data": "memory://x", "runs": "s3://KEY:hush-hush@bucket"}),
+        (TuneConfig, {"encoders": ["models:/e@candidate"], "labelled": {"data": "s3://KEY:hush-hush@b"}}),
+        (IngestConfig, {"source": "simulated", "data": "s3://KEY:hush-hush@b"}),
+    ],
+)
+def test_a_password_in_a_url_is_refused_and_not_repeated(kind: type[Config], data: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="without credentials") as caught:
+        parse(kind, {"name": "n", **data})
+    assert "hush" not in str(caught.value)

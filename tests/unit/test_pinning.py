@@ -27,8 +27,9 @@ def test_the_manifest_of_the_first_start_stays() -> None:
     again = pinned(config(concurrent=7))
     assert again.labelled.fingerprint == first
     assert again.concurrent == 7, "how many at a time is free"
-    with pytest.raises(ConfigError, match="choose another name"):
-        pinned(config(seed=3))
+    with pytest.raises(ConfigError, match="choose another name") as caught:
+        pinned(config(seed=3, concurrent=9, space={"lr": [0.1, 0.2]}))
+    assert caught.value.found == "space.lr=[0.1, 0.2] (was [0.0003, 0.01]), seed=3 (was 0)"
     assert pinned(config(name="other")).labelled.fingerprint != first
 
 

@@ -19,6 +19,7 @@ from ssl_core.probes import CollapseWarning
 from ssl_core.testing_views import synthetic_views
 from ssl_core.views import ViewSpec
 from storage.errors import ConfigError
+from storage.manifest import Manifest
 from storage.volumes import VolumeStore
 from tests.phantoms import write_phantoms
 
@@ -87,12 +88,20 @@ def test_a_resume_with_other_settings_or_other_data_is_refused(data: str, tmp_pa
     job = config(data, "simclr")
     train(job, tmp_path / "a")
     kept = tmp_path / "a" / "step-4"
-    with pytest.raises(ConfigError, match="config_digest"):
-        train(config(data, "simclr", lr=3e-4), tmp_path / "b", kept)
+    with pytest.raises(ConfigError) as caught:
+        train(config(data, "simclr", lr=3e-4, log_every=3), tmp_path / "b", kept)
+    assert caught.value.found == f"engine.lr=0.0003 (was {job.engine.lr})", "how often to log is free"
+    assert "another name" in caught.value.remedy
     other = f"file://{tmp_path / 'other'}"
     write_phantoms(other, 8, seed=1)
-    with pytest.raises(ConfigError, match="fingerprint|config_digest"):
+    with pytest.raises(ConfigError) as caught:
         train(config(other, "simclr"), tmp_path / "b", kept)
+    assert f"data={other} (was {data}), manifest " in caught.value.found
+    train(config(other, "simclr"), tmp_path / "c")
+    first = Manifest.open(other).fingerprint
+    write_phantoms(other, 9, seed=1)
+    with pytest.raises(ConfigError, match=rf"; found manifest \w+ \(was {first}\); .*; fingerprint={first} goes on"):
+        train(config(other, "simclr"), tmp_path / "b", tmp_path / "c" / "step-4")
 
 
 def test_where_and_how_often_are_not_part_of_the_identity(data: str) -> None:

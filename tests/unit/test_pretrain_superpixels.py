@@ -137,7 +137,12 @@ def test_a_job_goes_on_with_its_own_manifest_when_another_has_added_super_pixels
     # Where it is said which manifest, or under other settings, nothing is filled in.
     latest = Manifest.open(data).fingerprint
     assert as_started(config(data, method=plain, runs=runs, fingerprint=latest)).fingerprint == latest
-    assert as_started(config(data, runs=runs)).fingerprint is None
+    wrong = config(data, runs=runs)
+    assert as_started(wrong).fingerprint is None
+    # A start with wrong settings under this name, which the checkpoint refuses, changes nothing for the right ones.
+    note_start(wrong, Manifest.open(data))
+    note_start(job, Manifest.open(data))
+    assert as_started(job).fingerprint == started.fingerprint
 
 
 def test_methods_without_super_pixels_ask_for_none(data: str) -> None:

@@ -1,12 +1,16 @@
-"""Errors of a Ray task reach its driver as they were raised."""
+"""What jobs leave to Ray tasks and what not; errors of a task reach its driver as they were raised."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from ray.exceptions import RayTaskError
 
+from jobs.ingest import ingest
 from jobs.ray_session import result_of
+from storage import cohort
 from storage.errors import RefusedInput
+from tests.unit.scans import folder
 
 
 def raised(cause: Exception, monkeypatch: pytest.MonkeyPatch) -> BaseException:
@@ -31,3 +35,15 @@ def test_any_other_error_keeps_the_traceback_of_its_worker(monkeypatch: pytest.M
     error = raised(ZeroDivisionError("division by zero"), monkeypatch)
     assert isinstance(error, RayTaskError)
     assert "File of the worker" in str(error)
+
+
+def test_the_simulated_cohort_is_ingested_on_the_node_that_made_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Tasks on other nodes of a cluster would not find its folder."""
+    made = folder(tmp_path / "made", 3)
+    monkeypatch.setattr(cohort, "ensure", lambda: made)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("jobs.ingest.ray_map", lambda *_arguments, **_more: pytest.fail("sent to Ray"))
+    report = ingest("simulated", f"file://{tmp_path}/store", say=lambda _line: None)
+    assert report.published == 3
