@@ -314,6 +314,7 @@ def down(state_dir: Path | None = None, *, purge: bool = False, progress: Progre
                 (state_dir / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 state_dir.rmdir()  # only when nothing else is in it
+            progress(f"data, logs and secrets in {state_dir} deleted")
     return stopped
 
 

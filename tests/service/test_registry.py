@@ -1,6 +1,7 @@
 """Register, pull, list, promote and load bundles on a real MLflow server."""
 
 import pickletools
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +15,13 @@ from jobs import registry, tracking
 from jobs.registry import Evidence
 from ssl_core.bundle import write_bundle
 from ssl_core.portable import Predictor
+from ssl_core.portable.geometry import to_canonical
 from storage.errors import ConfigError, NotFound, RefusedInput, StackError
 from tests.service.mlflow_server import environment, mlflow_server
 from tests.unit.test_bundle import facts, network, scan
 
 pytestmark = pytest.mark.service
+TUTORIAL = Path(__file__).parents[2] / "docs/tutorial.md"
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +210,26 @@ def test_the_champion_moves_only_to_a_version_that_beat_it(server: str, tmp_path
     assert "champion already" in registry.promote("race", better)
     assert "scored higher" in registry.resolve(f"race/{better}").tags["tomoscale.promotion"]
     assert torch.get_num_threads() >= 1
+
+
+def test_the_tutorials_lines_make_a_stock_network_of_monai(server: str, tmp_path: Path) -> None:
+    from monai.transforms import LoadImage, Orientation
+
+    encoder = write_bundle(tmp_path / "encoder", "encoder", network(3), facts(labels=()))
+    registry.register(encoder, "pgl-simulated-encoder")
+    blocks = re.findall(r"^```python\n(.*?)^```$", TUTORIAL.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    (code,) = [block for block in blocks if "safetensors" in block]
+    made: dict[str, object] = {}
+    exec(code, made)
+    bundle, stock = Predictor(encoder, "cpu"), made["network"]
+    assert isinstance(stock, torch.nn.Module)
+    assert made["architecture"]["class"] == f"monai.networks.nets.{type(stock).__name__}"  # type: ignore[index]
+    keys = bundle.architecture["encoder_keys"]
+    assert keys
+    assert all(torch.equal(stock.state_dict()[key], bundle.network.state_dict()[key]) for key in keys)
+    # The axes are those that the page names.
+    source = scan(tmp_path)
+    image = nib.load(source)
+    turned = Orientation(axcodes="SAR")(LoadImage(image_only=True, ensure_channel_first=True)(source))
+    wanted = to_canonical(str(source), np.asarray(image.dataobj), image.affine).values_CDHW
+    assert np.array_equal(np.asarray(turned), wanted)

@@ -85,7 +85,8 @@ def test_a_life(folder: Path) -> None:
     client = services.s3_client(folder, state_of(folder).services["s3"].ports["s3"])
     assert client.get_object(Bucket="volumes", Key="kept")["Body"].read() == b"data"
     members = [process for name in states.SERVICES for process in stack._all(state_of(folder), name)]
-    assert stack.down(folder, purge=True)
+    assert stack.down(folder, purge=True, progress=said.append)
+    assert "deleted" in said[-1]
     assert [process for process in members if processes.alive(process)] == []
     assert list(folder.parent.glob(folder.name)) == []
 

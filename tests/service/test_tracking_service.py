@@ -101,6 +101,17 @@ def test_the_same_job_is_the_same_run(api: Any) -> None:
     assert api.get_run(other).data.tags["mlflow.parentRunId"] == first
 
 
+def test_children_of_two_jobs_are_two_runs_whatever_their_names(api: Any) -> None:
+    name = uuid.uuid4().hex
+    one = tracking.open_run(api, "tracking", name, "finetune", params={}, tags={})
+    two = tracking.open_run(api, "tracking", f"{name}-b", "finetune", params={}, tags={})
+    children = [
+        tracking.open_run(api, "tracking", f"{name}-b-c-0", "finetune-seed", params={}, tags={}, parent=parent)
+        for parent in (one, two, one)
+    ]
+    assert children[0] == children[2] != children[1]
+
+
 def test_many_params_fit(api: Any) -> None:
     params = {f"p{i}": i for i in range(250)}
     run = tracking.open_run(api, "tracking", uuid.uuid4().hex, "pretrain", params=params, tags={})

@@ -99,6 +99,12 @@ def test_ray_clusters_are_closed_and_of_our_version(name: str, spec: dict[str, A
             assert mounted == {volume["name"] for volume in pod.get("volumes", [])}
 
 
+def test_nodes_have_what_keeps_a_too_large_volume_from_being_tried_for_ever() -> None:
+    lines = (KUBERAY / "nodes.env.example").read_text().splitlines()
+    assert "RAY_task_oom_retries=3" in lines
+    assert all(re.fullmatch(r"#.*|\w+=\S*", line) for line in lines), "a shell and kubectl read it"
+
+
 def test_network_policy_selects_the_label_of_ray_pods() -> None:
     (policy,) = documents(KUBERAY / "networkpolicy.yaml")
     assert policy["spec"]["podSelector"] == {"matchLabels": {"ray.io/is-ray-node": "yes"}}
@@ -140,6 +146,7 @@ def test_compose_publishes_on_loopback_only_and_gives_each_what_it_mounts() -> N
             assert "healthcheck" in document["services"][other]
     for name in ("head", "worker", "worker-gpu"):
         assert document["services"][name]["environment"]["RAY_AUTH_MODE"] == "token"
+        assert document["services"][name]["environment"]["RAY_task_oom_retries"] == "3"
     host = document["services"]["head"]["environment"]["MLFLOW_TRACKING_URI"].removeprefix("http://")
     allowed = next(part for part in document["services"]["mlflow"]["command"] if part.startswith("--allowed-hosts"))
     assert host in allowed.split("=", 1)[1].split(",")  # MLflow answers 403 to names that it does not know
