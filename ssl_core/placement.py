@@ -197,11 +197,9 @@ class _Placer:
             tilted_B3 = turned_B3.copy()
             tilted_B3[:, 1:] = np.deg2rad(role.tilt_degrees) * more_B5[:, :2]
             forms.insert(0, (sides_B3 * (1 + _stretch(role) * more_B5[:, 2:]), tilted_B3))
-        room_B3, reach_B3 = high_B3 - low_B3 + 1e-9, _margin(role) + 1e-9
         linear = _linear(*forms[0], self.spacing_B3)
         for sides, angles in forms[1:]:
-            tight_B = (extents(linear, role.size_DHW) > room_B3).any(1)
-            tight_B |= (role.elastic_vox * np.abs(linear).sum(2) > reach_B3).any(1)
+            tight_B = _tight(role, linear, high_B3 - low_B3)
             if not tight_B.any():
                 break
             linear = np.where(tight_B[:, None, None], _linear(sides, angles, self.spacing_B3), linear)
@@ -273,12 +271,24 @@ def concentric(role: RoleSpec, anchor: Boxes, low_B3: F64, high_B3: F64, spacing
     best: Boxes | None = None
     for scale_B in scales:
         linear = _linear(_sides(role, scale_B), angles, spacing_B3)
+        tight_B = _tight(role, linear, high_B3 - low_B3)
+        if tight_B.any():  # spacings of H and W that differ, or slices far apart
+            upright = _linear(_sides(role, scale_B), 0 * angles, spacing_B3)
+            linear = np.where(tight_B[:, None, None], upright, linear)
         extent = extents(linear, role.size_DHW)
         low = np.clip(anchor.centre_B3 - extent / 2, low_B3, np.maximum(low_B3, high_B3 - extent))
         box = Boxes(role.size_DHW, linear, low)
         best = box if best is None else box.where(iou(box, anchor) > iou(best, anchor), best)
     assert best is not None
     return best
+
+
+def _tight(role: RoleSpec, linear_B33: F64, room_B3: F64) -> NDArray[np.bool_]:
+    """Which boxes do not fit into the room, or deform beyond the margin that is kept around it, (B,)."""
+    reach_B3 = role.elastic_vox * np.abs(linear_B33).sum(2)
+    return np.asarray(
+        ((extents(linear_B33, role.size_DHW) > room_B3 + 1e-9) | (reach_B3 > _margin(role) + 1e-9)).any(1)
+    )
 
 
 def _unmet(role: RoleSpec, box: Boxes, anchors: list[Boxes]) -> NDArray[np.bool_]:

@@ -222,6 +222,16 @@ def test_shifted_views_of_thin_slices_stay_in_the_host_crop_when_they_are_tilted
     assert 0.1 < tilted.mean() < 1, "what does not fit is not tilted, the rest is"
 
 
+def test_a_box_that_follows_a_turned_one_deforms_within_the_host_crop_at_any_spacing():
+    anchor = RoleSpec("a", 1, (8, 24, 24), rotate_degrees=45)
+    role = RoleSpec("b", 1, (8, 24, 24), rotate_degrees=45, elastic_vox=3.0, overlaps="a", min_overlap=0.9)
+    maps, start, host = _draw(anchor, role, spacing=(1.0, 3.0, 1.0))
+    low, high = _box(maps["b"], role.size_DHW)
+    reach = role.elastic_vox * np.abs(maps["b"][..., :3]).sum(-1)
+    assert (low - reach >= start - 1e-9).all()
+    assert (high + reach <= start + host + 1e-9).all()
+
+
 def test_shared_transform_and_union():
     either = (0.5, 0.5, 0.5)
     shared = RoleSpec("a", 3, (8, 20, 20), (0.7, 1.3), False, either, 20, min_overlap=0.2, share_spatial=True)
