@@ -63,18 +63,18 @@ def _narrow(name: str) -> dict[str, Any]:
     return {k: v for k, v in _SMALL.items() if k in method_class(name).Config.model_fields}
 
 
-def tiny_backbone(seed: int = 0) -> Pyramid:
-    """A DynUNet of three levels with few channels."""
+def tiny_backbone(seed: int = 0, **arguments: Any) -> Pyramid:
+    """A DynUNet of three levels with few channels; `arguments` are more of its settings."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build(BACKBONE[0], **BACKBONE[1])
+        return build(BACKBONE[0], **BACKBONE[1], **arguments)
 
 
-def tiny_method(name: str, config: Any = None, seed: int = 0) -> Any:
-    """A method on the tiny backbone, weights a function of the seed."""
+def tiny_method(name: str, config: Any = None, seed: int = 0, **arguments: Any) -> Any:
+    """A method on the tiny backbone with these settings, weights a function of the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return method_class(name)(config or tiny_config(name), tiny_backbone(seed)).train()
+        return method_class(name)(config or tiny_config(name), tiny_backbone(seed, **arguments)).train()
 
 
 def context(step: int, max_steps: int = 100, collectives: Collectives | None = None) -> StepContext:
@@ -152,9 +152,12 @@ def assert_targets_follow(method: Any, batch: ViewBatch, step: int = 50) -> None
 def steps_on_ranks(
     collectives: Collectives, name: str, each: int, steps: int, settings: Mapping[str, Any]
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses and state of a float64 method after plain SGD on this rank's part of a batch of `each` a rank."""
+    """Losses and state of a float64 method after plain SGD on this rank's part of a batch of `each` a rank.
+
+    Its network has batch norm, which is told of the other ranks by the method alone.
+    """
     tiny = tiny_config(name)
-    method = tiny_method(name, parse(type(tiny), resolved(tiny) | dict(settings))).double()
+    method = tiny_method(name, parse(type(tiny), resolved(tiny) | dict(settings)), norm_name="batch").double()
     spec = type(method).view_spec(method.config)
     mine = range(collectives.rank * each, (collectives.rank + 1) * each)
     batch = synthetic_views(spec, list(mine), torch.float64)

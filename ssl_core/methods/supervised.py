@@ -1,6 +1,5 @@
 """Supervised: segment the labels that a store has; the control that shows what labels are worth, and a base of LRC."""
 
-from monai.losses.dice import DiceCELoss
 from pydantic import Field, field_validator
 from torch import Tensor, nn, stack, zeros_like
 
@@ -17,6 +16,7 @@ from ssl_core.methods.base import (
     train_only,
     with_memo,
 )
+from ssl_core.norm import bind
 from ssl_core.sampling import map_at
 from ssl_core.views import ViewBatch, ViewSpec
 
@@ -59,6 +59,9 @@ class Supervised(nn.Module):
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__()
+        # MONAI takes seconds to import; who only reads settings or trains another method need not wait for it.
+        from monai.losses.dice import DiceCELoss
+
         self.config, self.backbone = config, backbone
         train_only(backbone, backbone.encoder_keys() + backbone.decoder_keys())
         self.level = backbone.decoder_levels[-1]
@@ -72,16 +75,18 @@ class Supervised(nn.Module):
 
     def forward(self, views: ViewBatch, ctx: StepContext) -> LossTerms:
         """Term `segmentation`; monitors the voxels classified as the label says and the spread of the features."""
+        bind(self, ctx.collectives)
         ctx = with_memo(ctx)
+        shown = views.roles["global"][: self.config.views]  # a composition may show more
         losses, right = [], []
-        for view in views.roles["global"]:
+        for view in shown:
             logits = self.classifier(decode(self.backbone, view, ctx)[-1])
             d, h, w = logits.shape[2:]
             wanted = self._classes(map_at(self.level, view.maps[self.config.label], (int(d), int(h), int(w))))
             exact = logits.float() if logits.dtype.itemsize < 4 else logits  # a sum of 16-bit shares loses voxels
             losses.append(self.loss(exact, wanted[:, None]))
             right.append((logits.detach().argmax(1) == wanted).double().mean())
-        deepest = encode(self.backbone, views.roles["global"][0], ctx)[-1]
+        deepest = encode(self.backbone, shown[0], ctx)[-1]
         monitors = {"accuracy": stack(right).mean(), "feature_std": spread(deepest)}
         return LossTerms({"segmentation": stack(losses).mean()}, monitors)
 
