@@ -12,7 +12,8 @@ from storage.errors import ConfigError
 class NamedOptimizer:
     """AdamW or SGD, fused by default, with decay for kernels only.
 
-    Decay pulls biases and the scales of norms to zero for no gain, so only parameters of two and more axes have it.
+    Decay pulls biases and the scales of norms to zero for no gain, so only parameters of two and more axes have it, and
+    of these none that is called a bias, such as the table of position biases of windowed attention.
 
     Args:
         named: Trainable parameters.
@@ -31,8 +32,8 @@ class NamedOptimizer:
         momentum: float = 0.9,
         fused: bool = True,
     ) -> None:
-        kernels = {n: p for n, p in named.items() if p.dim() > 1}
-        others = {n: p for n, p in named.items() if p.dim() <= 1}
+        kernels = {n: p for n, p in named.items() if p.dim() > 1 and "bias" not in n.rpartition(".")[2]}
+        others = {n: p for n, p in named.items() if n not in kernels}
         # The optimizer numbers its parameters by group; here they are named.
         self._named = kernels | others
         groups = [

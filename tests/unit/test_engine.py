@@ -10,6 +10,7 @@ import torch
 
 from ssl_core import checkpoint
 from ssl_core.engine import Engine, EngineConfig, NonFiniteError, fit
+from ssl_core.optim import NamedOptimizer
 from ssl_core.views import ViewBatch
 from storage.errors import ConfigError, TomoscaleError
 from tests.toy_method import Toy, batch, views_of
@@ -75,6 +76,15 @@ def test_decay_is_for_kernels_only_and_follows_its_own_curve() -> None:
         expected = q - 0.1 * 0.4 * old[name] if p.dim() > 1 else q
         torch.testing.assert_close(p, expected, rtol=0, atol=1e-12)
     assert [m["weight_decay"] for m in run(decayed, 1, 3)] == pytest.approx([0.25, 0.1])
+
+
+def test_a_table_of_biases_is_no_kernel() -> None:
+    names = ("attn.relative_position_bias_table", "attn.qkv.weight", "attn.qkv.bias")
+    named = {n: torch.nn.Parameter(torch.ones(2) if n.endswith(".bias") else torch.ones(3, 2)) for n in names}
+    for parameter in named.values():
+        parameter.grad = torch.zeros_like(parameter)
+    NamedOptimizer(named, "adamw").step(lr=0.5, weight_decay=0.5)
+    assert [float(p.detach().mean()) for p in named.values()] == [1.0, 0.75, 1.0]
 
 
 def test_rates_follow_the_schedule() -> None:
