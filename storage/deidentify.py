@@ -7,8 +7,8 @@ one patient stay together and nobody without the salt can try out names or numbe
 
 The salt is the user's: `$TOMOSCALE_SALT`, or the file that `$TOMOSCALE_SALT_FILE` names. Without either, a random salt
 is made for each store and kept under the user's own state folder, never in the store: the same machine then continues
-with the same pseudonyms, and another machine cannot. To ingest one data set from several machines, or to link the
-pseudonyms of two stores, set the salt. Deleting it cuts the link for good.
+with the same pseudonyms, and another machine cannot and says so. To ingest one data set from several machines, or to
+link the pseudonyms of two stores, set the salt. Deleting it cuts the link for good.
 """
 
 import hashlib
@@ -95,11 +95,15 @@ class Pseudonyms:
         return hmac.new(self.salt, f"{kind}\0{value.strip()}".encode(), hashlib.sha256).hexdigest()[:16]
 
 
-def load_salt(store_url: str, environment: Mapping[str, str] | None = None) -> Pseudonyms:
+def load_salt(store_url: str, environment: Mapping[str, str] | None = None, *, used: bool = False) -> Pseudonyms:
     """The user's salt for a store; see the head of this module.
 
+    Args:
+        used: The store holds pseudonyms already: no salt is made, for by another one a patient would be two.
+
     Raises:
-        ConfigError: `$TOMOSCALE_SALT` is too short to protect anything, or a salt file cannot be read or written.
+        ConfigError: `$TOMOSCALE_SALT` is too short to protect anything, a salt file cannot be read or written, or the
+            one that was used is not here.
     """
     env = os.environ if environment is None else environment
     text = env.get("TOMOSCALE_SALT", "")
@@ -112,6 +116,13 @@ def load_salt(store_url: str, environment: Mapping[str, str] | None = None) -> P
             return Pseudonyms(_long_enough(str(path), path.read_bytes().strip()))
         except OSError as error:
             raise ConfigError(str(path), expected="a readable salt file", found=str(error.strerror)) from error
+    if used:
+        raise ConfigError(
+            str(path),
+            expected=f"the salt of the pseudonyms that {store_url} holds",
+            found="none here: it was made on another machine, by another user, or set in the environment",
+            remedy="copy it here, or set TOMOSCALE_SALT or TOMOSCALE_SALT_FILE",
+        )
     return Pseudonyms(_create(path))
 
 

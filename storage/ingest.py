@@ -29,6 +29,7 @@ from storage.ingest_policy import IngestPolicy
 from storage.ingest_publish import check_subjects, folders_of_people, publish
 from storage.ingest_quarantine import QUARANTINE, Quarantined, read_quarantine, write_quarantine
 from storage.ingest_records import (
+    HIDDEN,
     base_id,
     claim,
     content_tag,
@@ -195,7 +196,7 @@ def run(
         policy.identifiers == "hash" or any(item.kind == "dicom" for item in found.items)
     )
     if pseudonyms is None and needs_salt:
-        pseudonyms = load_salt(dst)
+        pseudonyms = load_salt(store.url, used=any(record.source.startswith(HIDDEN) for record in before))
     facts = dataset_facts(found.root, name or dst.rstrip("/").rpartition("/")[2])
     works = _plan(found.items, dst, policy, pseudonyms, before, facts.modality)
     outcomes: list[Outcome] = []

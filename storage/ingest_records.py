@@ -18,6 +18,8 @@ from storage.pairing import IngestItem
 from storage.readers.raw import file_digest
 from storage.verify import damage
 
+HIDDEN = "hidden/"
+"""How a source begins that is a pseudonym."""
 _LONGEST_ID = 100
 _RECORD = tuple(VolumeRecord.__dataclass_fields__)
 
@@ -40,7 +42,7 @@ def base_id(item: IngestItem, policy: IngestPolicy, pseudonyms: Pseudonyms | Non
 def record_source(item: IngestItem, policy: IngestPolicy, pseudonyms: Pseudonyms | None) -> str:
     """What the manifest calls the source: the relative path, or a pseudonym; one a volume."""
     if hides(item, policy) and pseudonyms is not None:
-        return f"hidden/{pseudonyms.of('source', item.series or item.source)}"
+        return f"{HIDDEN}{pseudonyms.of('source', item.series or item.source)}"
     return f"{item.source}#{item.series}" if item.series else item.source
 
 

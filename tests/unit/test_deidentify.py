@@ -180,6 +180,24 @@ def test_without_a_salt_one_is_made_for_the_store_and_kept_from_others(tmp_path)
         load_salt("s3://b/x", {"XDG_STATE_HOME": str(blocked)})
 
 
+def test_a_store_is_not_continued_with_another_salt(tmp_path, monkeypatch):
+    """By which a patient would be two, one in training and one in test. Another spelling of its URL changes nothing."""
+    for name in ("TOMOSCALE_SALT", "TOMOSCALE_SALT_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    for k, patient in enumerate("AB"):
+        save_dicom(tmp_path / "src" / patient, identified(patient, k))
+    save_dicom(tmp_path / "more" / "A2", identified("A", 2))
+    store, policy = tmp_path / "store", IngestPolicy(split=(0.5, 0, 0.5))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "here"))
+    ingest.run(str(tmp_path / "src"), str(store), policy)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "elsewhere"))
+    with pytest.raises(ConfigError, match="the salt of the pseudonyms"):
+        ingest.run(str(tmp_path / "more"), str(store), policy, append=True)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "here"))
+    report = ingest.run(str(tmp_path / "more"), store.as_uri(), policy, append=True)
+    assert (report.published, len(set(report.manifest.subjects()))) == (3, 2)
+
+
 def test_pseudonyms_differ_by_kind_and_value():
     names = Pseudonyms(b"0123456789abcdef")
     assert names.of("subject", "A") == names.of("subject", " A ")
