@@ -11,7 +11,8 @@ def block_mask(
 ) -> Tensor:
     """1 where voxels are hidden, (B, 1, D, H, W), bool; the same share of blocks in every sample.
 
-    Blocks are cubes of side `block`, cut off at the view's far faces. At least one block is hidden and one is seen.
+    Blocks are cubes of side `block`, cut off at the view's far faces. At least one block is hidden, and one is seen
+    where there are several.
     """
     grid = [-(-n // block) for n in size_DHW]
     count = grid[0] * grid[1] * grid[2]

@@ -92,6 +92,9 @@ class Aligned(nn.Module):
                 raise ValueError("w_restore or w_consistency above 0")
             if self.w_restore and not self.ratio:
                 raise ValueError("ratio above 0 where something is to be restored")
+            masked = self.ratio and (self.w_restore or self.consistency_sees == "masked")
+            if masked and max(self.crops.size_DHW) <= self.block:
+                raise ValueError(f"a block smaller than the view, which would be hidden whole, not {self.block}")
             return self
 
     def __init__(self, config: Config, backbone: Backbone) -> None:

@@ -57,6 +57,8 @@ class Compose(nn.Module):
         def _parts_fit(self) -> "Compose.Config":
             if any(part.name == "compose" for part in self.parts):
                 raise ValueError("parts other than `compose` itself")
+            if any("crops" in part.settings for part in self.parts):
+                raise ValueError("parts without `crops` of their own: those of the composition are for all")
             merge([method_class(p.name).view_spec(part_config(self, p)) for p in self.parts])
             return self
 

@@ -80,6 +80,8 @@ class LRC(nn.Module):
 
         @model_validator(mode="after")
         def _base_fits(self) -> "LRC.Config":
+            if "crops" in self.base_settings:
+                raise ValueError("base_settings without `crops`: the base gets those of lrc")
             base = method_class(self.base).view_spec(_base_config(self))
             if self.form == "B" and base.roles[0].count < 2:
                 raise ValueError(f"two views of a sample for form B: set `views` in base_settings of {self.base}")

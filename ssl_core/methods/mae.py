@@ -1,7 +1,7 @@
 """MAE on convolutional networks: restore hidden blocks of a crop from the rest."""
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from ssl_core.backbones.base import Backbone
@@ -34,7 +34,7 @@ class MAE(nn.Module):
 
     Cost: one pass of the whole network a step, one view, no copy.
 
-    Use it as the baseline to beat; transfer encoder and decoder.
+    Use it as the baseline to beat. The encoder is exported; the trained decoder stays in the checkpoint.
     """
 
     class Config(MethodConfig):
@@ -44,6 +44,12 @@ class MAE(nn.Module):
         ratio: float = Field(default=0.75, gt=0, lt=1, description="Share of blocks hidden; nnssl's 75 %")
         block: int = Field(default=16, ge=1, description="Side of the blocks, voxels; nnssl's 16")
         loss: Kind = Field(default="mse", description="Error of a voxel; nnssl's L2")
+
+        @model_validator(mode="after")
+        def _a_block_is_seen(self) -> "MAE.Config":
+            if max(self.crops.size_DHW) <= self.block:
+                raise ValueError(f"a block smaller than the view, which would be hidden whole, not {self.block}")
+            return self
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ssl_core.backbones.base import Backbone
 from ssl_core.ema import follow, target_of
 from ssl_core.heads import Norm, head
-from ssl_core.losses.cosine import unit
+from ssl_core.losses.cosine import product, unit
 from ssl_core.losses.info_nce import queue_nce
 from ssl_core.methods.base import (
     Crops,
@@ -79,8 +79,9 @@ class MoCoV2(nn.Module):
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__()
         self.config, self.backbone = config, backbone
-        train_only(backbone, backbone.level_keys(len(backbone.levels) - 1))
-        pooled = backbone.levels if config.pool == "all" else backbone.levels[-1:]
+        every = config.pool == "all"  # skips may have layers that the deepest level does not see
+        train_only(backbone, backbone.encoder_keys() if every else backbone.level_keys(len(backbone.levels) - 1))
+        pooled = backbone.levels if every else backbone.levels[-1:]
         widths = [sum(level.channels for level in pooled), config.hidden, config.out]
         self.projector = head(widths, norm=config.norm, last_norm=config.last_norm)
         self.target_backbone, self.target_projector = target_of(backbone), target_of(self.projector)
@@ -90,7 +91,7 @@ class MoCoV2(nn.Module):
         self.queue_KE: Tensor
         self.queue_volume_K: Tensor
         self.queue_next: Tensor
-        self._fresh: list[tuple[Tensor, Tensor]] = []
+        self._fresh: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @classmethod
     def view_spec(cls, config: Config) -> ViewSpec:
@@ -102,7 +103,7 @@ class MoCoV2(nn.Module):
         to any negative, and the spread of the deepest features.
         """
         bind(self, ctx.collectives)
-        first, second = views.roles["global"]
+        first, second = views.roles["global"][:2]  # a composition may show more
         maps = encode(self.backbone, first, ctx)
         query = self.projector(self._pooled(maps))
         with torch.no_grad():
@@ -111,16 +112,18 @@ class MoCoV2(nn.Module):
         if not self.config.same_volume_negatives:
             keep = self.queue_volume_K[None] != views.volume_B[:, None]
         loss = queue_nce(query, key, self.queue_KE.clone(), self.config.temperature, keep)
-        self._fresh.append((key, views.volume_B))
+        self._fresh.append((key, views.volume_B, views.sample_B))
         monitors = _told_apart(unit(query.detach(), 1), key, self.queue_KE, keep)
         return LossTerms({"contrast": loss}, {**monitors, "feature_std": spread(maps[-1])})
 
     @torch.no_grad()
     def after_step(self, ctx: StepContext) -> None:
         """Puts this step's keys of all ranks into the queue, oldest out first, and moves the target."""
-        key = ctx.collectives.gather(torch.cat([k for k, _ in self._fresh]))[-self.config.queue :]
-        volume = ctx.collectives.gather(torch.cat([v for _, v in self._fresh]))[-self.config.queue :]
+        key, volume, sample = (ctx.collectives.gather(torch.cat(parts)) for parts in zip(*self._fresh, strict=True))
         self._fresh.clear()
+        # In the order of samples, so that which of them fall out does not depend on how ranks share them.
+        newest = sample.argsort(stable=True)[-self.config.queue :]
+        key, volume = key[newest], volume[newest]
         place = (self.queue_next + torch.arange(len(key), device=key.device)) % self.config.queue
         self.queue_KE[place] = key.to(self.queue_KE.dtype)
         self.queue_volume_K[place] = volume
@@ -142,7 +145,7 @@ class MoCoV2(nn.Module):
 @torch.no_grad()
 def _told_apart(query_BE: Tensor, key_BE: Tensor, queue_KE: Tensor, keep_BK: Tensor | None) -> dict[str, Tensor]:
     positive_B = (query_BE * key_BE).sum(1)
-    negative_BK = query_BE @ queue_KE.to(query_BE.dtype).t()
+    negative_BK = product(query_BE, queue_KE.to(query_BE.dtype).t())
     if keep_BK is not None:
         negative_BK = negative_BK.masked_fill(~keep_BK, float("-inf"))
     first_B = (positive_B[:, None] > negative_BK).all(1)

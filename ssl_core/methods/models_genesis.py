@@ -33,7 +33,7 @@ class ModelsGenesis(nn.Module):
 
     Cost: one pass of the whole network a step, one view, no copy.
 
-    Use it as the second restoration control; transfer encoder and decoder.
+    Use it as the second restoration control. The encoder is exported; the trained decoder stays in the checkpoint.
     """
 
     class Config(MethodConfig):

@@ -74,7 +74,8 @@ class PGL(nn.Module):
         super().__init__()
         self.config, self.backbone = config, backbone
         self.level = level_for(backbone, config.crops.size_DHW, config.feature_level)
-        train_only(backbone, backbone.level_keys(len(backbone.levels) - 1 if config.w_global else self.level))
+        deepest = backbone.level_keys(len(backbone.levels) - 1) if config.w_global else []
+        train_only(backbone, backbone.level_keys(self.level) + deepest)
         channels = backbone.levels[self.level].channels
         self.projector = head([channels, config.hidden, config.out], dense=True, norm=config.norm)
         self.predictor = head([config.out, config.hidden, config.out], dense=True, norm=config.norm)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ssl_core.backbones.base import Backbone
 from ssl_core.heads import Norm, head
+from ssl_core.losses.cosine import product
 from ssl_core.losses.info_nce import nt_xent
 from ssl_core.methods.base import (
     Crops,
@@ -61,8 +62,9 @@ class SimCLR(nn.Module):
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__()
         self.config, self.backbone = config, backbone
-        train_only(backbone, backbone.encoder_keys())
-        chosen = backbone.levels if config.pool == "all" else backbone.levels[-1:]
+        every = config.pool == "all"  # skips may have layers that the deepest level does not see
+        train_only(backbone, backbone.encoder_keys() if every else backbone.level_keys(len(backbone.levels) - 1))
+        chosen = backbone.levels if every else backbone.levels[-1:]
         widths = [sum(level.channels for level in chosen), *[config.hidden] * (config.layers - 1), config.out]
         self.projector = head(widths, norm=config.norm)
 
@@ -74,7 +76,7 @@ class SimCLR(nn.Module):
     def forward(self, views: ViewBatch, ctx: StepContext) -> LossTerms:
         """Term `contrast`; monitors the mean cosine of positives and negatives."""
         bind(self, ctx.collectives)
-        local = [self._embed(encode(self.backbone, view, ctx)) for view in views.roles["global"]]
+        local = [self._embed(encode(self.backbone, view, ctx)) for view in views.roles["global"][:2]]
         world, rank, b = ctx.collectives.world, ctx.collectives.rank, len(views)
         keys = torch.cat([ctx.collectives.gather(z) for z in local])
         here = rank * b + torch.arange(b, device=keys.device)
@@ -99,7 +101,7 @@ class SimCLR(nn.Module):
 @torch.no_grad()
 def _similarities(local: list[Tensor]) -> dict[str, Tensor]:
     a, b = (nn.functional.normalize(z.detach().float(), dim=1) for z in local)
-    cosine = a @ b.t()
+    cosine = product(a, b.t())
     positive = cosine.diagonal().mean()
     others = cosine.numel() - len(cosine)
     return {"positive_cosine": positive, "negative_cosine": (cosine.sum() - cosine.diagonal().sum()) / max(others, 1)}

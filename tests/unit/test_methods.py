@@ -1,6 +1,7 @@
 """What single methods promise beyond the contract."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,9 @@ from ssl_core.config import parse
 from ssl_core.masking import block_mask
 from ssl_core.methods.base import Crops, level_for, method_class, method_names
 from ssl_core.methods.compose import merge
+from ssl_core.methods.mocov2 import _told_apart
 from ssl_core.methods.pcrlv2 import mid_weight
+from ssl_core.methods.simclr import _similarities
 from ssl_core.testing import (
     assert_targets_follow,
     context,
@@ -135,6 +138,29 @@ def test_the_global_term_trains_the_deepest_level() -> None:
     assert set(terms) == {"local", "global"}
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("mocov2", {}),
+        ("mocov2", {"pool": "last"}),
+        ("simclr", {"pool": "last"}),
+        ("pgl", {"feature_level": 2, "w_global": 1.0}),
+    ],
+)
+def test_what_the_loss_depends_on_is_trained_where_skips_have_layers_of_their_own(
+    name: str, settings: dict[str, Any]
+) -> None:
+    pytest.importorskip("einops")
+    few = {"depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "window_size": 2}
+    backbone = build("swin_unetr", feature_size=12, **few)
+    crops = tiny_config(name).crops.model_dump() | {"size_DHW": (32, 32, 64)}
+    method = method_class(name)(changed(name, crops=crops, **settings), backbone).train()
+    chosen = {n for n, p in backbone.net.named_parameters() if p.requires_grad}
+    backbone.net.requires_grad_(True)
+    method(batch_of(method, [0]), context(0)).total.backward()
+    assert chosen == {n for n, p in backbone.net.named_parameters() if p.grad is not None}
+
+
 def test_the_targets_of_the_global_term_follow_too() -> None:
     method = tiny_method("pgl", changed("pgl", w_global=1.0)).double()
     assert_targets_follow(method, batch_of(method, [0, 1], torch.float64))
@@ -215,6 +241,28 @@ def test_a_queue_shorter_than_the_batch_keeps_its_newest_part() -> None:
     method(batch_of(method, [0, 1, 2]), context(0))
     method.after_step(context(0))
     assert sorted(method.queue_volume_K.tolist()) == [1, 2]
+
+
+def test_the_queue_is_in_the_order_of_samples_however_ranks_share_them() -> None:
+    shared, whole = (tiny_method("mocov2", changed("mocov2", queue=3)).double() for _ in range(2))
+    for step, samples in enumerate(([0, 1, 2, 3], [4, 5, 6, 7])):
+        batch = batch_of(whole, samples, torch.float64)
+        # Lanes of even samples on one rank, of odd ones on another: so their keys are gathered.
+        for method, views in ((whole, batch), (shared, take(batch, [0, 2, 1, 3]))):
+            method(views, context(step))
+            method.after_step(context(step))
+        assert torch.equal(shared.queue_volume_K, whole.queue_volume_K)
+        torch.testing.assert_close(shared.queue_KE, whole.queue_KE, rtol=0, atol=1e-10)
+    assert sorted(whole.queue_volume_K.tolist()) == [5, 6, 7]
+
+
+def test_cosines_that_are_watched_keep_their_digits_under_autocast() -> None:
+    a = torch.nn.functional.normalize(1 + 0.01 * torch.randn(6, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    b, queue = a.flip(0), a.roll(1, 0)
+    for watch in (lambda: _told_apart(a, b, queue, None), lambda: _similarities([a, b])):
+        wanted = watch()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert watch() == wanted
 
 
 def test_pcl_with_a_vanishing_threshold_is_simclr() -> None:
@@ -330,6 +378,14 @@ def test_settings_of_an_inner_method_are_checked_at_once() -> None:
         changed("compose", parts=[{"name": "nothing"}])
 
 
+def test_crops_that_an_inner_method_would_not_get_are_refused() -> None:
+    crops = {"size_DHW": (16, 16, 16)}
+    with pytest.raises(ConfigError, match="crops"):
+        changed("lrc", base_settings={"crops": crops})
+    with pytest.raises(ConfigError, match="crops"):
+        changed("compose", parts=[{"name": "byol", "settings": {"crops": crops}}])
+
+
 def test_the_coarse_restoration_fades_on_a_cosine() -> None:
     assert [mid_weight(e / 240) for e in (0, 60, 120, 180, 240)] == pytest.approx([1, 0.8535534, 0.5, 0.1464466, 0])
 
@@ -416,6 +472,14 @@ def test_only_consistency_of_masked_views_depends_on_the_mask(sees: str) -> None
     assert same == (sees == "whole")
 
 
+def test_a_view_that_one_block_hides_whole_is_refused() -> None:
+    for name in ("mae", "aligned"):
+        changed(name, block=15)
+        with pytest.raises(ConfigError, match="hidden whole"):
+            changed(name, block=16)
+    changed("aligned", block=16, w_restore=0.0)
+
+
 @pytest.mark.parametrize("settings", [{"w_restore": 0.0, "w_consistency": 0.0}, {"ratio": 0.0}])
 def test_aligned_refuses_settings_that_leave_nothing_to_learn(settings: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
@@ -434,6 +498,20 @@ def test_a_composition_is_the_weighted_sum_of_its_parts() -> None:
         alone = copy.deepcopy(both.parts[i])(batch, context(0)).terms
         for key, value in alone.items():
             assert terms[f"{name}/{key}"].item() == pytest.approx(weight * value.item(), abs=1e-10)
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_a_part_of_a_composition_takes_as_many_of_the_shared_views_as_it_asked_for(views: int) -> None:
+    labels = {"views": views, "values": [223, 322]}
+    parts = [{"name": "supervised", "settings": labels}]
+    parts += [{"name": name, "settings": {"hidden": 16}} for name in ("simclr", "mocov2", "byol")]
+    method = tiny_method("compose", changed("compose", parts=parts)).double()
+    batch = batch_of(method, [0, 1], torch.float64)
+    terms = copy.deepcopy(method)(batch, context(0)).terms
+    for part, said in zip(method.parts, terms.values(), strict=True):
+        (role,) = type(part).view_spec(part.config).roles
+        fewer = replace(batch, roles={"global": batch.roles["global"][: role.count]})
+        assert part(fewer, context(0)).total.item() == pytest.approx(said.item(), abs=1e-10)
 
 
 def test_a_composition_encodes_shared_views_once() -> None:

@@ -16,7 +16,7 @@ from tests.phantoms import write_phantoms
 
 EXAMPLE = Path(__file__).parents[2] / "examples/configs/pretrain_any.yaml"
 SMALL = [
-    "method.crops.size_DHW=[16,16,16]",
+    "method.crops.size_DHW=[16,16,32]",
     "backbone.arguments.filters=[4,4,8,8]",
     "stream={global_batch: 2, lanes: 4}",
     "engine={steps: 2, warmup_steps: 1, log_every: 1, checkpoint_every: 2, probe_every: 2}",
@@ -42,7 +42,7 @@ def data() -> str:
 @pytest.mark.parametrize("name", method_names())
 def test_it_trains(name: str, data: str) -> None:
     config = job(name, data)
-    assert config.method["crops"]["size_DHW"] == [16, 16, 16]
+    assert config.method["crops"]["size_DHW"] == [16, 16, 32]
     losses: list[float] = []
     hooks = Hooks(publish=lambda *_: None, on_point=lambda p: losses.append(p.metrics["loss"]))
     done = run(config, hooks, restore=None, device=torch.device("cpu"))
