@@ -54,7 +54,10 @@ class EngineConfig(Config):
     )
     clip: float = Field(default=1.0, ge=0, description="Largest global gradient norm; 0 does not clip")
     accumulate: int = Field(
-        default=1, ge=1, description="Parts that a rank's batch is cut into, one forward and backward pass each"
+        default=1,
+        ge=1,
+        description="Parts that a rank's batch is cut into, one forward and backward pass each; contrasts between "
+        "samples and batch norms see one part only, all other losses are those of the whole batch",
     )
     precision: Literal["auto", "fp32", "bf16", "fp64"] = Field(
         default="auto", description="auto: bf16 autocast on CUDA devices that have it, else fp32; fp64 is for tests"
