@@ -147,7 +147,7 @@ def _slices(path: str, number: int, thing: str) -> list[Slice]:
             slope, intercept = float(_find(groups, "RescaleSlope", 1.0)), float(_find(groups, "RescaleIntercept", 0.0))
             origin = np.array([float(x) for x in _find(groups, "ImagePositionPatient")])
             time = float(dataset.get("AcquisitionNumber") or 0)
-            numbers = [*origin, *direction, *spacing, slope, intercept]
+            numbers = [*origin, *direction, *spacing, slope, intercept, int(dataset.Rows), int(dataset.Columns)]
             if not np.isfinite(numbers).all() or min(spacing) <= 0 or slope == 0:
                 raise ValueError("no place or no values")  # later on, comparisons with NaN would find nothing wrong
             out.append(

@@ -53,6 +53,7 @@ class _Series:
     files: list[Path] = field(default_factory=list)
     study: str = ""
     patient: str = ""
+    kinds: set[str] = field(default_factory=set)
 
 
 def discover_dicom(files: list[Path], top: Path) -> tuple[list[IngestItem], list[Orphan], list[Path]]:
@@ -65,7 +66,7 @@ def discover_dicom(files: list[Path], top: Path) -> tuple[list[IngestItem], list
     segmentations: list[tuple[Path, str]] = []
     left: list[Path] = []
     orphans: list[Orphan] = []
-    no_image: list[tuple[Path, str]] = []
+    no_image: list[tuple[Path, str, str]] = []
     for path in files:
         dataset = header(path)
         if dataset is None:
@@ -83,13 +84,17 @@ def discover_dicom(files: list[Path], top: Path) -> tuple[list[IngestItem], list
         elif uid and "Rows" in dataset:
             entry = series[uid]
             entry.files.append(path)
+            entry.kinds.add(kind)
             entry.study = str(dataset.get("StudyInstanceUID") or "") or entry.study
             entry.patient = str(dataset.get("PatientID") or "").strip() or entry.patient
         else:
-            left.append(path)
-            no_image.append((path, uid if kind else ""))
-    for path, uid in no_image:  # reports and plans have no pixels, but say what they are, in series of their own
-        if uid in series or (not uid and (_says_dicom(path) or path.suffix.lower() in _NAMED)):
+            no_image.append((path, uid, kind))
+    for path, uid, kind in no_image:  # reports and plans have no pixels, but say what they are, in series of their own
+        if kind and uid in series and kind in series[uid].kinds:
+            series[uid].files.append(path)  # a slice cut short, for which reading will refuse the series
+            continue
+        left.append(path)
+        if uid in series or (not (uid and kind) and (_says_dicom(path) or path.suffix.lower() in _NAMED)):
             orphans.append(Orphan(path.relative_to(top).as_posix(), _DAMAGED_FILE))
     beside = {file.parent for entry in series.values() for file in entry.files}
     for path in left:

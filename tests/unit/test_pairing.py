@@ -221,6 +221,15 @@ def test_a_dicom_file_cut_anywhere_in_its_header_is_no_error(tmp_path):
         assert found is None or "PixelData" not in found
 
 
+def test_a_slice_cut_within_its_header_has_its_series_refused(tmp_path):
+    datasets = slices(phantom((8, 6, 6)))
+    del datasets[7].Rows, datasets[7].Columns, datasets[7].PixelData
+    save_dicom(tmp_path, datasets)
+    (item,) = discover(tmp_path).items
+    with pytest.raises(RefusedInput, match="file 8 of the series"):
+        read_item(item, ReadPolicy())
+
+
 def test_an_empty_slice_is_named(tmp_path):
     """A copy that stopped leaves one, and a series without its last slice looks whole."""
     save_dicom(tmp_path / "a", slices(phantom((8, 6, 6))))
