@@ -22,8 +22,8 @@ import threading
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ SUFFIX = ".slab"
 MAPPED_BYTES, OPEN_SLABS = 2 << 30, 128  # kept open by one process; a slab takes two file descriptors
 TOUCH_S = 30.0  # how exactly "longest unused" is known
 TRUST_S = 600.0  # after which checked voxels are checked again
+LOCK_WAIT_S = 5.0
 PAUSE_S = 60.0  # after a failed write, for example on a full disk
 _MAGIC = b"tomoscale-slab-2"
 _PAGE = 4096
@@ -95,9 +96,8 @@ class NodeCache:
                 self._warn(f"a shard of {size} bytes is more than a quarter of its bound of {self.max_bytes}")
                 return None
             try:
-                if not path.exists():
-                    self._make_room(size)
-                slab = Slab(path, bytes.fromhex(name), shape, chunk, dtype)
+                with self._room(size) if not path.exists() else nullcontext():
+                    slab = Slab(path, bytes.fromhex(name), shape, chunk, dtype)
             except OSError as error:
                 self._failed(error)
                 return None
@@ -142,27 +142,53 @@ class NodeCache:
                         found.append((stat.st_atime, stat.st_blocks * _BLOCK, Path(entry.path)))
         return found
 
-    def _make_room(self, size: int) -> None:
-        """Evict until `size` more bytes fit, looking at the disk each time a 64th of the bound was made since."""
+    @contextmanager
+    def _room(self, size: int) -> Iterator[None]:
+        """Room for a slab of `size` bytes, which is made inside.
+
+        Each time a 64th of the bound was made since, one process at a time looks at the disk and evicts; it makes its
+        slab before the next one looks, or each would take the same room.
+
+        Raises:
+            OSError: another process does not come to an end with that.
+        """
         self._made += size
         if self._made < self.max_bytes // 64:
+            yield
             return
+        self.path.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
         with open(self.path / "evict.lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return  # another process is at it, and counts what this one made
-            found = sorted(self._scan())
-            used = sum(blocks for _, blocks, _ in found)
-            limit = self.max_bytes - self.max_bytes // 8 - size
-            for when, blocks, path in found:
-                unfinished = path.suffix != SUFFIX
-                if (unfinished and time.time() - when < 3600) or (not unfinished and used <= limit):
-                    continue
-                with suppress(OSError):
-                    path.unlink()
-                    used -= blocks
+            _take(lock.fileno())
+            self._evict(self.max_bytes - self.max_bytes // 8 - size)
             self._made = 0
+            yield
+
+    def _evict(self, limit: int) -> None:
+        """Delete slabs, longest unused first, until the rest takes at most `limit` bytes."""
+        found = sorted(self._scan())
+        used = sum(blocks for _, blocks, _ in found)
+        for when, blocks, path in found:
+            unfinished = path.suffix != SUFFIX
+            if (unfinished and time.time() - when < 3600) or (not unfinished and used <= limit):
+                continue
+            with suppress(OSError):
+                path.unlink()
+                used -= blocks
+        # An open file keeps its disk space, whoever evicted it.
+        for name in [name for name, slab in self._slabs.items() if not slab.linked()]:
+            self._mapped -= self._slabs.pop(name).size
+
+
+def _take(fd: int) -> None:
+    """Lock a file, waiting for at most `LOCK_WAIT_S`: its holder may have been stopped."""
+    until = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > until:
+                raise OSError(error.errno, "another process has been making room in it for too long") from error
+        time.sleep(0.002)
 
 
 def slab_bytes(shape: Sequence[int], chunk: Sequence[int], dtype: np.dtype[Any]) -> int:
@@ -276,7 +302,7 @@ class Slab:
                 os.close(fd)  # damaged or of another format: begin anew
                 with suppress(FileNotFoundError):
                     os.unlink(self._path)
-            self._path.parent.mkdir(exist_ok=True)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             fd, temporary = tempfile.mkstemp(dir=self._path.parent, suffix=".new")
             try:
                 os.posix_fallocate(fd, 0, self.size)

@@ -5,7 +5,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Generic, TypeVar
@@ -16,7 +16,8 @@ import numpy.typing as npt
 from storage.bytestore import ByteStore, join
 from storage.cache import NodeCache, Slab
 from storage.codecs import DamagedError, Scratch
-from storage.errors import CorruptChunk, NotFound
+from storage.errors import CorruptChunk, NotFound, StoreError
+from storage.forks import same_process
 from storage.readplan import Box, Need, Range, merge, needs, overlap, shards
 from storage.shardindex import Index, parse_index
 from storage.zarrmeta import ArrayMeta
@@ -78,14 +79,18 @@ class Executor:
     def __init__(self, store: ByteStore, cache: NodeCache | None, threads: int, gap: int, most: int) -> None:
         self._store, self._cache, self._gap, self._most = store, cache, gap, most
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
+        self._pid = os.getpid()
         # Ranges of a file are decoded more than they are waited for: many threads would only pass a lock around.
         self._groups = 2 * CORES if store.url.startswith("file:") else 0
         self._indexes: Recent[Index] = Recent(INDEXES_KEPT)
         self._scratch = Scratch()
 
     def close(self) -> None:
-        """End the threads; work in progress finishes first."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """End the threads; what was asked of them is finished first, and nothing more is taken.
+
+        Cancelled here, the rest of a read in progress would never be done for the thread that waits for it.
+        """
+        self._pool.shutdown(wait=True)
 
     def fill(self, requests: Sequence[Request]) -> None:
         """Fill the arrays of every request. Voxels outside a volume are left as they are.
@@ -103,13 +108,24 @@ class Executor:
             self.each(self._fetch, fetches)
 
     def each(self, work: Callable[[S], T], items: Sequence[S]) -> list[T]:
-        """Call `work` on every item, in threads; the first failure is raised and what has not begun is dropped."""
+        """Call `work` on every item, in threads; the first failure is raised and what has not begun is dropped.
+
+        Raises:
+            StoreError: it is closed, or this is a fork of the process that opened it.
+        """
+        same_process(self._pid, self._store.url)
         if len(items) <= 1:
             return [work(item) for item in items]
-        futures = [self._pool.submit(work, item) for item in items]
-        done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in waiting:
-            future.cancel()
+        try:
+            futures = [self._pool.submit(work, item) for item in items]
+        except RuntimeError as closed:
+            raise StoreError(self._store.url, expected="an open store", found=str(closed)) from closed
+        done, waiting = set[Future[T]](), set(futures)
+        try:
+            done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
+        finally:  # after an interrupt too
+            for future in waiting:
+                future.cancel()
         for future in futures:
             if future in done and (error := future.exception()) is not None:
                 raise error
@@ -195,7 +211,8 @@ class Executor:
         if self._cache is None or not source.content:  # without a digest, other voxels could pass for these
             return None
         meta = source.meta
-        name = f"{join(self._store.url, source.root)}/{meta.shard_key(shard)}|{source.content}"
+        # The shard's extent too: cut otherwise, the same volume may have another part of equal size under this key.
+        name = f"{join(self._store.url, source.root)}/{meta.shard_key(shard)}|{source.content}|{meta.shard}"
         part = tuple(min(s, n - a * s) for s, n, a in zip(meta.shard, meta.shape, shard, strict=True))
         return self._cache.slab(name, part, meta.chunk, meta.chain.dtype.newbyteorder("="))
 
@@ -256,7 +273,11 @@ class Executor:
 
     @staticmethod
     def _parse(meta: ArrayMeta, tail: bytes, size: int | None) -> Index:
-        return parse_index(tail, math.prod(meta.grid), crc=meta.index_crc, size=size)
+        index = parse_index(tail, math.prod(meta.grid), crc=meta.index_crc, size=size)
+        # No codec makes a chunk much longer than it was; what an index without checksum claims would fill the memory.
+        if (index[:, 1] > 2 * math.prod(meta.chunk) * meta.chain.dtype.itemsize + (1 << 16)).any():
+            raise DamagedError("an index entry longer than a chunk can be")
+        return index
 
     def _fetch_all(self, items: Sequence[tuple[_Part, Range]]) -> None:
         for item in items:

@@ -1,5 +1,6 @@
 """S3 and HTTP through obstore, with our own retries, deadline and messages."""
 
+import os
 import re
 import threading
 import warnings
@@ -17,6 +18,7 @@ from obstore.store import HTTPStore, S3Store
 from storage.aws import resolve
 from storage.bytestore import check_key, check_prefix, check_range, join, short
 from storage.errors import ConfigError, NotFound, NotOffered, StoreError
+from storage.forks import same_process
 from storage.retry import RetryPolicy, TransientError, retry
 
 if TYPE_CHECKING:
@@ -66,6 +68,9 @@ def open_http(url: str, policy: RetryPolicy) -> "ObjectStore":
     return ObjectStore(url.rstrip("/"), store, policy, where=url, read_only=True)
 
 
+_process: list[int] = []
+"""The process in which obstore's threads run, from the first request on: in a fork no client of it gets an answer, not
+even one that is opened there, and its timeouts do not run either."""
 _NO_RETRIES: "RetryConfig" = {"max_retries": 0, "retry_timeout": timedelta(seconds=1)}
 
 
@@ -94,6 +99,7 @@ class ObjectStore:
 
     def _call(self, key: str, attempt: Callable[[], T]) -> T:
         thing = join(self.url, key)
+        _refuse_fork(thing)
 
         def once() -> T:
             try:
@@ -155,6 +161,7 @@ class ObjectStore:
         """See `ByteStore`."""
         if len(ranges) <= 1:
             return [self.get_range(key, start, stop) for start, stop in ranges]
+        _refuse_fork(join(self.url, key))
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="ranges")
@@ -293,6 +300,12 @@ class ObjectStore:
             self._call(key, lambda: obstore.delete(self._store, key))
         except NotFound:
             return
+
+
+def _refuse_fork(thing: str) -> None:
+    if not _process:
+        _process.append(os.getpid())
+    same_process(_process[0], thing)
 
 
 def _reason(error: BaseException) -> str:

@@ -3,12 +3,15 @@
 Threads and never processes: object store clients and codecs hang in forked workers, and both release the GIL here.
 """
 
+import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from storage.errors import StoreError
+from storage.forks import same_process
 
 T = TypeVar("T")
 
@@ -56,9 +59,11 @@ class Ahead(Generic[T]):
 
         Raises:
             ClosedError: after `close`.
+            StoreError: in a fork of the process that made this.
             Exception: what `make` raised.
         """
         state = self._state
+        same_process(state.pid, "crop stream")
         with state.changed:
             # A wait without timeout is interruptible in the main thread on every platform this runs on.
             state.changed.wait_for(lambda: state.stopped or state.taken in state.done)
@@ -79,9 +84,10 @@ class Ahead(Generic[T]):
     def close(self, timeout_s: float = 60.0) -> bool:
         """Stop starting work and wait for what is in work. Returns whether all threads ended in time."""
         self._end()
+        until = time.monotonic() + timeout_s
         for thread in self._threads:
             if thread is not threading.current_thread():
-                thread.join(timeout_s)
+                thread.join(max(0.0, until - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
 
@@ -97,8 +103,11 @@ class _State(Generic[T]):
         self.done: dict[int, T | _Failure] = {}
         self.started = self.taken = 0
         self.stopped = self.failed = False
+        self.pid = os.getpid()
 
     def stop(self) -> None:
+        if os.getpid() != self.pid:
+            return  # in a fork there is no thread to end, and one may have held the lock when it was made
         with self.changed:
             self.stopped = True
             self.done.clear()

@@ -165,8 +165,12 @@ class CropStream:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close."""
-        self.close()
+        """Close. A read that does not end in time hides no earlier error."""
+        try:
+            self.close()
+        except StoreError:
+            if error is None:
+                raise
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,10 @@
 """The node cache: right or absent, whatever happens to its files, and bounded."""
 
+import fcntl
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import time
 import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -200,6 +203,54 @@ def test_the_bound_holds_and_the_used_stay(tmp_path: Path) -> None:
     assert get(NodeCache(tmp_path, bound), "shard-0", 0) is None
 
 
+def _open_without_a_name(folder: Path) -> list[str]:
+    """Files of the folder that were deleted and are still open, which keeps their disk space."""
+    links = []
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the one that lists the folder is gone again
+            links.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return [link for link in links if link.startswith(str(folder)) and link.endswith(" (deleted)")]
+
+
+def test_what_is_evicted_takes_no_disk_space(tmp_path: Path) -> None:
+    cache = NodeCache(tmp_path, 40 * SLAB)
+    for i in range(120):
+        put(cache, f"shard-{i}", 0, voxels(i))
+    assert not _open_without_a_name(tmp_path)
+    for path in files(tmp_path):  # as another process does
+        path.unlink()
+    assert _open_without_a_name(tmp_path)
+    put(cache, "another", 0, voxels(0))
+    assert not _open_without_a_name(tmp_path)
+    assert cache.used_bytes() == SLAB
+
+
+def test_a_removed_folder_is_made_again(tmp_path: Path) -> None:
+    cache = NodeCache(tmp_path / "cache", 40 * SLAB)
+    put(cache, "a", 0, voxels(0))
+    shutil.rmtree(tmp_path / "cache")
+    assert get(cache, "a", 0) is None
+    put(cache, "a", 0, voxels(0))
+    assert get(NodeCache(tmp_path / "cache", 40 * SLAB), "a", 0) == voxels(0)
+
+
+def test_the_bound_holds_while_a_process_that_makes_room_stands_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.cache.LOCK_WAIT_S", 0.05)
+    monkeypatch.setattr("storage.cache.PAUSE_S", 0.0)
+    cache = NodeCache(tmp_path, BOUND)
+    put(cache, "shard-0", 0, voxels(0))
+    with (tmp_path / "evict.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.warns(RuntimeWarning, match="another process"):
+            made = [cache.slab(f"shard-{i}", SHAPE, CHUNK, np.dtype(np.uint8)) for i in range(40)]
+    assert made[0] is not None, "what is there is still read"
+    assert cache.used_bytes() <= BOUND
+    put(cache, "shard-1", 0, voxels(1))
+    assert get(cache, "shard-1", 0) == voxels(1)
+
+
 def test_use_keeps_a_slab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("storage.cache.TOUCH_S", 0.0)
     cache = NodeCache(tmp_path, 20 * SLAB)
@@ -363,6 +414,16 @@ def test_other_content_under_the_same_name_is_not_taken_from_the_cache(tmp_path:
     url = f"memory://{uuid.uuid4().hex}"
     for shape in [(40, 40, 40), (40, 40, 39)]:
         _, arrays = publish_phantoms(url, [shape], layout=Layout((16, 16, 16), (48, 48, 48)))
+        with VolumeStore(url, cache=NodeCache(tmp_path, 1 << 26)) as store:
+            np.testing.assert_array_equal(store.read_volume("phantom-000"), arrays["phantom-000"])
+
+
+def test_a_volume_cut_into_other_shards_is_not_taken_from_the_cache(tmp_path: Path) -> None:
+    """The second shard is 16 planes of the same volume both times, and not the same ones."""
+    url = f"memory://{uuid.uuid4().hex}"
+    for planes in (16, 32):
+        layout = Layout((16, 20, 20), (planes, 20, 20))
+        _, arrays = publish_phantoms(url, [(48, 20, 20)], layout=layout)
         with VolumeStore(url, cache=NodeCache(tmp_path, 1 << 26)) as store:
             np.testing.assert_array_equal(store.read_volume("phantom-000"), arrays["phantom-000"])
 
