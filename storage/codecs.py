@@ -71,8 +71,8 @@ class Chain:
                     data = zstd.decompress(data)
                 else:
                     data = gzip.GZip().decode(data)
-            except (RuntimeError, ValueError, EOFError, OSError, zlib.error) as error:
-                raise DamagedError(f"{step} cannot decode it: {error}") from error
+            except (RuntimeError, ValueError, EOFError, OSError, MemoryError, zlib.error) as error:
+                raise DamagedError(f"{step} cannot decode it: {str(error) or type(error).__name__}") from error
         if len(data) != expected:
             raise DamagedError(f"{len(data)} decoded bytes where {expected} belong")
         flat: Array = np.frombuffer(data, dtype=self.dtype)
@@ -109,6 +109,8 @@ def parse_chain(codecs: Sequence[dict[str, Any]], dtype: np.dtype[Any], ndim: in
         settings = codec.get("configuration") or {}
         if name == "transpose" and stored is None:
             axes = tuple(int(a) for a in settings["order"])
+            if sorted(axes) != list(range(ndim)):
+                raise UnknownCodecError(f"a transpose to {axes}, which is no order of {ndim} axes")
             before = order or tuple(range(ndim))
             order = tuple(before[a] for a in axes)
         elif name == "bytes" and stored is None:

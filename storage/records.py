@@ -1,6 +1,6 @@
 """The facts of one volume and of its labels, as the manifest holds them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from storage.errors import NotFound
 
@@ -122,3 +122,12 @@ class VolumeRecord:
             if derived.name == name:
                 return derived.dtype, derived.content_sha256
         return self.label(name).dtype, self.content_sha256
+
+
+def without_places(record: VolumeRecord, keep: str | None = None) -> VolumeRecord:
+    """The record without the boxes and points of its labels, but for those of the label `keep`.
+
+    Readers keep thousands of records; of a hundred classes the points alone take 0.8 MB a volume.
+    """
+    labels = (label if label.name == keep else replace(label, boxes=(), points=()) for label in record.labels)
+    return replace(record, labels=tuple(labels))

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from storage import order
 from storage.errors import ConfigError
 from storage.manifest import Manifest, VolumeRecord
+from storage.records import without_places
 from storage.volumes import Crop
 
 
@@ -122,8 +123,13 @@ class Plan:
     ) -> None:
         self.spec, self.rank, self.world, self.start = spec, rank, world, start
         self._indices = indices
+        places_of = spec.label if spec.class_balance else None
+
+        def facts(i: int) -> VolumeRecord:
+            return without_places(manifest.record(i), keep=places_of)
+
         # Reading a row of the manifest costs more than planning a crop, and a visit asks for it several times.
-        self.record = lru_cache(maxsize=4096)(manifest.record)
+        self.record = lru_cache(maxsize=4096)(facts)
         first: VolumeRecord = self.record(int(indices[0]))
         map_bytes = sum(np.dtype(first.map_facts(name)[0] or "uint8").itemsize for name in spec.maps)
         voxel_bytes = first.channels * np.dtype(first.dtype).itemsize + (spec.label is not None) + map_bytes
@@ -175,7 +181,7 @@ class Plan:
             points=[
                 points
                 for label in record.labels
-                if label.name == spec.label
+                if spec.class_balance and label.name == spec.label
                 for value, points in zip(label.values, label.points, strict=True)
                 if value != 0
             ],

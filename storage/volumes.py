@@ -18,6 +18,7 @@ from storage.errors import ConfigError
 from storage.layout import Layout, choose_layout
 from storage.manifest import DEFAULT_CODECS, Manifest, Triple, VolumeRecord
 from storage.readplan import GAP, MOST, Box
+from storage.records import without_places
 from storage.volumewriter import content_sha256, label_record, write_volume
 from storage.zarrmeta import ArrayMeta, default_meta, parse_array
 
@@ -50,7 +51,7 @@ class Crop:
 
 
 class VolumeStore:
-    """Read-only access to a published data set. Thread-safe; must not be carried through `fork`.
+    """Read-only access to a published data set. Thread-safe; refuses to work in a fork of its process.
 
     Args:
         url: The data set's URL.
@@ -90,12 +91,12 @@ class VolumeStore:
         self.close()
 
     def record(self, volume_id: str) -> VolumeRecord:
-        """The facts of a volume, kept for recent ones."""
-        return self._records.get(volume_id, lambda: self.manifest.record(self.manifest.index_of(volume_id)))
+        """The facts of a volume."""
+        return self.manifest.record(self.manifest.index_of(volume_id))
 
     def meta(self, volume_id: str, label: str | None = None) -> ArrayMeta:
         """Shape, shards, chunks and codecs of a volume's array or of one of its labels."""
-        return self._source(self.record(volume_id), label).meta
+        return self._source(self._facts(volume_id), label).meta
 
     def read(self, crop: Crop, label: str | None = None) -> Array:
         """One crop, (C, D, H, W) in the stored type, or (1, D, H, W) of a label or derived map; see `read_many`."""
@@ -113,7 +114,7 @@ class VolumeStore:
             CorruptChunk: a shard or chunk is missing, empty, truncated or altered; names volume and key.
             StoreError: the store did not answer.
         """
-        records = {crop.volume_id: self.record(crop.volume_id) for crop in crops}
+        records = {crop.volume_id: self._facts(crop.volume_id) for crop in crops}
         found = self._executor.each(lambda record: self._source(record, label), list(records.values()))
         sources = dict(zip(records, found, strict=True))
         asked: dict[str, tuple[list[Box], list[Array]]] = {name: ([], []) for name in records}
@@ -129,7 +130,11 @@ class VolumeStore:
 
     def read_volume(self, volume_id: str, label: str | None = None) -> Array:
         """A whole volume, (C, D, H, W), or (1, D, H, W) of a label."""
-        return self.read(Crop(volume_id, (0, 0, 0), self.record(volume_id).shape_DHW), label)
+        return self.read(Crop(volume_id, (0, 0, 0), self._facts(volume_id).shape_DHW), label)
+
+    def _facts(self, volume_id: str) -> VolumeRecord:
+        """What reading needs to know of a volume, kept for recent ones."""
+        return self._records.get(volume_id, lambda: without_places(self.record(volume_id)))
 
     def _source(self, record: VolumeRecord, label: str | None) -> Source:
         return self._sources.get((record.volume_id, label), lambda: self._find(record, label))
@@ -154,6 +159,8 @@ class VolumeStore:
         meta = parse_array(document, f"volume {record.volume_id}: {join(self.url, key)}")
         if meta.shape != shape:
             raise self._executor.corrupt(unread, key, f"shape {meta.shape} where the manifest says {shape}")
+        if dtype and meta.chain.dtype.name != dtype:
+            raise self._executor.corrupt(unread, key, f"type {meta.chain.dtype.name} where the manifest says {dtype}")
         return Source(record.volume_id, root, meta, content)
 
 

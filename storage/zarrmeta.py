@@ -12,6 +12,8 @@ import numpy as np
 from storage.codecs import COMPRESSOR, Chain, UnknownCodecError, default_codecs, parse_chain
 from storage.errors import CorruptChunk, StoreError
 
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
+"""What JSON of another form than the one that is looked for comes to."""
 DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "float16", "float32")
 
 
@@ -141,7 +143,7 @@ def parse_array(document: bytes, thing: str) -> ArrayMeta:
         known = data["zarr_format"] == 3 and data["node_type"] == "array"
         regular = data["chunk_grid"]["name"] == "regular" and encoding["name"] == "default" and separator == "/"
         names = [str(c["name"]) for c in codecs]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except MALFORMED as error:
         raise CorruptChunk(
             thing, expected="Zarr v3 array metadata", found=f"{type(error).__name__}: {str(error)[:200]}"
         ) from error
@@ -156,18 +158,28 @@ def parse_array(document: bytes, thing: str) -> ArrayMeta:
             found=f"grid {data['chunk_grid']['name']!r}, keys {encoding!r}, codecs {names}",
             remedy="write the array sharded, or ingest it from its files",
         )
-    settings = codecs[0]["configuration"]
-    index = [str(c["name"]) for c in settings["index_codecs"]]
-    chunk = tuple(int(n) for n in settings["chunk_shape"])
+    try:
+        settings = codecs[0]["configuration"]
+        index = [str(c["name"]) for c in settings["index_codecs"]]
+        chunk = tuple(int(n) for n in settings["chunk_shape"])
+        inner, index_at_end = settings["codecs"], settings.get("index_location", "end") == "end"
+    except MALFORMED as error:
+        found = f"{type(error).__name__}: {str(error)[:200]}"
+        raise CorruptChunk(thing, expected="the settings of sharding_indexed", found=found) from error
     if index not in (["bytes"], ["bytes", "crc32c"]):
         raise StoreError(thing, expected="index codecs bytes, or bytes and crc32c", found=str(index))
-    if len({len(shape), len(shard), len(chunk)}) != 1 or any(c < 1 or s % c for c, s in zip(chunk, shard, strict=True)):
+    if len({len(shape), len(shard), len(chunk)}) != 1 or any(
+        c < 1 or s < c or s % c for c, s in zip(chunk, shard, strict=True)
+    ):
         raise CorruptChunk(thing, expected="shards that are multiples of chunks", found=f"{shard} and {chunk}")
     try:
-        chain = parse_chain(settings["codecs"], np.dtype(type_name), len(shape))
-    except (UnknownCodecError, KeyError, TypeError) as error:
+        chain = parse_chain(inner, np.dtype(type_name), len(shape))
+    except UnknownCodecError as error:
         raise StoreError(thing, expected="codecs this reader knows", found=str(error)) from error
-    return ArrayMeta(shape, shard, chunk, chain, settings.get("index_location", "end") == "end", len(index) == 2)
+    except MALFORMED as error:
+        found = f"{type(error).__name__}: {str(error)[:200]}"
+        raise CorruptChunk(thing, expected="a list of codecs", found=found) from error
+    return ArrayMeta(shape, shard, chunk, chain, index_at_end, len(index) == 2)
 
 
 def _json(data: Mapping[str, Any]) -> bytes:

@@ -1,8 +1,11 @@
 """Volumes: what is written is what is read, by us and by stock readers; damage raises and names itself."""
 
 import json
+import threading
+import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +17,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ShardingCodec, TransposeCodec, ZstdCodec
 
-from storage.bytestore import ByteStore, open_store
+from storage.bytestore import ByteStore, FileStore, open_store
+from storage.codecs import Chain, DamagedError, default_codecs
 from storage.errors import ConfigError, CorruptChunk, NotFound, RefusedInput, StoreError
 from storage.layout import Layout, choose_layout
 from storage.manifest import Manifest
+from storage.shardindex import build_index
 from storage.testing import phantom, phantom_label, publish_phantoms
 from storage.volumes import Crop, VolumeStore, padding_value, write_volume
-from storage.zarrmeta import group_document
+from storage.zarrmeta import array_document, group_document, parse_array
 
 SHAPES = [(35, 50, 36), (70, 41, 90), (9, 64, 64)]
 SMALL = Layout((16, 16, 16), (32, 48, 32))
@@ -181,6 +186,10 @@ def test_what_stock_zarr_writes_in_this_layout_is_read(tmp_path: Path, options: 
                 volumes.read_volume("v")
 
 
+def transposed(*axes: int) -> dict[str, Any]:
+    return {"name": "transpose", "configuration": {"order": list(axes)}}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -188,6 +197,10 @@ def test_what_stock_zarr_writes_in_this_layout_is_read(tmp_path: Path, options: 
         (lambda d: d["codecs"][0]["configuration"]["codecs"].append({"name": "acme.brotli"}), "acme.brotli"),
         (lambda d: d.update(codecs=[{"name": "bytes"}]), "sharding_indexed"),
         (lambda d: d.update(shape=[1, 2, 3, 4]), "shape"),
+        (lambda d: d.update(data_type="uint16"), "type uint16 where the manifest says int16"),
+        (lambda d: d["codecs"][0]["configuration"]["codecs"].insert(0, transposed(0, 1, 2, 2)), "order of 4 axes"),
+        (lambda d: d["chunk_grid"]["configuration"].update(chunk_shape=[1, 8, 0, 8]), "multiples of chunks"),
+        (lambda d: d["codecs"][0].pop("configuration"), "sharding_indexed"),
         (lambda d: d.pop("chunk_grid"), "metadata"),
     ],
 )
@@ -203,6 +216,30 @@ def test_unknown_metadata_are_a_clear_error(change: Callable[[dict[str, Any]], A
         with pytest.raises(StoreError, match=message) as caught:
             volumes.read_volume("v")
         assert "volumes/v/0/zarr.json" in str(caught.value)
+
+
+def places(tree: Any) -> list[tuple[Any, Any]]:
+    """Every container of a JSON document with each of its keys or indices."""
+    keys = list(tree) if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else []
+    return [*((tree, key) for key in keys), *(place for key in keys for place in places(tree[key]))]
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=150)
+def test_metadata_of_any_other_form_are_an_error_that_names_them(data: st.DataObject) -> None:
+    codecs = [transposed(0, 3, 1, 2), *default_codecs(np.dtype("i2"))]
+    document = json.loads(array_document((1, 40, 50, 20), (1, 32, 32, 32), (1, 16, 16, 16), np.dtype("i2"), "czyx"))
+    document["codecs"][0]["configuration"]["codecs"] = codecs
+    assert parse_array(json.dumps(document).encode(), "thing").chain.order == (0, 3, 1, 2)
+    tree, key = data.draw(st.sampled_from(places(document)))
+    if data.draw(st.booleans()):
+        del tree[key]
+    else:
+        tree[key] = data.draw(st.sampled_from([None, True, -1, 0, 3, 1e400, "", "x", [], ["x"], [0], {}, {"name": []}]))
+    with suppress(StoreError):
+        meta = parse_array(json.dumps(document).encode(), "thing")
+        assert all(s >= c > 0 and s % c == 0 for s, c in zip(meta.shard, meta.chunk, strict=True))
+        assert meta.chain.order is None or sorted(meta.chain.order) == [0, 1, 2, 3]
 
 
 def shard_keys(store: ByteStore, name: str) -> list[str]:
@@ -247,6 +284,68 @@ def test_damage_raises_and_names_volume_and_key(damage: str, small: bool, monkey
         assert key in str(caught.value)
         # Damage of one shard leaves crops of the others readable.
         assert volumes.read(Crop("phantom-000", (40, 50, 40), (10, 10, 10))).shape == (1, 10, 10, 10)
+
+
+def test_a_frame_that_claims_more_than_the_memory_is_damaged() -> None:
+    frame = bytes.fromhex("28b52ffde0") + (2**62).to_bytes(8, "little") + bytes([1, 0, 0])
+    with pytest.raises(DamagedError, match="zstd"):
+        Chain(None, np.dtype("<i2"), ("zstd",)).decode(frame, (2, 2))
+
+
+@pytest.mark.parametrize("entry", [(0, 2**61), (2**61, 9), (2**63, 1), (7, 2**64 - 8), (2**64 - 1, 5), (0, 0)])
+@pytest.mark.parametrize("small", [True, False], ids=["whole shard", "ranges"])
+def test_a_senseless_index_raises_and_names_volume_and_key(
+    entry: tuple[int, int], small: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checksum is right: a program wrote it so."""
+    url = tmp_path.as_uri()
+    publish_phantoms(url, [(30, 30, 30)], layout=Layout((16, 16, 16), (32, 32, 32)))
+    store = open_store(url)
+    (key,) = shard_keys(store, "phantom-000")
+    data = store.get(key)
+    entries = {number: (0, 1000) for number in range(8)}
+    store.put(key, data[: -16 * 8 - 4] + build_index({**entries, 3: entry}, 8))
+    if not small:
+        monkeypatch.setattr("storage.crops.SMALL_SHARD", 0)
+    with VolumeStore(url) as volumes, pytest.raises(CorruptChunk) as caught:
+        volumes.read(Crop("phantom-000", (2, 20, 20), (4, 4, 4)))
+    assert "volume phantom-000" in str(caught.value)
+    assert key in str(caught.value)
+
+
+def test_a_store_closed_while_it_is_read_leaves_nobody_waiting(
+    published: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.crops.SMALL_SHARD", 0)
+    reading, go, found = threading.Event(), threading.Event(), list[Any]()
+    suffix = FileStore.get_suffix
+
+    def held(store: FileStore, key: str, n: int) -> bytes:
+        reading.set()
+        go.wait(60)
+        return suffix(store, key, n)
+
+    monkeypatch.setattr(FileStore, "get_suffix", held)
+    volumes = VolumeStore(published[0], threads=1)
+
+    def read() -> None:
+        try:
+            found.append(volumes.read_volume("phantom-001"))
+        except StoreError as error:
+            found.append(error)
+
+    reader, closer = (threading.Thread(target=work, daemon=True) for work in (read, volumes.close))
+    reader.start()
+    assert reading.wait(60)
+    closer.start()  # while one shard is being read and others wait
+    time.sleep(0.1)
+    go.set()
+    for thread in (closer, reader):
+        thread.join(60)
+        assert not thread.is_alive()
+    assert isinstance(found[0], StoreError) or np.array_equal(found[0], published[1]["phantom-001"])
+    with pytest.raises(StoreError, match="an open store"):
+        volumes.read_volume("phantom-001")
 
 
 def test_a_chunk_that_is_not_stored_is_an_error_and_not_fill(tmp_path: Path) -> None:
