@@ -62,7 +62,9 @@ class RetryPolicy:
             deadline = 0.0
         if not 0 < deadline < float("inf"):
             raise ConfigError("TOMOSCALE_STORE_DEADLINE_S", expected="a positive number of seconds", found=text)
-        return cls(deadline, attempt_s=min(ATTEMPT_S, deadline / 3), connect_s=min(CONNECT_S, deadline / 4))
+        # A long deadline gives single requests more time as well: 64 MiB at 1 MB/s take a minute.
+        attempt = max(min(ATTEMPT_S, deadline / 3), deadline / 4)
+        return cls(deadline, attempt_s=attempt, connect_s=min(CONNECT_S, deadline / 4))
 
 
 def retry(

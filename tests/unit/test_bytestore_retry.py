@@ -70,6 +70,9 @@ def test_the_environment_sets_the_deadline(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("TOMOSCALE_STORE_DEADLINE_S", "6")
     policy = RetryPolicy.from_environment()
     assert (policy.deadline_s, policy.attempt_s) == (6.0, 2.0)
+    for seconds, attempt in ((90, 30), (120, 30), (600, 150)):
+        monkeypatch.setenv("TOMOSCALE_STORE_DEADLINE_S", str(seconds))
+        assert RetryPolicy.from_environment().attempt_s == attempt
     for text in ("soon", "-1", "inf", "nan"):
         monkeypatch.setenv("TOMOSCALE_STORE_DEADLINE_S", text)
         with pytest.raises(ConfigError, match="TOMOSCALE_STORE_DEADLINE_S"):
