@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 import ssl_core.methods  # noqa: F401  registers the methods that `method.name` may name
 from jobs.tracking import flatten
+from ssl_core.backbones import backbone_names
 from ssl_core.config import Config, parse, resolved
 from ssl_core.engine import EngineConfig
 from ssl_core.finetune import FinetuneConfig
@@ -50,6 +51,13 @@ class BackboneConfig(Config):
     arguments: dict[str, Any] = Field(
         default_factory=lambda: {"features": [16, 16, 32, 64, 128, 16]}, description="keyword arguments of the backbone"
     )
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str) -> str:
+        if value not in backbone_names():
+            raise ValueError(f"one of {', '.join(backbone_names())}")
+        return value
 
 
 class StreamConfig(Config):
@@ -218,7 +226,7 @@ class SearchSpace(Config):
 
     lr: tuple[float, float] = Field((3e-4, 1e-2), description="`finetune.lr`: lowest and highest, drawn log-uniformly")
     encoder_lr_scale: tuple[float, ...] = Field(
-        (0.1, 0.3, 1.0), min_length=1, description="`finetune.encoder_lr_scale`: the choices, drawn uniformly"
+        (0.1, 0.3, 1.0), description="`finetune.encoder_lr_scale`: the choices, drawn uniformly"
     )
 
     @field_validator("lr")
@@ -226,6 +234,13 @@ class SearchSpace(Config):
     def _check_lr(cls, value: tuple[float, float]) -> tuple[float, float]:
         if not 0 < value[0] <= value[1]:
             raise ValueError("two numbers above 0, the lower first")
+        return value
+
+    @field_validator("encoder_lr_scale")
+    @classmethod
+    def _check_choices(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value:
+            raise ValueError("at least one choice")
         return value
 
 
@@ -265,7 +280,7 @@ class FinetuneJobConfig(Config):
     starts: dict[str, str] = Field(description="name of a start to a model URI, or `none` for random weights")
     labelled: LabelledConfig
     finetune: FinetuneConfig = FinetuneConfig()
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="seeds of each start, all different")
+    seeds: tuple[int, ...] = Field((0, 1, 2), description="seeds of each start, all different")
     concurrent: int = Field(2, ge=1, description="trainings at a time")
     cpus_per_run: float = Field(1, gt=0, description="logical CPUs of a training")
     gpus_per_run: float = Field(0, ge=0, description="GPUs of a training; without one it trains on the CPU")
@@ -282,8 +297,8 @@ class FinetuneJobConfig(Config):
     @field_validator("seeds")
     @classmethod
     def _check_seeds(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(value)) < len(value):
-            raise ValueError("different seeds")
+        if not value or len(set(value)) < len(value):
+            raise ValueError("one seed or several different ones")
         return value
 
     @model_validator(mode="after")

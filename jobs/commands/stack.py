@@ -61,8 +61,9 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _env(arguments: argparse.Namespace) -> int:
+    settings = stack.environment(state_dir(arguments))  # first: without a stack a shell stays as it is
     print(f"unset {' '.join(services.UNSET)}")
-    for key, value in stack.environment(state_dir(arguments)).items():
+    for key, value in settings.items():
         print(f"export {key}={shlex.quote(value)}")
     return 0
 

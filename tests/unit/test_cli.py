@@ -134,6 +134,9 @@ def test_status_without_a_stack_is_json_and_exit_code_1(capsys: pytest.CaptureFi
     assert cli.main(["status"]) == 1
     assert "tomoscale up" in capsys.readouterr().out
     assert cli.main(["down"]) == 0
+    capsys.readouterr()
+    assert cli.main(["env"]) == 1
+    assert capsys.readouterr().out == "", "a shell that evaluates it stays as it is"
 
 
 def test_the_table_says_what_the_json_says(store: str, capsys: pytest.CaptureFixture[str]) -> None:

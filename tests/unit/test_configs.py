@@ -28,6 +28,7 @@ def plan(**changes: Any) -> dict[str, Any]:
         (plan(engine={"lr": "fast"}), "lr"),
         (plan(stream={"global_batch": 9}), "multiples of cluster.workers"),
         (plan(name="../x"), "name"),
+        (plan(backbone={"name": "unett"}), "backbone.name; expected one of basic_unet, dynunet"),
         (plan(cluster={"workers": 2, "min_workers": 3}), "min_workers (3) to be at most workers (2)"),
         ({"data": "x"}, "name"),
     ],
@@ -105,10 +106,10 @@ LABELLED = {"data": "memory://x"}
     [
         (TuneConfig, {"encoders": ["models:/e@candidate"], "space": {"lr": [0.1, 0.01]}}, "the lower first"),
         (TuneConfig, {"encoders": ["models:/e@candidate"], "space": {"lr": [0, 0.01]}}, "above 0"),
-        (TuneConfig, {"encoders": ["models:/e@candidate"], "space": {"encoder_lr_scale": []}}, "at least 1"),
+        (TuneConfig, {"encoders": ["models:/e@candidate"], "space": {"encoder_lr_scale": []}}, "at least one choice"),
         (TuneConfig, {"encoders": []}, "at least one model URI"),
-        (FinetuneJobConfig, {"starts": {"a": "models:/e@candidate"}, "seeds": [0, 0]}, "different seeds"),
-        (FinetuneJobConfig, {"starts": {"a": "models:/e@candidate"}, "seeds": []}, "at least 1"),
+        (FinetuneJobConfig, {"starts": {"a": "models:/e@candidate"}, "seeds": [0, 0]}, "several different ones"),
+        (FinetuneJobConfig, {"starts": {"a": "models:/e@candidate"}, "seeds": []}, "one seed"),
     ],
 )
 def test_what_would_fail_in_the_middle_of_a_job_is_refused_before(
