@@ -229,7 +229,8 @@ def _pair(files: list[Path], top: Path) -> dict[tuple[str, str, str], _Case]:
         stem, suffix = split_name(path.name)
         place, part, role = _role(relative.parent)
         base, channel = stem, "0000"
-        if role == "image" and (match := _CHANNEL.match(stem)) and (place, part, match["base"]) in channelled:
+        imaged = role == "image" or _lies_in_images(relative, top)
+        if imaged and (match := _CHANNEL.match(stem)) and (place, part, match["base"]) in channelled:
             base, channel = match["base"], match["channel"]
         elif role == "" and (match := _LABEL_SUFFIX.match(stem)):
             base, role = match["base"], "label"
@@ -260,18 +261,26 @@ def _channelled(files: list[Path], top: Path) -> set[tuple[str, str, str]]:
     labels: set[tuple[str, str, str]] = set()
     patients: set[tuple[str, str]] = set()
     for path in files:
-        place, part, role = _role(PurePosixPath(path.relative_to(top).as_posix()).parent)
+        relative = PurePosixPath(path.relative_to(top).as_posix())
+        place, part, role = _role(relative.parent)
         stem, _ = split_name(path.name)
+        if role == "" and (label := _LABEL_SUFFIX.match(stem)):
+            stem, role = label["base"], "label"
         match = _CHANNEL.match(stem)
         if role == "label":
             labels.add((place, part, stem))
             if match:
                 patients.add((place, match["base"]))
-        elif role == "image" and match:
+        elif match and (role == "image" or _lies_in_images(relative, top)):
             numbers[place, part, match["base"]].add(match["channel"])
     unclear = {key: found for key, found in numbers.items() if (key[0], key[2]) not in patients}
     from_zero = {place for (place, _, _), found in unclear.items() if "0000" in found}
     return {key for key in unclear if key[0] in from_zero or key in labels}
+
+
+def _lies_in_images(relative: PurePosixPath, top: Path) -> bool:
+    """Whether a file lies in the ingested folder itself, and that is one of images, as of nnU-Net's `imagesTr`."""
+    return len(relative.parts) == 1 and bool(_IMAGE_FOLDER.match(top.absolute().name))
 
 
 def _role(folder: PurePosixPath) -> tuple[str, str, str]:

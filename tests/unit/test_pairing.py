@@ -71,6 +71,16 @@ def test_channel_suffixes_are_one_volume(tmp_path):
     assert len(items["d"].images) == 1
 
 
+def test_channels_are_one_volume_where_their_folder_itself_is_ingested(tmp_path):
+    """Else the channels of a patient would be subjects of their own, in training and test."""
+    touch(tmp_path / "imagesTr", "a_0000.nii.gz", "a_0001.nii.gz", "b_0000.nii.gz", "b_0001.nii.gz")
+    found = discover(tmp_path / "imagesTr").items
+    assert [(item.name, item.subject, len(item.images)) for item in found] == [("a", "a", 2), ("b", "b", 2)]
+    assert sorted(discover(tmp_path / "imagesTr" / "a_0001.nii.gz").items[0].channels) == ["0000"]
+    touch(tmp_path / "images", *(f"amos_000{i}{end}.nii.gz" for i in range(3) for end in ("", "_seg")))
+    assert pairs(tmp_path / "images") == {f"amos_000{i}": f"amos_000{i}_seg.nii.gz" for i in range(3)}
+
+
 def test_patients_with_four_digits_are_not_channels_of_one(tmp_path):
     """As in AMOS: were they stacked, many patients would be one volume, and no label would have an image."""
     touch(tmp_path, *(f"{kind}Tr/amos_000{i}.nii.gz" for kind in ("images", "labels") for i in range(3)))
