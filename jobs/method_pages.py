@@ -33,6 +33,12 @@ def description(name: str) -> str:
     return inspect.getdoc(method_class(name)) or ""
 
 
+def when(name: str) -> str:
+    """When to use it, in half a sentence: the first of the paragraph that says so, without its first words."""
+    paragraph = next((p for p in description(name).split("\n\n") if p.startswith("Use it")), "")
+    return " ".join(paragraph.split()).removeprefix("Use it ").partition(". ")[0].removesuffix(".")
+
+
 def settings(name: str) -> list[tuple[str, str, str]]:
     """(setting, default as YAML, meaning and source); settings within settings follow as `outer.inner`."""
     config = method_class(name).Config
@@ -81,13 +87,18 @@ def markdown_page(name: str) -> str:
 
 def markdown_index() -> str:
     """The list of all pages."""
-    rows = [(f"[`{name}`]({name}.md)", _inline(idea(name), name)) for name in method_names()]
+    rows = [
+        (f"[`{name}`]({name}.md)", _inline(idea(name), name), _inline(when(name), name).replace("|", "\\|"))
+        for name in method_names()
+    ]
     parts = [
         _MADE,
         "# Methods",
         "One page for each registered method: idea, formula, traps, cost, when to use it, and every setting with its"
-        " source. `tomoscale methods` lists them in a terminal; [a new one](../how-to-add-a-method.md) is one file.",
-        _markdown_table(("method", "idea"), rows),
+        " source. `tomoscale methods` lists them in a terminal; [a new one](../how-to-add-a-method.md) is one file."
+        " [What each learned](../benchmarks-learning.md) in a small study; [what a step"
+        " costs](../benchmarks-steps.md#methods).",
+        _markdown_table(("method", "idea", "use it"), rows),
         _SCRATCH,
     ]
     return "\n\n".join(parts) + "\n"

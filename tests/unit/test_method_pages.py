@@ -25,6 +25,13 @@ def test_a_page_has_all_parts_and_every_setting(name: str) -> None:
     assert all(len(row) == 3 and len(row[2]) > 4 for row in rows)
 
 
+def test_the_index_says_of_each_method_when_to_use_it() -> None:
+    rows = [line.split(" | ") for line in method_pages.markdown_index().splitlines() if line.startswith("| [")]
+    assert len(rows) == len(method_names())
+    for _, _, use in rows:
+        assert use.split()[0] in ("as", "for", "first", "to", "where", "on")
+
+
 @pytest.mark.parametrize("name", [*method_names(), ""])
 def test_a_terminal_of_100_columns_shows_all_of_it(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
