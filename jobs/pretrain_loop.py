@@ -263,11 +263,8 @@ def run(
             hooks.publish(step, directory, hooks.last)
 
     probe = LabelProbe(config, store, view_spec, hooks.say if collectives.rank == 0 else _silent)
-    try:
+    with store, stream:
         steps = fit(engine, batches(), report=report, save=save, stop=hooks.stop, probe=probe)
-    finally:
-        stream.close()
-        store.close()
     return {"steps": steps, "samples": record.value, **hooks.last}
 
 
