@@ -15,7 +15,8 @@ class Superpixels(Config):
 
     mode: Literal["slices", "volume"] = Field(
         default="slices",
-        description="slices: each axial slice by itself, as in LRC; volume: a graph of 26 neighbours, ours",
+        description="slices: each axial slice by itself, as in LRC; volume: a graph of 26 neighbours, ours, which ends "
+        "every 4 million voxels along D",
     )
     scale: float = Field(
         default=100.0, gt=0, description="Larger gives larger regions; our choice, lightly's DetCon example"
