@@ -51,6 +51,11 @@ def use_stack(arguments: argparse.Namespace) -> None:
         os.environ.setdefault(key, value)
 
 
+def salt_here() -> str | None:
+    """The variable that names the user's salt of pseudonyms, where one is set; a secret, so no job carries it."""
+    return next((name for name in ("TOMOSCALE_SALT", "TOMOSCALE_SALT_FILE") if os.environ.get(name)), None)
+
+
 def job_address(arguments: argparse.Namespace) -> str:
     """Where to submit: `--address`, else $TOMOSCALE_JOBS_ADDRESS, else the local stack.
 

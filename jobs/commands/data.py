@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from jobs.commands.common import add_json, add_state, job_address, use_stack
+from jobs.commands.common import add_json, add_state, job_address, salt_here, use_stack
 from jobs.text import Progress, emit, table, write_page
+from storage.errors import ConfigError
 
 
 def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -74,7 +75,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
         [f"policy.{item}" for item in arguments.policy],
     )
     use_stack(arguments)
-    if arguments.local or not _clustered(arguments):
+    if arguments.local or not _clustered(arguments) or _keeps_its_salt(arguments):
         ingest(config.source, config.data, config.policy, append=config.append)
         return 0
     submit.run(job_address(arguments), "jobs.ingest", config, config.name, show=lambda line: print(line, flush=True))
@@ -101,8 +102,33 @@ def _clustered(arguments: argparse.Namespace) -> bool:
     from cluster import stack
     from jobs.commands.common import state_dir
 
-    named = arguments.address or os.environ.get("TOMOSCALE_JOBS_ADDRESS")
-    return bool(named) or stack.status(state_dir(arguments)).running
+    return bool(_elsewhere(arguments)) or stack.status(state_dir(arguments)).running
+
+
+def _elsewhere(arguments: argparse.Namespace) -> str | None:
+    """The cluster that was named; the local stack needs no name."""
+    address: str | None = arguments.address or os.environ.get("TOMOSCALE_JOBS_ADDRESS")
+    return address
+
+
+def _keeps_its_salt(arguments: argparse.Namespace) -> bool:
+    """Whether this process has a salt of the user's, which is a secret and so not sent with a job.
+
+    Raises:
+        ConfigError: the job would go to another cluster, which would take a salt of its own and say nothing.
+    """
+    salt = salt_here()
+    if salt is None:
+        return False
+    if _elsewhere(arguments):
+        raise ConfigError(
+            f"${salt}",
+            expected="the salt in the environment of the cluster's nodes, as no job carries a secret",
+            found="one in this environment",
+            remedy="set it on the nodes and not here, or use --local",
+        )
+    print(f"ingesting in this process, where ${salt} is: no job carries a secret", file=sys.stderr)
+    return True
 
 
 def _verify(arguments: argparse.Namespace) -> int:

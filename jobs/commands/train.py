@@ -5,8 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jobs.commands.common import add_json, add_state, job_address, use_stack
+from jobs.commands.common import add_json, add_state, job_address, salt_here, use_stack
 from jobs.text import emit
+from storage.errors import ConfigError
 
 _MODULES = {"pretrain": "jobs.pretrain", "tune": "jobs.tune", "finetune": "jobs.finetune"}
 _HELP = {
@@ -102,6 +103,13 @@ def _submit(arguments: argparse.Namespace) -> int:
     print(f"{dump_yaml(config)}# digest {digest(config)}", flush=True)
     if arguments.dry_run:
         return 0
+    if (salt := salt_here()) and getattr(config, "source", None) not in (None, "simulated"):
+        raise ConfigError(
+            f"${salt}",
+            expected="no `source` beside it, which the job would ingest with a salt of the cluster's",
+            found=f"source {config.source}",
+            remedy=f"first: tomoscale data ingest {config.source} {config.data}; then leave `source` out",
+        )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     use_stack(arguments)
     address = job_address(arguments)
