@@ -133,6 +133,14 @@ def _slices(path: str, number: int, thing: str) -> list[Slice]:
                 found=f"{len(planes)} for {dataset.get('NumberOfFrames')} frames",
                 remedy="the file is damaged: export it again",
             )
+        stored, high = dataset.get("BitsStored"), dataset.get("HighBit")
+        if stored is not None and high is not None and int(high) != int(stored) - 1:
+            raise RefusedInput(
+                thing,
+                expected="values in the lowest bits",
+                found=f"{int(stored)} bits of which the highest is number {int(high)}",
+                remedy="convert the series with a tool that reads such files",
+            )
         if "ModalityLUTSequence" in dataset:
             raise RefusedInput(
                 thing,

@@ -7,6 +7,7 @@ whether there are as many files as slices.
 import math
 import re
 import zlib
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,9 @@ def read_itk(path: str, policy: ReadPolicy) -> RawVolume:
         )
     header = _header(path)
     if _COMPRESSED.search(header):
-        array = _inflated(path, header, array)
+        shape, dtype = array.shape, array.dtype
+        del array  # as large as what takes its place
+        array = _inflated(path, header, shape, dtype)
     elif _NRRD_GZIP.search(header):
         _check_packed(path, header, array.nbytes)
     channels = image.GetNumberOfComponentsPerPixel()
@@ -198,12 +201,9 @@ def _parts(path: str, size: tuple[int, ...]) -> list[str]:
     return [str(Path(path).parent / name) for name in names]
 
 
-def _inflated(path: str, header: str, like: Array) -> Array:
-    """The voxels of a compressed MetaImage, whose own code returns anything where a size or a checksum is not right.
-
-    Args:
-        like: What it returned: type and shape are those of the header.
-    """
+def _inflated(path: str, header: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """The voxels of a compressed MetaImage, whose own code returns anything where a size or a checksum is not right."""
+    size = math.prod(shape) * dtype.itemsize
     packed = memoryview(read_bytes(path))
     match = _DATA_FILE.search(packed, len(header.encode("utf-8", "surrogateescape")))
     name = match[1].decode("utf-8", "surrogateescape") if match else ""
@@ -212,16 +212,18 @@ def _inflated(path: str, header: str, like: Array) -> Array:
             path, expected="compressed voxels in one file", found="several", remedy="write it again as one .mha file"
         )
     packed = packed[match.end() :] if name.upper() == "LOCAL" else memoryview(read_bytes(str(Path(path).parent / name)))
-    voxels = _unpacked(path, packed, like.nbytes)
-    if len(voxels) != like.nbytes:
+    voxels = bytearray()
+    for block in _unpacked(path, packed, size):
+        voxels += block
+    if len(voxels) != size:
         raise RefusedInput(
             path,
-            expected=f"{like.nbytes:,} bytes of voxels behind the compression",
+            expected=f"{size:,} bytes of voxels behind the compression",
             found=f"{len(voxels):,}",
             remedy="the file is truncated or damaged",
         )
-    dtype = like.dtype.newbyteorder(">") if _BIG_ENDIAN.search(header) else like.dtype.newbyteorder("<")
-    return np.frombuffer(voxels, dtype).reshape(like.shape)
+    order = dtype.newbyteorder(">") if _BIG_ENDIAN.search(header) else dtype.newbyteorder("<")
+    return np.frombuffer(voxels, order).reshape(shape)
 
 
 def _check_packed(path: str, header: str, size: int) -> None:
@@ -234,17 +236,20 @@ def _check_packed(path: str, header: str, size: int) -> None:
         )
     whole = read_bytes(str(Path(path).parent / files[0]) if files else path)
     start = 0 if files else whole.find(_GZIP, len(header.encode("utf-8", "surrogateescape")))
-    _unpacked(path, memoryview(whole)[max(start, 0) :], size + _HEADER_BYTES)
+    for _ in _unpacked(path, memoryview(whole)[max(start, 0) :], size + _HEADER_BYTES):
+        pass
 
 
-def _unpacked(path: str, packed: memoryview, most: int) -> bytearray:
-    """What a zlib or gzip stream holds, up to a little more than `most` bytes, after its checksum was compared."""
-    out = bytearray()
+def _unpacked(path: str, packed: memoryview, most: int) -> Iterator[bytes]:
+    """What a zlib or gzip stream of not many more than `most` bytes holds; at its end its checksum was compared."""
+    found = 0
     try:
         stream = _inflate(31 if bytes(packed[:2]) == _GZIP else 15)
         for at in range(0, len(packed), _AT_ONCE):
-            out += stream.decompress(packed[at : at + _AT_ONCE])
-            if stream.eof or len(out) > most:
+            block: bytes = stream.decompress(packed[at : at + _AT_ONCE])
+            found += len(block)
+            yield block
+            if stream.eof or found > most:
                 break
         whole = bool(stream.eof)
     except (zlib.error, _gzip_error):
@@ -253,10 +258,9 @@ def _unpacked(path: str, packed: memoryview, most: int) -> bytearray:
         raise RefusedInput(
             path,
             expected=f"{most:,} bytes of voxels behind the compression, and their checksum",
-            found=f"{len(out):,}, or another checksum",
+            found=f"{found:,}, or another checksum",
             remedy="the file is truncated or damaged",
         )
-    return out
 
 
 def _header(path: str) -> str:

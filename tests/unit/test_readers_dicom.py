@@ -279,6 +279,18 @@ def test_series_of_several_patients_are_refused(tmp_path):
     assert "2 patient ids" in refusal(tmp_path, datasets).found
 
 
+def test_values_in_other_bits_are_not_misread(tmp_path):
+    """The library takes the lowest bits wherever the header says that the values are."""
+    datasets = slices(ARRAY % 4096, BitsStored=12, HighBit=15)
+    for ds, plane in zip(datasets, ARRAY % 4096, strict=True):
+        ds.PixelData = (plane.astype("<u2") << 4).tobytes()
+    assert "number 15" in refusal(tmp_path / "a", datasets).found
+    overlaid = slices(ARRAY % 4096, BitsStored=12, HighBit=11, intercept=0)
+    for ds, plane in zip(overlaid, ARRAY % 4096, strict=True):
+        ds.PixelData = (plane.astype("<u2") | (plane % 3 << 12).astype("<u2")).tobytes()
+    np.testing.assert_array_equal(read(tmp_path / "b", overlaid).array_CDHW[0], ARRAY % 4096)
+
+
 def test_numbers_of_colours_are_no_intensities(tmp_path):
     assert "colour" in refusal(tmp_path, slices(ARRAY, PhotometricInterpretation="PALETTE COLOR")).found
 
