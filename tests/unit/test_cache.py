@@ -237,7 +237,7 @@ def test_a_removed_folder_is_made_again(tmp_path: Path) -> None:
 def test_the_bound_holds_while_a_process_that_makes_room_stands_still(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("storage.cache.LOCK_WAIT_S", 0.05)
+    monkeypatch.setattr("storage.cache.LOCK_WAIT_S", 0.01)
     monkeypatch.setattr("storage.cache.PAUSE_S", 0.0)
     cache = NodeCache(tmp_path, BOUND)
     put(cache, "shard-0", 0, voxels(0))
