@@ -3,7 +3,7 @@ import json
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,30 @@ def test_only_the_states_that_mean_something_are_measured(phantoms: data.DataSet
     result = reads.bench_reads(peers=names, known=known, writers=WRITERS, size=size, data=[phantoms])
     states = {(row["peer"], row["state"], row["note"]) for row in result["rows"]}
     assert states == {("memmap", "cold", ""), ("memmap", "warm", ""), (names[0], "warm", "all in memory")}
+
+
+@pytest.mark.parametrize("where", ["cache", "local"])
+def test_warm_is_what_the_same_reader_has_read(where: str, phantoms: data.DataSet, tmp_path: Path) -> None:
+    seen: list[tuple[str, data.Triple]] = []
+    new = []  # crops that each pass met first
+
+    class Slow:
+        def read(self, wants: Sequence[tuple[str, data.Triple]]) -> list[np.ndarray]:
+            new.extend(want not in seen for want in wants)
+            seen.extend(wants)
+            time.sleep(0.01 * len(wants))
+            return [phantoms.cut(*want) for want in wants]
+
+        def close(self) -> None: ...
+
+    peer = Peer("slow", where, "raw", "numpy", lambda *_: Slow(), (1,))
+    size = replace(SMALL, crops=20, cap_s=0.05)
+    run = reads._Run(data.Layouts(phantoms, tmp_path / "layouts", None, WRITERS), size, tmp_path, lambda _: None)
+    run._round(peer, 0, 0, None)
+    cold, warm = run._rows.values()
+    assert cold.crops < size.crops, "it was cut off"
+    assert not any(new[len(new) - warm.crops :])
+    assert sum(new) == (1 + size.crops if where == "cache" else 1 + cold.crops)
 
 
 def test_a_local_run_measures_every_installed_reader(phantoms: data.DataSet, tmp_path: Path) -> None:
