@@ -191,10 +191,20 @@ def _predictor(model: str, folder: Path) -> Any:
     from ssl_core.portable import Predictor
 
     if Path(model).is_dir():
-        return Predictor(model)
-    from jobs import registry
+        bundle = Path(model)
+    else:
+        from jobs import registry
 
-    return Predictor(registry.pull(model, folder / "bundle"))
+        bundle = registry.pull(model, folder / "bundle")
+    predictor = Predictor(bundle)
+    if predictor.kind != "segmenter":
+        raise ConfigError(
+            f"model {model}",
+            expected="a segmenter",
+            found=f"an {predictor.kind}",
+            remedy="fine-tune it first (`tomoscale finetune`), or take its features with `mlflow.pyfunc.load_model`",
+        )
+    return predictor
 
 
 def _plain(version: Any) -> dict[str, Any]:

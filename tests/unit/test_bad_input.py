@@ -411,6 +411,14 @@ def test_prediction_of_a_damaged_file(
     assert not (tmp_path / "mask.nii.gz").exists()
 
 
+def test_an_encoder_does_not_segment(command: Command, tmp_path: Path) -> None:
+    encoder = write_bundle(tmp_path / "encoder", "encoder", network(), facts(labels=()))
+    scan = save_nifti(tmp_path / "scan.nii.gz", phantom())
+    code, message = command("predict", str(encoder), str(scan), str(tmp_path / "mask.nii.gz"))
+    assert code == 2
+    check(message, str(encoder), "a segmenter", "an encoder", "tomoscale finetune")
+
+
 @pytest.mark.parametrize(
     ("name", "parts"), [("mask", (".nii.gz", "found ")), ("absent/mask.nii.gz", ("absent", "folder"))]
 )
