@@ -17,6 +17,10 @@ def add(names: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argpars
     learn.add_argument("--seeds", type=int, metavar="N", help="seeds of each method (default 3)")
     learn.add_argument("--first-seed", type=int, default=0, metavar="N", help="number of the first seed (default 0)")
     learn.add_argument("--steps", type=int, help="steps of a run (default 100)")
+    learn.add_argument("--batch", type=int, help="samples of a step (default 4)")
+    learn.add_argument(
+        "--norm", choices=("instance", "batch", "group"), default="instance", help="of the network (default instance)"
+    )
     learn.add_argument(
         "--part", choices=("test", "val"), default="test", help="subjects scored; `val` to choose settings by"
     )
@@ -39,7 +43,8 @@ def measure(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[
     size = QUICK if arguments.quick else FULL
     count = len(size.seeds) if arguments.seeds is None else arguments.seeds
     seeds = tuple(range(arguments.first_seed, arguments.first_seed + count))
-    size = replace(size, steps=arguments.steps or size.steps, seeds=seeds)
+    size = replace(size, steps=arguments.steps or size.steps, batch=arguments.batch or size.batch, seeds=seeds)
+    size = replace(size, norm=arguments.norm)
     overrides = overridden(arguments.overrides)
     result = bench_learn(arguments.methods, size, part=arguments.part, overrides=overrides, say=say)
     return result, format_learn(result)

@@ -74,6 +74,7 @@ class Size:
         scored: Subjects that it is scored on, at most.
         filters: Channels of the DynUNet's levels, each after the first at half the resolution.
         lr: Peak learning rate.
+        norm: Of the network, a key of `NORMS`.
     """
 
     view_DHW: tuple[int, int, int] = (16, 24, 24)
@@ -84,7 +85,15 @@ class Size:
     scored: int = 32
     filters: tuple[int, ...] = (8, 16, 32, 64)
     lr: float = 2e-3
+    norm: str = "instance"
 
+
+NORMS: dict[str, Any] = {
+    "instance": ("INSTANCE", {"affine": True}),
+    "batch": ("BATCH", {"affine": True}),
+    "group": ("GROUP", {"num_groups": 4, "affine": True}),
+}
+"""As MONAI's DynUNet is told them; instance norm is its default."""
 
 FULL = Size()
 QUICK = Size(steps=20, seeds=(0,), fitted=6, scored=12)
@@ -189,7 +198,8 @@ def network(size: Size) -> Pyramid:
     """The small network, with fresh weights."""
     levels = len(size.filters)
     strides = (1,) + (2,) * (levels - 1)
-    return build("dynunet", filters=size.filters, strides=strides, kernel_size=(3,) * levels)
+    shape = {"filters": size.filters, "strides": strides, "kernel_size": (3,) * levels}
+    return build("dynunet", **shape, norm_name=NORMS[size.norm])
 
 
 def one_run(arm: Arm | None, data: Data, size: Size, seed: int) -> Run:

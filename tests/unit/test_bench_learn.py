@@ -20,6 +20,7 @@ from ssl_core.bench.voxel_probe import Case
 from ssl_core.config import parse
 from ssl_core.engine import Engine, EngineConfig
 from ssl_core.methods.base import method_names
+from ssl_core.norm import GlobalBatchNorm
 from ssl_core.testing import tiny_config, tiny_method
 from ssl_core.testing_views import synthetic_views
 from storage import cohort
@@ -108,6 +109,13 @@ def test_every_method_has_a_row_and_lrc_one_for_each_base() -> None:
             learn.arms([wrong], learn.FULL)
     with pytest.raises(ConfigError, match="did you mean 'ratio'"):
         learn.arms(["mae"], learn.FULL, {"rato": 0.5})
+
+
+@pytest.mark.parametrize("norm", learn.NORMS)
+def test_the_network_has_the_norms_that_were_asked_for(norm: str) -> None:
+    kinds = {"instance": torch.nn.InstanceNorm3d, "batch": GlobalBatchNorm, "group": torch.nn.GroupNorm}
+    found = {type(layer) for layer in learn.network(replace(TINY, norm=norm)).modules()}
+    assert found & set(kinds.values()) == {kinds[norm]}
 
 
 def test_without_learning_a_row_is_its_random_features(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,9 +225,12 @@ def test_verdicts_follow_the_figures() -> None:
 
 def test_the_page_shows_what_was_measured() -> None:
     docs = Path(__file__).parents[2] / "docs"
-    result = json.loads((docs / "benchmarks/learning.json").read_text(encoding="utf-8"))
-    shown, _, _ = learn_rows.format_learn(result).partition("\n\n")
-    assert shown in (docs / "benchmarks-learning.md").read_text(encoding="utf-8")
+    result, grouped = (
+        json.loads((docs / f"benchmarks/{name}.json").read_text(encoding="utf-8"))
+        for name in ("learning", "learning-pcrlv2")
+    )
+    page = (docs / "benchmarks-learning.md").read_text(encoding="utf-8")
+    assert all(learn_rows.format_learn(one).partition("\n\n")[0] in page for one in (result, grouped))
     again = learn_rows.joined([result])["rows"]
     assert [row["dice"] for row in again] == pytest.approx([row["dice"] for row in result["rows"]], abs=1e-5)
     assert {re.split("[+:]", row["method"])[0] for row in again} <= {"random", *method_names()}
