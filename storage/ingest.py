@@ -256,7 +256,7 @@ def unread(work: Work, how: str) -> Outcome:
     """The refusal of a volume whose task never ended: the others go on."""
     reason = (
         f"expected a process that ends; found it killed each time, {how}; "
-        "lower max_voxels, give its node more memory, or convert the file"
+        "lower read.max_voxels, give its node more memory, or convert the file"
     )
     return Outcome(None, Quarantined(work.item.source, work.source, reason), False, _size(work.item))
 

@@ -139,7 +139,7 @@ def _check_resampled(
             thing,
             expected=f"at most {policy.read.max_voxels:,} voxels at {_mm((wanted[0], wanted[1], wanted[2]))} mm",
             found=f"shape {(shape[0], *size)}, {math.prod(size) * shape[0]:,} voxels",
-            remedy="choose a larger spacing_mm, or raise max_voxels where a task may use about 26 bytes a voxel",
+            remedy="choose a larger spacing_mm, or raise read.max_voxels where a task may use about 26 bytes a voxel",
         )
 
 

@@ -4,15 +4,19 @@ import argparse
 import os
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jobs.commands.common import add_json, add_state, job_address, salt_here, use_stack
 from jobs.text import Progress, emit, table, write_page
 from storage.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ssl_core.config import C
 
 
 def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -66,14 +70,10 @@ def _ingest(arguments: argparse.Namespace) -> int:
     from jobs import submit
     from jobs.configs import IngestConfig
     from jobs.ingest import SIMULATED, ingest
-    from ssl_core.config import load
 
     source = arguments.source if arguments.source == SIMULATED else str(Path(arguments.source).resolve())
-    config = load(
-        IngestConfig,
-        {"source": source, "data": arguments.data, "append": arguments.append},
-        [f"policy.{item}" for item in arguments.policy],
-    )
+    named = {"source": source, "data": arguments.data, "append": arguments.append}
+    config = _configured(IngestConfig, named, "policy", arguments.policy)
     use_stack(arguments)
     if arguments.local or not _clustered(arguments) or _keeps_its_salt(arguments):
         ingest(config.source, config.data, config.policy, append=config.append)
@@ -82,13 +82,23 @@ def _ingest(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _configured(kind: "type[C]", named: dict[str, Any], group: str, settings: Sequence[str]) -> "C":
+    """A job's configuration; what is said of wrong settings leaves their group out, as the command line does."""
+    from ssl_core.config import load
+
+    try:
+        return load(kind, named, [f"{group}.{item}" for item in settings])
+    except ConfigError as error:
+        thing, remedy = (text.replace(f"{group}.", "") for text in (error.thing, error.remedy))
+        raise ConfigError(thing, expected=error.expected, found=error.found, remedy=remedy) from error
+
+
 def _superpixels(arguments: argparse.Namespace) -> int:
     from jobs import submit
     from jobs.configs import SuperpixelConfig
     from jobs.superpixels import compute
-    from ssl_core.config import load
 
-    config = load(SuperpixelConfig, {"data": arguments.data}, [f"superpixels.{item}" for item in arguments.settings])
+    config = _configured(SuperpixelConfig, {"data": arguments.data}, "superpixels", arguments.settings)
     use_stack(arguments)
     if arguments.local or not _clustered(arguments):
         compute(config.data, config.superpixels)

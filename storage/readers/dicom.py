@@ -256,7 +256,7 @@ def _places(thing: str, slices: list[Slice], policy: ReadPolicy, notes: list[str
             thing,
             expected="one image at each position",
             found=f"up to {max(counts)} different images at one position: several acquisitions, echoes or times",
-            remedy="separate them, or set four_d to first or (where all positions have as many) channels",
+            remedy="separate them, or set read.four_d to first or (where all positions have as many) channels",
         )
     if policy.four_d == "first":
         notes.append(f"first of up to {max(counts)} images at each position")
@@ -336,7 +336,7 @@ def _grid(
             thing,
             expected="slices stacked straight",
             found=f"a gantry tilt of {angle:.1f} degrees",
-            remedy="set tilt to correct to resample it onto a straight grid",
+            remedy="set read.tilt to correct to resample it onto a straight grid",
         )
     notes.append(f"gantry tilt of {angle:.1f} degrees corrected by linear resampling onto a straight grid")
     return geometry.straighten(volume_CDHW, affine)
@@ -350,9 +350,10 @@ def _even_gaps(
     missing = int(np.rint(multiples).sum() - len(gaps)) if np.abs(multiples - np.rint(multiples)).max() < 0.02 else 0
     what = f"{missing} slices missing" if missing > 0 else f"gaps from {gaps.min():.3g} to {gaps.max():.3g} mm"
     if policy.gaps == "refuse" or gaps.max() > policy.max_gap_mm:
-        remedy = "set gaps to resample to interpolate onto even gaps"
-        if policy.gaps == "resample":
-            remedy = f"raise max_gap_mm above {policy.max_gap_mm:g} if interpolating so far is wanted"
+        remedy = "set read.gaps to resample to interpolate onto even gaps"
+        if gaps.max() > policy.max_gap_mm:
+            more = f"raise read.max_gap_mm above {policy.max_gap_mm:g} if interpolating so far is wanted"
+            remedy = more if policy.gaps == "resample" else f"{remedy}, and {more}"
         raise RefusedInput(thing, expected=f"even gaps of {gap:.3g} mm between slices", found=what, remedy=remedy)
     count = max(2, round(float(along[-1] - along[0]) / gap) + 1)
     wanted = np.linspace(along[0], along[-1], count)

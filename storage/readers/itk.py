@@ -141,7 +141,7 @@ def pick_series(path: str, array_CDHW: Array, policy: ReadPolicy, notes: list[st
             path,
             expected="one volume",
             found=f"a series of {series}, each of shape {array_CDHW.shape[1:]}",
-            remedy="set four_d to first (take the first volume) or channels (take all as channels)",
+            remedy="set read.four_d to first (take the first volume) or channels (take all as channels)",
         )
     if policy.four_d == "first":
         notes.append(f"first of {series} volumes")

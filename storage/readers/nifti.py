@@ -170,7 +170,7 @@ def _four_d(path: str, shape: tuple[int, ...], policy: ReadPolicy, notes: list[s
             path,
             expected="one volume",
             found=f"shape {shape}, a series of {series}",
-            remedy="set four_d to first (take the first volume) or channels (take all as channels)",
+            remedy="set read.four_d to first (take the first volume) or channels (take all as channels)",
         )
     if policy.four_d == "first":
         notes.append(f"first of {series} volumes")

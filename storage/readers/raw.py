@@ -105,5 +105,5 @@ def check_size(thing: str, shape: tuple[int, ...], policy: ReadPolicy) -> None:
             thing,
             expected=f"at most {policy.max_voxels:,} voxels",
             found=f"shape {shape}, {voxels:,} voxels",
-            remedy="raise max_voxels where a task may use about 26 bytes a voxel",
+            remedy="raise read.max_voxels where a task may use about 26 bytes a voxel",
         )

@@ -163,7 +163,7 @@ def _checked(thing: str, raw: RawVolume, policy: ReadPolicy) -> RawVolume:
                 thing,
                 expected="perpendicular axes",
                 found=f"an affine sheared by {degrees:.1f} degrees",
-                remedy="set shear to correct to resample it onto a straight grid",
+                remedy="set read.shear to correct to resample it onto a straight grid",
             )
         raw.array_CDHW, raw.affine = geometry.straighten(array, raw.affine)
         raw.notes.append(f"shear of {degrees:.1f} degrees corrected by linear resampling onto a straight grid")
@@ -183,7 +183,7 @@ def _finite(thing: str, array: Array, policy: ReadPolicy, notes: list[str]) -> A
             thing,
             expected="finite values",
             found=f"{bad:,} of {array.size:,} voxels NaN, infinite or beyond float32",
-            remedy="set nonfinite to lowest if they mark the background",
+            remedy="set read.nonfinite to lowest if they mark the background",
         )
     notes.append(f"{bad:,} voxels were NaN or infinite and set to the lowest finite value")
     return np.where(finite, array, array[finite].min())

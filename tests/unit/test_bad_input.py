@@ -214,8 +214,9 @@ def test_a_refused_second_ingest_leaves_the_first_one_as_it_was(command: Command
     [
         ("spacing=1.0", ("unknown key 'spacing'", "did you mean 'spacing_mm'")),
         ("zzz=1", ("unknown key 'zzz'",)),
-        ("split=[1]", ("policy.split",)),
-        ("max_failed=many", ("policy.max_failed", "'many'")),
+        ("gaps=resample", ("config: gaps", "did you mean 'read.gaps'")),
+        ("split=[1]", ("config: split",)),
+        ("max_failed=many", ("config: max_failed", "'many'")),
     ],
 )
 def test_an_unknown_or_wrong_setting(command: Command, tmp_path: Path, setting: str, parts: tuple[str, ...]) -> None:
