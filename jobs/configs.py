@@ -119,7 +119,9 @@ class ProbeConfig(Config):
         "auto", description="label map to watch; `auto` takes the store's first, where it has any; null watches none"
     )
     every: int | None = Field(
-        None, ge=1, description="steps between; a multiple of `engine.probe_every`, which it is when empty"
+        None,
+        ge=1,
+        description="steps between, one more at the end; a multiple of `engine.probe_every`, which it is when empty",
     )
     train: int = Field(4, ge=1, description="subjects whose labels are known")
     test: int = Field(4, ge=1, description="other subjects, whose labels are asked")

@@ -316,5 +316,5 @@ def _views_picture(pre: PretrainConfig) -> tuple[bytes, str]:
     record = manifest.record(int(batch.volume_B[0]))
     volume = record.volume_id
     return views_picture(
-        first, second, spacing_mm=record.spacing_mm
+        first, second, shape_DHW=record.shape_DHW, spacing_mm=record.spacing_mm
     ), f"Sample 0 of the stream, volume {volume}, as the method saw it."

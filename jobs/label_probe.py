@@ -53,7 +53,8 @@ class LabelProbe:
         """Those of `ssl_core.probes.probe`; when it is time also `probe/knn_dice` and `time/knn_s`, its cost."""
         found = probe(engine, views)
         every = self._config.probe.every or self._config.engine.probe_every
-        if self._off or engine.step_done % every or not self._affordable(engine):
+        due = engine.step_done % every == 0 or engine.step_done == engine.config.steps
+        if self._off or not due or not self._affordable(engine):
             return found
         began = self._clock()
         if self._labelled is None and not self._open(engine):

@@ -13,31 +13,45 @@ from torch.nn import functional
 
 from ssl_core.augment import elastic
 from ssl_core.backbones.base import Level
+from ssl_core.upload import filled
 from ssl_core.views import View
 
 INVERSE_STEPS = 24
 """The elastic displacement contracts by one half at worst, so 24 steps leave less than 1e-6 of it."""
 
 
-def shared_points(view_a: View, view_b: View, points_DHW: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """A grid of points in the region that two views of the same volume share.
+def shared_points(
+    view_a: View, view_b: View, points_DHW: tuple[int, int, int], shape_B3: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A grid of points in the region that two views of the same volume share: the cells' centres in `shared_box`.
 
-    The region is the intersection of the views' bounding boxes in the volume, which is the shared box itself unless a
-    view is rotated; the points are the centres of a `points_DHW` grid of cells in it.
+    Args:
+        view_a: First view.
+        view_b: Second view of the same volumes.
+        points_DHW: Cells along each axis, M in all.
+        shape_B3: Voxels of each sample's volume; what lies beyond is padding and not compared.
 
     Returns:
         points_a_BM3 and points_b_BM3, edge coordinates in each view, float64, and valid_BM, whether the point lies
         inside both views. Without a shared region all points of a sample are invalid; coordinates stay finite.
     """
-    low_a, high_a = bounds(view_a)
-    low_b, high_b = bounds(view_b)
-    low, high = torch.maximum(low_a, low_b), torch.minimum(high_a, high_b)
+    low, high = shared_box(view_a, view_b, shape_B3)
     side = (high - low).clamp_min(0)
     fraction_M3 = cell_centres(points_DHW, low.device)
     points_BM3 = low[:, None] + side[:, None] * fraction_M3
     points_a, points_b = to_view(view_a, points_BM3), to_view(view_b, points_BM3)
     shared_B = (side > 0).all(dim=1)
     return points_a, points_b, inside(view_a, points_a) & inside(view_b, points_b) & shared_B[:, None]
+
+
+def shared_box(view_a: View, view_b: View, shape_B3: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower and upper corner (B, 3) of what both views' bounding boxes and the volume share, volume edge coordinates.
+
+    It is the shared region itself unless a view is rotated; where nothing is shared, a side is 0 or negative.
+    """
+    low_a, high_a = bounds(view_a)
+    low_b, high_b = bounds(view_b)
+    return torch.maximum(low_a, low_b).clamp_min(0), torch.minimum(high_a, high_b).minimum(shape_B3.to(high_a))
 
 
 def sample_features(feature_BCdhw: Tensor, level: Level, points_BM3: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,9 +66,9 @@ def sample_features(feature_BCdhw: Tensor, level: Level, points_BM3: Tensor) -> 
         values_BMC, and inside_BM: whether the point lies between feature centres along every axis. Values outside are
         clamped to the border and must be masked out, not averaged.
     """
-    size = torch.tensor(feature_BCdhw.shape[2:], dtype=torch.float64, device=points_BM3.device)
-    stride = torch.tensor(level.stride_DHW, dtype=torch.float64, device=points_BM3.device)
-    offset = torch.tensor(level.offset_DHW, dtype=torch.float64, device=points_BM3.device)
+    size, stride, offset = (
+        filled(values, points_BM3.device) for values in (feature_BCdhw.shape[2:], level.stride_DHW, level.offset_DHW)
+    )
     k_BM3 = (points_BM3.to(torch.float64) - offset) / stride
     # A hair of slack: points computed to lie on the outermost centre must not fall out by rounding.
     inside_BM = ((k_BM3 >= -1e-6) & (k_BM3 <= size - 1 + 1e-6)).all(dim=2)
@@ -72,14 +86,14 @@ def _gathered(feature_BCdhw: Tensor, k_BM3: Tensor) -> Tensor:
 
     On CUDA the backward pass of 3-D `grid_sample` adds in no fixed order; that of `gather` can be told to.
     """
-    last = torch.tensor(feature_BCdhw.shape[2:], device=k_BM3.device) - 1
+    last = filled([n - 1 for n in feature_BCdhw.shape[2:]], k_BM3.device, torch.int64)
     k = k_BM3.clamp_min(0).minimum(last.to(k_BM3.dtype))
     low = torch.floor(k).to(torch.int64)
     share = (k - low).to(feature_BCdhw.dtype)
     flat = feature_BCdhw.flatten(2)
     total = torch.zeros((), dtype=flat.dtype, device=flat.device)
     for corner in itertools.product((0, 1), repeat=3):
-        at = torch.minimum(low + torch.tensor(corner, device=low.device), last)
+        at = torch.minimum(low + filled(corner, low.device, torch.int64), last)
         index = (at[..., 0] * feature_BCdhw.shape[3] + at[..., 1]) * feature_BCdhw.shape[4] + at[..., 2]
         weight = torch.stack([share[..., i] if c else 1 - share[..., i] for i, c in enumerate(corner)]).prod(0)
         total = total + flat.gather(2, index[:, None].expand(-1, flat.shape[1], -1)) * weight[:, None]
@@ -112,13 +126,13 @@ def to_volume(view: View, points_BM3: Tensor) -> Tensor:
 
 def inside(view: View, points_BM3: Tensor) -> Tensor:
     """Whether points (edge coordinates of the view) lie in it, (B, M)."""
-    size = torch.tensor(view.size_DHW, dtype=points_BM3.dtype, device=points_BM3.device)
+    size = filled(view.size_DHW, points_BM3.device, points_BM3.dtype)
     return ((points_BM3 >= 0) & (points_BM3 <= size)).all(dim=2)
 
 
 def bounds(view: View) -> tuple[Tensor, Tensor]:
     """Lower and upper corner of the view's bounding box in the volume, edge coordinates, (B, 3) each."""
-    size = torch.tensor(view.size_DHW, dtype=torch.float64, device=view.to_volume_B34.device)
+    size = filled(view.size_DHW, view.to_volume_B34.device)
     sides = view.to_volume_B34[:, :, :3] * size
     low = view.to_volume_B34[:, :, 3] + sides.clamp_max(0).sum(2)
     return low, low + sides.abs().sum(2)

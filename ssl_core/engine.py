@@ -74,7 +74,9 @@ class EngineConfig(Config):
     seed: int = Field(default=0, ge=0, description="Seed of everything drawn inside a step")
     log_every: int = Field(default=10, ge=1, description="Steps between reports")
     checkpoint_every: int = Field(default=200, ge=1, description="Steps between checkpoints")
-    probe_every: int = Field(default=100, ge=0, description="Steps between collapse probes; 0 never")
+    probe_every: int = Field(
+        default=100, ge=0, description="Steps between collapse probes, one more at the end; 0 never"
+    )
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> "EngineConfig":
@@ -323,7 +325,7 @@ def fit(
         save: Called on every rank with the number of steps done and `Engine.state_dict()`, every
             `checkpoint_every` steps, at the end and before an early end. The state is live: write it before returning.
         stop: Asked before each step; when it answers True on any rank, all ranks end after the same step.
-        probe: Called every `probe_every` steps; returns metrics.
+        probe: Called every `probe_every` steps and, where that is not 0, after the last step; returns metrics.
         clock: Seconds from a fixed point.
 
     Returns:
@@ -348,7 +350,8 @@ def fit(
         metrics = engine.step(views, stop=stop is not None and stop())
         done = engine.step_done
         waited, samples, steps = waited + wait, samples + len(views), steps + 1
-        if probe is not None and config.probe_every and done % config.probe_every == 0:
+        last = done == config.steps  # so that short runs are probed too
+        if probe is not None and config.probe_every and (last or done % config.probe_every == 0):
             metrics = metrics | probe(engine, views)
         if engine.log_due():
             now = clock()

@@ -98,7 +98,8 @@ def make_views(
             position = spatial.deform(position, to_volume, torch.stack(moved))
             clean = spatial.linear(host, position, size)
         else:
-            clean = spatial.image(host, affine, batch.start_B3, position, size)
+            turned = role.rotate_degrees > 0 or role.tilt_degrees > 0
+            clean = spatial.image(host, affine, batch.start_B3, position, size, turned=turned)
         valid = spatial.inside(position, batch.start_B3, shape_B3, size).to(dtype).unsqueeze(2)
         carried = {name: spatial.nearest(array, position, size).to(torch.int64) for name, array in host_maps.items()}
         image = presets.augment(clean, role.intensity, seed=seed, sample_B=sample_B, role=role.name).to(dtype)

@@ -36,6 +36,7 @@ def views_picture(
     view_a: View,
     view_b: View,
     *,
+    shape_DHW: Sequence[int],
     sample: int = 0,
     spacing_mm: Sequence[float] = (1.0, 1.0, 1.0),
     names: tuple[str, str] = ("view 1", "view 2"),
@@ -49,6 +50,7 @@ def views_picture(
     Args:
         view_a: First view.
         view_b: Second view of the same volumes.
+        shape_DHW: Voxels of the volume, beyond which there is padding.
         sample: Which sample of the batch.
         spacing_mm: Voxel spacing of its volume (D, H, W), for the proportions.
         names: Row labels.
@@ -56,9 +58,10 @@ def views_picture(
     """
     first, second = _one(view_a, sample), _one(view_b, sample)
     size = view_a.size_DHW
-    points = align.shared_points(first, second, (1, 3, 3))
-    dense = align.shared_points(first, second, (1, size[1], size[2]))
-    corners = _shared_corners(first, second)
+    shape = torch.tensor([tuple(shape_DHW)], dtype=torch.float64)
+    points = align.shared_points(first, second, (1, 3, 3), shape)
+    dense = align.shared_points(first, second, (1, size[1], size[2]), shape)
+    corners = _shared_corners(first, second, shape)
     shared = bool(dense[2].any())
     keep = points[2][0].cpu().numpy()
     colours = colormaps["turbo"](np.linspace(0.05, 0.95, len(keep)))
@@ -204,10 +207,9 @@ def _pixels(view: View) -> NDArray[Any]:
     return np.asarray(view.image_BCDHW[0, 0].detach().float().cpu().numpy())
 
 
-def _shared_corners(a: View, b: View) -> Tensor | None:
-    """Eight corners of the shared bounding box in the volume, (1, 8, 3)."""
-    (low_a, high_a), (low_b, high_b) = align.bounds(a), align.bounds(b)
-    low, high = torch.maximum(low_a, low_b), torch.minimum(high_a, high_b)
+def _shared_corners(a: View, b: View, shape_13: Tensor) -> Tensor | None:
+    """Eight corners of the shared box in the volume, (1, 8, 3)."""
+    low, high = align.shared_box(a, b, shape_13)
     if (high <= low).any():
         return None
     pick = torch.cartesian_prod(*[torch.arange(2, device=low.device)] * 3).to(low.dtype)

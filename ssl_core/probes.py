@@ -66,7 +66,8 @@ def probe(engine: Engine, views: ViewBatch) -> dict[str, float]:
     local = torch.stack([value.double() for value in found.values()])
     means = dict(zip(found, engine.collectives.mean(local).tolist(), strict=True))
     if len(maps) == 2:
-        distance, points, cosine, pairs = engine.collectives.sum(_matched(encoder, maps[0], maps[1], shown)).tolist()
+        matched = _matched(encoder, maps[0], maps[1], shown, views.shape_B3)
+        distance, points, cosine, pairs = engine.collectives.sum(matched).tolist()
         if points:
             means["probe/alignment"] = distance / points
             means["probe/positive_similarity"] = 1 - means["probe/alignment"] / 2  # |a - b|^2 = 2 - 2 cos
@@ -169,14 +170,16 @@ def evaluation(method: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _matched(encoder: Backbone, maps_a: list[Tensor], maps_b: list[Tensor], shown: list[View]) -> Tensor:
+def _matched(
+    encoder: Backbone, maps_a: list[Tensor], maps_b: list[Tensor], shown: list[View], shape_B3: Tensor
+) -> Tensor:
     """(4,): sum of squared distances over matched points of two views and their number, of cosines over the other
     pairs and theirs.
     """
     sides = [min(*a.shape[2:], *b.shape[2:]) for a, b in zip(maps_a, maps_b, strict=True)]
     index = max((i for i, side in enumerate(sides) if side >= _LEAST_SIDE), default=0)
     depth, height, width = maps_a[index].shape[2:]
-    a_BM3, b_BM3, valid_BM = shared_points(shown[0], shown[1], (depth, height, width))
+    a_BM3, b_BM3, valid_BM = shared_points(shown[0], shown[1], (depth, height, width), shape_B3)
     a_BMC, inside_a = sample_features(maps_a[index], encoder.levels[index], a_BM3)
     b_BMC, inside_b = sample_features(maps_b[index], encoder.levels[index], b_BM3)
     keep_BM = valid_BM & inside_a & inside_b

@@ -1,7 +1,9 @@
-"""Resampling of host crops into views: one gather for all views of a role, slices where voxels meet voxels.
+"""Resampling of host crops into views: slices where voxels meet voxels, one product an axis where views are only
+scaled and flipped, one gather for all views of a role otherwise.
 
-Without elastic deformation every coordinate depends on two axes at most, so positions are computed on the host in
-float64 as small arrays that broadcast; which voxel is nearest and which is padding is then the same on any device.
+Without elastic deformation and tilt every coordinate depends on two axes at most, so positions are small float64 arrays
+that broadcast. They are made by single products and sums, which are rounded alike on any device; which voxel is nearest
+and which is padding is then the same on all of them.
 """
 
 import numpy as np
@@ -60,19 +62,51 @@ def linear(host_BCDHW: Tensor, position: list[Tensor], size_DHW: Size) -> Tensor
     return out.reshape(batch, channels, count, d, h, w).permute(2, 0, 1, 3, 4, 5).contiguous()
 
 
+def separable(host_BCDHW: Tensor, position: list[Tensor]) -> Tensor:
+    """`linear` for positions along each axis that depend on that axis alone: a product with one matrix for each axis.
+
+    The matrices hold the hat function max(0, 1 - |k - j|) of the fractional index k and the voxel j, which is linear
+    interpolation; a gather reads eight values for every voxel, and these products fewer and in order.
+    """
+    b, c, *host_DHW = host_BCDHW.shape
+    along_d, along_h, along_w = (_hats(p, n, host_BCDHW.dtype) for p, n in zip(position, host_DHW, strict=True))
+    x = along_d[:, :, None] @ host_BCDHW.flatten(3)
+    v, d = len(along_d), along_d.shape[2]
+    x = x.reshape(v, b, c * d * host_DHW[1], host_DHW[2]) @ along_w.transpose(2, 3)
+    x = along_h[:, :, None] @ x.reshape(v, b, c * d, host_DHW[1], -1)
+    return x.reshape(v, b, c, d, *x.shape[3:])
+
+
+def _hats(position: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """(V, B, view voxels, host voxels) of one axis; beyond the host crop its border is repeated."""
+    k = (position.flatten(2) - 0.5).clamp(0, count - 1)
+    voxel = torch.arange(count, dtype=k.dtype, device=k.device)
+    return (1 - (k[..., None] - voxel).abs()).clamp_min(0).to(dtype)
+
+
 def image(
-    host_BCDHW: Tensor, to_volume_VB34: F64, start_B3: NDArray[np.int64], position: list[Tensor], size_DHW: Size
+    host_BCDHW: Tensor,
+    to_volume_VB34: F64,
+    start_B3: NDArray[np.int64],
+    position: list[Tensor],
+    size_DHW: Size,
+    *,
+    turned: bool,
 ) -> Tensor:
-    """`linear`, with views that are only cropped and flipped copied voxel by voxel: exact, and many times faster."""
+    """The values of every view, (V, B, C, D, H, W); views that are only cropped and flipped are exact copies.
+
+    `turned` says whether views may be rotated. It is a fact of the role and not of this batch, because the two ways of
+    resampling differ in the last bits, and a view must not depend on the batch that it is in.
+    """
     d, h, w = host_BCDHW.shape[2:]
-    low_VB3, turned_VB3, whole_VB = _slices(to_volume_VB34, start_B3, (d, h, w), size_DHW)
-    if not whole_VB.any():
-        return linear(host_BCDHW, position, size_DHW)
-    shape = (*whole_VB.shape, host_BCDHW.shape[1], *size_DHW)
-    views = host_BCDHW.new_empty(shape) if whole_VB.all() else linear(host_BCDHW, position, size_DHW)
+    low_VB3, mirrored_VB3, whole_VB = _slices(to_volume_VB34, start_B3, (d, h, w), size_DHW)
+    if whole_VB.all():
+        views = host_BCDHW.new_empty((*whole_VB.shape, host_BCDHW.shape[1], *size_DHW))
+    else:
+        views = linear(host_BCDHW, position, size_DHW) if turned else separable(host_BCDHW, position)
     for v, b in np.argwhere(whole_VB).tolist():
         z, y, x = (slice(n, n + s) for n, s in zip(low_VB3[v, b].tolist(), size_DHW, strict=True))
-        flips = [axis + 1 for axis in np.flatnonzero(turned_VB3[v, b]).tolist()]
+        flips = [axis + 1 for axis in np.flatnonzero(mirrored_VB3[v, b]).tolist()]
         cut = host_BCDHW[b, :, z, y, x]
         views[v, b] = cut.flip(flips) if flips else cut
     return views
@@ -84,11 +118,11 @@ def _slices(
     """First host voxel (V, B, 3), flipped axes (V, B, 3), and which views are whole slices of the host crop (V, B)."""
     linear_VB33, shift_VB3 = to_volume_VB34[..., :3], to_volume_VB34[..., 3] - start_B3
     sign_VB3 = np.diagonal(linear_VB33, axis1=2, axis2=3)
-    turned_VB3 = sign_VB3 < 0
-    low_VB3 = np.where(turned_VB3, shift_VB3 - np.array(size_DHW), shift_VB3)
+    mirrored_VB3 = sign_VB3 < 0
+    low_VB3 = np.where(mirrored_VB3, shift_VB3 - np.array(size_DHW), shift_VB3)
     whole = (np.abs(linear_VB33) == np.eye(3)).all((2, 3)) & (low_VB3 == np.floor(low_VB3)).all(2)
     inside_VB = ((low_VB3 >= 0) & (low_VB3 + np.array(size_DHW) <= np.array(host_DHW))).all(2)
-    return low_VB3.astype(np.int64), turned_VB3, whole & inside_VB
+    return low_VB3.astype(np.int64), mirrored_VB3, whole & inside_VB
 
 
 def nearest(map_BDHW: Tensor, position: list[Tensor], size_DHW: Size) -> Tensor:

@@ -153,16 +153,17 @@ def _crops(batch: int, side: int, device: torch.device) -> Tensor:
     return (smooth + 0.05 * torch.randn(smooth.shape, generator=g)).to(device)
 
 
-def _gather(batch: int, side: int, device: torch.device, linear_B33: np.ndarray, shift_B3: np.ndarray) -> Operation:
+def _resample(batch: int, side: int, device: torch.device, linear_B33: np.ndarray, shift_B3: np.ndarray) -> Operation:
     """Our resampling: view centre to the crop's centre plus a shift, by a linear map; all in voxels."""
     size = (side, side, side)
+    turned = bool((linear_B33 * (1 - np.eye(3))).any())
 
     def run(x: Tensor) -> Tensor:
         middle = np.array(x.shape[2:]) / 2 + shift_B3
         offset_B3 = middle - linear_B33 @ np.full(3, side / 2)
         affine, start = np.concatenate([linear_B33, offset_B3[..., None]], axis=2)[None], np.zeros((batch, 3), np.int64)
         position = spatial.positions(affine, start, size, device)
-        return spatial.image(x, affine, start, position, size)[0]
+        return spatial.image(x, affine, start, position, size, turned=turned)[0]
 
     return run
 
@@ -184,7 +185,7 @@ def _crop(batch: int, side: int, device: torch.device) -> Case:
     def cut(i: int) -> Callable[[Tensor], Any]:
         return SpatialCrop(roi_start=low[i].astype(int).tolist(), roi_end=(low[i] + side).astype(int).tolist())
 
-    ours = _gather(batch, side, device, np.tile(np.eye(3), (batch, 1, 1)), shift)
+    ours = _resample(batch, side, device, np.tile(np.eye(3), (batch, 1, 1)), shift)
     why = "ours: the same slices, placed by the view's geometry, from which masks and losses know where they are"
     return Case("crop", ours, {"MONAI": _each(cut, batch)}, why)
 
@@ -196,7 +197,7 @@ def _flip(batch: int, side: int, device: torch.device, kornia: ModuleType | None
         turn = monai_spatial.Flip((0, 1, 2))
         return lambda x: turn(x[:, middle, middle, middle])
 
-    ours = _gather(batch, side, device, np.tile(-np.eye(3), (batch, 1, 1)), np.zeros((batch, 3)))
+    ours = _resample(batch, side, device, np.tile(-np.eye(3), (batch, 1, 1)), np.zeros((batch, 3)))
     case = Case(
         "crop and flip",
         ours,
@@ -214,7 +215,7 @@ def _flip(batch: int, side: int, device: torch.device, kornia: ModuleType | None
 
 def _resize(batch: int, side: int, device: torch.device) -> Case:
     resize = monai_spatial.Resize((side,) * 3, mode="trilinear", align_corners=False)
-    ours = _gather(batch, side, device, np.tile(1.5 * np.eye(3), (batch, 1, 1)), np.zeros((batch, 3)))
+    ours = _resample(batch, side, device, np.tile(1.5 * np.eye(3), (batch, 1, 1)), np.zeros((batch, 3)))
     why = "ours: part of the one gather, since every sample has its own box; alone and alike, torch's is faster"
     together = torch.nn.functional.interpolate
     peers: dict[str, Operation | None] = {
@@ -242,7 +243,7 @@ def _affine(batch: int, side: int, device: torch.device, kornia: ModuleType | No
 
     case = Case(
         "crop, flip, rotate, scale and resize",
-        _gather(batch, side, device, linear, shift),
+        _resample(batch, side, device, linear, shift),
         {"MONAI": _each(move, batch)},
         "ours: one gather for the batch, and the geometry comes from the same numbers",
     )

@@ -139,7 +139,7 @@ class Aligned(nn.Module):
         if config.w_consistency:
             if config.consistency_sees == "whole":
                 maps = [encode(self.backbone, view, ctx, max(self.compared)) for view in pair]
-            consistency, monitors["shared_points"] = self._consistency(pair, maps, ctx)
+            consistency, monitors["shared_points"] = self._consistency(pair, maps, ctx, views.shape_B3)
             terms["consistency"] = config.w_consistency * consistency
         monitors["feature_std"] = spread(maps[0][self.compared[0]])
         return LossTerms(terms, monitors)
@@ -170,7 +170,9 @@ class Aligned(nn.Module):
             parts.append(restoration(output, target, mask * view.valid_B1DHW, self.config.loss))
         return torch.stack(parts).mean()
 
-    def _consistency(self, pair: tuple[View, ...], maps: list[list[Tensor]], ctx: StepContext) -> tuple[Tensor, Tensor]:
+    def _consistency(
+        self, pair: tuple[View, ...], maps: list[list[Tensor]], ctx: StepContext, shape_B3: Tensor
+    ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             target = [encode(self.target_backbone, view, ctx, max(self.compared)) for view in pair]
         losses, shares = [], []
@@ -180,7 +182,7 @@ class Aligned(nn.Module):
             with torch.no_grad():
                 wanted = [self.target_projectors[slot](m[i]) for m in target]
             d, h, w = said[0].shape[2:]
-            *points, shared = shared_points(pair[0], pair[1], (int(d), int(h), int(w)))
+            *points, shared = shared_points(pair[0], pair[1], (int(d), int(h), int(w)), shape_B3)
             q = [sample_features(f, level, p) for f, p in zip(said, points, strict=True)]
             z = [sample_features(f, level, p) for f, p in zip(wanted, points, strict=True)]
             mask = shared & q[0][1] & q[1][1]

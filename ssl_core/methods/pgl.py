@@ -33,8 +33,8 @@ class PGL(nn.Module):
     what a slowly following target network sees there in the other view.
 
     Formula: L(1->2) = mean over points m of |q(x1)[A1(m)] - sg z(x2)[A2(m)]|^2 with unit vectors over channels at
-    every point, that is 2 - 2 cos; L = L(1->2) + L(2->1), in [0, 8]. Points outside either map's outermost feature
-    centres are left out; a pair without shared points contributes 0.
+    every point, that is 2 - 2 cos; L = L(1->2) + L(2->1), in [0, 8]. Points in the padding or outside either
+    map's outermost feature centres are left out; a pair without shared points contributes 0.
 
     Traps: strided convolutions centre features half a voxel from the corner of their cell, not in its middle, so
     flipped views are mis-registered by up to a whole cell unless the measured offset is used; the mean squared error
@@ -99,7 +99,7 @@ class PGL(nn.Module):
         online = [encode(self.backbone, view, ctx, upto) for view in pair]
         with torch.no_grad():
             target = [encode(self.target_backbone, view, ctx, upto) for view in pair]
-        local, share = self._local(pair, online, target)
+        local, share = self._local(pair, online, target, views.shape_B3)
         terms = {"local": local}
         if config.w_global:
             terms["global"] = config.w_global * self._global(online, target)
@@ -118,14 +118,14 @@ class PGL(nn.Module):
         return self.backbone
 
     def _local(
-        self, pair: tuple[View, ...], online: list[list[Tensor]], target: list[list[Tensor]]
+        self, pair: tuple[View, ...], online: list[list[Tensor]], target: list[list[Tensor]], shape_B3: Tensor
     ) -> tuple[Tensor, Tensor]:
         level = self.backbone.levels[self.level]
         predicted = [self.predictor(self.projector(maps[self.level])) for maps in online]
         with torch.no_grad():
             wanted = [self.target_projector(maps[self.level]) for maps in target]
         d, h, w = predicted[0].shape[2:]
-        points = shared_points(pair[0], pair[1], (int(d), int(h), int(w)))
+        points = shared_points(pair[0], pair[1], (int(d), int(h), int(w)), shape_B3)
         q = [sample_features(f, level, p) for f, p in zip(predicted, points[:2], strict=True)]
         z = [sample_features(f, level, p) for f, p in zip(wanted, points[:2], strict=True)]
         mask = points[2] & q[0][1] & q[1][1]

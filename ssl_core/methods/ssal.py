@@ -37,8 +37,8 @@ class SSAL(nn.Module):
     the same window of side `window` (0: anywhere), averaged over both directions; L = L_LA + `w_position` L_PCL.
 
     Traps: constant features make L_LA zero, so it is refused without the positional term; both slices must get the same
-    flips and scale or windows show different places; air matches air, so padding does not count; in 3-D, pairs are two
-    separately encoded sub-volumes, as planes of one map share what they see.
+    flips and scale or windows show different places; air matches air, so padding neither counts nor is matched to; in
+    3-D, pairs are two separately encoded sub-volumes, as planes of one map share what they see.
 
     Cost: one encoder pass a view, no decoder; M w^3 cosines a pair of maps with M positions, M^2 without windows.
 
@@ -93,7 +93,8 @@ class SSAL(nn.Module):
         dense = [self.embed(m[self.level]) for m in maps]
         size = [int(n) for n in dense[0].shape[2:]]
         window = config.window or max(size)
-        forth, back = (windowed_alignment(dense[i], dense[1 - i], window, _seen(pair[i], size)) for i in range(2))
+        seen = [_seen(view, size) for view in pair]
+        forth, back = (windowed_alignment(dense[i], dense[1 - i], window, seen[i], seen[1 - i]) for i in range(2))
         near_B = self._near(pair, views).to(forth.dtype)
         align = ((forth + back) / 2 * near_B).mean()
         pooled = [self.projector(m[-1].mean((2, 3, 4))) for m in maps]

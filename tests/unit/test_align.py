@@ -10,6 +10,7 @@ from ssl_core.views import RoleSpec, View, ViewSpec
 from tests.oracles import alignment as oracle
 from tests.unit.crops import AS_STORED, coordinates
 
+LARGE = torch.full((1, 3), 1000.0)  # volumes without a border in reach
 IDENTITY = Level(3, (1, 1, 1), (0.5, 0.5, 0.5))
 
 
@@ -43,7 +44,7 @@ def test_shared_points_match_the_reference():
         boxes, flips, sizes = _random_boxes(rng)
         views = [_box_view(*boxes[i], flips[i], sizes[i]) for i in range(2)]
         expected = oracle.shared_points(boxes, flips, sizes, (2, 3, 4))
-        a, b, valid = align.shared_points(*views, (2, 3, 4))
+        a, b, valid = align.shared_points(*views, (2, 3, 4), LARGE)
         if expected is None:
             assert not valid.any()
             continue
@@ -51,7 +52,7 @@ def test_shared_points_match_the_reference():
         assert np.allclose(a[0].numpy(), expected[0], atol=1e-12)
         assert np.allclose(b[0].numpy(), expected[1], atol=1e-12)
         # Seen from the other side the same pairs come out.
-        b_again, a_again, _ = align.shared_points(views[1], views[0], (2, 3, 4))
+        b_again, a_again, _ = align.shared_points(views[1], views[0], (2, 3, 4), LARGE)
         assert torch.equal(a, a_again)
         assert torch.equal(b, b_again)
 
@@ -90,7 +91,7 @@ def test_coordinate_volumes_coincide(role):
     batch = coordinates(spec, 60, spacing=(3.0, 1.1, 0.9))
     for dtype, tolerance in ((torch.float32, 1e-3), (torch.float64, 1e-9)):
         a, b = make_views(batch, spec, seed=5, policy=AS_STORED, dtype=dtype).roles["a"]
-        points_a, points_b, valid = align.shared_points(a, b, (4, 5, 6))
+        points_a, points_b, valid = align.shared_points(a, b, (4, 5, 6), torch.from_numpy(batch.shape_B3))
         seen_a, in_a = align.sample_features(a.image_BCDHW, IDENTITY, points_a)
         seen_b, in_b = align.sample_features(b.image_BCDHW, IDENTITY, points_b)
         place = align.to_volume(a, points_a)
@@ -114,7 +115,7 @@ def test_a_ramp_through_a_strided_skeleton(axis, depth, taps, miss):
     ramp = np.broadcast_to((np.arange(128) + 0.5).reshape([-1 if i == axis else 1 for i in range(3)]), size)[None]
     maps = [oracle.averaging_encoder(x, axis, depth, taps) for x in (ramp, np.flip(ramp, axis + 1))]
     views = [_box_view((0, 0, 0), size, flips & on, size) for on in (False, True)]
-    points = align.shared_points(*views, tuple(128 if i == axis else 2 for i in range(3)))
+    points = align.shared_points(*views, tuple(128 if i == axis else 2 for i in range(3)), LARGE)
     stride = 2**depth
 
     def mismatch(offset):
@@ -139,7 +140,7 @@ def test_random_views_through_a_strided_skeleton_coincide():
     spec = ViewSpec((role,))
     batch = coordinates(spec, 20)
     pair = make_views(batch, spec, seed=1, policy=AS_STORED, dtype=torch.float64).roles["a"]
-    points_a, points_b, valid = align.shared_points(*pair, (4, 4, 4))
+    points_a, points_b, valid = align.shared_points(*pair, (4, 4, 4), LARGE)
     values = []
     for view, points in zip(pair, (points_a, points_b), strict=True):
         # The exact coordinates, without the repeated border of the crop, so that the map is linear everywhere.
@@ -166,16 +167,33 @@ def test_flipping_a_view_and_its_geometry_changes_nothing():
     level = Level(2, (2, 2, 2), (1.0, 1.0, 1.0))
     results = []
     for view, pixels in ((plain, image), (turned, image.flip(2, 3, 4))):
-        points, _, valid = align.shared_points(view, other, (3, 3, 3))
+        points, _, valid = align.shared_points(view, other, (3, 3, 3), LARGE)
         values, inside = align.sample_features(functional.avg_pool3d(pixels, 2), level, points)
         results.append((values[valid & inside], (valid & inside).sum()))
     assert results[0][1] > 0
     assert torch.allclose(results[0][0], results[1][0], atol=1e-12)
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_padding_is_not_compared(flip):
+    """Of two views that hang over both ends of a volume of 6 x 8 x 8, points lie in the volume only, and fill it."""
+    shape = torch.tensor([[6.0, 8.0, 8.0]])
+    a = _box_view((-3, 0, 0), (5, 8, 8), (flip, False, False), (8, 8, 8))
+    b = _box_view((1, 0, 0), (9, 8, 8), (False,) * 3, (8, 8, 8))
+    points_a, points_b, valid = align.shared_points(a, b, (8, 1, 1), shape)
+    place = align.to_volume(a, points_a)[0, :, 0]
+    assert valid.all()
+    assert np.allclose(place.numpy(), 1 + 4 * (np.arange(8) + 0.5) / 8)
+    assert torch.equal(place, align.to_volume(b, points_b)[0, :, 0])
+    low = align.shared_points(a, _box_view((-4, 0, 0), (4, 8, 8), (False,) * 3, (8, 8, 8)), (4, 1, 1), shape)
+    assert np.allclose(align.to_volume(a, low[0])[0, :, 0].numpy(), np.arange(4) + 0.5)
+    beyond = _box_view((6, 0, 0), (9, 8, 8), (False,) * 3, (8, 8, 8))
+    assert not align.shared_points(beyond, beyond, (2, 2, 2), shape)[2].any()
+
+
 def test_no_shared_region_is_masked_and_finite():
     a, b = (_box_view((z, 0, 0), (z + 4, 4, 4), (False,) * 3, (4, 4, 4)) for z in (0, 9))
-    points_a, points_b, valid = align.shared_points(a, b, (2, 2, 2))
+    points_a, points_b, valid = align.shared_points(a, b, (2, 2, 2), LARGE)
     assert not valid.any()
     for points in (points_a, points_b):
         values, _ = align.sample_features(torch.randn(1, 3, 2, 2, 2), Level(3, (2, 2, 2), (1.0, 1.0, 1.0)), points)
@@ -212,7 +230,7 @@ def test_elastic_views_share_points():
     role = RoleSpec("a", 2, (14, 18, 16), flip=(0.5, 0.5, 0.5), elastic_vox=1.5, min_overlap=0.3, intensity="none")
     spec = ViewSpec((role,))
     a, b = make_views(coordinates(spec, 10), spec, seed=0, policy=AS_STORED, dtype=torch.float64).roles["a"]
-    points_a, points_b, valid = align.shared_points(a, b, (4, 4, 4))
+    points_a, points_b, valid = align.shared_points(a, b, (4, 4, 4), LARGE)
     assert valid.float().mean() > 0.5
     gap = (align.to_volume(a, points_a) - align.to_volume(b, points_b)).abs()
     assert gap[valid].max() < 1e-6

@@ -317,14 +317,28 @@ def test_fit_reports_saves_and_measures(tmp_path: Path) -> None:
     )
     assert done == engine.step_done == 7
     assert saves == [4, 7]
-    assert probed == [2, 4, 6]
+    assert probed == [2, 4, 6, 7]
     assert sorted(reports) == [1, 2, 3, 4, 6, 7]
     assert reports[2] == {"probe/x": 4.0}
+    assert reports[7]["probe/x"] == 4.0
     for step in (1, 3, 6, 7):
         assert reports[step]["time/step_s"] == pytest.approx(2.0)
         assert reports[step]["time/wait_share"] == pytest.approx(0.25)
         assert reports[step]["time/samples_per_s"] == pytest.approx(2.0)
         assert "loss" in reports[step]
+
+
+@pytest.mark.parametrize(("every", "expected"), [(100, [3]), (0, [])])
+def test_a_short_run_is_probed_at_its_end_unless_probes_are_off(every: int, expected: list[int]) -> None:
+    engine = Engine(Toy(), EngineConfig(steps=3, probe_every=every, warmup_steps=1))
+    probed: list[int] = []
+
+    def probe(engine: Engine, views: ViewBatch) -> dict[str, float]:
+        probed.append(engine.step_done)
+        return {}
+
+    fit(engine, (batch(step * 4, 4) for step in range(3)), report=nothing, save=nothing, probe=probe)
+    assert probed == expected
 
 
 def test_without_a_known_wait_the_whole_time_to_the_next_batch_counts() -> None:

@@ -205,6 +205,25 @@ def test_padding_does_not_count_in_alignment() -> None:
     assert float(found) == pytest.approx(wanted, abs=1e-12)
 
 
+@pytest.mark.parametrize("window", [2, 3, 4])
+def test_nothing_is_matched_to_padding(window: int) -> None:
+    a, b = ssal_maps()
+    seen_a, seen_b = torch.zeros(4, 4, dtype=torch.bool), torch.zeros(4, 4, dtype=torch.bool)
+    seen_a[:3], seen_b[2:, :3] = True, True
+    flat_a, flat_b = a[None, :, None], b[None, :, None]
+    gaps = []
+    for p in torch.nonzero(seen_a).tolist():
+        places = torch.nonzero(seen_b).tolist()
+        near = [q for q in places if all(i // window == j // window for i, j in zip(p, q, strict=True))]
+        match = [slow.cosine(a[:, p[0], p[1]].numpy(), b[:, q[0], q[1]].numpy()) for q in near]
+        gaps += [abs(1 - max(match))] if match else []
+    found = windowed_alignment(flat_a, flat_b, window, seen_a[None, None], seen_b[None, None])
+    assert float(found) == pytest.approx(sum(gaps) / len(gaps), abs=1e-12)
+    assert len(gaps) == {2: 4, 3: 9, 4: 12}[window]  # positions without a match in their window do not count
+    nowhere = torch.zeros_like(seen_b[None, None])
+    assert float(windowed_alignment(flat_a, flat_b, window, None, nowhere)) == 0.0
+
+
 def test_per_voxel_distance_is_not_the_flattened_one() -> None:
     a = torch.sin(torch.arange(1.0, 13, dtype=torch.float64)).view(1, 3, 4)
     b = torch.cos(torch.arange(1.0, 13, dtype=torch.float64)).view(1, 3, 4)

@@ -97,7 +97,7 @@ def test_flipped_views_register_with_the_measured_centre_and_not_without(
     stride = 2**halvings
     views = ramp_view(128, False, 0.0), ramp_view(128, True, 8.0)
     maps = [skeleton(v.image_BCDHW, halvings, kernel, padding) for v in views]
-    points_a, points_b, shared = shared_points(*views, (1, 1, 16))
+    points_a, points_b, shared = shared_points(*views, (1, 1, 16), torch.full((1, 3), 1000.0))
 
     def gap(offset: float) -> float:
         level = Level(1, (1, 1, stride), (0.5, 0.5, offset))
@@ -127,6 +127,15 @@ def test_pgl_without_overlap_is_zero_with_a_gradient_of_zero() -> None:
     assert terms.total.item() == 0.0
     assert terms.monitors["shared_points"].item() == 0.0
     assert all(not p.grad.any() for p in trained(method))
+
+
+@pytest.mark.parametrize(("name", "term"), [("pgl", "local"), ("aligned", "consistency")])
+def test_padding_is_not_compared(name: str, term: str) -> None:
+    method = tiny_method(name)
+    batch = batch_of(method, [0, 1])
+    assert method(batch, context(0)).terms[term].item() > 0
+    batch.shape_B3.zero_()  # everything that the views show lies beyond the volume
+    assert method(batch, context(0)).terms[term].item() == 0.0
 
 
 def test_the_global_term_trains_the_deepest_level() -> None:

@@ -25,9 +25,10 @@ def _amount(pixels, colour):
 def test_views_show_their_shared_region(more):
     spec = ViewSpec((RoleSpec("a", 2, (10, 16, 16), (0.8, 1.2), False, (0.5, 0.5, 0.5), min_overlap=0.3, **more),))
     views = make_views(noise(spec, 2), spec, seed=0, policy=IntensityPolicy()).roles["a"]
-    pixels = _pixels(picture.views_picture(*views, sample=1, spacing_mm=(3.0, 1.0, 1.0), title="two views"))
+    shown = {"shape_DHW": (80, 90, 100), "sample": 1}
+    pixels = _pixels(picture.views_picture(*views, **shown, spacing_mm=(3.0, 1.0, 1.0), title="two views"))
     assert _amount(pixels, picture.EDGE) > 500
-    assert picture.views_picture(*views, sample=1) == picture.views_picture(*views, sample=1)
+    assert picture.views_picture(*views, **shown) == picture.views_picture(*views, **shown)
 
 
 def test_views_without_a_shared_region_say_so():
@@ -35,7 +36,7 @@ def test_views_without_a_shared_region_say_so():
     views = make_views(noise(spec, 1), spec, seed=0, policy=IntensityPolicy()).roles
     far = views["b"][0]
     far.to_volume_B34[:, :, 3] += 1000
-    pixels = _pixels(picture.views_picture(views["a"][0], far))
+    pixels = _pixels(picture.views_picture(views["a"][0], far, shape_DHW=(80, 90, 100)))
     assert _amount(pixels, picture.EDGE) == 0
 
 

@@ -115,7 +115,8 @@ def test_an_unscaled_view_is_a_flipped_slice():
             assert np.array_equal(view.maps["label"][b].numpy(), np.flip(batch.label_BDHW[b][cut], flipped))
 
 
-def test_views_that_are_slices_agree_with_the_gather_and_stand_beside_views_that_are_not():
+@pytest.mark.parametrize("turned", [False, True])
+def test_views_that_are_slices_agree_with_the_gather_and_stand_beside_views_that_are_not(turned):
     rng = np.random.default_rng(0)
     host = torch.from_numpy(rng.normal(size=(4, 2, 12, 14, 16)))
     affine = np.tile(np.concatenate([np.eye(3), [[2.0], [3.0], [4.0]]], axis=1), (2, 4, 1, 1))
@@ -125,15 +126,34 @@ def test_views_that_are_slices_agree_with_the_gather_and_stand_beside_views_that
     affine[1, 1, 0, 3] = -1.0  # beyond the crop
     start = np.array([[0, 0, 0]] * 4)
     position = spatial.positions(affine, start, (6, 7, 8), torch.device("cpu"))
-    gathered, mixed = spatial.linear(host, position, (6, 7, 8)), spatial.image(host, affine, start, position, (6, 7, 8))
+    gathered = spatial.linear(host, position, (6, 7, 8))
+    mixed = spatial.image(host, affine, start, position, (6, 7, 8), turned=turned)
     assert torch.allclose(mixed, gathered, atol=1e-12)
-    exact = {(v, b) for v, b in np.ndindex(2, 4) if not torch.equal(mixed[v, b], gathered[v, b])}
-    assert not exact & {(0, 2), (1, 0), (1, 1)}  # these are the gather's own
+    own = gathered if turned else spatial.separable(host, position)
+    for v, b in ((0, 2), (1, 0), (1, 1)):
+        assert torch.equal(mixed[v, b], own[v, b])  # these are no slices
     assert torch.equal(mixed[0, 1], host[1, :, 2:8, 3:10, 5:13].flip(3))
     for b in range(4):
         one = spatial.positions(affine[:, b : b + 1], start[b : b + 1], (6, 7, 8), torch.device("cpu"))
-        alone = spatial.image(host[b : b + 1], affine[:, b : b + 1], start[b : b + 1], one, (6, 7, 8))
+        row = slice(b, b + 1)
+        alone = spatial.image(host[row], affine[:, row], start[row], one, (6, 7, 8), turned=turned)
         assert torch.equal(alone[:, 0], mixed[:, b])
+
+
+@pytest.mark.parametrize("host_DHW", [(12, 14, 16), (1, 9, 11)])
+def test_products_along_each_axis_are_the_gather(host_DHW):
+    """Scaled, flipped, shifted views, some of them beyond the crop, in float64 and float32."""
+    rng = np.random.default_rng(1)
+    size = (1 if host_DHW[0] == 1 else 6, 7, 8)
+    host = torch.from_numpy(rng.normal(size=(5, 2, *host_DHW)))
+    factor = rng.uniform(0.5, 2.0, (3, 5, 3)) * rng.choice([-1, 1], (3, 5, 3))
+    centre = np.array(host_DHW) / 2 + rng.uniform(-3, 3, (3, 5, 3))
+    affine = np.concatenate([factor[..., None] * np.eye(3), (centre - factor * np.array(size) / 2)[..., None]], axis=3)
+    position = spatial.positions(affine, np.zeros((5, 3), np.int64), size, torch.device("cpu"))
+    gathered = spatial.linear(host, position, size)
+    assert torch.allclose(spatial.separable(host, position), gathered, atol=1e-12)
+    assert torch.allclose(spatial.separable(host.float(), position).double(), gathered, atol=1e-5)
+    assert (gathered - spatial.separable(host, [p + 0.01 for p in position])).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("preset", ["light", "strong", "genesis", "pcrlv2", "pcrlv2_local"])
