@@ -18,6 +18,7 @@ _SECTIONS = {"Idea:": "Idea", "Formula:": "Formula", "Traps:": "Traps", "Cost:":
 _HEAD = ("setting", "default", "meaning and source")
 _BELOW = "as follows"
 _MADE = "<!-- Made by `tomoscale methods --markdown --out docs/methods`: change the docstring, not this page. -->"
+_MEASURED = "../benchmarks-steps.md#methods"
 _SCRATCH = "The control without pre-training needs no job: `none`, random weights, is a start in tune and finetune."
 
 
@@ -51,7 +52,8 @@ def text_page(name: str, width: int) -> str:
     taken = [max(len(part) for row in [_HEAD, *rows] for part in row[i].split("\n")) for i in (0, 1)]
     left = width - sum(taken) - 4
     full = [(*row, wrap(meaning, left)) for row, (_, _, meaning) in zip(rows, settings(name), strict=True)]
-    return "\n\n".join([name, wrap(idea(name), width), wrap(description(name), width), table(_HEAD, full)])
+    told = [idea(name), description(name), f"Cost, measured: docs/benchmarks-steps.md; {_to_measure(name)}"]
+    return "\n\n".join([name, *(wrap(text, width) for text in told), table(_HEAD, full)])
 
 
 def text_index(width: int) -> str:
@@ -70,7 +72,10 @@ def markdown_page(name: str) -> str:
         if start is not None:
             parts.append(f"## {_SECTIONS[start]}")
             text = text.removeprefix(start).strip() if start.endswith(":") else text
-        parts.append(_inline(text[:1].upper() + text[1:] if start else text, name))
+        said = _inline(text[:1].upper() + text[1:] if start else text, name)
+        if start == "Cost:":
+            said += f" [Measured]({_MEASURED}) beside the other methods; {_to_measure(name)}"
+        parts.append(said)
     rows = []
     for key, value, meaning in settings(name):
         shown = value if value == _BELOW else f"`{value}`"
@@ -115,6 +120,10 @@ def write_pages(folder: Path) -> list[Path]:
     for file, text in markdown_pages().items():
         write_page(folder / file, text)
     return [folder / file for file in markdown_pages()]
+
+
+def _to_measure(name: str) -> str:
+    return f"`tomoscale bench step --methods {name}` measures memory and time of a step on your machine."
 
 
 def _rows(config: type[BaseModel], values: BaseModel, prefix: str) -> Iterator[tuple[str, str, str]]:

@@ -40,7 +40,7 @@ class Aligned(nn.Module):
 
     Formula: L = `w_restore` R + `w_consistency` C. R = mean over both views and their hidden voxels of the squared
     error. C = mean over `feature_levels` and both directions of the mean over shared points of
-    |q(x1)[A1(m)] - sg z(x2)[A2(m)]|^2, unit vectors, in [0, 4].
+    |q(x1)[A1(m)] - sg z(x2)[A2(m)]|^2, unit vectors, in [0, 4]. The target's weights follow as those of `byol` do.
 
     Traps: those of `mae` (intensities near 0) and `pgl` (measured feature centres); views mirrored along D or H teach
     that front and back look alike, which they do not; comparing masked views (`consistency_sees`) saves a pass and was
@@ -78,7 +78,7 @@ class Aligned(nn.Module):
         )
         hidden: int = Field(default=512, ge=1, description="Hidden width of the heads; our choice (CVA: 2048 and 512)")
         out: int = Field(default=256, ge=1, description="Embedding width; our choice (CVA: 2048)")
-        norm: Norm = Field(default="batch", description="Norm in the heads, over the global batch and positions")
+        norm: Norm = Field(default="batch", description="Norm in the heads, over the global batch and positions; BYOL")
         ema_start: float = Field(
             default=0.99,
             ge=0,
@@ -124,7 +124,7 @@ class Aligned(nn.Module):
     def forward(self, views: ViewBatch, ctx: StepContext) -> LossTerms:
         """Terms `restoration` and `consistency`; monitors the spread of the compared features and shared points."""
         bind(self, ctx.collectives)
-        config, pair = self.config, views.roles["global"]
+        config, pair = self.config, views.roles["global"][:2]  # a composition may show more
         masks = [self._mask(view, views, ctx, v) for v, view in enumerate(pair)]
         maps: list[list[Tensor]] = []
         terms: dict[str, Tensor] = {}

@@ -91,7 +91,7 @@ class StepContext:
     Attributes:
         step: Optimizer step, counted from 0.
         max_steps: Steps of the whole run.
-        seed: Seed of the run; draw with `numpy.random.Philox` keyed by (seed, sample index), never from a global.
+        seed: Seed of the run; draw with `ssl_core.hashed` from it and the samples' indices, never from a global.
         collectives: Differentiable gathers and reductions over ranks; `Single()` on one rank.
         memo: Encoder and decoder maps made so far in this forward pass, so that objectives composed over shared views
             do not make them twice; see `encode`. `None` outside such a composition.
@@ -252,5 +252,9 @@ def method_class(name: str) -> Any:
         ConfigError: there is none.
     """
     if name not in _REGISTRY:
-        raise ConfigError(f"method {name!r}", expected="one of " + ", ".join(method_names()), found=repr(name))
+        scratch = (
+            "without pre-training there is no job: `none` is a start in tune and finetune" if name == "none" else ""
+        )
+        known = "one of " + ", ".join(method_names())
+        raise ConfigError(f"method {name!r}", expected=known, found=repr(name), remedy=scratch)
     return _REGISTRY[name]

@@ -69,7 +69,7 @@ class BYOL(nn.Module):
     def forward(self, views: ViewBatch, ctx: StepContext) -> LossTerms:
         """Term `prediction`; monitors the spread of the deepest features."""
         bind(self, ctx.collectives)
-        pair = views.roles["global"]
+        pair = views.roles["global"][:2]  # a composition may show more
         maps = [encode(self.backbone, view, ctx)[-1] for view in pair]
         with torch.no_grad():
             wanted = [self.target_projector(_pool(encode(self.target_backbone, v, ctx)[-1])) for v in pair]

@@ -38,7 +38,9 @@ class LRC(nn.Module):
 
     Formula: L = L_base + `w_local` L_local. Form A, over R regions of K pixels of one image: mean over pixels n of
     -1/|P(n)| sum over p in P(n) of log( exp(z_n . z_p / t) / sum over a != n of exp(z_n . z_a / t) ), P(n) the other
-    pixels of n's region. Form B contrasts a region's mean embedding in view 1 with those in view 2.
+    pixels of n's region. Form B, with v_r and w_r the mean embeddings of region r in view 1 and view 2: mean over
+    regions r of -log( exp(v_r . w_r / t) / sum over regions s of exp(v_r . w_s / t) ), averaged with the views swapped.
+    Vectors have unit length; an image with fewer than two regions counts as 0.
 
     Traps: form A cannot fall below about log(K - 1), so judge it against that floor; region 0 means padding; regions
     with fewer than K pixels at the feature's resolution are dropped, so low-resolution features lose small regions;

@@ -32,7 +32,9 @@ class MoCoV2(nn.Module):
     Idea: negatives come from a queue, so their number does not depend on the batch.
 
     Formula: L = mean of -log( exp(q . k / t) / (exp(q . k / t) + sum over the queue of exp(q . n / t)) ) with q the
-    online embedding of view 1 and k the following network's embedding of view 2; then all ranks' k enter the queue.
+    online embedding of view 1 and k the following network's embedding of view 2; then all ranks' k enter the queue, and
+    the following network's weights move as xi <- m xi + (1 - m) theta, m = `momentum`, but at most (1 + i) / (10 + i)
+    at step i.
 
     Traps: pooled maps of a network with instance norm are nearly the same for every scan, and a head without norm keeps
     them so: queries then tell their key from the queue by its age alone, while weights still change fast, and end as
@@ -70,7 +72,7 @@ class MoCoV2(nn.Module):
         )
         queue: int = Field(default=1024, ge=1, description="Length of the queue; our choice (MoCo: 65536)")
         momentum: float = Field(
-            default=0.99, ge=0, le=1, description="Momentum of the target; our choice for short runs (MoCo: 0.999)"
+            default=0.99, ge=0, le=1, description="Momentum of the target, m; our choice for short runs (MoCo: 0.999)"
         )
         same_volume_negatives: bool = Field(
             default=False, description="Keep queue entries of the query's own volume as negatives; our choice"

@@ -145,7 +145,7 @@ class PCRLv2(nn.Module):
     def forward(self, views: ViewBatch, ctx: StepContext) -> LossTerms:
         """Terms `restoration`, `mid`, `siamese` and `local`; monitors the spread of the finest embedding."""
         bind(self, ctx.collectives)
-        first, second = views.roles["global"]
+        first, second = views.roles["global"][:2]  # a composition may show more
         maps = [self._decode(view.image_BCDHW) for view in (first, second)]
         embedded = [[h(m) for h, m in zip(self.heads, ms, strict=True)] for ms in maps]
         target = _target(first) if self.config.target == "view_range" else clean_of(first)

@@ -34,7 +34,8 @@ class PGL(nn.Module):
 
     Formula: L(1->2) = mean over points m of |q(x1)[A1(m)] - sg z(x2)[A2(m)]|^2 with unit vectors over channels at
     every point, that is 2 - 2 cos; L = L(1->2) + L(2->1), in [0, 8]. Points in the padding or outside either
-    map's outermost feature centres are left out; a pair without shared points contributes 0.
+    map's outermost feature centres are left out; a pair without shared points contributes 0. The target's weights
+    follow as those of `byol` do.
 
     Traps: strided convolutions centre features half a voxel from the corner of their cell, not in its middle, so
     flipped views are mis-registered by up to a whole cell unless the measured offset is used; the mean squared error
@@ -94,7 +95,7 @@ class PGL(nn.Module):
     def forward(self, views: ViewBatch, ctx: StepContext) -> LossTerms:
         """Term `local`, and `global` when weighted; monitors the share of points compared and the feature spread."""
         bind(self, ctx.collectives)
-        config, pair = self.config, views.roles["global"]
+        config, pair = self.config, views.roles["global"][:2]  # a composition may show more
         upto = None if config.w_global else self.level
         online = [encode(self.backbone, view, ctx, upto) for view in pair]
         with torch.no_grad():

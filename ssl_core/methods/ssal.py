@@ -34,7 +34,8 @@ class SSAL(nn.Module):
     the other; a loss on whole slices orders them along the body and keeps the first from collapsing.
 
     Formula: with A = X_i^T X_j the cosines of the two maps, L_LA = mean over p of |1 - max over q of A_pq|, p and q in
-    the same window of side `window` (0: anywhere), averaged over both directions; L = L_LA + `w_position` L_PCL.
+    the same window of side `window` (0: anywhere), averaged over both directions; L = L_LA + `w_position` L_PCL, the
+    loss of `pcl`.
 
     Traps: constant features make L_LA zero, so it is refused without the positional term; both slices must get the same
     flips and scale or windows show different places; air matches air, so padding neither counts nor is matched to; in

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,29 @@ def test_a_page_has_all_parts_and_every_setting(name: str) -> None:
     rows = [line.split(" | ") for line in page.replace("\\|", "/").splitlines() if line.startswith("| `")]
     assert {row[0].strip("|` ") for row in rows} >= set(method_class(name).Config.model_fields)
     assert all(len(row) == 3 and len(row[2]) > 4 for row in rows)
+
+
+OURS = r"our choice|\bours?\b"
+THEIRS = r"code|paper|re-implemented|example|nnssl|CVA|DetCon|BYOL|SimCLR|MoCo|PGL|LRC"
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_every_default_says_whose_it_is(name: str) -> None:
+    found = method_pages.settings(name)
+    silent = [
+        key for key, default, text in found if default != "as follows" and not re.search(f"{OURS}|{THEIRS}", text)
+    ]
+    assert silent == []
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_a_page_leads_to_measured_memory_and_time(name: str) -> None:
+    cost = method_pages.markdown_page(name).partition("## Cost")[2].partition("## ")[0]
+    target, _, anchor = re.findall(r"\[Measured\]\(([^)]*)\)", cost)[0].partition("#")
+    steps = (PAGES / target).read_text(encoding="utf-8").partition(f"## {anchor.title()}\n")[2].partition("\n## ")[0]
+    assert f"| {name} " in steps
+    assert f"tomoscale bench step --methods {name}" in cost
+    assert f"tomoscale bench step --methods {name}" in " ".join(method_pages.text_page(name, 100).split())
 
 
 def test_the_index_says_of_each_method_when_to_use_it() -> None:

@@ -55,6 +55,8 @@ def test_every_promised_method_is_there() -> None:
 def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="simclr"):
         method_class("simclr2")
+    with pytest.raises(ConfigError, match="a start in tune and finetune"):
+        method_class("none")
 
 
 @pytest.mark.parametrize(
@@ -513,14 +515,17 @@ def test_a_composition_is_the_weighted_sum_of_its_parts() -> None:
 def test_a_part_of_a_composition_takes_as_many_of_the_shared_views_as_it_asked_for(views: int) -> None:
     labels = {"views": views, "values": [223, 322]}
     parts = [{"name": "supervised", "settings": labels}]
-    parts += [{"name": name, "settings": {"hidden": 16}} for name in ("simclr", "mocov2", "byol")]
+    parts += [{"name": name, "settings": {"hidden": 16}} for name in ("simclr", "mocov2", "byol", "pgl")]
+    parts += [{"name": "aligned", "settings": {"hidden": 16, "block": 4}}, {"name": "mae", "settings": {"block": 4}}]
+    parts += [{"name": "pcrlv2", "settings": {"local": {"size_DHW": (8, 8, 8)}, "locals": 2}}]
     method = tiny_method("compose", changed("compose", parts=parts)).double()
     batch = batch_of(method, [0, 1], torch.float64)
     terms = copy.deepcopy(method)(batch, context(0)).terms
-    for part, said in zip(method.parts, terms.values(), strict=True):
-        (role,) = type(part).view_spec(part.config).roles
-        fewer = replace(batch, roles={"global": batch.roles["global"][: role.count]})
-        assert part(fewer, context(0)).total.item() == pytest.approx(said.item(), abs=1e-10)
+    for named, part in zip(parts, method.parts, strict=True):
+        said = sum(term.item() for key, term in terms.items() if key.startswith(f"{named['name']}/"))
+        fewer = {role.name: batch.roles[role.name][: role.count] for role in type(part).view_spec(part.config).roles}
+        alone = part(replace(batch, roles=fewer), context(0)).total.item()
+        assert alone == pytest.approx(said, abs=1e-10), named["name"]
 
 
 def test_a_composition_encodes_shared_views_once() -> None:

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -27,6 +28,38 @@ def test_two_dimensions_give_the_partition_of_scikit_image(scale: float) -> None
     ours = felzenszwalb_nd(image, scale, 0.5, 20)
     theirs = felzenszwalb(image, scale=scale, sigma=0.5, min_size=20, channel_axis=None)
     assert adjusted_rand_score(theirs.ravel(), ours.ravel()) == 1.0
+
+
+def slow_regions(image: np.ndarray, k: float, min_size: int) -> list[set[tuple[int, ...]]]:
+    """The graph method as its paper says it, on sets of voxels; neighbours share at least a corner."""
+    places = list(np.ndindex(*image.shape))
+    steps = [s for s in product((-1, 0, 1), repeat=image.ndim) if s > (0,) * image.ndim]
+    edges = []
+    for p in places:
+        for q in (tuple(a + b for a, b in zip(p, s, strict=True)) for s in steps):
+            if all(0 <= i < n for i, n in zip(q, image.shape, strict=True)):
+                edges.append((abs(float(image[p]) - float(image[q])), p, q))
+    region, inner = {p: {p} for p in places}, {p: 0.0 for p in places}  # both by a voxel of the region
+    for merging in (False, True):
+        for weight, p, q in sorted(edges):
+            a, b = region[p], region[q]
+            if a is b:
+                continue
+            light = weight <= min(inner[p] + k / len(a), inner[q] + k / len(b))
+            if min(len(a), len(b)) < min_size if merging else light:
+                for r in a | b:
+                    region[r], inner[r] = a, weight
+                a |= b
+    return [r for p, r in region.items() if p == min(r)]
+
+
+def test_three_dimensions_give_the_partition_of_the_papers_rule() -> None:
+    image = phantom((6, 9, 11))
+    ids = felzenszwalb_nd(image, 40.0, 0.0, 8)
+    wanted = slow_regions(image, 40.0 / 255, 8)
+    found = [{tuple(p) for p in np.argwhere(ids == i).tolist()} for i in range(ids.max() + 1)]
+    assert len(wanted) > 3
+    assert sorted(map(sorted, found)) == sorted(map(sorted, wanted))
 
 
 def test_scaling_intensities_and_scale_alike_changes_nothing() -> None:
