@@ -83,6 +83,15 @@ def test_queue_contrast() -> None:
     assert not q.grad.any(), "a queue without negatives has a gradient"
 
 
+def test_anchors_without_a_positive_are_left_out_of_the_mean() -> None:
+    z, positive = toy(), toy_positive(0.1)
+    positive[2], positive[:, 2] = False, False
+    wanted = slow.contrast(z.numpy(), positive.tolist(), 0.1)
+    found = multi_positive_nce(z, z, positive, not_itself(V * B), 0.1)
+    assert float(found) == pytest.approx(wanted, abs=1e-12)
+    assert float(multi_positive_nce(z, z, toy_positive(0.1), not_itself(V * B), 0.1)) != pytest.approx(wanted, abs=1e-3)
+
+
 def test_slices_exactly_a_threshold_apart_are_never_positives() -> None:
     # Twenty slices: position (i + 1)/20 against threshold 0.1 goes both ways in floating point.
     index = torch.arange(1, 21, dtype=torch.float64)
@@ -275,6 +284,12 @@ def test_restoration_counts_hidden_voxels_only() -> None:
     mask[1] = False
     found = restoration(*(torch.from_numpy(x) for x in (output, target)), torch.from_numpy(mask)[:, None])
     assert float(found) == pytest.approx(slow.masked_mse(output, target, mask), abs=1e-12)
+
+
+def test_hubers_error_is_half_the_square_up_to_one_and_linear_beyond() -> None:
+    target = torch.tensor([0.0, 0.5, 1.0, 3.0, -2.0]).view(1, 1, 1, 1, 5)
+    found = restoration(torch.zeros_like(target), target, torch.ones_like(target), "huber")
+    assert float(found) == pytest.approx((0.0 + 0.125 + 0.5 + 2.5 + 1.5) / 5)
 
 
 EMPTY = {
