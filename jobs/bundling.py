@@ -1,14 +1,17 @@
 """From checkpoints to bundles and back: what a job registers and what the next one starts from."""
 
 import json
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
 
 from jobs.configs import FinetuneJobConfig, PretrainConfig
+from jobs.tracking import Point
 from ssl_core import checkpoint
 from ssl_core.backbones import build
 from ssl_core.bundle import BundleFacts, stored_spacing, write_bundle
@@ -58,7 +61,7 @@ def write_encoder(config: PretrainConfig, directory: Path, target: Path, *, run_
         "steps": str(meta["step"]),
         "run_id": run_id,
     }
-    last = meta["journal"][-1][2]
+    last = Point.from_json(meta["journal"][-1]).metrics
     manifest = Manifest.open(config.data, meta["fingerprint"])
     seen = (record for record in manifest.records() if record.split == config.stream.split)
     notes: tuple[str, ...] = ()
@@ -75,7 +78,11 @@ def write_encoder(config: PretrainConfig, directory: Path, target: Path, *, run_
         interpolation=interpolation,
         notes=notes,
         lineage=lineage,
-        metrics={f"pre-training {k}": float(v) for k, v in last.items() if k.startswith(("loss", "monitor", "probe"))},
+        metrics={
+            f"pre-training {k}": v
+            for k, v in last.items()
+            if k.startswith(("loss", "monitor", "probe")) and math.isfinite(v)
+        },
     )
     return write_bundle(target, "encoder", method.encoder(), facts)
 
@@ -86,7 +93,7 @@ def write_segmenter(
     """Bundle of a fine-tuned segmenter."""
     manifest = trained.store.manifest
     mean = sum(c["dice"] for c in cases) / len(cases)
-    volumes = sorted({c["volume_id"] for c in cases})
+    subjects = sorted({c["subject"] for c in cases})
     used = (*trained.subjects.train, *trained.subjects.inner)
     spacing_mm, interpolation = stored_spacing(manifest.record(i) for i in used)
     facts = BundleFacts(
@@ -104,10 +111,12 @@ def write_segmenter(
         metrics={"test Dice": mean},
         spacing_mm=spacing_mm,
         interpolation=interpolation,
+        # Of what, too: another label map on the same volumes is another question. A case is a subject, since two
+        # volumes of one are not independent.
         evaluation={
-            "split": f"{manifest.fingerprint} test",
+            "split": f"{manifest.fingerprint} test, {config.labelled.label} {' '.join(map(str, trained.labels))}",
             "measure": "Dice",
-            "cases": {v: sum(c["dice"] for c in cases if c["volume_id"] == v) / len(trained.labels) for v in volumes},
+            "cases": {s: fmean(c["dice"] for c in cases if c["subject"] == s) for s in subjects},
         },
         notes=(
             f"Fine-tuned on {len(trained.subjects.train)} labelled volumes, tested on {len(trained.subjects.test)}.",
@@ -152,7 +161,12 @@ def pull_encoder(uri: str) -> EncoderBundle:
     from jobs import registry
 
     if not uri or uri == "none":
-        raise ConfigError("encoder", expected="a model URI such as models:/NAME@candidate", found=repr(uri))
+        raise ConfigError(
+            "encoder",
+            expected="a model URI such as models:/NAME@candidate",
+            found=repr(uri),
+            remedy="`tomoscale models list` shows what there is",
+        )
     if Path(uri).is_dir():
         return read_encoder(Path(uri))
     with tempfile.TemporaryDirectory(prefix="tomoscale-encoder-") as folder:

@@ -8,8 +8,9 @@ from ray.train.v2.api.exceptions import ControllerError
 
 from storage.errors import ConfigError, CorruptChunk, RefusedInput
 
-# Training is a function of configuration, data and step, so these come back at the same step. A store that does not
-# answer, a lost worker and what its death does to the other ranks (RuntimeError, OSError) may not.
+# Training is a function of configuration, data and step, so these come back at the same step; a loss that is not finite
+# is an ArithmeticError. A store that does not answer, a lost worker and what its death does to the other ranks
+# (RuntimeError, OSError) may not.
 FINAL = (
     ConfigError,
     RefusedInput,

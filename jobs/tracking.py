@@ -5,6 +5,7 @@ batches, from a thread; the same points are journaled in every checkpoint, and t
 when training ends. What the server already has is asked, never assumed, so each point is there exactly once.
 """
 
+import math
 import os
 import queue
 import subprocess
@@ -33,8 +34,8 @@ class Point:
     time_ms: int
 
     def to_json(self) -> list[Any]:
-        """As a short JSON list, for the journal."""
-        return [self.step, self.time_ms, dict(self.metrics)]
+        """As a short JSON list, for the journal; what is not finite as text, since JSON has no numbers for it."""
+        return [self.step, self.time_ms, {k: v if math.isfinite(v) else repr(v) for k, v in self.metrics.items()}]
 
     @staticmethod
     def from_json(item: list[Any]) -> "Point":
@@ -109,7 +110,7 @@ def open_run(
 ) -> str:
     """The run id of a logical job: found by its tags when it exists, else created. Sets it running.
 
-    Params are logged once; a restarted job keeps the first ones.
+    Params keep the values of the first start; a restart adds those that it did not come to log.
 
     Raises:
         StackError: the experiment was deleted.
@@ -122,7 +123,7 @@ def open_run(
             found="a deleted one",
             remedy="restore it in MLflow, or name another with experiment=NAME",
         )
-    experiment_id = found.experiment_id if found else api.create_experiment(experiment)
+    experiment_id = found.experiment_id if found else _made(api, experiment)
     identity = {"tomoscale.job": name, "tomoscale.kind": kind}
     if parent:  # children of two jobs may have one name: `a-b` and `c` of one, `a` and `b-c` of another
         identity["mlflow.parentRunId"] = parent
@@ -130,18 +131,30 @@ def open_run(
     runs = api.search_runs([experiment_id], query, max_results=1)
     all_tags = {**identity, **_code_tags(), **tags}
     if runs:
-        run_id: str = runs[0].info.run_id
-        api.update_run(run_id, status="RUNNING")
+        run = runs[0]
+        api.update_run(run.info.run_id, status="RUNNING")
         for key, value in all_tags.items():
-            api.set_tag(run_id, key, value)
-        return run_id
+            api.set_tag(run.info.run_id, key, value)
+    else:
+        run = api.create_run(experiment_id, tags=all_tags, run_name=name)
     from mlflow.entities import Param
 
-    run = api.create_run(experiment_id, tags=all_tags, run_name=name)
-    flat = [Param(k, str(v)[:5000]) for k, v in flatten(params).items()]
+    flat = [Param(k, str(v)[:5000]) for k, v in flatten(params).items() if k not in run.data.params]
     for start in range(0, len(flat), 100):
         api.log_batch(run.info.run_id, params=flat[start : start + 100])
     return str(run.info.run_id)
+
+
+def _made(api: Any, experiment: str) -> str:
+    """A new experiment, or the one that another job has made since it was looked for."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(api.create_experiment(experiment))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return str(api.get_experiment_by_name(experiment).experiment_id)
 
 
 def _quoted(text: str) -> str:
@@ -197,24 +210,26 @@ def backfill(api: Any, run_id: str, journal: Iterable[Point]) -> int:
 
 
 def find_run(api: Any, experiment: str, name: str) -> tuple[str, str]:
-    """Run id and experiment id of a logical job.
+    """Run id and experiment id of a pre-training.
 
     Raises:
         StackError: MLflow has no run of that name.
     """
     found = api.get_experiment_by_name(experiment)
-    runs = (
-        api.search_runs([found.experiment_id], f"tags.`tomoscale.job` = {_quoted(name)}", max_results=1)
-        if found
-        else []
-    )
+    query = f"tags.`tomoscale.job` = {_quoted(name)} and tags.`tomoscale.kind` = 'pretrain'"
+    runs = api.search_runs([found.experiment_id], query, max_results=1) if found else []
     if not runs:
-        raise StackError(f"run of job {name!r}", expected=f"one in experiment {experiment!r}", found="none")
+        raise StackError(
+            f"run of pre-training {name!r}",
+            expected=f"one in experiment {experiment!r}",
+            found="none",
+            remedy="look whether it was deleted, or whether MLFLOW_TRACKING_URI names another server",
+        )
     return runs[0].info.run_id, found.experiment_id
 
 
 def points_of(experiment: str, name: str) -> list[list[Any]]:
-    """All points of a job's run as MLflow has them: [step, ms, metrics], ascending."""
+    """All points of a pre-training's run as MLflow has them: [step, ms, metrics], ascending."""
     api = client()
     run_id, _ = find_run(api, experiment, name)
     by_step: dict[int, list[Any]] = {}
@@ -292,13 +307,13 @@ def _code_tags() -> dict[str, str]:
     from importlib.metadata import version
 
     tags = {"tomoscale.version": version("tomoscale")}
-    here = os.path.dirname(os.path.abspath(__file__))
+    here, file = os.path.split(os.path.abspath(__file__))
     try:
-        head = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=False
-        )
+        # First, whether git knows this file: installed in a folder of somebody's project, the commit would be of that.
+        for command in (["ls-files", "--error-unmatch", file], ["rev-parse", "HEAD"]):
+            said = subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, timeout=5, check=False)
+            if said.returncode:
+                return tags
     except (OSError, subprocess.TimeoutExpired):
         return tags
-    if head.returncode == 0:
-        tags["mlflow.source.git.commit"] = head.stdout.strip()
-    return tags
+    return tags | {"mlflow.source.git.commit": said.stdout.strip()}

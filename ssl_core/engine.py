@@ -90,8 +90,11 @@ class EngineConfig(Config):
         return digest(self.model_copy(update=plain))
 
 
-class NonFiniteError(TomoscaleError):
-    """A loss or a gradient is infinite or not a number. Nothing has been saved from that step."""
+class NonFiniteError(TomoscaleError, ArithmeticError):
+    """A loss or a gradient is infinite or not a number. Nothing has been saved from that step.
+
+    An ArithmeticError, so that whoever restarts jobs can tell that the same step would end so again.
+    """
 
 
 class Engine:
@@ -363,7 +366,7 @@ def fit(
             began, waited, samples, steps = now, 0.0, 0, 0
         if metrics:
             report(done, metrics)
-        if done % config.checkpoint_every == 0 or done == config.steps or engine.stopping:
+        if done % config.checkpoint_every == 0 or last or engine.stopping:
             save(done, engine.state_dict())
     return engine.step_done
 

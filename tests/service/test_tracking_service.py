@@ -101,6 +101,42 @@ def test_the_same_job_is_the_same_run(api: Any) -> None:
     assert api.get_run(other).data.tags["mlflow.parentRunId"] == first
 
 
+class Between:
+    """The client, with one call replaced by what happens to it once."""
+
+    def __init__(self, api: Any, name: str, once: Any) -> None:
+        self._api, self._name, self._once = api, name, [once]
+
+    def __getattr__(self, name: str) -> Any:
+        return self._once.pop() if name == self._name and self._once else getattr(self._api, name)
+
+
+def test_params_that_a_killed_driver_did_not_come_to_log_are_logged_by_the_next(api: Any) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        raise ConnectionError("killed")
+
+    name, params = uuid.uuid4().hex, {"a": 1, "b": {"c": 2}}
+    with pytest.raises(ConnectionError):
+        tracking.open_run(Between(api, "log_batch", killed), "tracking", name, "tune", params=params, tags={})
+    run = tracking.open_run(api, "tracking", name, "tune", params=params, tags={})
+    assert api.get_run(run).data.params == {"a": "1", "b.c": "2"}
+
+
+def test_two_first_jobs_of_an_experiment_may_start_at_once(api: Any) -> None:
+    experiment = uuid.uuid4().hex
+    made = api.create_experiment(experiment)
+    late = Between(api, "get_experiment_by_name", lambda _name: None)  # it looked before the other made it
+    run = tracking.open_run(late, experiment, "n", "pretrain", params={}, tags={})
+    assert api.get_run(run).info.experiment_id == made
+
+
+def test_another_kind_of_job_of_that_name_is_not_the_pre_training(api: Any) -> None:
+    name = uuid.uuid4().hex
+    run = tracking.open_run(api, "tracking", name, "pretrain", params={}, tags={})
+    assert tracking.open_run(api, "tracking", name, "finetune", params={}, tags={}) != run
+    assert tracking.find_run(api, "tracking", name)[0] == run
+
+
 def test_children_of_two_jobs_are_two_runs_whatever_their_names(api: Any) -> None:
     name = uuid.uuid4().hex
     one = tracking.open_run(api, "tracking", name, "finetune", params={}, tags={})

@@ -5,12 +5,19 @@ from ray.exceptions import RayTaskError
 from ray.tune.experiment.trial import Trial
 
 from jobs import failures
+from ssl_core.engine import NonFiniteError
 from storage.errors import ConfigError, StoreError
 
 
 @pytest.mark.parametrize(
     ("cause", "tries"),
-    [(ConfigError("x"), 1), (ValueError("x"), 1), (StoreError("s3"), 3), (RuntimeError("a peer has gone"), 3)],
+    [
+        (ConfigError("x"), 1),
+        (ValueError("x"), 1),
+        (NonFiniteError("step 3"), 1),
+        (StoreError("s3"), 3),
+        (RuntimeError("a peer has gone"), 3),
+    ],
 )
 def test_a_trial_is_tried_again_only_where_that_can_help(
     cause: Exception, tries: int, monkeypatch: pytest.MonkeyPatch

@@ -1,10 +1,20 @@
 """The fine-tuning job around the trainer."""
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from jobs.bundling import write_segmenter
+from jobs.configs import FinetuneJobConfig
 from jobs.finetune import device_for
+from ssl_core.config import parse
+from ssl_core.finetune import build_segmenter
+from ssl_core.intensity import IntensityPolicy
 from storage.errors import ConfigError
+from tests.phantoms import write_phantoms
 
 
 def test_a_training_takes_a_gpu_only_when_it_asked_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14,3 +24,34 @@ def test_a_training_takes_a_gpu_only_when_it_asked_for_one(monkeypatch: pytest.M
     assert device_for(False).type == "cpu"
     with pytest.raises(ConfigError, match="CUDA"):
         device_for(True)
+
+
+def test_scores_that_promotions_compare_are_of_subjects_and_name_what_was_segmented(tmp_path: Path) -> None:
+    url = "memory://finetune-job"
+    manifest = write_phantoms(url, 4)
+    labelled = {"data": url, "label": "organs", "subjects": 2, "inner": 1}
+    job = {"name": "n", "starts": {"a": "models:/e/1"}, "labelled": labelled, "finetune": {"patch_DHW": [16, 16, 16]}}
+    trained = SimpleNamespace(
+        store=SimpleNamespace(manifest=manifest),
+        subjects=SimpleNamespace(train=(0,), inner=(1,), test=(2, 3)),
+        encoder=SimpleNamespace(intensity=IntensityPolicy()),
+        labels={1: "liver", 3: "spleen"},
+        network=build_segmenter("unet", {"channels": [8, 16], "strides": [2], "norm": "instance"}, 3, 0, None),
+    )
+    scores = {("s1", "v1"): 0.2, ("s1", "v2"): 0.4, ("s2", "v3"): 0.9}
+    cases = [
+        {"subject": subject, "volume_id": volume, "label": label, "dice": dice}
+        for (subject, volume), dice in scores.items()
+        for label in trained.labels.values()
+    ]
+    bundle = write_segmenter(
+        parse(FinetuneJobConfig, job),
+        trained,
+        tmp_path / "bundle",
+        run_id="r",
+        cases=cases,
+        parent="models:/e/1",
+    )
+    found = json.loads((bundle / "evaluation.json").read_text())
+    assert found["cases"] == pytest.approx({"s1": 0.3, "s2": 0.9})
+    assert found["split"] == f"{manifest.fingerprint} test, organs 1 3"

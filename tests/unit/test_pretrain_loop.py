@@ -1,5 +1,6 @@
 """The loop of one rank: a resumed run is the undisturbed run; another configuration or other data is refused."""
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from jobs import pretrain_loop
+from jobs import bundling, label_probe, pretrain_loop
 from jobs.configs import PretrainConfig, ProbeConfig
 from jobs.label_probe import LabelProbe, read_labelled
 from jobs.pretrain_loop import Hooks, build_engine, identity, open_manifest, run
@@ -193,6 +194,22 @@ def test_labels_that_cannot_be_read_are_named_and_the_run_goes_on(tmp_path: Path
     assert result["steps"] == 4
     assert "probe/knn_dice" not in result
     assert len([line for line in said if line.startswith("labels are not watched: ") and "phantom-" in line]) == 1
+
+
+def test_a_measure_that_is_not_a_number_ends_neither_run_nor_registration(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As where the few places looked at miss a small structure.
+    monkeypatch.setattr(label_probe, "knn_dice", lambda *_, **__: math.nan)
+    job = config(data, "simclr", **WATCHED)
+    train(job, tmp_path)
+    meta = checkpoint.read_meta(tmp_path / "step-4")
+    points = [Point.from_json(item) for item in meta["journal"]]
+    assert any(math.isnan(p.metrics.get("probe/knn_dice", 0.0)) for p in points)
+    result, later = train(job, tmp_path / "again", tmp_path / "step-4")
+    assert (result["steps"], later) == (4, [])
+    bundle = bundling.write_encoder(job, tmp_path / "step-4", tmp_path / "bundle", run_id="r")
+    assert "nan" not in (bundle / "MODEL_CARD.md").read_text().lower().split()
 
 
 def test_a_probe_between_the_probes_is_refused(data: str) -> None:

@@ -3,8 +3,10 @@
 import json
 import math
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,7 +50,8 @@ def test_a_point_comes_back_from_the_journal_bit_for_bit() -> None:
     back = Point.from_json(json.loads(json.dumps(there.to_json())))
     assert back == there
     assert math.copysign(1, back.metrics["zero"]) == -1
-    again = Point.from_json(json.loads(json.dumps(Point(1, {"x": math.nan, "y": -math.inf}, 5).to_json())))
+    odd = json.dumps(Point(1, {"x": math.nan, "y": -math.inf}, 5).to_json(), allow_nan=False)
+    again = Point.from_json(json.loads(odd))
     assert math.isnan(again.metrics["x"])
     assert again.metrics["y"] == -math.inf
 
@@ -64,6 +67,22 @@ def test_flatten() -> None:
     tree = {"a": {"b": {"c": 1}, "d": [1, 2]}, "e": None, "f": {}}
     assert tracking.flatten(tree) == {"a.b.c": 1, "a.d": [1, 2], "e": None}
     assert tracking.flatten({}) == {}
+
+
+def test_the_commit_is_that_of_this_code_and_not_of_the_folder_it_is_installed_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for words in (
+        ["init", "-q"],
+        ["-c", "user.name=n", "-c", "user.email=e", "commit", "-q", "--allow-empty", "-m", "m"],
+    ):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    file = tmp_path / "tracking.py"
+    file.touch()
+    monkeypatch.setattr(tracking, "__file__", str(file))
+    assert "mlflow.source.git.commit" not in tracking._code_tags()
+    subprocess.run(["git", "add", file.name], cwd=tmp_path, check=True)
+    assert len(tracking._code_tags()["mlflow.source.git.commit"]) == 40
 
 
 def test_a_server_that_is_not_there_is_one_clear_error(nobody: str) -> None:
