@@ -27,8 +27,16 @@ def _without_credentials(url: str) -> str:
     return url
 
 
+def _registrable(name: str | None) -> str | None:
+    if name is not None and (not name.strip() or set(name) & set("/:@'\"")):
+        raise ValueError("a name without any of / : @ ' \", which MLflow or model URIs would not take")
+    return name
+
+
 # Refused before a configuration is printed, sent or logged.
 Url = Annotated[str, AfterValidator(_without_credentials)]
+# Refused before anything is trained: the name is needed when all else is done.
+ModelName = Annotated[str | None, AfterValidator(_registrable)]
 
 
 def changed(config: Config, before: Mapping[str, Any], free: Collection[str]) -> dict[str, str]:
@@ -146,7 +154,7 @@ class PretrainConfig(Config):
     )
     runs: Url = Field("s3://runs", description="URL below which checkpoints are written")
     experiment: str = Field("tomoscale", description="MLflow experiment")
-    model: str | None = Field(None, description="registered model name; the job's name when empty")
+    model: ModelName = Field(None, description="registered model name; the job's name when empty")
     method: dict[str, Any] = Field(default_factory=lambda: {"name": "pgl"}, description="method name and its settings")
     backbone: BackboneConfig = BackboneConfig()
     intensity: IntensityPolicy = IntensityPolicy()
@@ -161,7 +169,12 @@ class PretrainConfig(Config):
         settings = dict(value)
         name = settings.pop("name", None)
         if not isinstance(name, str):
-            raise ConfigError("method.name", expected="the name of a method", found=repr(name))
+            raise ConfigError(
+                "method.name",
+                expected="the name of a method",
+                found=repr(name),
+                remedy="`tomoscale methods` lists them",
+            )
         return {"name": name, **resolved(parse(method_class(name).Config, settings, f"method {name}"))}
 
     @model_validator(mode="after")
@@ -265,12 +278,27 @@ class TuneConfig(Config):
     gpus_per_trial: float = Field(0, ge=0, description="GPUs of a trial; without one it trains on the CPU")
     grace_epochs: int = Field(1, ge=1, description="ASHA: epochs before a trial may be stopped")
     reduction: int = Field(2, ge=2, description="ASHA: one in this many goes on at each rung")
-    seed: int = Field(0, description="seed of the searcher")
+    seed: int = Field(0, description="seed of the searcher, and of every trial's weights and crops")
 
     @field_validator("encoders")
     @classmethod
     def _check_encoders(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return _with_a_network(value)
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        if self.grace_epochs > self.finetune.epochs:
+            raise ValueError(
+                f"grace_epochs ({self.grace_epochs}) to be at most finetune.epochs ({self.finetune.epochs})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_searched(self) -> Self:
+        for key in SearchSpace.model_fields:
+            if getattr(self.finetune, key) != FinetuneConfig.model_fields[key].default:
+                raise ValueError(f"no finetune.{key}, which each trial draws from space.{key}: set that")
+        return self
 
 
 class FinetuneJobConfig(Config):
@@ -286,7 +314,7 @@ class FinetuneJobConfig(Config):
     concurrent: int = Field(2, ge=1, description="trainings at a time")
     cpus_per_run: float = Field(1, gt=0, description="logical CPUs of a training")
     gpus_per_run: float = Field(0, ge=0, description="GPUs of a training; without one it trains on the CPU")
-    model: str | None = Field(None, description="registered name of the segmenter; the job's name when empty")
+    model: ModelName = Field(None, description="registered name of the segmenter; the job's name when empty")
     register_start: str | None = Field(None, description="start whose first seed is registered; the first when empty")
     nsd_tolerance_mm: float = Field(1.0, gt=0, description="tolerance of the normalised surface Dice")
 

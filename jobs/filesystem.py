@@ -6,7 +6,7 @@ holds no credentials: every node resolves its own from the ordinary AWS environm
 """
 
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import pyarrow.fs as pa_fs
 
@@ -49,5 +49,11 @@ def storage_for(url: str) -> tuple[str, pa_fs.FileSystem]:
     if parts.scheme == "s3":
         return f"{parts.netloc}{parts.path}".rstrip("/"), RetryingS3FileSystem()
     if parts.scheme == "file" or url.startswith("/"):
-        return (parts.path if parts.scheme else url).rstrip("/"), pa_fs.LocalFileSystem()
-    raise ConfigError(f"runs URL {url!r}", expected="s3://bucket/prefix, file:///path or an absolute path", found=url)
+        # As `storage.bytestore.open_store` reads it, so that what a job keeps is in one place.
+        return (unquote(parts.path) if parts.scheme else url).rstrip("/"), pa_fs.LocalFileSystem()
+    raise ConfigError(
+        f"runs {url!r}",
+        expected="s3://bucket/prefix, file:///path or an absolute path",
+        found="another form",
+        remedy="give `runs` one that all nodes reach",
+    )

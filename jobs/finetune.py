@@ -203,18 +203,18 @@ def main(argv: Sequence[str]) -> int:
     payload = {"config": resolved(config), "run_id": run_id}
     todo = [(start, seed) for seed in config.seeds for start in config.starts]
     kept = open_store(join(config.runs, config.name, "trainings"))
-    results = [json.loads(kept.get(key)) for pair in todo if kept.exists(key := _key(*pair))]
-    if results:
-        print(f"{len(results)} of {len(todo)} trainings were done before", flush=True)
-        todo = [pair for pair in todo if pair not in {(r["start"], r["seed"]) for r in results}]
-    print(
-        f"fine-tuning {config.name}: {len(todo)} trainings, {config.concurrent} at a time; MLflow run {run_id}",
-        flush=True,
-    )
     task = ray.remote(num_cpus=config.cpus_per_run, num_gpus=config.gpus_per_run, max_retries=2)(one)
     running: list[Any] = []
     began = time.monotonic()
     try:
+        results = [json.loads(kept.get(key)) for pair in todo if kept.exists(key := _key(*pair))]
+        if results:
+            print(f"{len(results)} of {len(todo)} trainings were done before", flush=True)
+            todo = [pair for pair in todo if pair not in {(r["start"], r["seed"]) for r in results}]
+        print(
+            f"fine-tuning {config.name}: {len(todo)} trainings, {config.concurrent} at a time; MLflow run {run_id}",
+            flush=True,
+        )
         while todo or running:
             while todo and len(running) < config.concurrent:
                 start, seed = todo.pop(0)

@@ -17,6 +17,7 @@ from typing import Any
 from jobs import entry
 from jobs.configs import PretrainConfig
 from jobs.filesystem import storage_for
+from jobs.text import last_line
 from ssl_core.config import parse, resolved
 from storage.bytestore import join, open_store
 from storage.errors import NotFound, StackError, TomoscaleError
@@ -147,17 +148,19 @@ def fit(config: PretrainConfig, run_id: str) -> Any:
             StackError that carries the last line of the cause.
     """
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
     from jobs.elastic import share_evenly
     from jobs.failures import FINAL, StopOnFinalErrors
+    from jobs.pretrain_loop import collectives_backend
 
     share_evenly(config.stream.global_batch, config.stream.lanes)
     path, filesystem = storage_for(config.runs)
     need = config.cluster
     workers: Any = need.workers if need.min_workers is None else (need.min_workers, need.workers)
-    for attempt in range(_CONTROLLER_TRIES):
+    attempt = 0
+    while True:
         trainer = TorchTrainer(
             train_loop,
             train_loop_config={"config": resolved(config), "run_id": run_id},
@@ -166,6 +169,7 @@ def fit(config: PretrainConfig, run_id: str) -> Any:
                 use_gpu=need.gpu,
                 resources_per_worker={"CPU": need.cpus_per_worker, **({"GPU": 1} if need.gpu else {})},
             ),
+            torch_config=TorchConfig(backend=collectives_backend(gpu=need.gpu)),
             run_config=RunConfig(
                 name=config.name,
                 storage_path=path,
@@ -183,20 +187,22 @@ def fit(config: PretrainConfig, run_id: str) -> Any:
             if isinstance(cause, TomoscaleError):
                 raise cause from error
             if isinstance(cause, FINAL):
-                raise _ended(config, f"{type(cause).__name__}: {_first(cause)}") from error
-            pause = min(60, 5 * 2**attempt)
-            print(f"the training controller failed ({_first(error)}); again in {pause} s", flush=True)
+                raise _ended(config, f"{type(cause).__name__}: {last_line(cause)}") from error
+            attempt += 1
+            if attempt == _CONTROLLER_TRIES:
+                raise StackError(
+                    f"pre-training {config.name}",
+                    expected=f"a working store at {config.runs}",
+                    found=f"{attempt} failures of the controller, the last: {last_line(error)}",
+                    remedy="submit again under the same name when the store is back",
+                ) from error
+            pause = 2.5 * 2**attempt
+            print(f"the training controller failed ({last_line(error)}); again in {pause:.0f} s", flush=True)
             time.sleep(pause)
             continue
         except TrainingFailedError as error:
-            raise _ended(config, _first(error)) from error
+            raise _ended(config, last_line(error)) from error
         return result.checkpoint
-    raise StackError(
-        f"pre-training {config.name}",
-        expected=f"a working store at {config.runs}",
-        found=f"{_CONTROLLER_TRIES} failures of the controller",
-        remedy="submit again under the same name when the store is back",
-    )
 
 
 def _complete(api: Any, config: PretrainConfig, run_id: str, directory: Path) -> str:
@@ -223,11 +229,6 @@ def _ended(config: PretrainConfig, found: str) -> StackError:
         found=found,
         remedy="the cause is in the log above; the same name goes on from the last checkpoint",
     )
-
-
-def _first(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip()[:300] if lines else type(error).__name__
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from jobs import tracking
+from jobs.text import last_line
 from ssl_core.bundle import fingerprint
 from ssl_core.portable.network import PACKAGES
 from ssl_core.portable.predictor import check_bundle
@@ -63,9 +64,9 @@ class Evidence:
     """Scores of a version on held-out cases.
 
     Attributes:
-        split: Names the data and the split, such as a manifest's fingerprint and `test`.
+        split: Names the data, the split and what was segmented, such as a manifest's fingerprint, `test` and labels.
         measure: What the scores are; higher is better.
-        cases: Case to score.
+        cases: Case to score; a case is a subject, since the paired test takes cases for independent.
     """
 
     split: str
@@ -76,7 +77,8 @@ class Evidence:
 def register(bundle: Path, name: str, *, run_id: str | None = None) -> str:
     """Register a bundle and give it the alias `candidate`; returns the version.
 
-    The same bundle under the same name is registered once, so that a restarted job does not double it.
+    The same bundle under the same name is registered once, so that a restarted job does not double it; where newer
+    versions have come since, the alias stays with the newest.
 
     Args:
         bundle: Directory.
@@ -90,9 +92,11 @@ def register(bundle: Path, name: str, *, run_id: str | None = None) -> str:
     card = check_bundle(bundle)
     api = tracking.client()
     digest = fingerprint(bundle)
-    found = next((v for v in _versions(api, name) if v.tags.get(_FINGERPRINT) == digest), None)
+    there = _versions(api, name)
+    found = next((v for v in there if v.tags.get(_FINGERPRINT) == digest), None)
     if found is not None:
-        api.set_registered_model_alias(name, CANDIDATE, found.version)
+        if found is there[0]:  # its job may have died before it came to this
+            api.set_registered_model_alias(name, CANDIDATE, found.version)
         return found.version
     tags = {f"tomoscale.{key}": str(value) for key, value in card["lineage"].items()}
     tags |= {"tomoscale.kind": card["kind"], _FINGERPRINT: digest}
@@ -135,11 +139,14 @@ def pull(uri: str, target: Path) -> Path:
                 raise StackError(
                     f"artifacts of {found.uri}",
                     expected="a download from MLflow's artifact store to a disk with room for it",
-                    found=f"{_last(error)}, and {room}",
+                    found=f"{last_line(error).rstrip('.')}, and {room}",
                     remedy="free space there or check the artifact store (`tomoscale doctor`), then pull again",
                 ) from error
             raise RefusedInput(
-                found.uri, expected="a model registered by tomoscale", found="another kind of model"
+                found.uri,
+                expected="a model registered by tomoscale",
+                found="another kind of model",
+                remedy="download it with `mlflow artifacts download`",
             ) from error
         check_bundle(local)
         os.rename(local, target)
@@ -157,7 +164,12 @@ def resolve(uri: str) -> Version:
 
     match = _URI.match(uri)
     if match is None:
-        raise ConfigError(f"model {uri!r}", expected="models:/NAME@ALIAS or models:/NAME/VERSION", found=repr(uri))
+        raise ConfigError(
+            f"model {uri!r}",
+            expected="models:/NAME@ALIAS or models:/NAME/VERSION",
+            found="another form",
+            remedy="`tomoscale models list` shows what there is",
+        )
     name, number = match["name"], match["version"]
     api = tracking.client()
     try:
@@ -227,7 +239,10 @@ def promote(
     current = next((v for v in _versions(api, name) if CHAMPION in v.aliases), None)
     if not mine.cases or not np.isfinite(list(mine.cases.values())).all():
         raise ConfigError(
-            f"evidence for {target.uri}", expected="at least one finite score", found=str(dict(mine.cases))
+            f"evidence for {target.uri}",
+            expected="finite scores of at least one case",
+            found=str(dict(mine.cases)),
+            remedy="score it again",
         )
     if current is None:
         mean = float(np.mean(list(mine.cases.values())))
@@ -250,7 +265,7 @@ def _beats(mine: Evidence, theirs: Evidence, target: Version, current: Version) 
             f"promotion of {target.uri}",
             expected=f"{theirs.measure} on the {len(theirs.cases)} cases of {theirs.split}, as the champion has",
             found=f"{mine.measure} on {len(mine.cases)} cases of {mine.split}",
-            remedy="fine-tune both with one `labelled.data` and `labelled.fingerprint`",
+            remedy="fine-tune both with one `labelled.data`, `labelled.fingerprint` and `labelled.label`",
         )
     cases = sorted(mine.cases)
     result = compare(
@@ -265,7 +280,7 @@ def _beats(mine: Evidence, theirs: Evidence, target: Version, current: Version) 
             f"promotion of {target.uri}",
             expected=f"a version that beats the champion {current.uri} in a paired test",
             found=result.statement,
-            remedy="keep the champion, or evaluate both on more cases",
+            remedy="keep the champion, or fine-tune both again with more test cases (`labelled.test_limit`)",
         )
     return result.statement
 
@@ -352,12 +367,6 @@ def _version(found: Any, aliases: Mapping[str, list[str]]) -> Version:
     number = str(found.version)
     mine = tuple(sorted(aliases.get(number, ())))
     return Version(found.name, number, mine, dict(found.tags), found.run_id or "", int(found.creation_timestamp))
-
-
-def _last(error: BaseException) -> str:
-    """The last line of a message: MLflow puts the cause below a list of addresses and files."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip(" #")]
-    return lines[-1][:200].rstrip(".") if lines else type(error).__name__
 
 
 def _quiet() -> None:

@@ -82,6 +82,7 @@ def render(summary: Mapping[str, Any], pictures: Mapping[str, bytes], captions: 
         section(
             "What the numbers say",
             f'<p class="say">{escape(fine["test"]["statement"])}</p>'
+            + (f"<p>{escape(caution)}</p>" if (caution := _searched_for_one(tune)) else "")
             + figure(dice_figure(fine["cases"]), "Each dot is a held-out subject; grey lines join the same subject.")
             + html_table(
                 ("start", "label", "Dice", "HD95 (mm)", f"NSD ({fine['nsd_tolerance_mm']:g} mm)", "cases × seeds"),
@@ -123,11 +124,11 @@ def render(summary: Mapping[str, Any], pictures: Mapping[str, bytes], captions: 
             f"{t['lr']:.2e}",
             f"{t['encoder_lr_scale']:g}",
             f"{t['epochs']} of {tune['epochs']}" + (" (stopped early)" if t["stopped_early"] else ""),
-            f"{t['best']:.3f}" if t["best"] is not None else t["status"],
+            f"{t['last']:.3f}" if t["status"] == "done" and t["last"] is not None else t["status"],
         )
         for t in tune["trials"]
     ]
-    head = ("trial", "encoder", "lr", "encoder lr ×", "epochs", "inner Dice")
+    head = ("trial", "encoder", "lr", "encoder lr ×", "epochs", "inner Dice, last epoch")
     parts.append(
         section("Search on the inner split", html_table(head, rows) + f"<p>Chosen: {escape(tune['chosen'])}.</p>")
     )
@@ -145,18 +146,28 @@ def render(summary: Mapping[str, Any], pictures: Mapping[str, bytes], captions: 
     return page("tomoscale report", parts)
 
 
+def _searched_for_one(tune: Mapping[str, Any]) -> str:
+    """What the reader of a comparison should know of a search in which one side took no part."""
+    if any(t["encoder"] == "none" for t in tune["trials"]):
+        return ""
+    return (
+        "All starts got the settings that the search found for the encoder; random weights had no search of their own."
+    )
+
+
 def text(summary: Mapping[str, Any]) -> str:
     """The same facts for a terminal."""
     fine, tune = summary["finetune"], summary["search"]
     rows = [(r["start"], r["label"], r["dice_mean"], r["dice_sd"], r["hd95_mean"], r["nsd_mean"]) for r in fine["rows"]]
     trials = [
-        (t["trial"], t["lr"], t["encoder_lr_scale"], t["epochs"], t["stopped_early"], t["best"]) for t in tune["trials"]
+        (t["trial"], t["lr"], t["encoder_lr_scale"], t["epochs"], t["stopped_early"], t["last"], t["status"])
+        for t in tune["trials"]
     ]
     return "\n\n".join(
         [
-            table(("trial", "lr", "encoder lr x", "epochs", "stopped early", "inner Dice"), trials),
+            table(("trial", "lr", "encoder lr x", "epochs", "stopped early", "inner Dice, last", "ended"), trials),
             table(("start", "label", "Dice", "sd", "HD95 mm", "NSD"), rows),
-            fine["test"]["statement"],
+            "\n".join(line for line in (fine["test"]["statement"], _searched_for_one(tune)) if line),
             table(("stage", "seconds"), [(n, round(s, 1)) for n, s in summary["timings"].items()]),
         ]
     )

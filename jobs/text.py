@@ -41,6 +41,12 @@ def columns() -> int:
     return min(120, shutil.get_terminal_size((100, 24)).columns)
 
 
+def last_line(error: BaseException) -> str:
+    """The last line that says something; of a remote traceback or a list of causes, the cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" #")]
+    return lines[-1][:300] if lines else type(error).__name__
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return "-"

@@ -13,10 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from jobs import entry
-from jobs.configs import TuneConfig
+from jobs.configs import SearchSpace, TuneConfig
+from jobs.text import last_line
 from ssl_core.config import parse, resolved
+from storage.errors import StackError
 
 METRIC = "inner_dice"
+_SEARCHED = ("encoder", *SearchSpace.model_fields)
 
 
 def trial(settings: dict[str, Any], payload: dict[str, Any]) -> None:
@@ -32,7 +35,7 @@ def trial(settings: dict[str, Any], payload: dict[str, Any]) -> None:
         print(f"{name} epoch {epoch}: loss {metrics['loss']:.3f}  inner Dice {metrics[METRIC]:.3f}", flush=True)
         tune.report({"epoch": epoch, **metrics})
 
-    changes = {k: settings[k] for k in ("lr", "encoder_lr_scale")}
+    changes = {key: settings[key] for key in SearchSpace.model_fields}
     train_once(
         config.labelled,
         config.finetune.model_copy(update=changes),
@@ -61,12 +64,10 @@ def main(argv: Sequence[str]) -> int:
     )
     began = time.monotonic()
     try:
-        results = search(config)
-        summary = _summarise(config, results)
-        for item in summary["trials"]:
-            if item["error"]:
-                print(f"trial {item['trial']} failed: {item['error']}", flush=True)
-        _log(api, config, run_id, summary, results)
+        trials = _trials(config, search(config))
+        _log(api, config, run_id, trials)
+        summary = _summarise(config, trials)
+        api.set_tag(run_id, "tomoscale.best", json.dumps(summary["best"]))
         entry.write_result(config.runs, config.name, {**summary, "run_id": run_id, "seconds": time.monotonic() - began})
     except BaseException as error:
         entry.end_failed(api, run_id, error)
@@ -77,11 +78,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def search(config: TuneConfig) -> Any:
-    """Run or continue the search; returns Ray Tune's result grid.
-
-    Raises:
-        StackError: no trial came to a result.
-    """
+    """Run or continue the search; returns Ray Tune's result grid."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
@@ -134,64 +131,76 @@ def search(config: TuneConfig) -> Any:
     return tuner.fit()
 
 
-def _summarise(config: TuneConfig, results: Any) -> dict[str, Any]:
-    from storage.errors import StackError
-
+def _trials(config: TuneConfig, results: Any) -> list[dict[str, Any]]:
+    """What each trial was and came to, in the order of their creation."""
     trials = []
     for number, result in enumerate(results):
         frame = result.metrics_dataframe
-        # A trial that began again after its driver's death has reported its first epochs twice.
-        known = frame is not None and METRIC in frame
-        scores = [float(v) for v in frame.drop_duplicates("epoch", keep="last")[METRIC]] if known else []
+        scores = _last_attempt(frame) if frame is not None and METRIC in frame else []
         trials.append(
             {
                 "trial": number,
-                **{k: result.config[k] for k in ("encoder", "lr", "encoder_lr_scale")},
+                **{key: result.config[key] for key in _SEARCHED},
                 "epochs": len(scores),
                 "scores": scores,
-                "best": max(scores) if scores else None,
                 "last": scores[-1] if scores else None,
                 "stopped_early": bool(scores) and len(scores) < config.finetune.epochs and result.error is None,
                 "status": "error" if result.error is not None else "done",
-                "error": None if result.error is None else _last_line(result.error),
+                "error": None if result.error is None else last_line(result.error),
             }
         )
+    return trials
+
+
+def _summarise(config: TuneConfig, trials: list[dict[str, Any]]) -> dict[str, Any]:
+    """The trials and what is chosen of them.
+
+    Raises:
+        StackError: no trial came to a result.
+    """
     # Settings that have failed would fail again, however well they began.
-    finished = [t for t in trials if t["best"] is not None and t["status"] == "done"]
+    finished = [t for t in trials if t["last"] is not None and t["status"] == "done"]
     if not finished:
-        error = next((t["error"] for t in trials if t["error"]), "no metric")
-        raise StackError(f"search {config.name}", expected="at least one trial with a metric", found=error)
+        raise StackError(
+            f"search {config.name}",
+            expected="at least one trial with a metric",
+            found=next((t["error"] for t in trials if t["error"]), "no metric"),
+            remedy="the log above names each trial's error; the same name tries the failed ones again",
+        )
     # The last epoch, not the best one: a training of the same length is what will be run with these settings.
     complete = [t for t in finished if not t["stopped_early"]] or finished
     best = max(complete, key=lambda t: t["last"])
-    chosen = {k: best[k] for k in ("encoder", "lr", "encoder_lr_scale")}
+    chosen = {key: best[key] for key in _SEARCHED}
     text = f"trial {best['trial']}, lr {best['lr']:.2e}, encoder lr x {best['encoder_lr_scale']:g}"
     text += f", inner Dice {best['last']:.3f}"
     return {"trials": trials, "best": chosen, "chosen": text, "epochs": config.finetune.epochs}
 
 
-def _last_line(error: BaseException) -> str:
-    lines = str(error).split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), type(error).__name__)
+def _last_attempt(frame: Any) -> list[float]:
+    """The metric by epoch; a trial that began again after a death has reported its first epochs twice."""
+    epochs = frame["epoch"].tolist()
+    began = max(row for row, epoch in enumerate(epochs) if epoch == min(epochs))
+    return [float(score) for score in frame[METRIC].tolist()[began:]]
 
 
-def _log(api: Any, config: TuneConfig, run_id: str, summary: dict[str, Any], results: Any) -> None:
+def _log(api: Any, config: TuneConfig, run_id: str, trials: list[dict[str, Any]]) -> None:
     from jobs import tracking
 
-    for item in summary["trials"]:
+    for item in trials:
+        if item["error"]:
+            print(f"trial {item['trial']} failed: {item['error']}", flush=True)
         child = tracking.open_run(
             api,
             config.experiment,
             f"{config.name}-{item['trial']}",
             "trial",
-            params={k: item[k] for k in ("encoder", "lr", "encoder_lr_scale")},
+            params={key: item[key] for key in _SEARCHED},
             tags={"tomoscale.stopped_early": str(item["stopped_early"])},
             parent=run_id,
         )
         points = [tracking.point(i + 1, {METRIC: score}) for i, score in enumerate(item["scores"])]
         tracking.backfill(api, child, points)
         entry.end_run(api, child, "FINISHED" if item["status"] == "done" else "FAILED")
-    api.set_tag(run_id, "tomoscale.best", json.dumps(summary["best"]))
 
 
 if __name__ == "__main__":

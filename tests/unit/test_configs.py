@@ -30,6 +30,7 @@ def plan(**changes: Any) -> dict[str, Any]:
         (plan(name="../x"), "name"),
         (plan(backbone={"name": "unett"}), "backbone.name; expected one of basic_unet, dynunet"),
         (plan(cluster={"workers": 2, "min_workers": 3}), "min_workers (3) to be at most workers (2)"),
+        (plan(model="team:encoder"), "model; expected a name without any of"),
         ({"data": "x"}, "name"),
     ],
 )
@@ -108,6 +109,9 @@ LABELLED = {"data": "memory://x"}
         (TuneConfig, {"encoders": ["models:/e@candidate"], "space": {"lr": [0, 0.01]}}, "above 0"),
         (TuneConfig, {"encoders": ["models:/e@candidate"], "space": {"encoder_lr_scale": []}}, "at least one choice"),
         (TuneConfig, {"encoders": []}, "at least one model URI"),
+        (TuneConfig, {"encoders": ["models:/e@candidate"], "grace_epochs": 11}, "at most finetune.epochs"),
+        (TuneConfig, {"encoders": ["models:/e@candidate"], "finetune": {"lr": 0.1}}, "draws from space.lr"),
+        (FinetuneJobConfig, {"starts": {"a": "models:/e@candidate"}, "model": "a/b"}, "without any of"),
         (FinetuneJobConfig, {"starts": {"a": "models:/e@candidate"}, "seeds": [0, 0]}, "several different ones"),
         (FinetuneJobConfig, {"starts": {"a": "models:/e@candidate"}, "seeds": []}, "one seed"),
     ],

@@ -54,8 +54,8 @@ def summary(starts: tuple[str, ...] = ("encoder", "scratch"), **changes: Any) ->
             "epochs": 4,
             "chosen": "trial 0, lr 1.00e-03",
             "trials": [
-                {"trial": 0, **trial, "stopped_early": True, "best": 0.4, "status": "done"},
-                {"trial": 1, **trial, "stopped_early": False, "best": None, "status": "error"},
+                {"trial": 0, **trial, "stopped_early": True, "last": 0.4, "status": "done"},
+                {"trial": 1, **trial, "stopped_early": False, "last": 0.9, "status": "error"},
             ],
         },
         "finetune": {

@@ -17,23 +17,36 @@ CONFIG = parse(
 )
 
 
-def trial(scores: list[float], error: Exception | None = None) -> Any:
-    frame = pd.DataFrame({"epoch": range(1, len(scores) + 1), tune.METRIC: scores}) if scores else None
+def trial(scores: list[float], error: Exception | None = None, epochs: list[int] | None = None) -> Any:
+    epochs = epochs or list(range(1, len(scores) + 1))
+    frame = pd.DataFrame({"epoch": epochs, tune.METRIC: scores}) if scores else None
     settings = {"encoder": "models:/e/1", "lr": sum(scores), "encoder_lr_scale": 1.0}
     return SimpleNamespace(metrics_dataframe=frame, config=settings, error=error)
 
 
+def summary(*results: Any) -> dict[str, Any]:
+    return tune._summarise(CONFIG, tune._trials(CONFIG, results))
+
+
 def test_the_best_complete_trial_is_chosen_by_its_last_epoch() -> None:
-    found = tune._summarise(CONFIG, [trial([0.9]), trial([0.1, 0.8, 0.3]), trial([0.1, 0.2, 0.5])])
+    found = summary(trial([0.9]), trial([0.1, 0.8, 0.3]), trial([0.1, 0.2, 0.5]))
     assert [t["stopped_early"] for t in found["trials"]] == [True, False, False]
     assert found["best"]["lr"] == pytest.approx(0.8)
 
 
 def test_a_trial_that_failed_is_never_chosen_and_says_why() -> None:
     broken = trial([0.9, 0.9], ArithmeticError("File x\n\nArithmeticError: loss is not finite\n"))
-    found = tune._summarise(CONFIG, [broken, trial([0.1, 0.2, 0.3]), trial([], ValueError())])
+    found = summary(broken, trial([0.1, 0.2, 0.3]), trial([], ValueError()))
     assert found["best"]["lr"] == pytest.approx(0.6)
     assert [t["status"] for t in found["trials"]] == ["error", "done", "error"]
     assert [t["error"] for t in found["trials"]] == ["ArithmeticError: loss is not finite", None, "ValueError"]
     with pytest.raises(StackError, match="loss is not finite"):
-        tune._summarise(CONFIG, [broken])
+        summary(broken)
+
+
+def test_only_the_last_attempt_of_a_trial_counts() -> None:
+    again = trial([0.1, 0.2, 0.15], epochs=[1, 2, 1])  # its machine died; the second attempt was stopped early
+    whole = trial([0.1, 0.1, 0.2, 0.3], epochs=[1, 1, 2, 3])
+    found = summary(again, whole)["trials"]
+    assert [t["scores"] for t in found] == [[0.15], [0.1, 0.2, 0.3]]
+    assert [t["stopped_early"] for t in found] == [True, False]
