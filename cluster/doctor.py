@@ -53,7 +53,12 @@ def run(store: str = "s3://runs", state_dir: Path | None = None) -> list[Check]:
     """
     refuse_credentials(store)
     if urlsplit(store).scheme != "s3" or not urlsplit(store).netloc:
-        raise ConfigError(f"store {store!r}", expected="s3://bucket or s3://bucket/prefix", found="another URL")
+        raise ConfigError(
+            f"store {store!r}",
+            expected="s3://bucket or s3://bucket/prefix",
+            found="another URL",
+            remedy="stores in folders need no service: `tomoscale data verify` reads one",
+        )
     folder = state_dir or states.default_dir()
     checks = [_python(), _packages(), _start_method(), _shared_memory(), _disk(folder), _files(), _ports(), _proxy()]
     checks += [_telemetry(), _secrets(folder)]

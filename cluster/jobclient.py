@@ -276,7 +276,12 @@ def _client(address: str, token: str | None, job: str = "") -> "Iterator[JobSubm
                 found="none of that name",
                 remedy="`tomoscale jobs list`",
             ) from error
-        raise StackError(f"Ray jobs at {url}", expected="the request to be accepted", found=text[:400]) from error
+        raise StackError(
+            f"Ray jobs at {url}",
+            expected="the request to be accepted",
+            found=text[:400],
+            remedy="`tomoscale doctor` says whether it answers; the head's dashboard.log has the rest",
+        ) from error
 
 
 def _absent(url: str, error: Exception) -> StackError:

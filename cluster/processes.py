@@ -207,14 +207,3 @@ def port_owner(port: int) -> str:
             if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
                 return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
     return ""
-
-
-def listening(processes: Iterable[psutil.Process]) -> dict[int, str]:
-    """Ports these processes listen on, with the address: `{port: host}`."""
-    found = {}
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            for connection in process.net_connections("tcp"):
-                if connection.status == psutil.CONN_LISTEN:
-                    found[connection.laddr.port] = connection.laddr.ip
-    return found

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -106,6 +106,7 @@ def up(
         StackError: a port is taken, a program is missing, the disk is full, or a server dies or does not answer in
             time. Everything that this call started is stopped again.
     """
+    progress = _unbroken(progress)
     state_dir = (state_dir or default_dir()).expanduser().absolute()
     state = states.prepare(state_dir)
     with states.locked(state_dir):
@@ -127,6 +128,16 @@ def up(
             _stop(state_dir, state, missing, lambda line: None)
             raise
         return _info(state_dir, state)
+
+
+def _unbroken(progress: Progress) -> Progress:
+    """As before, also when nobody reads any more: Ctrl-C ends `| tee` first, and servers must not be left for that."""
+
+    def tell(line: str) -> None:
+        with contextlib.suppress(OSError):
+            progress(line)
+
+    return tell
 
 
 def _start(
@@ -237,7 +248,12 @@ def _ports(state: State, name: str, wanted: int) -> dict[str, int]:
     try:
         ports.update(zip(rest, processes.free_ports(len(rest), taken | set(ports.values())), strict=True))
     except OSError as error:
-        raise StackError(f"ports for {TITLES[name]}", expected="free ports", found=str(error)) from error
+        raise StackError(
+            f"ports for {TITLES[name]}",
+            expected="free ports",
+            found=str(error),
+            remedy="end programs that hold them; `tomoscale doctor` looks too",
+        ) from error
     return {purpose: ports[purpose] for purpose in purposes}
 
 
@@ -299,6 +315,7 @@ def down(state_dir: Path | None = None, *, purge: bool = False, progress: Progre
     Raises:
         StackError: a process does not end, or the state cannot be read.
     """
+    progress = _unbroken(progress)
     state_dir = (state_dir or default_dir()).expanduser().absolute()
     if states.load(state_dir) is None:
         return False
@@ -407,7 +424,7 @@ def _info(state_dir: Path, state: State) -> StackInfo:
 def environment(state_dir: Path | None = None) -> dict[str, str]:
     """The variables that a client process of the stack needs, secrets included: S3, MLflow, Ray jobs, no telemetry.
 
-    The names in `services.UNSET` must be absent beside them; `client_environ` sees to that.
+    The names in `services.UNSET` must be absent beside them.
 
     Raises:
         StackError: the stack was not started.
@@ -426,30 +443,3 @@ def _absent(state_dir: Path) -> StackError:
         found="nothing started there",
         remedy="run `tomoscale up`",
     )
-
-
-def client_environ(state_dir: Path | None = None) -> dict[str, str]:
-    """A whole environment for a child process: this one's, with `environment` over it and foreign keys taken out."""
-    mine = {key: value for key, value in os.environ.items() if key not in services.UNSET}
-    return mine | environment(state_dir)
-
-
-@contextlib.contextmanager
-def running(
-    state_dir: Path | None = None, *, keep: bool = False, progress: Progress = lambda line: None, **ports: int
-) -> Iterator[StackInfo]:
-    """A stack for the length of a block; one that was already running is used and left running.
-
-    Args:
-        state_dir: As for `up`.
-        keep: Leave it running at the end.
-        progress: As for `up`.
-        ports: The port arguments of `up`.
-    """
-    before = status(state_dir).running
-    info = up(state_dir, progress=progress, **ports)
-    try:
-        yield info
-    finally:
-        if not (keep or before):
-            down(state_dir, progress=progress)

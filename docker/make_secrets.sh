@@ -9,19 +9,21 @@ if [ -e secrets ]; then
 fi
 random() { od -An -N"$1" -tx1 /dev/urandom | tr -d ' \n'; }
 umask 022
-mkdir -m 700 secrets
+part=secrets.part              # half-made ones would pass for made
+rm -rf "$part"
+mkdir -m 700 "$part"
 access=$(random 10) secret=$(random 32) password=$(random 32)
-random 32 > secrets/ray_token
-cat > secrets/s3.json <<END
+random 32 > "$part/ray_token"
+cat > "$part/s3.json" <<END
 {"identities": [{"name": "tomoscale", "credentials": [{"accessKey": "$access", "secretKey": "$secret"}],
  "actions": ["Admin", "Read", "List", "Tagging", "Write"]}]}
 END
-cat > secrets/aws_credentials <<END
+cat > "$part/aws_credentials" <<END
 [default]
 aws_access_key_id = $access
 aws_secret_access_key = $secret
 END
-cat > secrets/mlflow_auth.ini <<END
+cat > "$part/mlflow_auth.ini" <<END
 [mlflow]
 default_permission = READ
 database_uri = sqlite:////data/auth.db
@@ -30,6 +32,7 @@ admin_password = $password
 authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 auth_cache_ttl_seconds = 60
 END
-echo "MLFLOW_FLASK_SERVER_SECRET_KEY=$(random 32)" > secrets/mlflow_server.env
-printf 'MLFLOW_TRACKING_USERNAME=admin\nMLFLOW_TRACKING_PASSWORD=%s\n' "$password" > secrets/mlflow_client.env
+echo "MLFLOW_FLASK_SERVER_SECRET_KEY=$(random 32)" > "$part/mlflow_server.env"
+printf 'MLFLOW_TRACKING_USERNAME=admin\nMLFLOW_TRACKING_PASSWORD=%s\n' "$password" > "$part/mlflow_client.env"
+mv "$part" secrets
 echo "made docker/secrets"

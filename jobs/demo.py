@@ -74,6 +74,10 @@ class Demo:
     timings: dict[str, float] = field(default_factory=dict)
     memory: Memory | None = None
 
+    @property
+    def _pulled(self) -> Path:
+        return self.out / "model"
+
     def run(self) -> Path:
         """Everything; returns the path of the report."""
         if self.data is not None and not self.data.is_dir():
@@ -82,6 +86,13 @@ class Demo:
                 expected="a folder of volumes",
                 found="a file" if self.data.exists() else "no folder",
                 remedy="give the folder that holds images/ and labels/",
+            )
+        if self._pulled.exists() and not (self._pulled / "bundle.json").is_file():
+            raise ConfigError(
+                str(self._pulled),
+                expected="nothing, or the model of an earlier demo, which is replaced",
+                found="something else",
+                remedy="move it away or give another --out",
             )
         self.out.mkdir(parents=True, exist_ok=True)
         running = stack.status(self.state).running
@@ -99,8 +110,9 @@ class Demo:
             if self.memory is not None:
                 self.memory.close()
             if not (self.keep or running):
-                with self._stage("down"):
-                    stack.down(self.state, progress=self.say)
+                with suppress(OSError):  # Ctrl-C ends `| tee` first, and the stack must not be left for that
+                    self.say("\n== down")
+                stack.down(self.state, progress=self.say)
         self.say(f"\nreport:  {page.resolve()}\nsummary: {(self.out / 'summary.json').resolve()}")
         return page
 
@@ -167,10 +179,9 @@ class Demo:
         from storage.volumes import VolumeStore
 
         uri = f"models:/{tuned['model']}@candidate"
-        target = self.out / "model"
-        if (target / "bundle.json").is_file():
-            shutil.rmtree(target)
-        predictor = Predictor(registry.pull(uri, target))
+        if self._pulled.exists():
+            shutil.rmtree(self._pulled)
+        predictor = Predictor(registry.pull(uri, self._pulled))
         manifest = Manifest.open(url)
         store = VolumeStore(url, manifest)
         seed = min(c["seed"] for c in tuned["cases"])
@@ -187,7 +198,12 @@ class Demo:
             predictor.predict_file(source, written)
             image, mask = nibabel.load(source), nibabel.load(written)
             if image.shape[:3] != mask.shape or not np.allclose(image.affine, mask.affine):
-                raise ConfigError(str(written), expected=f"the geometry of {source}", found="another")
+                raise ConfigError(
+                    str(written),
+                    expected=f"the geometry of {source}",
+                    found="another",
+                    remedy="this is a fault of tomoscale: please report it with the header of that file",
+                )
             previews[f"preview-{rank}"] = overlay_picture(
                 to_canonical(str(source), np.asarray(image.dataobj), image.affine).values_CDHW[0],
                 store.read_volume(volume, label=LABEL)[0],

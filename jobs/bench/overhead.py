@@ -40,7 +40,7 @@ def bench_overhead(
             plan["engine"] |= {"steps": steps, "checkpoint_every": steps, "probe_every": 0, "log_every": 5}
             config = parse(PretrainConfig, plan)
             began = time.monotonic()
-            points = _ray(address, config) if kind == "ray" else _torchrun(config)
+            points = _ray(address, config, say) if kind == "ray" else _torchrun(config)
             late = [metrics for step, _, metrics in points if step > 5 and "time/step_s" in metrics]
             found = {
                 "step_s": statistics.median(m["time/step_s"] for m in late),
@@ -58,8 +58,8 @@ def bench_overhead(
     }
 
 
-def _ray(address: str, config: PretrainConfig) -> list[list[Any]]:
-    submit.run(address, "jobs.pretrain", config, config.name, show=lambda _line: None)
+def _ray(address: str, config: PretrainConfig, say: Callable[[str], None]) -> list[list[Any]]:
+    submit.run(address, "jobs.pretrain", config, config.name, show=say)
     return tracking.points_of(config.experiment, config.name)
 
 
@@ -69,8 +69,8 @@ def _torchrun(config: PretrainConfig) -> list[list[Any]]:
         path.write_text(dump_yaml(config), encoding="utf-8")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command += ["-m", "jobs.torchrun", str(path), "--out", folder]
-        # Ray gives each worker as many threads as CPUs it asked for: one.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        # As under Ray, which gives each worker as many threads as CPUs it asked for, one, and here no GPU.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
         lines = (Path(folder) / config.name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.commands import bench_learn, bench_storage
-from jobs.commands.common import add_json, add_state, job_address, use_stack
-from jobs.text import emit, table
+from jobs.commands.common import add_json, add_state, at_least, job_address, use_stack
+from jobs.text import emit, table, write_page
 from ssl_core.bench.cli import Runner
 from ssl_core.bench.cli import add as device_benchmarks
 
@@ -22,13 +22,14 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         "overhead", help="Ray Train beside torchrun: step time and data wait, two processes each"
     )
     overhead.add_argument("data", help="URL of an ingested store")
-    overhead.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of each (default 3)")
-    overhead.add_argument("--steps", type=int, default=60, metavar="N", help="steps of a run (default 60)")
+    overhead.add_argument("--rounds", type=at_least(1), default=3, metavar="N", help="runs of each (default 3)")
+    # The first five are warm-up and not counted.
+    overhead.add_argument("--steps", type=at_least(10), default=60, metavar="N", help="steps of a run (default 60)")
     overhead.add_argument("--address", metavar="URL", help="job server; the local stack's when empty")
     on_device = [(action, partial(_on_device, runner)) for action, runner in device_benchmarks(names)]
     on_device.append((bench_learn.add(names), partial(_on_device, bench_learn.measure)))
     for action, run in (*bench_storage.add(names), *on_device, (overhead, _overhead)):
-        action.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there")
+        action.add_argument("--out", type=_writable, metavar="FILE", help="write the JSON there")
         add_json(action)
         add_state(action)
         action.set_defaults(run=run)
@@ -57,9 +58,17 @@ def _overhead(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _writable(text: str) -> Path:
+    """A file that can be made, said before the minutes of a measurement and not after."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file in a folder that is there")
+    return path
+
+
 def _write(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
-        path.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        write_page(path, json.dumps(result, indent=1))
 
 
 def _say(line: str) -> None:

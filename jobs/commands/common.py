@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from cluster import services, stack
@@ -25,6 +26,17 @@ def add_state(parser: argparse.ArgumentParser) -> None:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """The `--json` option of reading verbs."""
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Type of an option: a whole number from `least` on."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
+        return int(text)
+
+    return number
 
 
 def use_stack(arguments: argparse.Namespace) -> None:

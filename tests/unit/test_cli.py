@@ -92,6 +92,8 @@ def test_every_verb_runs_something_and_explains_itself(
         ["plan", "nothing", "c.yaml"],
         ["methods", "pgl", "a=1"],
         ["pretrain", "c.yaml", "--dry-run", "no-key"],
+        ["bench", "overhead", "memory://x", "--steps", "5"],
+        ["bench", "losses", "--out", "/no/such/folder/x.json"],
     ],
     ids=" ".join,
 )

@@ -126,7 +126,6 @@ def test_ports() -> None:
         port = server.getsockname()[1]
         assert not processes.port_free(port)
         assert f"pid {os.getpid()}" in processes.port_owner(port)
-        assert processes.listening([psutil.Process()])[port] == "127.0.0.1"
     assert processes.port_free(port)
     assert processes.port_owner(port) == ""
     ports = processes.free_ports(30)

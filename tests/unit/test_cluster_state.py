@@ -68,6 +68,25 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
         states.prepare(tmp_path / "file" / "state")
 
 
+def test_what_was_started_is_stopped_though_nobody_reads_any_more(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C ends `| tee` too, so that the next line raises."""
+    stopped: list[list[str]] = []
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def say(line: str) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(stack, "_start", interrupted)
+    monkeypatch.setattr(stack, "_stop", lambda folder, state, names, progress: stopped.append(names))
+    with pytest.raises(KeyboardInterrupt):
+        stack.up(folder, progress=say)
+    assert stopped == [["s3", "mlflow", "ray"]]
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"stack": "a"}', '{"stack": "a", "services": {"s3": {"odd": 1}}}'])
 def test_a_damaged_state_is_named(folder: Path, text: str) -> None:
     states.prepare(folder)
