@@ -120,7 +120,7 @@ def read_labelled(
     with CropStream(store, spec, prefetch=1, threads=1) as stream:
         batch = next(stream)
     stored = torch.from_numpy(np.ascontiguousarray(batch.image_BCDHW)).to(engine.device)
-    image = normalise(stored, batch.scale_B, batch.offset_B, batch.stats_BS, config.intensity, engine.dtype)
+    image = normalise(stored, batch.scale_B, batch.offset_B, batch.stats_BCS, config.intensity, engine.dtype)
     label = torch.from_numpy(np.asarray(batch.label_BDHW, np.int64)).to(engine.device)
     # With fewer subjects than asked for, both sides shrink alike.
     known = max(1, min(len(chosen) - 1, round(len(chosen) * config.probe.train / wanted)))

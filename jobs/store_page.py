@@ -12,10 +12,12 @@ from jobs.page import COLOURS, INK, chart, escape, figure, headline, html_table,
 from ssl_core.picture import COLOURS as OUTLINES
 from ssl_core.picture import thumbnail
 from storage.manifest import Manifest, VolumeRecord
+from storage.records import stats_from_items
 from storage.volumes import Crop, VolumeStore
 
 THUMBNAILS = 24
 LABELS = 20
+CHANNELS = 4
 DOTS = 400
 Floats = npt.NDArray[np.float64]
 
@@ -47,6 +49,8 @@ def render(store: VolumeStore, facts: Mapping[str, Any]) -> str:
     chosen = evenly(len(manifest), THUMBNAILS)
     shown = "all volumes" if len(chosen) == len(manifest) else f"{len(chosen)} of {len(manifest):,}, evenly spread"
     note = f"<p>Middle axial slice of {shown}; the patient's right is on the left. Outlines are labels.</p>"
+    if max(manifest.column("channels"), default=1) > 1:
+        note += "<p>Of several channels the first is shown.</p>"
     parts.append(section("Slices", note + f'<div class="thumbs">{_thumbnails(store, chosen)}</div>'))
     parts.append(
         section(
@@ -55,13 +59,7 @@ def render(store: VolumeStore, facts: Mapping[str, Any]) -> str:
             + figure(histograms(_by_axis(spacings, "{} (mm)")), "Voxel spacing along each axis, mm."),
         )
     )
-    stats = [{item["name"]: item["value"] for item in row} for row in manifest.column("stats")]
-    values = {
-        name: np.array([row.get(key, np.nan) for row in stats], float)
-        for name, key in (("0.5th percentile", "p0_5"), ("mean", "mean"), ("99.5th percentile", "p99_5"))
-    }
-    by = "Of each volume's foreground, in units of its values (HU for CT); outliers here are odd scans or wrong scales."
-    parts.append(section("Intensity", figure(histograms(values), by)))
+    parts.append(section("Intensity", _intensities(manifest)))
     if labels:
         most = sorted(labels, key=lambda key: -len(labels[key]))[:LABELS]
         kept = {key: labels[key] for key in labels if key in most}
@@ -72,6 +70,27 @@ def render(store: VolumeStore, facts: Mapping[str, Any]) -> str:
     rows = [(k, ", ".join(f"{n} {c}" for n, c in v.items()) if isinstance(v, dict) else v) for k, v in facts.items()]
     parts.append(section("Facts", html_table(("fact", "value"), rows)))
     return page("tomoscale store", parts)
+
+
+def _intensities(manifest: Manifest) -> str:
+    """A row of histograms for each channel, up to `CHANNELS` of them."""
+    rows = zip(manifest.column("volume_id"), manifest.column("stats"), manifest.column("channels"), strict=True)
+    stats = [stats_from_items(items, channels, f"volume {name}") for name, items, channels in rows]
+    channels = max(map(len, stats), default=0)
+    drawn = []
+    for c in range(min(channels, CHANNELS)):
+        having = [volume[c] for volume in stats if c < len(volume)]
+        values = {
+            name: np.array([found[key] for found in having], float)
+            for name, key in (("0.5th percentile", "p0_5"), ("mean", "mean"), ("99.5th percentile", "p99_5"))
+        }
+        by = "in units of its values (HU for CT); outliers here are odd scans or wrong scales."
+        of = f"channel {c} (counted from 0) of {len(having):,} volumes" if channels > 1 else "each volume"
+        by = f"Of the foreground of {of}, {by}"
+        drawn.append(figure(histograms(values), by))
+    if channels > CHANNELS:
+        drawn.append(f"<p>The first {CHANNELS} of {channels} channels are shown.</p>")
+    return "".join(drawn)
 
 
 def evenly(count: int, most: int) -> list[int]:

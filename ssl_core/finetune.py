@@ -19,8 +19,7 @@ from ssl_core.backbones.base import Backbone
 from ssl_core.backbones.registry import build
 from ssl_core.config import Config
 from ssl_core.evaluate import Scores, dice, score_case
-from ssl_core.intensity import IntensityPolicy, constants, normalise_array
-from ssl_core.intensity import apply as apply_intensity
+from ssl_core.intensity import IntensityPolicy, normalise_array
 from ssl_core.make_views import make_views
 from ssl_core.portable.windows import slide
 from ssl_core.schedule import warmup_cosine
@@ -206,8 +205,8 @@ def predict_volume(
     stored = store.read_volume(record.volume_id)
     values = stored.astype(np.float32) * np.float32(record.scale) + np.float32(record.offset)
     image = normalise_array(values, record.stats, policy)
-    air = apply_intensity(np.full(image.shape[0], record.stats["min"], np.float32), *constants(policy, record.stats))
-    logits = slide(network.logits, image, np.asarray(air, np.float32), window, device=device)
+    air = normalise_array(np.array([channel["min"] for channel in record.stats]), record.stats, policy)
+    logits = slide(network.logits, image, air, window, device=device)
     module.train(training)
     return np.array([0, *labels], dtype=np.int32)[logits.argmax(0).numpy()]
 

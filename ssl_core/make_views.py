@@ -37,7 +37,7 @@ class HostCrops(Protocol):
     @property
     def spacing_B3(self) -> NDArray[np.float64]: ...  # noqa: D102
     @property
-    def stats_BS(self) -> NDArray[np.float32]: ...  # noqa: D102
+    def stats_BCS(self) -> NDArray[np.float32]: ...  # noqa: D102
 
 
 def make_views(
@@ -82,7 +82,7 @@ def make_views(
         spacing_B3=batch.spacing_B3,
     )
     stored = _to_device(batch.image_BCDHW, device)
-    host = normalise(stored, batch.scale_B, batch.offset_B, batch.stats_BS, policy, work)
+    host = normalise(stored, batch.scale_B, batch.offset_B, batch.stats_BCS, policy, work)
     host_maps = {name: _to_device(array, device) for name, array in _maps(batch, spec, maps).items()}
     shape_on_device = torch.from_numpy(shape_B3).to(device)
     roles: dict[str, tuple[View, ...]] = {}

@@ -79,7 +79,7 @@ def of_volume(stored_CDHW: NDArray[Any], record: VolumeRecord, settings: Superpi
     values = stored_CDHW[0].astype(np.float32) * np.float32(record.scale) + np.float32(record.offset)
     if not np.isfinite(values).all():
         raise RefusedInput("image for super-pixels", expected="finite values", found="NaN or infinity")
-    low, high = settings.window or (record.stats["p0_5"], record.stats["p99_5"])
+    low, high = settings.window or (record.stats[0]["p0_5"], record.stats[0]["p99_5"])
     # A constant volume is one value of the window, not rounding noise.
     spread = np.float32(high - low) if high > low else np.float32(1)
     unit = ((values - np.float32(low)) / spread).clip(0, 1)

@@ -245,7 +245,10 @@ def content_tag(digest: str, policy: str) -> str:
 
 def _tuples(data: dict[str, Any]) -> dict[str, Any]:
     labels = tuple(LabelRecord(**{k: _tuple(v) for k, v in label.items()}) for label in data["labels"])
-    return {**{k: _tuple(v) for k, v in data.items()}, "labels": labels}
+    found = {**{k: _tuple(v) for k, v in data.items()}, "labels": labels}
+    if isinstance(found["stats"], dict):  # of a run that died before every channel had its own: it is done again
+        raise TypeError("statistics of the first channel only")
+    return found
 
 
 def _tuple(value: Any) -> Any:

@@ -15,9 +15,10 @@ from nibabel.spatialimages import HeaderDataError
 from storage import geometry
 from storage.errors import RefusedInput
 from storage.ingest_policy import IngestPolicy
-from storage.intensity_stats import foreground, foreground_box, foreground_mask, foreground_stats
+from storage.intensity_stats import channel_foreground, foreground_box
 from storage.pairing import IngestItem
 from storage.readers import RawVolume, read_item, read_label
+from storage.records import ChannelStats
 
 Array = npt.NDArray[Any]
 Triple = tuple[int, int, int]
@@ -62,7 +63,7 @@ class Prepared:
     modality: str
     scale: float
     offset: float
-    stats: dict[str, float]
+    stats: ChannelStats
     foreground: tuple[Triple, Triple]
     label_DHW: Array | None
     reader: str
@@ -116,9 +117,10 @@ def prepare(item: IngestItem, policy: IngestPolicy, modality: str = "") -> Prepa
             if lost:
                 notes.append(f"label values too small to be left after resampling: {', '.join(map(str, lost[:20]))}")
         image, affine, whole = resized, new_affine, False
-    mask, stats = foreground(image[0])
-    for channel in image[1:]:
-        mask |= foreground_mask(channel)
+    mask, stats = channel_foreground(image)
+    for number, (channel, own) in enumerate(zip(image, stats, strict=True)):
+        if len(stats) > 1 and own["min"] == own["max"] and (channel == own["min"]).all():
+            notes.append(f"channel {number} (counted from 0) is {own['min']:g} everywhere")
     if policy.dtype == "float32":
         stored, scale, offset = image.astype(np.float32), 1.0, 0.0
     else:
@@ -144,7 +146,7 @@ def _check_resampled(
 
 
 def quantise(
-    values_CDHW: Array, stats: dict[str, float], modality: str, whole: bool, notes: list[str]
+    values_CDHW: Array, stats: ChannelStats, modality: str, whole: bool, notes: list[str]
 ) -> tuple[Array, float, float]:
     """Values as int16 with value = stored * scale + offset.
 
@@ -154,12 +156,12 @@ def quantise(
     one scale; where it would be too coarse for one of them, all are kept as float32, with a note.
 
     Args:
-        stats: Of the first channel.
+        stats: Foreground statistics of each channel.
     """
     low, high = float(values_CDHW.min()), float(values_CDHW.max())
     whole = whole or (high - low <= 65535 and _whole(values_CDHW))
     ct = modality == "CT" and not whole and len(values_CDHW) == 1
-    if ct and stats["p99_5"] - stats["p0_5"] < LEAST_HU_RANGE:
+    if ct and stats[0]["p99_5"] - stats[0]["p0_5"] < LEAST_HU_RANGE:
         notes.append(f"CT, but from {low:g} to {high:g}: no Hounsfield units, and not rounded to whole numbers")
         ct = False
     if whole and high - low <= 65535:
@@ -171,12 +173,11 @@ def quantise(
         if low < -32768 or high > 32767:
             notes.append("Hounsfield units beyond int16 clipped")
         return np.clip(np.rint(values_CDHW), -32768, 32767).astype(np.int16), 1.0, 0.0
-    bottom, top = _kept(low, high, stats)
+    bottom, top = _kept(low, high, stats[0])
     if len(values_CDHW) > 1:
-        measured = [stats, *(foreground_stats(channel) for channel in values_CDHW[1:])]
-        ends = [_kept(float(c.min()), float(c.max()), found) for c, found in zip(values_CDHW, measured, strict=True)]
+        ends = [_kept(float(c.min()), float(c.max()), found) for c, found in zip(values_CDHW, stats, strict=True)]
         bottom, top = min(end[0] for end in ends), max(end[1] for end in ends)
-        finest = min((r for found in measured if (r := found["p99_5"] - found["p0_5"]) > 0), default=0.0)
+        finest = min((r for found in stats if (r := found["p99_5"] - found["p0_5"]) > 0), default=0.0)
         if top - bottom > ROBUST_RANGES * finest > 0:
             notes.append("kept as float32: the scale of int16 would be too coarse for one of the channels")
             return values_CDHW.astype(np.float32), 1.0, 0.0

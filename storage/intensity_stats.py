@@ -1,13 +1,16 @@
 """What "the intensity statistics of a volume" means, defined once for ingest, training and prediction.
 
-The statistics are those of the foreground of one channel's values: the canonical (and, where a policy says so,
-resampled) volume after scale and offset and before it is quantised for storage. The definition needs no modality and
-follows any rescaling of the intensities with a positive factor, so a CT in Hounsfield units and an MR in arbitrary
-units share it:
+Each channel has its own, of its own foreground: those of a channel do not depend on the channels beside it. They are
+of the canonical (and, where a policy says so, resampled) volume's values after scale and offset and before they are
+quantised for storage. The definition needs no modality and follows any rescaling of a channel's intensities with a
+positive factor, so a CT in Hounsfield units and an MR in arbitrary units share it:
 
 - low, high: the 0.5th and 99.5th percentile of all finite values;
 - foreground: finite values above `low + 0.05 * (high - low)`; all finite values when nothing is above;
 - min, max, mean, std (population), p0_5, p99_5: of the foreground values, accumulated in float64.
+
+A channel of one value everywhere, such as a series that is missing and was filled with 0, is all foreground by this
+rule, with std 0; normalisation makes it 0 everywhere. It says nothing of where the body is.
 
 numpy only: the file is shipped inside model bundles, where nothing else of this project is installed.
 """
@@ -86,6 +89,25 @@ def foreground(values: Values) -> tuple[Mask, dict[str, float]]:
     return mask, dict(
         zip(STATS_ORDER, (float(kept.min()), float(kept.max()), mean, std, *_percentiles(kept, ordered)), strict=True)
     )
+
+
+def channel_foreground(values_CDHW: Values) -> tuple[Mask, tuple[dict[str, float], ...]]:
+    """Where any channel has foreground, (D, H, W), and `foreground_stats` of each channel.
+
+    Channels of one value everywhere do not count for the mask, unless there are no others.
+
+    Raises:
+        ValueError: a channel has no finite value.
+    """
+    union: Mask | None = None
+    stats: list[dict[str, float]] = []
+    for channel in values_CDHW:
+        mask, found = foreground(channel)
+        stats.append(found)
+        if found["min"] == found["max"] and mask.all():
+            continue
+        union = mask if union is None else np.logical_or(union, mask, out=union)
+    return np.ones(values_CDHW.shape[1:], bool) if union is None else union, tuple(stats)
 
 
 def _finite(values: Values) -> Values:

@@ -30,7 +30,15 @@ import pyarrow.parquet as pq
 
 from storage.bytestore import ByteStore, open_store
 from storage.errors import ConfigError, CorruptChunk, NotFound, StoreError
-from storage.records import DEFAULT_CODECS, DerivedRecord, LabelRecord, Triple, VolumeRecord
+from storage.records import (
+    DEFAULT_CODECS,
+    DerivedRecord,
+    LabelRecord,
+    Triple,
+    VolumeRecord,
+    stats_from_items,
+    stats_to_items,
+)
 from storage.sealed import SealedParquet, seal
 
 __all__ = ["DEFAULT_CODECS", "DerivedRecord", "LabelRecord", "Manifest", "Triple", "VolumeRecord", "fingerprint_of"]
@@ -91,6 +99,7 @@ class Manifest:
         """Use `open`, `from_records` or `from_bytes`."""
         self._file, self._thing, self._bytes = file, thing, data
         try:
+            form = file.notes["tomoscale.format"].decode()
             self.fingerprint: str = file.notes["tomoscale.fingerprint"].decode()
             self.dataset: dict[str, Any] = json.loads(file.notes["tomoscale.dataset"])
             self._split_codes, self._splits = _unpack(file.notes["tomoscale.splits"])
@@ -100,6 +109,13 @@ class Manifest:
             raise CorruptChunk(
                 thing, expected="a manifest of this project", found=f"{type(error).__name__}: {str(error)[:200]}"
             ) from error
+        if form != FORMAT:
+            raise CorruptChunk(
+                thing,
+                expected=f"a manifest of format {FORMAT}",
+                found=f"format {form[:20]}",
+                remedy="read it with the version of this project that wrote it, or ingest again into an empty store",
+            )
         self._rows, self._per_group = file.rows, file.rows_per_group
         self._groups: OrderedDict[int, pa.Table] = OrderedDict()
         self._lock = threading.Lock()
@@ -350,7 +366,7 @@ def _unpack(text: bytes) -> tuple[npt.NDArray[np.uint32], list[Any]]:
 
 def _to_row(record: VolumeRecord) -> dict[str, Any]:
     row = {name: getattr(record, name) for name in _FIELDS}
-    row["stats"] = [{"name": k, "value": v} for k, v in sorted(record.stats.items())]
+    row["stats"] = stats_to_items(record.stats)
     row["labels"] = [
         {
             "name": label.name,
@@ -374,7 +390,7 @@ def _triple(values: list[Any]) -> Any:
 
 
 def _from_row(row: dict[str, Any]) -> VolumeRecord:
-    row["stats"] = {item["name"]: item["value"] for item in row["stats"]}
+    row["stats"] = stats_from_items(row["stats"], row["channels"], f"manifest, volume {row['volume_id']}")
     row["labels"] = tuple(
         LabelRecord(
             name=label["name"],

@@ -1,11 +1,17 @@
 """The facts of one volume and of its labels, as the manifest holds them."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from storage.errors import NotFound
+from storage.errors import ConfigError, CorruptChunk, NotFound
+from storage.intensity_stats import STATS_ORDER
 
 Triple = tuple[int, int, int]
+ChannelStats = tuple[dict[str, float], ...]
+"""Foreground statistics of each channel."""
 DEFAULT_CODECS = "default"
+_STATS_NAMES = tuple(sorted(STATS_ORDER))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +66,12 @@ class VolumeRecord:
         orientation: Axis codes found in the source, for example "LAS".
         dtype: Stored dtype; value = stored * scale + offset.
         foreground_lo, foreground_hi: Box of the foreground, D, H, W, one past the last.
-        stats: Statistics of foreground values (after scale and offset); keys of `STATS_ORDER`.
+        stats: Of each channel, statistics of its own foreground values (after scale and offset); keys of `STATS_ORDER`.
         codecs: `DEFAULT_CODECS` where the arrays are encoded as this project does, so that readers need not ask.
         derived: Maps that were computed from the volume later on.
+
+    Raises:
+        ConfigError: not as many mappings in `stats` as channels.
     """
 
     volume_id: str
@@ -80,7 +89,7 @@ class VolumeRecord:
     offset: float
     foreground_lo: Triple
     foreground_hi: Triple
-    stats: dict[str, float]
+    stats: ChannelStats
     labels: tuple[LabelRecord, ...]
     source: str
     source_sha256: str
@@ -92,6 +101,15 @@ class VolumeRecord:
     shard_DHW: Triple
     codecs: str = ""
     derived: tuple[DerivedRecord, ...] = ()
+
+    def __post_init__(self) -> None:
+        """A channel without statistics would be normalised by those of another."""
+        if not isinstance(self.stats, tuple) or len(self.stats) != self.channels:
+            raise ConfigError(
+                f"statistics of volume {self.volume_id}",
+                expected=f"a tuple of {self.channels}, one of each channel",
+                found=f"{type(self.stats).__name__} of {len(self.stats)}",
+            )
 
     def label(self, name: str) -> LabelRecord:
         """The facts of one label.
@@ -122,6 +140,34 @@ class VolumeRecord:
             if derived.name == name:
                 return derived.dtype, derived.content_sha256
         return self.label(name).dtype, self.content_sha256
+
+
+def stats_to_items(stats: ChannelStats) -> list[dict[str, Any]]:
+    """The manifest's form: named values, channel after channel, so that one channel is stored as ever."""
+    return [{"name": name, "value": value} for channel in stats for name, value in sorted(channel.items())]
+
+
+def stats_from_items(items: Sequence[Mapping[str, Any]], channels: int, thing: str) -> ChannelStats:
+    """Statistics of each channel from the manifest's form.
+
+    Args:
+        thing: What they are of, in errors.
+
+    Raises:
+        CorruptChunk: not those of every channel, as in manifests of before there were any but of the first.
+    """
+    if [item["name"] for item in items] != list(_STATS_NAMES) * channels:
+        raise CorruptChunk(
+            thing,
+            expected=f"foreground statistics of each of its {channels} channels",
+            found=f"{len(items)} values where {len(_STATS_NAMES) * channels} would be; an earlier version of this "
+            "project kept those of the first channel only",
+            remedy="ingest the files again into an empty store",
+        )
+    size = len(_STATS_NAMES)
+    values = [item["value"] for item in items]
+    # Keys are the same few strings for all records, of which readers keep thousands.
+    return tuple(dict(zip(_STATS_NAMES, values[c * size :][:size], strict=True)) for c in range(channels))
 
 
 def without_places(record: VolumeRecord, keep: str | None = None) -> VolumeRecord:

@@ -51,7 +51,7 @@ class HostBatch:
         offset_B: float32.
         shape_B3: Voxels of the volume, (D, H, W), float64.
         spacing_B3: mm, (D, H, W), float64.
-        stats_BS: float32; columns of `storage.intensity_stats.STATS_ORDER`.
+        stats_BCS: float32; foreground statistics of each channel, columns of `storage.intensity_stats.STATS_ORDER`.
         wait_s: Seconds the consumer waited for this batch.
         maps_BDHW: The maps of the spec by name, each (B, D, H, W), integers; 0 beyond the volume.
     """
@@ -65,7 +65,7 @@ class HostBatch:
     offset_B: npt.NDArray[np.float32]
     shape_B3: npt.NDArray[np.float64]
     spacing_B3: npt.NDArray[np.float64]
-    stats_BS: npt.NDArray[np.float32]
+    stats_BCS: npt.NDArray[np.float32]
     wait_s: float = 0.0
     maps_BDHW: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
 
@@ -255,7 +255,7 @@ class _Assembler:
             offset_B=np.array([r.offset for r in records], dtype=np.float32),
             shape_B3=np.array([r.shape_DHW for r in records], dtype=np.float64),
             spacing_B3=np.array([r.spacing_mm for r in records], dtype=np.float64),
-            stats_BS=np.array([[r.stats[key] for key in STATS_ORDER] for r in records], dtype=np.float32),
+            stats_BCS=np.array([[[c[key] for key in STATS_ORDER] for c in r.stats] for r in records], dtype=np.float32),
             maps_BDHW={name: _stack([h.maps_DHW[name] for h in held]) for name in self._plan.spec.maps},
         )
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pytest
 
 from storage.errors import NotFound
+from storage.intensity_stats import STATS_ORDER
 from storage.manifest import Manifest
 from storage.stream import CropSource, CropStream, HostBatch, StreamSpec
 from storage.streamplan import select
@@ -181,7 +182,8 @@ class StreamContract:
                     assert batch.scale_B[b] == np.float32(record.scale)
                     assert batch.offset_B[b] == np.float32(record.offset)
                 assert batch.image_BCDHW.shape[2:] == spec.crop_DHW
-                assert np.isfinite(batch.stats_BS).all()
+                assert np.isfinite(batch.stats_BCS).all()
+                assert batch.stats_BCS.shape == (*batch.image_BCDHW.shape[:2], len(STATS_ORDER))
 
     def test_a_visit_is_read_in_one_go(self, source: Source) -> None:
         counting = Counting(source)

@@ -29,7 +29,7 @@ __all__ = [
     "choose_layout",
     "content_sha256",
     "label_record",
-    "padding_value",
+    "padding_values",
     "write_volume",
 ]
 
@@ -107,7 +107,7 @@ class VolumeStore:
 
         Returns:
             C-contiguous arrays (C, D, H, W) in the stored type; of a label (1, D, H, W). Beyond the volume an image
-            holds the stored value of the foreground's minimum, a label 0.
+            holds the stored value of its channel's foreground minimum, a label 0.
 
         Raises:
             NotFound: no such volume, label or object.
@@ -173,16 +173,17 @@ def _box_and_array(crop: Crop, meta: ArrayMeta, record: VolumeRecord, label: str
     full = (*lead, *crop.size_DHW)
     inside = all(a >= 0 and b <= n for a, b, n in zip(crop.start_DHW, stop, meta.shape[-3:], strict=True))
     # What lies inside is always overwritten, so that memory is only initialised where something lies outside.
-    padding = 0 if label is not None else padding_value(record)
-    out: Array = np.empty(full, native) if inside else np.full(full, padding, native)
+    out: Array = np.empty(full, native)
+    if not inside:
+        out[...] = 0 if label is not None else np.reshape(padding_values(record), (-1, 1, 1, 1))
     return Box((*(0 for _ in lead), *crop.start_DHW), (*lead, *stop)), out
 
 
-def padding_value(record: VolumeRecord) -> float | int:
-    """The stored value for "nothing here": the foreground's minimum, rounded and clipped to the stored type."""
+def padding_values(record: VolumeRecord) -> tuple[float | int, ...]:
+    """The stored value for "nothing here" of each channel: its foreground's minimum, rounded, in the stored type."""
     dtype = np.dtype(record.dtype)
-    value = (record.stats["min"] - record.offset) / record.scale
+    values = [(channel["min"] - record.offset) / record.scale for channel in record.stats]
     if dtype.kind == "f":
-        return float(value)
+        return tuple(values)
     info = np.iinfo(dtype)
-    return int(min(info.max, max(info.min, round(value))))
+    return tuple(int(min(info.max, max(info.min, round(value)))) for value in values)

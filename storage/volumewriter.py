@@ -14,7 +14,7 @@ import numpy.typing as npt
 from storage.bytestore import ByteStore, check_key
 from storage.codecs import COMPRESSOR, encode_default
 from storage.errors import ConfigError, NotFound, RefusedInput
-from storage.intensity_stats import foreground_box, foreground_mask, foreground_stats
+from storage.intensity_stats import channel_foreground, foreground_box
 from storage.layout import Layout, choose_layout
 from storage.manifest import DEFAULT_CODECS, DerivedRecord, LabelRecord, Triple, VolumeRecord
 from storage.shardindex import build_index, curve_order
@@ -36,7 +36,7 @@ def write_volume(
     layout: Layout | None = None,
     scale: float = 1.0,
     offset: float = 0.0,
-    stats: Mapping[str, float] | None = None,
+    stats: Sequence[Mapping[str, float]] | None = None,
     foreground: tuple[Triple, Triple] | None = None,
     subject: str = "",
     study: str = "",
@@ -60,10 +60,11 @@ def write_volume(
         labels: Name to (D, H, W) integer array of the image's shape.
         layout: Chunks and shards; chosen for 96^3 crops where not given.
         scale, offset: value = stored * scale + offset.
-        stats: Foreground statistics of values; measured on the first channel where not given.
-        foreground: Box as (first, one past last); measured where not given.
+        stats: Foreground statistics of the values of each channel; measured where not given.
+        foreground: Box of all channels' foreground as (first, one past last); measured where not given.
 
     Raises:
+        ConfigError: an id with a slash, or statistics of another number of channels.
         RefusedInput: shape, dtype, affine or a label is not what the format holds; nothing is written then.
     """
     thing = f"volume {volume_id}"
@@ -88,9 +89,12 @@ def write_volume(
     layout = layout or choose_layout(shape, itemsize=array_CDHW.dtype.itemsize, channels=channels)
 
     if stats is None or foreground is None:
-        values = array_CDHW[0].astype(np.float32) * np.float32(scale) + np.float32(offset)
-        stats = foreground_stats(values) if stats is None else stats
-        foreground = foreground_box(foreground_mask(values)) if foreground is None else foreground
+        values = array_CDHW.astype(np.float32) * np.float32(scale) + np.float32(offset)
+        mask, measured = channel_foreground(values)
+        stats = measured if stats is None else stats
+        foreground = foreground_box(mask) if foreground is None else foreground
+    if len(stats) != channels:
+        raise ConfigError(f"statistics of {thing}", expected=f"{channels}, one of each channel", found=str(len(stats)))
     content = content_sha256(array_CDHW, labels)
     root = f"volumes/{volume_id}"
     chunk, shard = (1, *layout.chunk_DHW), (channels, *layout.shard_DHW)
@@ -129,7 +133,7 @@ def write_volume(
         offset=float(offset),
         foreground_lo=foreground[0],
         foreground_hi=foreground[1],
-        stats={str(k): float(v) for k, v in stats.items()},
+        stats=tuple({str(k): float(v) for k, v in channel.items()} for channel in stats),
         labels=tuple(label_record(name, labels[name]) for name in sorted(labels)),
         source=source,
         source_sha256=source_sha256,

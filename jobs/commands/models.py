@@ -123,7 +123,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             record = manifest.record(index)
             values = store.read_volume(record.volume_id) * record.scale + record.offset
             affine = np.array(record.affine).reshape(4, 4)
-            mask = predictor.segment(values, affine, dict(record.stats))
+            mask = predictor.segment(values, affine, record.stats)
             truth = store.read_volume(record.volume_id, label=arguments.label)[0]
             scores = score_case(
                 mask, truth, labels=names, spacing_mm=record.spacing_mm, tolerance_mm=arguments.tolerance_mm

@@ -132,7 +132,7 @@ def crops(spec: ViewSpec, batch: int, seed: int = 0) -> Iterator[HostBatch]:
             offset_B=np.zeros(batch, np.float32),
             shape_B3=np.tile(np.array(host, np.float64), (batch, 1)),
             spacing_B3=np.ones((batch, 3)),
-            stats_BS=np.tile(np.array([-900, 900, 0, 300, -700, 700], np.float32), (batch, 1)),
+            stats_BCS=np.tile(np.array([-900, 900, 0, 300, -700, 700], np.float32), (batch, 1, 1)),
             maps_BDHW=dict.fromkeys(spec.maps, ids),
         )
         step += 1

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,14 +120,17 @@ class Predictor:
         return found.numpy()
 
     def segment(
-        self, values_CDHW: NDArray[Any], affine: NDArray[np.float64], stats: dict[str, float] | None = None
+        self,
+        values_CDHW: NDArray[Any],
+        affine: NDArray[np.float64],
+        stats: Sequence[dict[str, float]] | None = None,
     ) -> NDArray[Any]:
         """Mask (D, H, W) of a canonical volume of values; what `predict` does between reading and re-orienting.
 
         Args:
             values_CDHW: Intensities after scale and offset.
             affine: (4, 4); gives the spacing.
-            stats: Recorded foreground statistics of the first channel, see `prepare`; None computes them.
+            stats: Recorded foreground statistics of each channel, see `prepare`; None computes them.
         """
         if self.kind != "segmenter":
             raise ConfigError(

@@ -1,6 +1,7 @@
 """`preprocess.json`: from the values of a canonical volume to what the network was trained on."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,9 +10,10 @@ from numpy.typing import NDArray
 
 from .errors import RefusedInput
 from .grid import resample
-from .intensity_stats import foreground_stats
+from .intensity_stats import STATS_ORDER, channel_foreground
 
 AXES = "DHW, D inferior to superior, H posterior to anterior, W left to right"
+LEAST_SPREAD = 1e-30
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Preprocess:
                 patch_DHW=(int(patch[0]), int(patch[1]), int(patch[2])),
                 labels=tuple((int(entry["value"]), str(entry["name"])) for entry in data["labels"]),
             )
-            constants(result.intensity, dict.fromkeys(("min", "max", "mean", "std", "p0_5", "p99_5"), 0.0))
+            constants(result.intensity, dict.fromkeys(STATS_ORDER, 0.0))
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise RefusedInput(
                 name,
@@ -77,7 +79,7 @@ class Preprocess:
 
 
 def constants(policy: dict[str, Any], stats: dict[str, float]) -> tuple[float, float, float, float]:
-    """`(low, high, centre, spread)` of y = (clip(x, low, high) - centre) / spread for one volume.
+    """`(low, high, centre, spread)` of y = (clip(x, low, high) - centre) / spread for one channel.
 
     The same rules as `ssl_core.intensity.constants`, which training uses; a test holds the two together.
 
@@ -97,7 +99,7 @@ def constants(policy: dict[str, Any], stats: dict[str, float]) -> tuple[float, f
         low, high, centre, spread = -inf, inf, stats["mean"], stats["std"]
     else:
         raise ValueError(f"intensity policy {kind!r}")
-    return low, high, centre, spread if spread > 1e-7 * max(1.0, abs(centre)) else 1.0
+    return low, high, centre, spread if spread > max(1e-7 * abs(centre), LEAST_SPREAD) else 1.0
 
 
 def apply(values: NDArray[Any], table: tuple[float, float, float, float]) -> NDArray[np.float32]:
@@ -110,7 +112,7 @@ def prepare(
     values_CDHW: NDArray[Any],
     affine: NDArray[np.float64],
     plan: Preprocess,
-    stats: dict[str, float] | None = None,
+    stats: Sequence[dict[str, float]] | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Resample and normalise a canonical volume.
 
@@ -118,17 +120,25 @@ def prepare(
         values_CDHW: Intensities after scale and offset.
         affine: (4, 4) of `values_CDHW`.
         plan: The bundle's preprocessing.
-        stats: Foreground statistics as ingest records them, of the first channel of `values_CDHW`; None computes
-            them. Where the volume is resampled they are measured anew, as ingest does after resampling.
+        stats: Foreground statistics of each channel of `values_CDHW`, as ingest records them; None computes them.
+            Where the volume is resampled they are measured anew, as ingest does after resampling.
 
     Returns:
         The network's input (C, D, H, W), and the value of "air", with which crops are padded beyond the volume, (C,).
+
+    Raises:
+        RefusedInput: `stats` of another number of channels.
     """
+    channels = values_CDHW.shape[0]
+    if stats is not None and len(stats) != channels:
+        raise RefusedInput("statistics", expected=f"{channels}, one of each channel", found=str(len(stats)))
     given = values_CDHW
     if plan.spacing_mm is not None:
         values_CDHW, _ = resample(values_CDHW, affine, plan.spacing_mm, plan.interpolation)
     # Larger voxels average noise away: statistics of the finer grid are not those that training saw.
-    found = stats if stats is not None and values_CDHW is given else foreground_stats(values_CDHW[0])
-    table = constants(plan.intensity, found)
-    air = apply(np.full(values_CDHW.shape[0], found["min"]), table)
-    return apply(values_CDHW, table), air
+    found = stats if stats is not None and values_CDHW is given else channel_foreground(values_CDHW)[1]
+    image, air = np.empty(values_CDHW.shape, np.float32), np.empty(channels, np.float32)
+    for c, channel in enumerate(found):
+        table = constants(plan.intensity, channel)
+        image[c], air[c] = apply(values_CDHW[c], table), apply(np.array(channel["min"]), table)
+    return image, air

@@ -245,7 +245,7 @@ def _manifest(volumes: int) -> dict[str, Any]:
     record = VolumeRecord(
         volume_id="", subject="", study="", split="train", modality="CT", shape_DHW=(256, 320, 320), channels=1,
         spacing_mm=(1.0, 1.0, 1.0), affine=(1.0,) * 16, orientation="RAS", dtype="int16", scale=1.0, offset=0.0,
-        foreground_lo=(0, 0, 0), foreground_hi=(256, 320, 320), stats=dict.fromkeys(STATS_ORDER, 1.0), labels=(),
+        foreground_lo=(0, 0, 0), foreground_hi=(256, 320, 320), stats=(dict.fromkeys(STATS_ORDER, 1.0),), labels=(),
         source="", source_sha256="", content_sha256="", reader="", policy="", notes=(), chunk_DHW=(32, 32, 32),
         shard_DHW=(256, 320, 320),
     )  # fmt: skip

@@ -12,7 +12,7 @@ from storage.layout import Layout
 from storage.manifest import Manifest
 from storage.stream import CropStream
 from storage.stream_testing import StreamContract
-from storage.volumes import VolumeStore, padding_value, write_volume
+from storage.volumes import VolumeStore, padding_values, write_volume
 from tests.httpserver import served
 from tests.service.s3server import S3Server
 
@@ -66,7 +66,7 @@ class StoredStreamContract(StreamContract):
             record = source.manifest.record(int(batch.volume_B[b]))
             volume = source.read_volume(record.volume_id)
             d, h, w = -batch.start_B3[b]
-            expected = np.full((1, 30, 30, 31), padding_value(record), np.int16)
+            expected = np.full((1, 30, 30, 31), padding_values(record)[0], np.int16)
             nd, nh, nw = record.shape_DHW
             expected[:, d : d + nd, h : h + nh, w : w + nw] = volume
             assert np.array_equal(batch.image_BCDHW[b], expected)

@@ -21,7 +21,7 @@ def batch_of(image_BCDHW, start_B3, shape_DHW, *, label_BDHW=None, spacing=(1.0,
         offset_B=np.zeros(count, np.float32),
         shape_B3=np.tile(np.asarray(shape_DHW, np.int64), (count, 1)),
         spacing_B3=np.tile(np.asarray(spacing, np.float64), (count, 1)),
-        stats_BS=np.tile(np.array([0, 100, 40, 20, 1, 99], np.float32), (count, 1)),
+        stats_BCS=np.tile(np.array([0, 100, 40, 20, 1, 99], np.float32), (*image_BCDHW.shape[:2], 1)),
         wait_s=0.0,
     )
 

@@ -90,7 +90,7 @@ def test_the_earlier_manifest_still_reads_and_verifies(url: str) -> None:
 def test_a_data_set_without_maps_has_the_fingerprint_it_had_before_there_were_any() -> None:
     names = ("v", "subject", "study", "train", "MR")
     geometry = ((4, 5, 6), 1, (1.0, 2.0, 3.0), tuple(map(float, range(16))), "RAS")
-    values = ("int16", 2.0, 0.5, (0, 1, 2), (3, 4, 5), {"min": 0.25}, (LabelRecord("organ", (1,), (2,)),))
+    values = ("int16", 2.0, 0.5, (0, 1, 2), (3, 4, 5), ({"min": 0.25},), (LabelRecord("organ", (1,), (2,)),))
     origin = ("file", "aa", "bb", "nifti", "1", ("note",), (4, 5, 6), (4, 5, 6))
     record = VolumeRecord(*names, *geometry, *values, *origin)
     assert fingerprint_of([record], {"name": "d"}) == "26f5e47abbe1c451d7289529a0bff720"

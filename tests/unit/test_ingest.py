@@ -56,7 +56,7 @@ def test_volumes_and_labels_come_back_as_they_were(src, dst):
         assert record.shape_DHW == (10, 12, 14)
         assert record.orientation == "RAS"
         assert record.source == f"images/case_{i:02d}.nii.gz"
-        assert record.stats == foreground_stats(phantom(seed=i))
+        assert record.stats == (foreground_stats(phantom(seed=i)),)
         label = record.label("label")
         assert label.values == (1, 2)
         assert label.voxels == tuple(int((disc() == v).sum()) for v in (1, 2))
@@ -438,7 +438,7 @@ def test_an_unreachable_store_is_noticed_before_the_work(src, monkeypatch):
     ],
 )
 def test_whole_numbers_are_exact(values, offset):
-    stored, scale, found = quantise(values.reshape(1, 1, 1, -1), foreground_stats(values), "", False, [])
+    stored, scale, found = quantise(values.reshape(1, 1, 1, -1), (foreground_stats(values),), "", False, [])
     assert (scale, found) == (1.0, offset)
     np.testing.assert_array_equal(stored.ravel().astype(np.int64) + int(found), values.astype(np.int64))
 
@@ -456,7 +456,7 @@ def test_quantisation_error_is_below_a_ten_thousandth_of_the_robust_range(level,
     values[0, 0, 0, 0] *= outlier
     notes: list[str] = []
     stats = foreground_stats(values[0])
-    stored, scale, offset = quantise(values, stats, "MR", False, notes)
+    stored, scale, offset = quantise(values, (stats,), "MR", False, notes)
     assert stored.dtype == np.int16
     back = stored.astype(np.float64) * scale + offset
     robust = stats["p99_5"] - stats["p0_5"]
@@ -471,7 +471,7 @@ def test_quantisation_error_is_below_a_ten_thousandth_of_the_robust_range(level,
 
 def test_resampled_ct_is_rounded_to_one_hounsfield_unit():
     values = np.array([-1000.4, 0.6, 300.5, 2999.9], np.float32).reshape(1, 1, 1, 4)
-    stored, scale, offset = quantise(values, foreground_stats(values), "CT", False, [])
+    stored, scale, offset = quantise(values, (foreground_stats(values),), "CT", False, [])
     assert (scale, offset) == (1.0, 0.0)
     np.testing.assert_array_equal(stored.ravel(), [-1000, 1, 300, 3000])
 
@@ -479,7 +479,7 @@ def test_resampled_ct_is_rounded_to_one_hounsfield_unit():
 def test_ct_that_is_not_in_hounsfield_units_is_not_rounded_to_them():
     values = np.random.default_rng(0).random((1, 4, 16, 16)).astype(np.float32)
     notes: list[str] = []
-    stored, scale, offset = quantise(values, foreground_stats(values), "CT", False, notes)
+    stored, scale, offset = quantise(values, (foreground_stats(values),), "CT", False, notes)
     np.testing.assert_allclose(stored * scale + offset, values, atol=1e-4)
     assert "no Hounsfield units" in notes[0]
 
@@ -492,12 +492,12 @@ def test_no_channel_is_clipped_or_rounded_by_the_scale_of_another(modality, orde
     ct, pet = draw.uniform(-1000, 1500, (4, 16, 16)), draw.gamma(2.0, 1.5, (4, 16, 16))
     values = np.stack([ct, pet][::order]).astype(np.float32)
     notes: list[str] = []
-    stored, scale, offset = quantise(values, foreground_stats(values[0]), modality, False, notes)
+    stored, scale, offset = quantise(values, tuple(map(foreground_stats, values)), modality, False, notes)
     np.testing.assert_array_equal(stored * scale + offset, values)
     assert stored.dtype == np.float32
     assert "float32" in notes[0]
     values[1] = values[0] * np.float32(0.9) + 1
-    stored, scale, offset = quantise(values, foreground_stats(values[0]), modality, False, [])
+    stored, scale, offset = quantise(values, tuple(map(foreground_stats, values)), modality, False, [])
     assert stored.dtype == np.int16
     for channel, back in zip(values, stored.astype(np.float64) * scale + offset, strict=True):
         stats = foreground_stats(channel)

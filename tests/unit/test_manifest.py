@@ -36,7 +36,7 @@ def record(i: int = 0, **change: object) -> VolumeRecord:
         offset=-1024.0,
         foreground_lo=(0, 1, 2),
         foreground_hi=(30, 40, 36),
-        stats={"min": 0.5, "max": 99.0, "mean": 1 / 3, "std": 1.0, "p0_5": 0.6, "p99_5": 98.0},
+        stats=({"min": 0.5, "max": 99.0, "mean": 1 / 3, "std": 1.0, "p0_5": 0.6, "p99_5": 98.0},),
         labels=(
             LabelRecord(
                 "organ",
@@ -93,7 +93,7 @@ def test_the_fingerprint_is_of_the_content_only(order: list[int], field: str) ->
         "scale": 0.1000001,
         "notes": ("new",),
         "affine": (9.0,) * 16,
-        "stats": {"min": 0.0},
+        "stats": ({"min": 0.0},),
         "labels": (LabelRecord("x"),),
     }
     changed = [replace(records[0], **{field: other[field]}), *records[1:]]  # type: ignore[arg-type]

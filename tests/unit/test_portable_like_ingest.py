@@ -12,8 +12,9 @@ from ssl_core.portable.grid import resample
 from ssl_core.portable.nifti import read_nifti
 from storage.ingest_policy import IngestPolicy
 from storage.ingest_volume import prepare
-from storage.intensity_stats import STATS_ORDER, foreground_stats
+from storage.intensity_stats import STATS_ORDER, channel_foreground
 from storage.pairing import discover
+from storage.readers import ReadPolicy
 
 
 def _same(path: Path, policy: IngestPolicy) -> None:
@@ -27,25 +28,30 @@ def _same(path: Path, policy: IngestPolicy) -> None:
         values, affine = resample(values, affine, policy.spacing_mm, policy.image_interpolation)
     assert values.shape == stored.stored_CDHW.shape
     assert np.allclose(affine, stored.affine, atol=1e-9)
-    stats = foreground_stats(values[0])
-    spread = stats["p99_5"] - stats["p0_5"]
-    for key in STATS_ORDER:
-        assert stats[key] == pytest.approx(stored.stats[key], rel=1e-6, abs=1e-6 * spread)
     found = stored.stored_CDHW * stored.scale + stored.offset
-    inside = (values >= found.min()) & (values <= found.max())  # outliers are clipped by the int16 store
-    assert np.abs(found - values)[inside].max() <= 1e-4 * spread
+    _, measured = channel_foreground(values)
+    for channel, kept, stats, recorded in zip(values, found, measured, stored.stats, strict=True):
+        spread = stats["p99_5"] - stats["p0_5"]
+        for key in STATS_ORDER:
+            assert stats[key] == pytest.approx(recorded[key], rel=1e-6, abs=1e-6 * spread)
+        inside = (channel >= kept.min()) & (channel <= kept.max())  # outliers are clipped by the int16 store
+        assert np.abs(kept - channel)[inside].max() <= 1e-4 * spread
 
 
 @pytest.mark.parametrize("spacing", ["native", (2.0, 1.5, 1.5)])
-@pytest.mark.parametrize(("dtype", "slope"), [("f4", 1.0), ("i2", 1.0), ("u1", 0.37), ("f8", 1.0)])
-def test_made_files(tmp_path: Path, dtype: str, slope: float, spacing: object) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "slope", "channels"), [("f4", 1.0, 1), ("i2", 1.0, 1), ("u1", 0.37, 1), ("f8", 1.0, 1), ("f4", 1.0, 2)]
+)
+def test_made_files(tmp_path: Path, dtype: str, slope: float, channels: int, spacing: object) -> None:
     rng = np.random.default_rng(0)
     array = rng.gamma(2.0, 30.0, (21, 17, 12)).clip(0, 250).astype(dtype)
+    if channels > 1:
+        array = np.stack([array, rng.normal(0, 20, array.shape)], -1).astype(dtype)
     affine = np.array([[0, 0, -1.5, 40], [-1.0, 0, 0, 9], [0, 1.2, 0, -30], [0, 0, 0, 1]])
     image = nib.Nifti1Image(array, affine)
     image.header.set_slope_inter(slope, 0)
     nib.save(image, tmp_path / "case_1.nii.gz")
-    _same(tmp_path / "case_1.nii.gz", IngestPolicy(spacing_mm=spacing))  # type: ignore[arg-type]
+    _same(tmp_path / "case_1.nii.gz", IngestPolicy(spacing_mm=spacing, read=ReadPolicy(four_d="channels")))  # type: ignore[arg-type]
 
 
 def test_real_files() -> None:

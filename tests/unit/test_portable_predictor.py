@@ -31,7 +31,7 @@ def test_intensities_are_those_of_training(kind: str) -> None:
         stats = foreground_stats(values)
         assert portable_constants(policy.model_dump(), stats) == constants(policy, stats)
         table = portable_constants(policy.model_dump(), stats)
-        assert np.array_equal(portable_apply(values, table), normalise_array(values, stats, policy))
+        assert np.array_equal(portable_apply(values, table), normalise_array(values[None], (stats,), policy)[0])
 
 
 def test_prediction_is_the_network_on_the_canonical_volume(tmp_path: Path, segmenter: Path) -> None:
@@ -41,8 +41,8 @@ def test_prediction_is_the_network_on_the_canonical_volume(tmp_path: Path, segme
     values, _ = canonicalise(np.asanyarray(image.dataobj).transpose(2, 1, 0)[None], image.affine)
     stats = foreground_stats(values)
     policy = IntensityPolicy()
-    normal = normalise_array(values, stats, policy)
-    air = normalise_array(np.array([stats["min"]]), stats, policy)
+    normal = normalise_array(values, (stats,), policy)
+    air = normalise_array(np.array([stats["min"]]), (stats,), policy)
     room = np.full((1, 32, 32, 32), air[0], np.float32)
     corner = [(32 - n) // 2 for n in normal.shape[1:]]
     inside = tuple(slice(c, c + n) for c, n in zip(corner, normal.shape[1:], strict=True))
@@ -94,7 +94,7 @@ def test_recorded_statistics_are_not_used_for_a_volume_that_is_resampled() -> No
     values = np.random.default_rng(0).normal(100, 30, (1, 16, 18, 20))
     recorded = foreground_stats(values[0])
     plan = Preprocess(1, (2.0, 2.0, 2.0), "linear", IntensityPolicy().model_dump(), (16, 16, 16), ((0, "background"),))
-    for stats in (None, recorded):
+    for stats in (None, (recorded,)):
         image, air = prepare(values, np.eye(4), plan, stats)
         wanted = foreground_stats(resample(values, np.eye(4), (2.0, 2.0, 2.0), "linear")[0][0])
         assert wanted["std"] < 0.7 * recorded["std"]
@@ -103,7 +103,7 @@ def test_recorded_statistics_are_not_used_for_a_volume_that_is_resampled() -> No
         assert air == portable_apply(np.array([wanted["min"]]), table)
     # On the grid that they were measured on they are used as they are.
     known = recorded | {"mean": 1.0}
-    image, _ = prepare(values, np.diag([2.0, 2.0, 2.0, 1.0]), plan, known)
+    image, _ = prepare(values, np.diag([2.0, 2.0, 2.0, 1.0]), plan, (known,))
     assert np.array_equal(image, portable_apply(values, portable_constants(plan.intensity, known)))
 
 
@@ -153,7 +153,7 @@ def test_encoder_features_are_the_backbones(tmp_path: Path, encoder: Path) -> No
     source = nib.load(scan(tmp_path, (32, 32, 32)))
     predictor = Predictor(encoder, "cpu")
     values, _ = canonicalise(np.asanyarray(source.dataobj).transpose(2, 1, 0)[None], source.affine)
-    image = normalise_array(values, foreground_stats(values), IntensityPolicy())
+    image = normalise_array(values, (foreground_stats(values),), IntensityPolicy())
     backbone = network(1)
     backbone.net.eval()
     with torch.no_grad():

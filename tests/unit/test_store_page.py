@@ -11,6 +11,7 @@ import pytest
 from jobs import cli, store_page
 from ssl_core.picture import thumbnail
 from storage.manifest import Manifest
+from storage.testing import publish_phantoms
 from storage.volumes import VolumeStore
 from tests.phantoms import write_phantoms
 
@@ -61,6 +62,17 @@ def test_the_page_shows_facts_histograms_and_slices_and_needs_nothing_else(
     assert f"<td>{facts['manifest']}</td>" in text
     assert "MR 30" in text
     assert "24 of 30, evenly spread" in text
+
+
+def test_every_channel_has_its_histograms(tmp_path: Path) -> None:
+    url = tmp_path.as_uri()
+    publish_phantoms(url, [(8, 9, 10)] * 3, channels=6)
+    with VolumeStore(url) as volumes:
+        text = store_page.render(volumes, {})
+    pictures = [i["alt"] or "" for i in Page(text).images]
+    assert sum("of channel 3 (counted from 0) of 3 volumes" in alt for alt in pictures) == 1
+    assert not any("of channel 4" in alt for alt in pictures)
+    assert "The first 4 of 6 channels are shown" in text
 
 
 def test_a_thumbnail_outlines_the_label_and_keeps_the_proportions() -> None:

@@ -67,7 +67,7 @@ def record(
         volume_id=name, subject=name, study="", split=split, modality="MR", shape_DHW=shape, channels=channels,
         spacing_mm=(3.0, 1.0, 0.5), affine=tuple(np.eye(4).ravel().tolist()), orientation="RAS", dtype=dtype,
         scale=scale, offset=0.5, foreground_lo=(1, 1, 1), foreground_hi=(4, 4, 5),
-        stats=dict.fromkeys(STATS_ORDER, 2.0), labels=labels,
+        stats=(dict.fromkeys(STATS_ORDER, 2.0),) * channels, labels=labels,
         source=name, source_sha256="", content_sha256="", reader="", policy="", notes=(),
         chunk_DHW=(8, 8, 8), shard_DHW=(8, 8, 8),
     )  # fmt: skip
@@ -194,10 +194,10 @@ def test_facts_of_a_batch() -> None:
     assert batch.image_BCDHW.dtype == np.int16
     assert batch.sample_B.tolist() == [1, 4, 7, 10]
     assert batch.label_BDHW is None
-    assert batch.stats_BS.shape == (4, len(STATS_ORDER))
+    assert batch.stats_BCS.shape == (4, 2, len(STATS_ORDER))
     kinds = (batch.start_B3, batch.volume_B, batch.sample_B)
     assert {a.dtype for a in kinds} == {np.dtype("int64")}
-    assert {a.dtype for a in (batch.scale_B, batch.offset_B, batch.stats_BS)} == {np.dtype("float32")}
+    assert {a.dtype for a in (batch.scale_B, batch.offset_B, batch.stats_BCS)} == {np.dtype("float32")}
     assert {a.dtype for a in (batch.shape_B3, batch.spacing_B3)} == {np.dtype("float64")}
     assert batch.scale_B.tolist() == [1.0 + v for v in batch.volume_B.tolist()]
 

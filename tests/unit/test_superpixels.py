@@ -100,7 +100,7 @@ def test_images_that_would_be_misread_are_refused(image: np.ndarray) -> None:
 def record(low: float, high: float) -> VolumeRecord:
     image = np.zeros((1, 2, 4, 4), np.int16)
     made = write_volume(MemoryStore("memory://superpixels"), "v", image, spacing_mm=(1, 1, 1), affine=np.eye(4))
-    return replace(made, scale=2.0, offset=-10.0, stats={"p0_5": low, "p99_5": high})
+    return replace(made, scale=2.0, offset=-10.0, stats=({"p0_5": low, "p99_5": high},))
 
 
 def halves() -> np.ndarray:

@@ -205,7 +205,7 @@ def test_constant_crops_stay_finite(value):
         spec = ViewSpec((RoleSpec("a", 2, (8, 9, 10), scale=(0.8, 1.2), intensity=preset),))
         image = np.full((8, 1, *spec.host_size_DHW), value, np.int16)
         batch = batch_of(image, np.zeros((8, 3)), (20, 20, 20))
-        batch.stats_BS = np.tile(np.array([value] * 3 + [0] + [value] * 2, np.float32), (8, 1))
+        batch.stats_BCS = np.tile(np.array([value] * 3 + [0] + [value] * 2, np.float32), (8, 1, 1))
         for view in _make(batch, spec, policy=IntensityPolicy()).roles["a"]:
             assert torch.isfinite(view.image_BCDHW).all()
 

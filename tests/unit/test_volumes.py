@@ -4,7 +4,7 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from storage.layout import Layout, choose_layout
 from storage.manifest import Manifest
 from storage.shardindex import build_index
 from storage.testing import phantom, phantom_label, publish_phantoms
-from storage.volumes import Crop, VolumeStore, padding_value, write_volume
+from storage.volumes import Crop, VolumeStore, padding_values, write_volume
 from storage.zarrmeta import array_document, group_document, parse_array
 
 SHAPES = [(35, 50, 36), (70, 41, 90), (9, 64, 64)]
@@ -39,8 +39,10 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, 
     return url, arrays
 
 
-def numpy_crop(array: np.ndarray, start: tuple[int, ...], size: tuple[int, ...], padding: float) -> np.ndarray:
-    out = np.full((array.shape[0], *size), padding, array.dtype)
+def numpy_crop(
+    array: np.ndarray, start: tuple[int, ...], size: tuple[int, ...], padding: Sequence[float]
+) -> np.ndarray:
+    out = np.stack([np.full(size, value, array.dtype) for value in padding])
     for d, h, w in np.ndindex(*size):
         at = (start[0] + d, start[1] + h, start[2] + w)
         if all(0 <= a < n for a, n in zip(at, array.shape[1:], strict=True)):
@@ -65,11 +67,11 @@ def test_any_crop_equals_numpy_slicing_with_padding(
         images, labels = store.read_many(crops), store.read_many(crops, label="tissue")
         for crop, image, label in zip(crops, images, labels, strict=True):
             array = arrays[crop.volume_id]
-            padding = padding_value(store.record(crop.volume_id))
+            padding = padding_values(store.record(crop.volume_id))
             assert image.dtype == np.int16
             assert image.flags.c_contiguous
             np.testing.assert_array_equal(image, numpy_crop(array, crop.start_DHW, crop.size_DHW, padding))
-            expected = numpy_crop(phantom_label(array)[None], crop.start_DHW, crop.size_DHW, 0)
+            expected = numpy_crop(phantom_label(array)[None], crop.start_DHW, crop.size_DHW, [0])
             np.testing.assert_array_equal(label, expected)
 
 
@@ -399,7 +401,7 @@ def test_records_hold_what_the_array_holds() -> None:
         assert len(points) == len(set(points)) == min(64, voxels)
         assert all(label[p] == value for p in points)
     assert record.shape_DHW == (40, 50, 60)
-    assert record.stats["min"] >= -200
+    assert record.stats[0]["min"] >= -200
     assert record.foreground_hi <= record.shape_DHW
 
 
