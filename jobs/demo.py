@@ -253,7 +253,9 @@ class Demo:
                 "GB resident at most": f"{self.memory.peak_gb if self.memory else 0:.1f}",
             },
             "data": {
-                "description": f"{title}: {len(manifest)} volumes" + (", simulated" if simulated else ""),
+                "description": f"{len(manifest)} simulated volumes"
+                if simulated
+                else f"{title}: {len(manifest)} volumes",
                 "simulated": simulated,
                 "text": f"{len(manifest)} volumes published to {url}; splits by subject: {splits}.",
                 "notes": orphans + quarantined,

@@ -245,8 +245,10 @@ def summarise(config: FinetuneJobConfig, results: Sequence[dict[str, Any]]) -> d
     """Rows by start and label, and the paired test of the first start against the second over test subjects."""
     from ssl_core.stats import compare
 
-    cases = [case for result in results for case in result["cases"]]
     starts = list(config.starts)
+    # As configured, not as they happened to end.
+    results = sorted(results, key=lambda r: (starts.index(r["start"]), config.seeds.index(r["seed"])))
+    cases = [case for result in results for case in result["cases"]]
     rows = []
     for start in starts:
         for label in sorted({c["label"] for c in cases}):

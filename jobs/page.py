@@ -15,7 +15,10 @@ COLOURS = ("#2f6f9f", "#c2703d", "#5b8c5a", "#8a5a9e")
 INK = "#3b4350"
 
 _STYLE = """
-:root{--ink:#1f2733;--soft:#5c6675;--line:#dfe3e8;--page:#f6f7f9;--card:#fff;--accent:#2f6f9f;--warn:#8a4b12;--warnbg:#fdf3e7}
+:root{color-scheme:light dark;
+  --ink:#1f2733;--soft:#5c6675;--line:#dfe3e8;--page:#f6f7f9;--card:#fff;--accent:#2f6f9f;--warn:#8a4b12;--warnbg:#fdf3e7}
+@media(prefers-color-scheme:dark){:root{
+  --ink:#e3e7ed;--soft:#a0aab8;--line:#323a45;--page:#12161c;--card:#1b2129;--accent:#74b3e2;--warn:#f0bd80;--warnbg:#33271a}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);
   font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
@@ -32,8 +35,9 @@ section{background:var(--card);border:1px solid var(--line);border-radius:10px;p
 table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:6px 10px;border-bottom:1px solid var(--line);vertical-align:top}
 th{color:var(--soft);font-weight:600}
-td.n,th.n{text-align:right}
-img{max-width:100%;height:auto;display:block;margin:0 auto}
+.wide{overflow-x:auto}
+@media(max-width:640px){section{padding:16px 14px}th,td{white-space:nowrap}}
+img{max-width:100%;height:auto;display:block;margin:0 auto;border-radius:6px}
 figure{margin:0 0 14px}
 figcaption{color:var(--soft);font-size:13px;margin-top:6px}
 .note{background:var(--warnbg);color:var(--warn);border-radius:8px;padding:10px 14px;margin:0 0 18px}
@@ -45,7 +49,7 @@ details summary{cursor:pointer;color:var(--accent)}
 a{color:var(--accent)}
 .thumbs{display:grid;grid-template-columns:repeat(auto-fill,minmax(148px,1fr));gap:14px}
 .thumbs figure{margin:0}
-.thumbs img{width:100%;aspect-ratio:1;object-fit:contain;background:#0d1117;border-radius:6px}
+.thumbs img{width:100%;aspect-ratio:1;object-fit:contain;background:#0d1117}
 .thumbs figcaption{overflow-wrap:anywhere;line-height:1.35}
 """
 
@@ -79,10 +83,10 @@ def figure(png: bytes, caption: str) -> str:
 
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table of plain values."""
+    """A table of plain values, which scrolls by itself where the page is narrower."""
     top = "".join(f"<th>{escape(h)}</th>" for h in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def escape(value: Any) -> str:

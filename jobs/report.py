@@ -28,14 +28,14 @@ def loss_figure(points: Sequence[Sequence[Any]]) -> bytes:
 
 
 def dice_figure(cases: Sequence[Mapping[str, Any]]) -> bytes:
-    """PNG of Dice per test case, mean over labels and seeds, one box and its points a start, pairs joined."""
+    """PNG of Dice per test subject, mean over labels and seeds, one box and its points a start, pairs joined."""
     starts = list(dict.fromkeys(c["start"] for c in cases))
-    volumes = sorted({c["volume_id"] for c in cases})
-    values = {s: np.array([_mean_dice(cases, s, v) for v in volumes]) for s in starts}
+    subjects = sorted({c["subject"] for c in cases})
+    values = {s: np.array([_mean_dice(cases, s, who) for who in subjects]) for s in starts}
     drawing, axis = plt.subplots(figsize=(7.2, 3.2))
-    jitter = np.random.default_rng(0).uniform(-0.07, 0.07, len(volumes))
+    jitter = np.random.default_rng(0).uniform(-0.07, 0.07, len(subjects))
     if len(starts) == 2:
-        for i in range(len(volumes)):
+        for i in range(len(subjects)):
             pair = [values[s][i] for s in starts]
             axis.plot([1 + jitter[i], 2 + jitter[i]], pair, color="#9aa3af", lw=0.6, alpha=0.55, zorder=1)
     for i, start in enumerate(starts, 1):
@@ -51,12 +51,12 @@ def dice_figure(cases: Sequence[Mapping[str, Any]]) -> bytes:
         )
         axis.scatter(i + jitter, values[start], s=15, color=COLOURS[(i - 1) % len(COLOURS)], alpha=0.85, zorder=3, lw=0)
     axis.set_xticks(range(1, len(starts) + 1), starts)
-    axis.set_ylabel("Dice of a test case\n(mean of labels and seeds)")
+    axis.set_ylabel("Dice of a test subject\n(mean of labels and seeds)")
     return chart(drawing, [axis])
 
 
-def _mean_dice(cases: Sequence[Mapping[str, Any]], start: str, volume: str) -> float:
-    return float(np.mean([c["dice"] for c in cases if c["start"] == start and c["volume_id"] == volume]))
+def _mean_dice(cases: Sequence[Mapping[str, Any]], start: str, subject: str) -> float:
+    return float(np.mean([c["dice"] for c in cases if c["start"] == start and c["subject"] == subject]))
 
 
 def render(summary: Mapping[str, Any], pictures: Mapping[str, bytes], captions: Mapping[str, str]) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from jobs.bundling import write_segmenter
 from jobs.configs import FinetuneJobConfig
-from jobs.finetune import device_for
+from jobs.finetune import device_for, summarise
 from ssl_core.config import parse
 from ssl_core.finetune import build_segmenter
 from ssl_core.intensity import IntensityPolicy
@@ -55,3 +55,27 @@ def test_scores_that_promotions_compare_are_of_subjects_and_name_what_was_segmen
     found = json.loads((bundle / "evaluation.json").read_text())
     assert found["cases"] == pytest.approx({"s1": 0.3, "s2": 0.9})
     assert found["split"] == f"{manifest.fingerprint} test, organs 1 3"
+
+
+def test_the_test_pairs_subjects_whatever_ended_first() -> None:
+    job = {"name": "n", "starts": {"pre": "models:/e/1", "none": "none"}, "seeds": [3, 1]}
+    config = parse(FinetuneJobConfig, job | {"labelled": {"data": "memory://x"}})
+    # Two volumes of subject 0, which must not count twice.
+    volumes = [("s0", "v0a"), ("s0", "v0b"), *((f"s{i}", f"v{i}") for i in range(1, 7))]
+
+    def result(start: str, seed: int) -> dict[str, object]:
+        gain = {("pre", 3): 0.2, ("pre", 1): 0.4}.get((start, seed), 0.0)
+        rows = [
+            {"start": start, "seed": seed, "volume_id": v, "subject": s, "label": "l", "hd95_mm": 1.0, "nsd": 1.0}
+            | {"dice": 0.5 + (gain if v != "v0b" else -gain)}
+            for s, v in volumes
+        ]
+        return {"start": start, "seed": seed, "cases": rows, "version": None, "history": [], "seconds": 1.0}
+
+    ended = [result(*pair) for pair in (("none", 1), ("none", 3), ("pre", 1), ("pre", 3))]
+    found = summarise(config, ended)
+    assert found["test"]["n"] == 7
+    assert found["test"]["difference"] == pytest.approx(6 * 0.3 / 7)
+    assert [(r["start"], r["seed"]) for r in found["runs"]] == [("pre", 3), ("pre", 1), ("none", 3), ("none", 1)]
+    assert found["cases"][0]["start"] == "pre"
+    assert [(r["start"], r["cases"]) for r in found["rows"]] == [("pre", 8), ("none", 8)]

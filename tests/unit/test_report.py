@@ -175,3 +175,17 @@ def test_the_terminal_says_the_same() -> None:
     assert STATEMENT in text
     for part in ("0.5612", "encoder", "scratch", "pre-training", "12.3", "True"):
         assert part in text, part
+
+
+def test_a_dot_is_a_subject_however_many_volumes_it_has() -> None:
+    cases = summary()["finetune"]["cases"]
+    twice = [{**c, "volume_id": f"{c['volume_id']}-{scan}"} for c in cases for scan in "ab"]
+    assert report.dice_figure(twice) == report.dice_figure(cases)
+
+
+@pytest.mark.parametrize("encoder", ["none", "models:/e/1"])
+def test_a_search_that_one_side_had_no_part_in_is_said(encoder: str) -> None:
+    data = summary()
+    data["search"]["trials"][1]["encoder"] = encoder
+    for text in (Page(page(data)).text, report.text(data)):
+        assert ("had no search of their own" in text) == (encoder != "none")
