@@ -84,6 +84,14 @@ class Hooks:
     last: dict[str, float] = field(default_factory=dict)
 
 
+def collectives_backend(*, gpu: bool) -> str:
+    """What `torch.distributed` is to use: NCCL for tensors on GPUs, and gloo for those of the host, which NCCL refuses.
+
+    `SampleRecord` gathers host tensors, so that no rank waits for its GPU to say what it has read.
+    """
+    return "cpu:gloo,cuda:nccl" if gpu else "gloo"
+
+
 def open_manifest(config: PretrainConfig) -> Manifest:
     """The manifest that the job reads, checked to have volumes of its split and what the method wants beside them.
 
