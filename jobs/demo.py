@@ -239,6 +239,7 @@ class Demo:
         orphans = [str(o) for o in found.orphans]
         quarantined = [str(q) for q in found.quarantined]
         splits = {s: len(manifest.select(split=s)) for s in ("train", "val", "test")}
+        shares = ", ".join(f"{name} {count}" for name, count in splits.items())
         stopped = sum(t["stopped_early"] for t in searched["trials"])
         starts = {r["start"]: [] for r in tuned["rows"]}
         for row in tuned["rows"]:
@@ -257,7 +258,7 @@ class Demo:
                 if simulated
                 else f"{title}: {len(manifest)} volumes",
                 "simulated": simulated,
-                "text": f"{len(manifest)} volumes published to {url}; splits by subject: {splits}.",
+                "text": f"{len(manifest)} volumes published to {url}; splits by subject: {shares}.",
                 "notes": orphans + quarantined,
                 "facts": {"store": url, "manifest fingerprint": manifest.fingerprint, **splits},
             },

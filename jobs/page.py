@@ -35,7 +35,7 @@ section{background:var(--card);border:1px solid var(--line);border-radius:10px;p
 table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:6px 10px;border-bottom:1px solid var(--line);vertical-align:top}
 th{color:var(--soft);font-weight:600}
-.wide{overflow-x:auto}
+.wide{overflow-x:auto;margin:0 0 12px}
 @media(max-width:640px){section{padding:16px 14px}th,td{white-space:nowrap}}
 img{max-width:100%;height:auto;display:block;margin:0 auto;border-radius:6px}
 figure{margin:0 0 14px}
@@ -46,7 +46,7 @@ pre{background:var(--page);border:1px solid var(--line);border-radius:8px;paddin
   font-size:12.5px;line-height:1.45;max-height:420px}
 code{font-size:13px;overflow-wrap:anywhere}
 details summary{cursor:pointer;color:var(--accent)}
-a{color:var(--accent)}
+a{color:var(--accent);overflow-wrap:anywhere}
 .thumbs{display:grid;grid-template-columns:repeat(auto-fill,minmax(148px,1fr));gap:14px}
 .thumbs figure{margin:0}
 .thumbs img{width:100%;aspect-ratio:1;object-fit:contain;background:#0d1117}

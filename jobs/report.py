@@ -142,7 +142,7 @@ def render(summary: Mapping[str, Any], pictures: Mapping[str, bytes], captions: 
     links = f"<ul>{links}</ul><p>The links work while the stack is up (<code>tomoscale demo --keep</code>).</p>"
     parts.append(section("Where things are", links))
     config = f"<details><summary>Resolved configuration</summary><pre>{escape(summary['config'])}</pre></details>"
-    parts.append(section("Environment", html_table(("", ""), list(summary["environment"].items())) + config))
+    parts.append(section("Environment", html_table(("what", "found"), list(summary["environment"].items())) + config))
     return page("tomoscale report", parts)
 
 
