@@ -2,12 +2,15 @@
 
 `x_NCDHW` is a batch of N views; parameters are NumPy arrays with one row a view, drawn on the host, so that views with
 different parameters are still one batched operation. "Range" is the lowest to the highest value of a view's channel.
+What is given is left as it is; temporaries are written over, as fresh memory costs more than the arithmetic on a CPU.
 """
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from ssl_core.upload import upload
 
 F64 = NDArray[np.float64]
 
@@ -21,7 +24,7 @@ def add_noise(x_NCDHW: Tensor, std_N: F64, generators: list[torch.Generator], of
     if of_range:
         low, high = extremes(x_NCDHW)
         std = std * (high - low)
-    return torch.addcmul(x_NCDHW, noise, std)
+    return noise.mul_(std).add_(x_NCDHW)
 
 
 def blur(x_NCDHW: Tensor, sigma_N: F64) -> Tensor:
@@ -41,31 +44,31 @@ def blur(x_NCDHW: Tensor, sigma_N: F64) -> Tensor:
 def multiply(x_NCDHW: Tensor, factor_N: F64) -> Tensor:
     """Multiply, and clip back to the former range."""
     low, high = extremes(x_NCDHW)
-    return torch.clamp(x_NCDHW * column(factor_N, x_NCDHW), low, high)
+    return (x_NCDHW * column(factor_N, x_NCDHW)).clamp_(low, high)
 
 
 def contrast(x_NCDHW: Tensor, factor_N: F64) -> Tensor:
     """Multiply the distance from the channel's mean, and clip back to the former range."""
     low, high = extremes(x_NCDHW)
     mean = x_NCDHW.mean(dim=(2, 3, 4), keepdim=True)
-    return torch.clamp(torch.addcmul(mean, x_NCDHW - mean, column(factor_N, x_NCDHW)), low, high)
+    return (x_NCDHW - mean).mul_(column(factor_N, x_NCDHW)).add_(mean).clamp_(low, high)
 
 
 def gamma(x_NCDHW: Tensor, exponent_N: F64) -> Tensor:
     """Raise to a power on the range rescaled to [0, 1], and rescale back."""
     unit, low, span = to_unit(x_NCDHW)
-    return torch.addcmul(low, unit.pow_(column(exponent_N, x_NCDHW)), span)
+    return unit.pow_(column(exponent_N, x_NCDHW)).mul_(span).add_(low)
 
 
 def curve(x_NCDHW: Tensor, table_NK: F64) -> Tensor:
     """Map the range rescaled to [0, 1] through a table of K equally spaced values, linearly in between."""
     unit, low, span = to_unit(x_NCDHW)
     last = table_NK.shape[1] - 1
-    table = torch.from_numpy(table_NK).to(unit.device, unit.dtype)
+    table = upload(table_NK, unit.device, unit.dtype)
     place = unit.mul_(last).flatten(1)
     index = place.to(torch.int64).clamp_(max=last - 1)
     left, right = table.gather(1, index), table.gather(1, index + 1)
-    return torch.addcmul(low, torch.lerp(left, right, place - index).reshape(x_NCDHW.shape), span)
+    return left.lerp_(right, place - index).reshape(x_NCDHW.shape).mul_(span).add_(low)
 
 
 def bezier(control_N4: F64, falling_N: NDArray[np.bool_], count: int = 256) -> F64:
@@ -85,12 +88,12 @@ def bezier(control_N4: F64, falling_N: NDArray[np.bool_], count: int = 256) -> F
 def standardise(x_NCDHW: Tensor) -> Tensor:
     """Zero mean and unit standard deviation of every view and channel; a constant channel becomes zero."""
     std, mean = torch.std_mean(x_NCDHW, dim=(2, 3, 4), keepdim=True, correction=0)
-    return (x_NCDHW - mean) / std.clamp_min(1e-6)
+    return (x_NCDHW - mean).div_(std.clamp_min(1e-6))
 
 
 def column(values_N: F64, like: Tensor) -> Tensor:
     """Parameters (N,) as (N, 1, 1, 1, 1), on the device and in the dtype of `like`."""
-    return torch.from_numpy(np.ascontiguousarray(values_N)).to(like.device, like.dtype).reshape(-1, 1, 1, 1, 1)
+    return upload(values_N, like.device, like.dtype).reshape(-1, 1, 1, 1, 1)
 
 
 def extremes(x_NCDHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,11 +107,11 @@ def to_unit(x_NCDHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The range rescaled to [0, 1], its lower end and its width; a constant channel becomes 0."""
     low, high = extremes(x_NCDHW)
     span = high - low
-    return ((x_NCDHW - low) / span.clamp_min(1e-12)).clamp_(0, 1), low, span
+    return (x_NCDHW - low).div_(span.clamp_min(1e-12)).clamp_(0, 1), low, span
 
 
 def _gaussian(size: int, sigma_N: F64, like: Tensor) -> Tensor:
     distance = np.abs(np.arange(size)[:, None] - np.arange(size)[None, :])
     scaled = distance / np.maximum(sigma_N, 1e-3)[:, None, None]
     weight = np.where(scaled <= 4, np.exp(-0.5 * scaled**2), 0.0)
-    return torch.from_numpy(weight / weight.sum(2, keepdims=True)).to(like.device, like.dtype)
+    return upload(weight / weight.sum(2, keepdims=True), like.device, like.dtype)

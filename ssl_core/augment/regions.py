@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssl_core.augment.intensity import extremes
+from ssl_core.upload import upload
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
@@ -45,20 +46,20 @@ def paint(
 ) -> Tensor:
     """Put uniform noise over the range into the windows, or everywhere but into them for out-painting."""
     n, _, *size = x_NCDHW.shape
-    inside = torch.zeros(n, *size, dtype=torch.bool, device=x_NCDHW.device)
     axes = []
     for axis, count in enumerate(size):
         at = np.arange(count)
         covered = (at >= low_NK3[:, :, axis, None]) & (at < high_NK3[:, :, axis, None])
-        axes.append(torch.from_numpy(covered).to(x_NCDHW.device))
-    for k in range(low_NK3.shape[1]):
-        inside |= axes[0][:, k, :, None, None] & axes[1][:, k, None, :, None] & axes[2][:, k, None, None, :]
-    painted = inside ^ torch.from_numpy(outer_N.copy()).to(x_NCDHW.device)[:, None, None, None]
+        axes.append(upload(covered, x_NCDHW.device))
+    # How many windows hold a voxel, as one product: a loop over windows passes over the whole view for each.
+    in_dh = (axes[0][..., :, None] & axes[1][..., None, :]).flatten(2).to(x_NCDHW.dtype)
+    covering = in_dh.transpose(1, 2) @ axes[2].to(x_NCDHW.dtype)
+    painted = (covering > 0.5).reshape(n, *size) ^ upload(outer_N, x_NCDHW.device)[:, None, None, None]
     low, high = extremes(x_NCDHW)
     noise = torch.empty_like(x_NCDHW)
     for row, generator in zip(noise, generators, strict=True):
         row.uniform_(generator=generator)
-    return torch.where(painted[:, None], torch.addcmul(low, noise, high - low), x_NCDHW)
+    return torch.where(painted[:, None], noise.mul_(high - low).add_(low), x_NCDHW)
 
 
 def shuffle(x_NCDHW: Tensor, u_N6: F64, generators: list[torch.Generator]) -> Tensor:

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from ssl_core.upload import upload
+
 F64 = NDArray[np.float64]
 Size = tuple[int, int, int]
 
@@ -21,17 +23,18 @@ def positions(to_volume_VB34: F64, start_B3: NDArray[np.int64], size_DHW: Size, 
 
     Three float64 tensors that broadcast to (V, B, D, H, W).
     """
-    centres = [np.arange(n) + 0.5 for n in size_DHW]
+    centres = [torch.arange(n, dtype=torch.float64, device=device) + 0.5 for n in size_DHW]
     axes = [centres[0][:, None, None], centres[1][:, None], centres[2]]
+    shift_VB3 = to_volume_VB34[..., 3] - start_B3
+    table = upload(np.concatenate([to_volume_VB34[..., :3], shift_VB3[..., None]], axis=3), device)
+    table = table[..., None, None, None]
     found = []
     for row in range(3):
-        shift = to_volume_VB34[:, :, row, 3] - start_B3[:, row]
-        total = shift[:, :, None, None, None]
+        total = table[:, :, row, 3]
         for column, axis in enumerate(axes):
-            slope = to_volume_VB34[:, :, row, column]
-            if slope.any():
-                total = total + slope[:, :, None, None, None] * axis
-        found.append(torch.from_numpy(total).to(device))
+            if to_volume_VB34[:, :, row, column].any():
+                total = total + table[:, :, row, column] * axis
+        found.append(total)
     return found
 
 
@@ -63,18 +66,23 @@ def linear(host_BCDHW: Tensor, position: list[Tensor], size_DHW: Size) -> Tensor
 
 
 def separable(host_BCDHW: Tensor, position: list[Tensor]) -> Tensor:
-    """`linear` for positions along each axis that depend on that axis alone: a product with one matrix for each axis.
+    """`linear` for positions whose part along each axis depends on that axis alone: one product for each axis.
 
     The matrices hold the hat function max(0, 1 - |k - j|) of the fractional index k and the voxel j, which is linear
-    interpolation; a gather reads eight values for every voxel, and these products fewer and in order.
+    interpolation. Sample by sample, so that a view does not depend on its batch in any bit, and because temporaries of
+    this size stay in the cache.
     """
-    b, c, *host_DHW = host_BCDHW.shape
-    along_d, along_h, along_w = (_hats(p, n, host_BCDHW.dtype) for p, n in zip(position, host_DHW, strict=True))
-    x = along_d[:, :, None] @ host_BCDHW.flatten(3)
-    v, d = len(along_d), along_d.shape[2]
-    x = x.reshape(v, b, c * d * host_DHW[1], host_DHW[2]) @ along_w.transpose(2, 3)
-    x = along_h[:, :, None] @ x.reshape(v, b, c * d, host_DHW[1], -1)
-    return x.reshape(v, b, c, d, *x.shape[3:])
+    b, c, depth, height, width = host_BCDHW.shape
+    along_d, along_h, along_w = (
+        _hats(p, n, host_BCDHW.dtype) for p, n in zip(position, (depth, height, width), strict=True)
+    )
+    v, d, h, w = len(along_d), along_d.shape[2], along_h.shape[2], along_w.shape[2]
+    out = host_BCDHW.new_empty(v, b, c, d, h, w)
+    for i, host_CDHW in enumerate(host_BCDHW):
+        x = along_d[:, i, None] @ host_CDHW.flatten(2)
+        x = along_h[:, i, None] @ x.reshape(v, c * d, height, width)
+        out[:, i] = (x.reshape(v, c * d * h, width) @ along_w[:, i].transpose(1, 2)).reshape(v, c, d, h, w)
+    return out
 
 
 def _hats(position: Tensor, count: int, dtype: torch.dtype) -> Tensor:
@@ -140,7 +148,7 @@ def nearest(map_BDHW: Tensor, position: list[Tensor], size_DHW: Size) -> Tensor:
 
 def inside(position: list[Tensor], start_B3: NDArray[np.int64], shape_B3: F64, size_DHW: Size) -> Tensor:
     """Whether each position lies in the volume, (V, B, D, H, W) bool."""
-    bounds = torch.from_numpy(np.stack([0.0 - start_B3, shape_B3 - start_B3])).to(position[0].device)
+    bounds = upload(np.stack([0.0 - start_B3, shape_B3 - start_B3]), position[0].device)
     low, high = bounds[..., None, None, None]
     tests = [(x >= low[:, axis]) & (x < high[:, axis]) for axis, x in enumerate(position)]
     both = tests[0] & (tests[1] & tests[2])
