@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from jobs import entry
 from jobs.configs import PretrainConfig
-from jobs.pretrain_loop import Hooks, run
+from jobs.pretrain_loop import Hooks, collectives_backend, run
 from jobs.tracking import Point
 from ssl_core.config import load
 
@@ -34,9 +34,11 @@ def main(argv: Sequence[str]) -> int:
     arguments = usage.parse_args(argv)
     config = load(PretrainConfig, Path(arguments.config), arguments.overrides)
     cuda = torch.cuda.is_available()
-    dist.init_process_group("nccl" if cuda else "gloo")
-    rank = dist.get_rank()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)  # or every rank keeps a context, and NCCL a communicator, on the first GPU
+    dist.init_process_group(collectives_backend(gpu=cuda))
+    rank = dist.get_rank()
     out: Path = arguments.out / config.name
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)

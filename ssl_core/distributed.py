@@ -60,7 +60,7 @@ class ProcessGroup:
         if x_B.dtype.is_floating_point and torch.is_grad_enabled() and x_B.requires_grad:
             gathered: Tensor = _Gather.apply(x_B)
             return gathered
-        parts = [torch.empty_like(x_B) for _ in range(self.world)]
+        parts = [torch.empty_like(x_B, memory_format=torch.contiguous_format) for _ in range(self.world)]
         dist.all_gather(parts, x_B.contiguous())
         return torch.cat(parts)
 
@@ -73,9 +73,14 @@ class ProcessGroup:
         if torch.is_grad_enabled() and x.requires_grad:
             summed: Tensor = _Sum.apply(x)
             return summed
-        out = x.detach().clone()
-        dist.all_reduce(out)
-        return out
+        return _summed(x.detach())
+
+
+def _summed(x: Tensor) -> Tensor:
+    # A clone keeps the strides of a transposed tensor, which NCCL refuses.
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
 
 
 class _Gather(torch.autograd.Function):
@@ -83,15 +88,13 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_B: Tensor) -> Tensor:
-        parts = [torch.empty_like(x_B) for _ in range(dist.get_world_size())]
+        parts = [torch.empty_like(x_B, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, x_B.contiguous())
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        total = grads[0].clone()
-        dist.all_reduce(total)
-        return total.chunk(dist.get_world_size())[dist.get_rank()]
+        return _summed(grads[0]).chunk(dist.get_world_size())[dist.get_rank()]
 
 
 class _Sum(torch.autograd.Function):
@@ -99,15 +102,11 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
+        return _summed(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        total = grads[0].clone()
-        dist.all_reduce(total)
-        return total
+        return _summed(grads[0])
 
 
 def current() -> Collectives:

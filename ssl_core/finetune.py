@@ -5,6 +5,7 @@ encoder's weights are the only difference. The epoch's metric is measured on vol
 the sliding window that prediction uses.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ssl_core.backbones.base import Backbone
 from ssl_core.backbones.registry import build
 from ssl_core.config import Config
+from ssl_core.engine import NonFiniteError
 from ssl_core.evaluate import Scores, dice, score_case
 from ssl_core.intensity import IntensityPolicy, normalise_array
 from ssl_core.make_views import make_views
@@ -25,7 +27,7 @@ from ssl_core.portable.windows import slide
 from ssl_core.schedule import warmup_cosine
 from ssl_core.views import RoleSpec, ViewSpec
 from ssl_core.weights import load_exact
-from storage.errors import ConfigError, TomoscaleError
+from storage.errors import ConfigError
 from storage.stream import CropStream, StreamSpec
 from storage.volumes import VolumeStore
 
@@ -152,7 +154,7 @@ def train_segmenter(
     with CropStream(store, spec, prefetch=2, threads=1) as stream:
         batches = iter(stream)
         for epoch in range(1, config.epochs + 1):
-            total = 0.0
+            losses: list[Tensor] = []
             for k in range(config.steps_per_epoch):
                 step = (epoch - 1) * config.steps_per_epoch + k
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -160,17 +162,13 @@ def train_segmenter(
                 (view,) = make_views(next(batches), views, seed=seed, policy=policy, device=device).roles["patch"]
                 classes_BDHW = _classes(view.maps[label], labels)
                 loss = loss_of(network.logits(view.image_BCDHW), classes_BDHW.unsqueeze(1))
-                if not torch.isfinite(loss):
-                    raise TomoscaleError(
-                        f"fine-tuning step {step + 1}", expected="a finite loss", found=f"{loss.item()}"
-                    )
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 if config.clip:
                     nn.utils.clip_grad_norm_(module.parameters(), config.clip)
                 optimizer.step()
-                total += float(loss.detach())
-            metrics = {"loss": total / config.steps_per_epoch}
+                losses.append(loss.detach())
+            metrics = {"loss": _mean_finite(losses, first=(epoch - 1) * config.steps_per_epoch + 1)}
             if inner:
                 metrics["inner_dice"] = mean_dice(
                     network,
@@ -266,11 +264,26 @@ def label_values(store: VolumeStore, indices: Sequence[int], label: str) -> tupl
     return tuple(found)
 
 
+def _mean_finite(losses: Sequence[Tensor], first: int) -> float:
+    """Mean of an epoch's losses, read together: after each step the host would wait for the device.
+
+    Raises:
+        NonFiniteError: names the step, counted from `first`, whose loss is the first that is not finite.
+    """
+    values = torch.stack(list(losses)).tolist()
+    for step, value in enumerate(values, first):
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"fine-tuning step {step}", expected="a finite loss", found=f"{value}", remedy="lower `lr` or `clip`"
+            )
+    return float(sum(values) / len(values))
+
+
 def _classes(map_BDHW: Tensor, labels: Mapping[int, str]) -> Tensor:
     """Label values to class numbers 0, 1, 2, ...; values that are not in `labels` are background."""
     classes = torch.zeros_like(map_BDHW)
     for number, value in enumerate(labels, 1):
-        classes[map_BDHW == value] = number
+        classes = classes.masked_fill(map_BDHW == value, number)
     return classes
 
 

@@ -32,8 +32,8 @@ class FlatGradients:
 
     def average(self, collectives: Collectives, *, stop: bool, bad: Tensor) -> None:
         """Average over ranks, and count the votes: `stop` to end the run, `bad` for a loss that is not finite."""
-        self._votes[0] = float(stop)
-        self._votes[1] = bad
+        self._votes[0].fill_(float(stop))  # an assignment of a number would be a copy that the host waits for
+        self._votes[1].copy_(bad)
         if collectives.world > 1:
             self._buffer.copy_(collectives.mean(self._buffer))
 
@@ -67,8 +67,8 @@ class Verdict:
         if summary.device.type == "cuda":
             self._host = torch.empty(summary.shape, dtype=summary.dtype, pin_memory=True)
             self._host.copy_(summary, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+            # Of the summary's device: the current one is another where a rank's device was not made current.
+            self._event = torch.cuda.current_stream(summary.device).record_event()
 
     def read(self) -> tuple[float, bool, bool]:
         """Gradient norm, whether any rank wants to stop, and whether any rank's loss was not finite; waits."""

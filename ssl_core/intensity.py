@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_core.config import Config
+from ssl_core.upload import upload
 from storage.errors import ConfigError
 from storage.intensity_stats import STATS_ORDER
 
@@ -91,7 +92,7 @@ def normalise(
     table[0], table[1] = np.asarray(scale_B)[:, None], np.asarray(offset_B)[:, None]
     for b, c in np.ndindex(batch, channels):
         table[2:, b, c] = constants(policy, dict(zip(STATS_ORDER, map(float, stats_BCS[b, c]), strict=True)))
-    columns = torch.from_numpy(table).to(image_BCDHW.device, dtype)[..., None, None, None]
+    columns = upload(table, image_BCDHW.device, dtype)[..., None, None, None]
     scale, offset, low, high, centre, spread = columns
     return apply(image_BCDHW.to(dtype) * scale + offset, low, high, centre, spread)
 

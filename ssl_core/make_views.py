@@ -11,6 +11,7 @@ from torch import Tensor
 from ssl_core import placement
 from ssl_core.augment import elastic, presets, spatial
 from ssl_core.intensity import IntensityPolicy, normalise
+from ssl_core.upload import upload
 from ssl_core.views import Elastic, RoleSpec, View, ViewBatch, ViewSpec, centre_of
 from storage.errors import ConfigError
 
@@ -81,14 +82,14 @@ def make_views(
         shape_B3=shape_B3,
         spacing_B3=batch.spacing_B3,
     )
-    stored = _to_device(batch.image_BCDHW, device)
+    stored = upload(batch.image_BCDHW, device)
     host = normalise(stored, batch.scale_B, batch.offset_B, batch.stats_BCS, policy, work)
-    host_maps = {name: _to_device(array, device) for name, array in _maps(batch, spec, maps).items()}
-    shape_on_device = torch.from_numpy(shape_B3).to(device)
+    host_maps = {name: upload(array, device) for name, array in _maps(batch, spec, maps).items()}
+    shape_on_device = upload(shape_B3, device)
     roles: dict[str, tuple[View, ...]] = {}
     for role in spec.roles:
         affine, size = placed[role.name], role.size_DHW
-        to_volume = torch.from_numpy(affine).to(device)
+        to_volume = upload(affine, device)
         position = spatial.positions(affine, batch.start_B3, size, device)
         deformed: list[Elastic | None] = [None] * role.count
         if role.elastic_vox > 0:
@@ -118,16 +119,16 @@ def make_views(
         )
     return ViewBatch(
         roles=roles,
-        volume_B=torch.from_numpy(np.asarray(batch.volume_B, np.int64)).to(device),
-        sample_B=torch.from_numpy(sample_B).to(device),
-        spacing_B3=torch.from_numpy(np.asarray(batch.spacing_B3, np.float64)).to(device),
+        volume_B=upload(np.asarray(batch.volume_B, np.int64), device),
+        sample_B=upload(sample_B, device),
+        spacing_B3=upload(np.asarray(batch.spacing_B3, np.float64), device),
         shape_B3=shape_on_device,
     )
 
 
 def _elastic(role: RoleSpec, view: int, seed: int, sample_B: NDArray[np.int64], device: torch.device) -> Elastic:
     control = elastic.draw(role.elastic_vox, role.size_DHW, seed=seed, sample_B=sample_B, purpose=(role.name, view))
-    return Elastic(torch.from_numpy(control).to(device), elastic.spacing_vox(role.elastic_vox))
+    return Elastic(upload(control, device), elastic.spacing_vox(role.elastic_vox))
 
 
 def _maps(batch: HostCrops, spec: ViewSpec, maps: Mapping[str, NDArray[Any]] | None) -> dict[str, NDArray[Any]]:
@@ -140,10 +141,3 @@ def _maps(batch: HostCrops, spec: ViewSpec, maps: Mapping[str, NDArray[Any]] | N
             f"map {missing[0]!r}", expected="a label of that name in the stream", found=", ".join(found) or "none"
         )
     return {name: found[name] for name in spec.maps}
-
-
-def _to_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)

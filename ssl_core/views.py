@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ssl_core.superpixel_settings import Superpixels
+from ssl_core.upload import filled
 
 
 @dataclass(frozen=True)
@@ -155,5 +156,5 @@ class ViewSpec:
 
 def centre_of(to_volume_B34: Tensor, size_DHW: tuple[int, int, int]) -> Tensor:
     """Volume edge coordinates of the views' centres, (B, 3), float64."""
-    middle = torch.tensor(size_DHW, dtype=torch.float64, device=to_volume_B34.device) / 2
+    middle = filled([n / 2 for n in size_DHW], to_volume_B34.device)
     return to_volume_B34[:, :, :3] @ middle + to_volume_B34[:, :, 3]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssl_core.augment import draws, intensity, regions
+from ssl_core.upload import upload
 from storage.errors import ConfigError
 
 F64 = NDArray[np.float64]
@@ -132,7 +133,7 @@ def augment(clean_VBCDHW: Tensor, name: str, *, seed: int, sample_B: NDArray[np.
         if len(rows) == count * batch:
             x = KINDS[op.kind](x, value, u[:, 2:], make)
             continue
-        index = torch.from_numpy(rows).to(x.device)
+        index = upload(rows, x.device)
         changed = KINDS[op.kind](x[index], value, u[rows, 2:], make)
         x = (x.clone() if x is clean else x).index_copy_(0, index, changed)
     return x.reshape(clean_VBCDHW.shape)
