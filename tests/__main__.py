@@ -14,13 +14,26 @@ from pathlib import Path
 
 PYTEST = [sys.executable, "-m", "pytest"]
 LANES = 3
-SERVICES = sorted(Path(__file__).parent.glob("service/test_*.py"))
-LONG = [path for path in SERVICES if path.stem.endswith("_survives")]
-GROUPS: dict[str, list[str]] = {  # the longest first: what remains of the last one runs alone
-    "of one process": ["tests", "--ignore=tests/service", "--ignore=tests/contract", "--ignore=tests/distributed"],
-    "of jobs that are killed": [os.path.relpath(path) for path in LONG],
-    "of contracts and ranks": ["tests/contract", "tests/distributed"],
-    "on real services": ["tests/service", *(f"--ignore={os.path.relpath(path)}" for path in LONG)],
+HERE = Path(__file__).parent
+PARTS = 4
+
+
+def _files(pattern: str) -> list[str]:
+    return [os.path.relpath(path) for path in sorted(HERE.glob(pattern))]
+
+
+KILLED, SEARCHED = _files("service/test_pretrain_survives.py"), _files("service/test_search_survives.py")
+SERVED, HELD, RANKED = _files("service/test_*.py"), _files("contract/test_*.py"), _files("distributed/test_*.py")
+REST = sorted(set(_files("**/test_*.py")) - {*SERVED, *HELD, *RANKED})
+# The first shows how it goes. Then the longest first, so that the lanes end at about the same time.
+GROUPS: dict[str, list[str]] = {
+    f"of one process, 1 of {PARTS}": REST[::PARTS],
+    "of jobs that are killed": KILLED,
+    "on real services": [path for path in SERVED if path not in (*KILLED, *SEARCHED)],
+    "of contracts": HELD,
+    "of ranks": RANKED,
+    "of searches that are killed": SEARCHED,
+    **{f"of one process, {part + 1} of {PARTS}": REST[part::PARTS] for part in range(1, PARTS)},
 }
 
 
