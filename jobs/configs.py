@@ -225,7 +225,7 @@ class LabelledConfig(Config):
     fingerprint: str | None = Field(None, description="manifest to pin; the latest when empty")
     label: str = Field("label", description="name of the label map")
     subjects: int = Field(8, ge=2, description="labelled training subjects to use, drawn by `subjects_seed`")
-    subjects_seed: int = Field(0, description="seed of that draw")
+    subjects_seed: int = Field(0, ge=0, description="seed of that draw")
     inner: int = Field(2, ge=1, description="of those, subjects held out as the inner split that steers the search")
     test_limit: int | None = Field(None, ge=1, description="most test volumes to evaluate; all when empty")
 
@@ -278,7 +278,7 @@ class TuneConfig(Config):
     gpus_per_trial: float = Field(0, ge=0, description="GPUs of a trial; without one it trains on the CPU")
     grace_epochs: int = Field(1, ge=1, description="ASHA: epochs before a trial may be stopped")
     reduction: int = Field(2, ge=2, description="ASHA: one in this many goes on at each rung")
-    seed: int = Field(0, description="seed of the searcher, and of every trial's weights and crops")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of the searcher, and of every trial's weights and crops")
 
     @field_validator("encoders")
     @classmethod
@@ -327,8 +327,8 @@ class FinetuneJobConfig(Config):
     @field_validator("seeds")
     @classmethod
     def _check_seeds(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if not value or len(set(value)) < len(value):
-            raise ValueError("one seed or several different ones")
+        if not value or len(set(value)) < len(value) or min(value) < 0:
+            raise ValueError("one seed or several different ones, from 0 on")
         return value
 
     @model_validator(mode="after")

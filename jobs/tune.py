@@ -94,7 +94,8 @@ def search(config: TuneConfig) -> Any:
         {"CPU": config.cpus_per_trial, "GPU": config.gpus_per_trial},
     )
     if tune.Tuner.can_restore(place, storage_filesystem=filesystem):
-        print(f"continuing the search at {place}", flush=True)
+        # What a restored search ran at a time, and on how many CPUs, is in its state.
+        print(f"continuing the search at {place}, with as many trials at a time as it began with", flush=True)
         tuner = tune.Tuner.restore(
             place, function, resume_errored=True, resume_unfinished=True, storage_filesystem=filesystem
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.commands import bench_learn, bench_storage
-from jobs.commands.common import add_json, add_state, at_least, job_address, use_stack
+from jobs.commands.common import add_json, add_state, job_address, use_stack, whole
 from jobs.text import emit, table, write_page
 from ssl_core.bench.cli import Runner
 from ssl_core.bench.cli import add as device_benchmarks
@@ -22,9 +22,9 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         "overhead", help="Ray Train beside torchrun: step time and data wait, two processes each"
     )
     overhead.add_argument("data", help="URL of an ingested store")
-    overhead.add_argument("--rounds", type=at_least(1), default=3, metavar="N", help="runs of each (default 3)")
+    overhead.add_argument("--rounds", type=whole(1), default=3, metavar="N", help="runs of each (default 3)")
     # The first five are warm-up and not counted.
-    overhead.add_argument("--steps", type=at_least(10), default=60, metavar="N", help="steps of a run (default 60)")
+    overhead.add_argument("--steps", type=whole(10), default=60, metavar="N", help="steps of a run (default 60)")
     overhead.add_argument("--address", metavar="URL", help="job server; the local stack's when empty")
     on_device = [(action, partial(_on_device, runner)) for action, runner in device_benchmarks(names)]
     on_device.append((bench_learn.add(names), partial(_on_device, bench_learn.measure)))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs.commands.common import at_least
+from jobs.commands.common import whole
 
 
 def add(names: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
@@ -16,10 +16,10 @@ def add(names: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argpars
     learn.add_argument("--quick", action="store_true", help="one seed, few steps: does it run, not what is learned")
     # Comma-separated, since settings follow: a list by spaces would take them for its own.
     learn.add_argument("--methods", type=_names, default=[], metavar="A,B", help="only these, such as mae,lrc+byol")
-    learn.add_argument("--seeds", type=at_least(1), metavar="N", help="seeds of each method (default 3)")
-    learn.add_argument("--first-seed", type=at_least(0), default=0, metavar="N", help="the first seed (default 0)")
-    learn.add_argument("--steps", type=at_least(1), metavar="N", help="steps of a run (default 100)")
-    learn.add_argument("--batch", type=at_least(1), metavar="N", help="samples of a step (default 4)")
+    learn.add_argument("--seeds", type=whole(1), metavar="N", help="seeds of each method (default 3)")
+    learn.add_argument("--first-seed", type=whole(0), default=0, metavar="N", help="the first seed (default 0)")
+    learn.add_argument("--steps", type=whole(1), metavar="N", help="steps of a run (default 100)")
+    learn.add_argument("--batch", type=whole(1), metavar="N", help="samples of a step (default 4)")
     learn.add_argument(
         "--norm", choices=("instance", "batch", "group"), default="instance", help="of the network (default instance)"
     )

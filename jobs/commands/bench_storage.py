@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
-from jobs.commands.common import at_least, use_stack
+from jobs.commands.common import use_stack, whole
 from jobs.text import emit
 
 Run = Callable[[argparse.Namespace], int]
@@ -19,7 +19,7 @@ def add(names: "argparse._SubParsersAction[argparse.ArgumentParser]") -> list[tu
     reads.add_argument("--peers", nargs="+", metavar="NAME", help="only these")
     loader = names.add_parser("loader", help="does the stream keep a trainer fed: data wait, throughput, memory")
     loader.add_argument("--quick", action="store_true", help="about two minutes")
-    loader.add_argument("--crops", type=at_least(1), metavar="N", help="of the memory run (default 10000; quick: 1000)")
+    loader.add_argument("--crops", type=whole(1), metavar="N", help="of the memory run (default 10000; quick: 1000)")
     for action in (reads, loader):
         action.add_argument(
             "--store", metavar="URL", help="s3:// prefix to measure on (default: the local stack's, when up)"

@@ -5,7 +5,7 @@ import shlex
 import sys
 
 from cluster import doctor, services, stack
-from jobs.commands.common import add_json, add_state, state_dir, use_stack
+from jobs.commands.common import add_json, add_state, state_dir, use_stack, whole
 from jobs.text import emit, table
 
 
@@ -14,8 +14,8 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     up = verbs.add_parser("up", help="start the local stack: S3, MLflow, Ray; on loopback, with tokens")
     add_state(up)
     for name in ("s3", "mlflow", "dashboard"):
-        up.add_argument(f"--{name}-port", type=int, default=0, metavar="PORT", help="0 picks a free one")
-    up.add_argument("--cpus", type=int, help="logical CPUs that Ray offers (default: at least 4)")
+        up.add_argument(f"--{name}-port", type=whole(0, 65535), default=0, metavar="PORT", help="0 picks a free one")
+    up.add_argument("--cpus", type=whole(1), metavar="N", help="logical CPUs that Ray offers (default: at least 4)")
     up.set_defaults(run=_up)
     down = verbs.add_parser("down", help="stop exactly what `up` started")
     add_state(down)

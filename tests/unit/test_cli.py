@@ -89,6 +89,8 @@ def test_every_verb_runs_something_and_explains_itself(
         ["data", "show"],
         ["methods", "--nope"],
         ["up", "--s3-port", "x"],
+        ["up", "--s3-port", "65536"],
+        ["up", "--cpus", "0"],
         ["plan", "nothing", "c.yaml"],
         ["methods", "pgl", "a=1"],
         ["pretrain", "c.yaml", "--dry-run", "no-key"],

@@ -114,6 +114,8 @@ LABELLED = {"data": "memory://x"}
         (FinetuneJobConfig, {"starts": {"a": "models:/e@candidate"}, "model": "a/b"}, "without any of"),
         (FinetuneJobConfig, {"starts": {"a": "models:/e@candidate"}, "seeds": [0, 0]}, "several different ones"),
         (FinetuneJobConfig, {"starts": {"a": "models:/e@candidate"}, "seeds": []}, "one seed"),
+        (FinetuneJobConfig, {"starts": {"a": "models:/e@candidate"}, "seeds": [-1]}, "from 0 on"),
+        (TuneConfig, {"encoders": ["models:/e@candidate"], "seed": 2**32}, "less than 4294967296"),
     ],
 )
 def test_what_would_fail_in_the_middle_of_a_job_is_refused_before(
