@@ -19,6 +19,11 @@ from ssl_core.config import parse, resolved
 from storage.errors import StackError
 
 METRIC = "inner_dice"
+_RAY = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0 the older reporter is silent; the newer one is not
+    # Ray would take Ctrl-C for the end of the search, and half of one would be reported as the whole.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+}
 _SEARCHED = ("encoder", *SearchSpace.model_fields)
 
 
@@ -50,7 +55,7 @@ def trial(settings: dict[str, Any], payload: dict[str, Any]) -> None:
 def main(argv: Sequence[str]) -> int:
     """Driver: search, log trials to MLflow as child runs, write `result.json`."""
     config = entry.load(TuneConfig, argv, "jobs.tune")
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # with verbose=0 the older reporter is silent; the newer one is not
+    os.environ.update(_RAY)
     from jobs import tracking
     from jobs.pinning import pinned
     from jobs.ray_session import connect

@@ -1,10 +1,12 @@
 """What a search makes of its trials."""
 
+import signal
 from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
+from ray.tune.tune import _setup_signal_catching
 
 from jobs import tune
 from jobs.configs import TuneConfig
@@ -50,3 +52,15 @@ def test_only_the_last_attempt_of_a_trial_counts() -> None:
     found = summary(again, whole)["trials"]
     assert [t["scores"] for t in found] == [[0.15], [0.1, 0.2, 0.3]]
     assert [t["stopped_early"] for t in found] == [True, False]
+
+
+def test_ctrl_c_ends_a_search_and_does_not_complete_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
+    for name, value in tune._RAY.items():
+        monkeypatch.setenv(name, value)
+    try:
+        _setup_signal_catching()
+        assert signal.getsignal(signal.SIGINT) is before[signal.SIGINT]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
