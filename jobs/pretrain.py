@@ -7,6 +7,7 @@ again).
 
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -181,7 +182,7 @@ def fit(config: PretrainConfig, run_id: str) -> Any:
             ),
         )
         try:
-            result = trainer.fit()
+            result = _fitted(trainer)
         except ControllerError as error:
             cause = error.controller_failure
             if isinstance(cause, TomoscaleError):
@@ -203,6 +204,19 @@ def fit(config: PretrainConfig, run_id: str) -> Any:
         except TrainingFailedError as error:
             raise _ended(config, last_line(error)) from error
         return result.checkpoint
+
+
+def _fitted(trainer: Any) -> Any:
+    """What `trainer.fit()` returns; Ctrl-C is no good end here, as it is for Ray Train, which calls `sys.exit(0)`."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        return trainer.fit()
+    except SystemExit as ended:
+        if ended.code:
+            raise
+        raise KeyboardInterrupt from ended
+    finally:
+        signal.signal(signal.SIGINT, before)  # Ray's asks a controller that is gone
 
 
 def _complete(api: Any, config: PretrainConfig, run_id: str, directory: Path) -> str:

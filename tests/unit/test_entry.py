@@ -1,10 +1,12 @@
 """What jobs share: how their runs end, and what they say when they fail."""
 
+import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from jobs import entry
+from jobs import entry, pretrain
 from storage.errors import RefusedInput
 
 
@@ -51,3 +53,16 @@ def test_an_error_that_nobody_foresaw_keeps_its_traceback(monkeypatch: pytest.Mo
     monkeypatch.setattr(entry, "quiet", lambda: None)
     with pytest.raises(ZeroDivisionError):
         entry.guarded(fail)
+
+
+@pytest.mark.parametrize(("code", "kind"), [(0, KeyboardInterrupt), (15, SystemExit)], ids=["Ctrl-C", "jobs stop"])
+def test_ctrl_c_while_ray_trains_is_no_success(code: int, kind: type[BaseException]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def fit() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ray's own handler
+        sys.exit(code)
+
+    with pytest.raises(kind):
+        pretrain._fitted(SimpleNamespace(fit=fit))
+    assert signal.getsignal(signal.SIGINT) is before
