@@ -20,8 +20,10 @@ from ssl_core.backbones.registry import architecture
 from ssl_core.bench.memory import peak_of
 from ssl_core.config import Config, parse, resolved
 from ssl_core.distributed import Collectives, Single
+from ssl_core.engine import Engine, EngineConfig
 from ssl_core.methods.base import Crops, StepContext, method_class, method_names
 from ssl_core.ranks import Ranks
+from ssl_core.testing_device import DEVICE, pretended_device
 from ssl_core.testing_views import DEGENERATE, degrade, map_tensors, synthetic_views, take
 from ssl_core.views import ViewBatch
 from ssl_core.weights import encoder_state, load_exact
@@ -182,6 +184,31 @@ def assert_same_on_ranks(
             assert gap < tolerance, f"{key} differs by {gap:.2e} between {ranks.world} ranks and one"
 
 
+def faults_on_a_device(collectives: Collectives, name: str, settings: Mapping[str, Any], steps: int = 1) -> list[str]:
+    """What a method does in a step that a CUDA device refuses, or that makes the host wait for it.
+
+    Args:
+        collectives: This rank's.
+        name: A registered method.
+        settings: Of the engine.
+        steps: Steps after the first, which is reported and therefore waited for.
+    """
+    method = tiny_method(name)
+    batch = synthetic_views(type(method).view_spec(method.config), [2 * collectives.rank, 2 * collectives.rank + 1])
+    config = EngineConfig(**{"steps": 100, "log_every": 100, "precision": "fp32", **settings})
+    with pretended_device() as seen:
+        try:
+            views = map_tensors(batch, lambda x: x.to(DEVICE))
+            engine = Engine(method, config, collectives=collectives, device=DEVICE)
+            engine.step(views)
+            seen.waits.clear()
+            for _ in range(steps):
+                engine.step(views)
+        except Exception as error:  # noqa: BLE001  other methods are to be tried all the same
+            return [f"{type(error).__name__}: {error}"]
+    return [f"{wait.where} waits for the device: {wait.why}" for wait in seen.waits]
+
+
 class _Joined(Single):
     """One rank that holds the whole batch."""
 
@@ -290,6 +317,10 @@ class MethodContract:
     def test_two_ranks_equal_one(self, name: str, two_ranks: Ranks) -> None:
         """Losses, weights, targets, queues and norm statistics after three steps in float64."""
         assert_same_on_ranks(two_ranks, name)
+
+    def test_a_step_on_a_device_mixes_nothing_and_waits_for_nothing(self, name: str, two_ranks: Ranks) -> None:
+        """On two ranks with a pretended CUDA device each (`ssl_core.testing_device`); names the lines at fault."""
+        assert two_ranks.run(faults_on_a_device, name, {}) == [[], []]
 
     def test_a_resumed_run_is_bitwise_equal(self, name: str) -> None:
         """The state dict holds all that a method remembers, after any number of steps."""
