@@ -32,6 +32,16 @@ class Boxes:
         """Centres, volume edge coordinates."""
         return self.low_B3 + self.extent_B3 / 2
 
+    def rows(self, index_N: NDArray[np.int64]) -> "Boxes":
+        """The boxes of these samples."""
+        return Boxes(self.size_DHW, self.linear_B33[index_N], self.low_B3[index_N])
+
+    def with_rows(self, index_N: NDArray[np.int64], others: "Boxes") -> "Boxes":
+        """The same, with the boxes of these samples replaced."""
+        linear_B33, low_B3 = self.linear_B33.copy(), self.low_B3.copy()
+        linear_B33[index_N], low_B3[index_N] = others.linear_B33, others.low_B3
+        return Boxes(self.size_DHW, linear_B33, low_B3)
+
     def where(self, mask_B: NDArray[np.bool_], other: "Boxes") -> "Boxes":
         """`self` where the mask is set, else `other`."""
         return Boxes(
@@ -41,11 +51,19 @@ class Boxes:
         )
 
 
+def overlap_less(a: Boxes, b: Boxes, least: float) -> NDArray[np.bool_]:
+    """Whether `iou` is below `least`, (B,); worked out only where bounding boxes do not already say so."""
+    most = np.minimum(_shared_sides(a, b).prod(1), np.minimum(_volume(a), _volume(b)))
+    less = most / (_volume(a) + _volume(b) - most) < least - 1e-9
+    rest = np.flatnonzero(~less)
+    if len(rest):
+        less[rest] = iou(a.rows(rest), b.rows(rest)) < least
+    return np.asarray(less)
+
+
 def iou(a: Boxes, b: Boxes) -> F64:
     """Intersection over union of two boxes of each sample, (B,); exact, rotated boxes included."""
-    low = np.maximum(a.low_B3, b.low_B3)
-    high = np.minimum(a.low_B3 + a.extent_B3, b.low_B3 + b.extent_B3)
-    side = np.maximum(high - low, 0)
+    side = _shared_sides(a, b)
     plane = side[:, 1] * side[:, 2]
     turned = (a.linear_B33[:, 1, 2] != 0) | (b.linear_B33[:, 1, 2] != 0)
     if turned.any():
@@ -54,13 +72,23 @@ def iou(a: Boxes, b: Boxes) -> F64:
     tilted = _tilted(a) | _tilted(b)
     if tilted.any():
         both = np.where(tilted & (side > 0).all(1), _overlap_volume(a, b), both)
-    volume = [np.abs(np.linalg.det(box.linear_B33)) * np.prod(box.size_DHW) for box in (a, b)]
-    return np.asarray(both / (volume[0] + volume[1] - both))
+    return np.asarray(both / (_volume(a) + _volume(b) - both))
 
 
 def extents(linear_B33: F64, size_DHW: tuple[int, int, int]) -> F64:
     """Sides (B, 3) of the bounding box of a view of this size under a linear map."""
     return np.asarray(np.abs(linear_B33) @ np.array(size_DHW, np.float64))
+
+
+def _shared_sides(a: Boxes, b: Boxes) -> F64:
+    """Sides of what the bounding boxes share, (B, 3)."""
+    low = np.maximum(a.low_B3, b.low_B3)
+    high = np.minimum(a.low_B3 + a.extent_B3, b.low_B3 + b.extent_B3)
+    return np.maximum(high - low, 0)
+
+
+def _volume(box: Boxes) -> F64:
+    return np.asarray(np.abs(np.linalg.det(box.linear_B33)) * np.prod(box.size_DHW))
 
 
 def _footprint(box: Boxes) -> F64:

@@ -18,7 +18,7 @@ from ssl_core.augment.draws import generators, philox, uniforms, words
     ],
 )
 def test_known_answers(counter, key, expected):
-    assert tuple(int(w) for w in philox(np.array([counter], np.uint64), key)[0]) == expected
+    assert tuple(int(w) for w in philox(np.array([counter], np.uint64), np.array([key], np.uint64))[0]) == expected
 
 
 def test_draws_depend_on_seed_sample_and_purpose_only():
@@ -29,6 +29,13 @@ def test_draws_depend_on_seed_sample_and_purpose_only():
     assert np.array_equal(words(3, samples, ("a", 1), 5), whole[:, :5])
     for other in (words(4, samples, ("a", 1), 9), words(3, samples, ("a", 2), 9), words(3, samples + 1, ("a", 1), 9)):
         assert not (other == whole).any()
+
+
+def test_turns_of_several_samples_are_those_of_each_alone():
+    samples, turns = np.array([4, 9, 9, 2**40]), np.array([1, 0, 1, 7])
+    together = words(3, samples, ("a",), 9, turns)
+    for row, sample, turn in zip(together, samples, turns, strict=True):
+        assert np.array_equal(row, words(3, np.array([sample]), ("a", int(turn)), 9)[0])
 
 
 def test_uniforms_are_uniform_and_open():

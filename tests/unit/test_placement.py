@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from ssl_core import placement
-from ssl_core.boxes import Boxes, iou
+from ssl_core.boxes import Boxes, iou, overlap_less
 from ssl_core.placement import concentric, draw, host_size
 from ssl_core.views import RoleSpec, ViewSpec
 from storage.errors import ConfigError
@@ -120,6 +120,20 @@ def test_iou_of_rotated_boxes_against_counting(tilt):
             hit.append((np.abs(relative) <= np.array(role.size_DHW) / 2).all(1))
         counted = (hit[0] & hit[1]).sum() / (hit[0] | hit[1]).sum()
         assert iou(*pair)[0] == pytest.approx(counted, abs=0.01)
+
+
+@pytest.mark.parametrize("tilt", [0.0, 0.7])
+def test_less_overlap_is_seen_without_working_all_out(tilt):
+    rng = np.random.default_rng(1)
+    pair = []
+    for size in ((6, 20, 12), (8, 8, 8)):
+        angles = rng.uniform(-1, 1, (400, 3)) * [1, tilt, tilt]
+        linear = placement._linear(rng.uniform(0.7, 1.4, (400, 3)), angles, np.ones((400, 3)))
+        pair.append(Boxes(size, linear, rng.uniform(0, 16, (400, 3))))
+    exact = iou(*pair)
+    assert (exact == 0).any()
+    for least in (0.0, 0.05, 0.2, float(np.sort(exact)[-5]), 1.0):  # one of them is met exactly
+        assert np.array_equal(overlap_less(*pair, least), exact < least)
 
 
 def test_a_sample_is_placed_alike_in_any_batch():
