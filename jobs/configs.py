@@ -106,7 +106,7 @@ class IngestConfig(Config):
     """An ingest job."""
 
     name: str = Field("ingest", description="name of the job", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    source: str = Field(description="folder of volumes that the nodes can see, or `simulated`")
+    source: Url = Field(description="folder of volumes that the nodes can see, or `simulated`")
     data: Url = Field(description="URL of the store")
     policy: IngestPolicy = IngestPolicy()
     append: bool = Field(False, description="keep published volumes that the source does not hold")
@@ -149,7 +149,7 @@ class PretrainConfig(Config):
     name: str = Field(description="name of the job; the same name resumes", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     data: Url = Field(description="URL of an ingested store, such as s3://volumes/hippocampus")
     fingerprint: str | None = Field(None, description="manifest to pin; the latest when empty")
-    source: str | None = Field(
+    source: Url | None = Field(
         None, description="folder to ingest when the store has no manifest yet, or `simulated` for the embedded cohort"
     )
     runs: Url = Field("s3://runs", description="URL below which checkpoints are written")

@@ -92,18 +92,15 @@ def register(bundle: Path, name: str, *, run_id: str | None = None) -> str:
     card = check_bundle(bundle)
     api = tracking.client()
     digest = fingerprint(bundle)
-    there = _versions(api, name)
-    found = next((v for v in there if v.tags.get(_FINGERPRINT) == digest), None)
-    if found is not None:
-        if found is there[0]:  # its job may have died before it came to this
-            api.set_registered_model_alias(name, CANDIDATE, found.version)
-        return found.version
-    tags = {f"tomoscale.{key}": str(value) for key, value in card["lineage"].items()}
-    tags |= {"tomoscale.kind": card["kind"], _FINGERPRINT: digest}
-    number = _log(api, bundle, name, card, run_id, tags)
-    for key, value in tags.items():
-        api.set_model_version_tag(name, number, key, value)
-    api.set_registered_model_alias(name, CANDIDATE, number)
+    number = next((v.version for v in _versions(api, name) if v.tags.get(_FINGERPRINT) == digest), None)
+    if number is None:
+        tags = {f"tomoscale.{key}": str(value) for key, value in card["lineage"].items()}
+        tags |= {"tomoscale.kind": card["kind"], _FINGERPRINT: digest}
+        number = _log(api, bundle, name, card, run_id, tags)
+        for key, value in tags.items():
+            api.set_model_version_tag(name, number, key, value)
+    if number == _versions(api, name)[0].version:
+        api.set_registered_model_alias(name, CANDIDATE, number)
     return number
 
 

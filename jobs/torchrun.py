@@ -21,8 +21,30 @@ import torch.distributed as dist
 from jobs import entry
 from jobs.configs import PretrainConfig
 from jobs.pretrain_loop import Hooks, collectives_backend, run
+from jobs.text import write_page
 from jobs.tracking import Point
 from ssl_core.config import load
+
+
+class Lines:
+    """A file of points, one JSON line each, every step once.
+
+    Args:
+        path: The file. What a killed run has written of steps that come again, or only in part, is taken out first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._known = path, not path.exists()
+
+    def add(self, item: Point) -> None:
+        """Append a point; steps ascend."""
+        if not self._known:
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]
+            write_page(self._path, "".join(line for line in whole if json.loads(line)[0] < item.step))
+            self._known = True
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(item.to_json()) + "\n")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,15 +73,16 @@ def main(argv: Sequence[str]) -> int:
             shutil.copytree(directory, out / f".step-{step:08d}", dirs_exist_ok=True)
             (out / f".step-{step:08d}").rename(out / f"step-{step:08d}")
 
-    def log(item: Point) -> None:
-        with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(item.to_json()) + "\n")
-
     asked = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: asked.set())
     try:
-        hooks = Hooks(publish=publish, on_point=log, say=lambda line: print(line, flush=True), stop=asked.is_set)
+        hooks = Hooks(
+            publish=publish,
+            on_point=Lines(out / "metrics.jsonl").add,
+            say=lambda line: print(line, flush=True),
+            stop=asked.is_set,
+        )
         steps = run(config, hooks, restore=done[-1] if done else None, device=device)["steps"]
     finally:
         dist.destroy_process_group()

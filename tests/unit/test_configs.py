@@ -132,6 +132,7 @@ def test_what_would_fail_in_the_middle_of_a_job_is_refused_before(
         (PretrainConfig, {"data": "memory://x", "runs": "s3://KEY:hush-hush@bucket"}),
         (TuneConfig, {"encoders": ["models:/e@candidate"], "labelled": {"data": "s3://KEY:hush-hush@b"}}),
         (IngestConfig, {"source": "simulated", "data": "s3://KEY:hush-hush@b"}),
+        (PretrainConfig, {"data": "memory://x", "source": "s3://KEY:hush-hush@b"}),
     ],
 )
 def test_a_password_in_a_url_is_refused_and_not_repeated(kind: type[Config], data: dict[str, Any]) -> None:

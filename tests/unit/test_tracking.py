@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from jobs import tracking
+from jobs.torchrun import Lines
 from jobs.tracking import SENTINEL, Point, Sender
 from storage.errors import StackError
 
@@ -61,6 +62,19 @@ def test_a_point_knows_its_step_and_when_it_was_made() -> None:
     made = tracking.point(7, {"loss": 1.0})
     assert made.metrics == {"loss": 1.0, SENTINEL: 7.0}
     assert before <= made.time_ms <= int(time.time() * 1000)
+
+
+def test_a_run_without_a_server_writes_each_step_once_whatever_was_killed(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = Lines(path)
+    for step in (2, 4, 6, 8):
+        first.add(tracking.point(step, {"loss": 1.0}))
+    path.write_text(path.read_text()[:-9])  # the last line was cut off
+    again = Lines(path)  # from the checkpoint of step 4
+    for step in (6, 8, 10):
+        again.add(tracking.point(step, {"loss": 2.0}))
+    points = [Point.from_json(json.loads(line)) for line in path.read_text().splitlines()]
+    assert [(p.step, p.metrics["loss"]) for p in points] == [(2, 1.0), (4, 1.0), (6, 2.0), (8, 2.0), (10, 2.0)]
 
 
 def test_flatten() -> None:
