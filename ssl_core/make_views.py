@@ -6,7 +6,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ssl_core import placement
 from ssl_core.augment import elastic, presets, spatial

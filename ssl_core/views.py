@@ -10,7 +10,6 @@ that was deformed elastically has a displacement besides, applied before the aff
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from ssl_core.superpixel_settings import Superpixels
