@@ -227,15 +227,19 @@ def test_pcl_on_slices_and_sub_volumes(depth: int, denominator: str) -> None:
     assert terms.monitors["positives"].item() == pytest.approx(np.mean(count) - 1)
 
 
-@pytest.mark.parametrize("window", [0, 2])
-def test_ssal(window: int) -> None:
-    method, batch = made("ssal", 3, window=window, feature_level=2, w_position=0.25, threshold=0.2)
+@pytest.mark.parametrize(("window", "threshold"), [(0, "0.2"), (2, "0.02")])
+def test_ssal(window: int, threshold: str) -> None:
+    """With the smaller threshold only the two views of a sample, a voxel or more apart, attract."""
+    limit = float(threshold)
+    method, batch = made("ssal", 3, window=window, feature_level=2, w_position=0.25, threshold=limit)
     views = batch.roles["slice"]
     found = [maps(method.backbone, v) for v in views]
     a, b = (rows(method.embed, m[2]) for m in found)
     each = [slow.local_alignment(x[i], y[i], window or None) for x, y in ((a, b), (b, a)) for i in range(3)]
     z = np.concatenate([rows(method.projector, pooled(m)) for m in found])
-    position = slow.contrast(z, near(centres(batch, "slice"), 3, "0.2"), 0.1)
+    place = centres(batch, "slice")
+    assert all((abs(place[i] - place[i + 3]) < Fraction(threshold)) == (window == 0) for i in range(3))
+    position = slow.contrast(z, near(place, 3, threshold), 0.1)
     wanted = {"align": float(np.mean(each)), "position": 0.25 * position}
     assert total(method, batch) == pytest.approx(wanted, abs=1e-10)
 
