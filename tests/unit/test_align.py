@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional
 
 from ssl_core import align
+from ssl_core.augment import elastic
 from ssl_core.backbones.base import Level
 from ssl_core.make_views import make_views
 from ssl_core.views import RoleSpec, View, ViewSpec
@@ -234,3 +235,17 @@ def test_elastic_views_share_points():
     assert valid.float().mean() > 0.5
     gap = (align.to_volume(a, points_a) - align.to_volume(b, points_b)).abs()
     assert gap[valid].max() < 1e-6
+
+
+@pytest.mark.parametrize("largest", [0.3, 1.5, 6.0])
+def test_no_deformation_folds(largest):
+    """Also not one whose control points are as far apart as they may be: slopes add up to one half at most."""
+    spacing = elastic.spacing_vox(largest)
+    control = torch.from_numpy(np.random.default_rng(0).choice([-largest, largest], (64, 3, 6, 6, 6)))
+    points = torch.rand(64, 200, 3, dtype=torch.float64) * 3 * spacing
+    here = elastic.displacement(control, points, spacing)
+    slopes = []
+    for axis in range(3):
+        step = 1e-4 * spacing * torch.eye(3, dtype=torch.float64)[axis]
+        slopes.append((elastic.displacement(control, points + step, spacing) - here) / (1e-4 * spacing))
+    assert 0.1 * largest / spacing < torch.stack(slopes).abs().sum(0).max() <= 0.5

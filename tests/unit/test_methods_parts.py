@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import combinations
 
 import pytest
 import torch
@@ -151,6 +152,16 @@ def test_masks_hide_whole_blocks_in_the_wanted_share(ratio: float) -> None:
     assert torch.equal(mask, rebuilt[..., :10])
 
 
+def test_each_seed_sample_and_purpose_has_a_mask_of_its_own_in_any_batch() -> None:
+    masks = [
+        block_mask(seed, torch.arange(5), (8, 8, 10), 4, 0.5, purpose)
+        for seed, purpose in ((3, "x"), (4, "x"), (3, "y"))
+    ]
+    assert all((a != b).flatten(1).any(1).sum() >= 4 for a, b in combinations(masks, 2))
+    assert (masks[0][1:] != masks[0][:-1]).flatten(1).any(1).sum() >= 3
+    assert torch.equal(block_mask(3, torch.tensor([4, 1]), (8, 8, 10), 4, 0.5, "x"), masks[0][[4, 1]])
+
+
 def test_draws_depend_on_seed_sample_and_purpose_and_not_on_the_batch() -> None:
     every = hashed.uniforms(1, torch.arange(6), "a", 5)
     assert torch.equal(every[3:5], hashed.uniforms(1, torch.tensor([3, 4]), "a", 5))
@@ -206,3 +217,5 @@ def test_a_map_is_read_at_the_centres_of_features() -> None:
     conv, pool = Level(1, (1, 1, 2), (0.5, 0.5, 0.5)), Level(1, (1, 1, 4), (0.5, 0.5, 2.0))
     assert map_at(conv, ids, (1, 1, 4))[0, 0, 0].tolist() == [0, 2, 4, 6]
     assert map_at(pool, ids, (1, 1, 2))[0, 0, 0].tolist() == [1, 5]
+    twice = Level(1, (1, 1, 4), (0.5, 0.5, 0.5))  # two strided convolutions, whose cells have their middle elsewhere
+    assert map_at(twice, ids, (1, 1, 2))[0, 0, 0].tolist() == [0, 4]
