@@ -23,6 +23,8 @@ C = TypeVar("C", bound=Config)
 
 # Ray drops lines that differ in their numbers only, which is what progress looks like; read when ray is imported.
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+# MLflow sets its loggers to what this says when it is imported, whatever `quiet` said before.
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
 
 def load(kind: type[C], argv: Sequence[str], program: str) -> C:

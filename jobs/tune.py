@@ -91,6 +91,7 @@ def search(config: TuneConfig) -> Any:
     from jobs.failures import end_trials_at_final_errors
     from jobs.filesystem import storage_for
 
+    entry.quiet()  # again, as Optuna has only now set its loggers
     end_trials_at_final_errors()
     path, filesystem = storage_for(config.runs)
     place = f"{path}/{config.name}"

@@ -105,6 +105,7 @@ def test_asha_stops_trials_early(searched: tuple[dict[str, Any], list[str]]) -> 
 def test_a_search_goes_on_after_its_drivers_death(searched: tuple[dict[str, Any], list[str]]) -> None:
     result, lines = searched
     assert any("continuing the search" in line for line in lines), lines
+    assert not [line for line in lines if line.startswith("[I ") or " INFO " in line]
     assert len(result["trials"]) == 5
     for trial in result["trials"]:
         assert trial["status"] == "done", trial
@@ -123,6 +124,7 @@ def test_fine_tuning_keeps_what_was_done_before_its_drivers_death(
     job = parse(FinetuneJobConfig, common("tuned", phantoms) | {"starts": starts, "seeds": [0, 1], "concurrent": 1})
     name, lines = run_and_kill_the_driver(local_stack, "jobs.finetune", job, r"\(2/4\)")
     assert any("of 4 trainings were done before" in line for line in lines), lines
+    assert not [line for line in lines if " INFO " in line]
     assert len([line for line in lines if "seed 0: test Dice" in line and line.startswith("pre-trained")]) == 1
     result = entry.read_result("s3://runs", name)
     assert len(result["cases"]) == 2 * 2 * 2, "starts, seeds and test cases, each once"
