@@ -42,7 +42,7 @@ def region_pixels(
     # Unusable positions form a region of their own that is never drawn.
     unusable = region_BM.amax(1, keepdim=True) + 1
     label_BM = torch.where(usable_BM, region_BM, unusable)
-    shuffled = hashed.uniforms(seed, sample_B, "pixels", m).argsort(1)
+    shuffled = hashed.uniforms(seed, sample_B, "pixels", m).argsort(dim=1, stable=True)
     grouped = label_BM.gather(1, shuffled).sort(dim=1, stable=True)
     order_BM, sorted_BM = shuffled.gather(1, grouped.indices), grouped.values
     end_BM = torch.searchsorted(sorted_BM, sorted_BM, right=True)

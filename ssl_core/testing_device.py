@@ -168,6 +168,9 @@ class _Calls(TorchFunctionMode):
     """Tells what Python asked of the CPU from what the core did so by itself, which knows no other device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        like = args[1] if func in (Tensor.to, Tensor.type_as) and len(args) > 1 else None
+        if isinstance(like, OnDevice) and not isinstance(args[0], OnDevice):
+            return args[0].to(DEVICE, like.dtype)  # the core would leave it where it is
         before = _Mode.inside
         _Mode.inside = any(isinstance(x, OnDevice) for x in _tensors((args, kwargs)))
         try:

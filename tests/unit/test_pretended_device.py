@@ -97,6 +97,7 @@ WAITING: dict[str, Callable[[torch.Tensor], Any]] = {
     "an assigned number": lambda x: x.__setitem__(0, 1.0),
     "a tensor of a list": lambda x: torch.tensor([1.0], device=x.device),
     "ordinary memory": lambda x: torch.ones(3).to(x.device, non_blocking=True),
+    "like another": lambda x: torch.ones(3).to(x),
     "another type": lambda x: torch.ones(3).pin_memory().to(x.device, torch.float64, non_blocking=True),
     "not told to go on": lambda x: torch.ones(3).pin_memory().to(x.device),
     "an index of the host": lambda x: x[torch.arange(2)],
@@ -137,6 +138,25 @@ def test_what_is_queued_is_no_wait(name: str) -> None:
 )
 def test_an_engine_mixes_nothing_and_waits_for_nothing(name: str, settings: dict[str, Any]) -> None:
     assert faults_on_a_device(Single(), name, settings, steps=2) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "deterministic", "expected"),
+    [
+        ("pgl", False, {"grid_sampler_3d_backward"}),
+        ("pcrlv2", False, {"upsample_trilinear3d_backward"}),
+        ("pgl", True, set()),
+        ("pcrlv2", True, set()),
+        ("supervised", True, {"nll_loss2d_forward"}),
+    ],
+)
+def test_what_adds_in_no_fixed_order_is_known(name: str, deterministic: bool, expected: set[str]) -> None:
+    method = tiny_method(name)
+    views = synthetic_views(type(method).view_spec(method.config), [0, 1])
+    config = EngineConfig(steps=9, warmup_steps=0, precision="fp32", deterministic=deterministic)
+    with pretended_device() as seen:
+        Engine(method, config, device=DEVICE).step(moved(views))
+    assert {wait.why for wait in seen.unordered} == expected
 
 
 def test_a_step_there_is_the_step_here(tmp_path: Path) -> None:
