@@ -304,6 +304,9 @@ def test_ssal_pairs_too_far_apart_do_not_align() -> None:
     assert near(batch, context(0)).terms["align"].item() > 0.0
     far = tiny_method("ssal", changed("ssal", gap_mm=0.5))
     assert far(batch, context(0)).terms["align"].item() == 0.0
+    batch.spacing_B3[0, 0] = 1.5  # the next slice of the first sample is now too far as well
+    alone = near(take(batch, [1]), context(0)).terms["align"].item()
+    assert near(batch, context(0)).terms["align"].item() == pytest.approx(alone / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("base", ["mocov2", "byol", "simclr", "supervised"])

@@ -54,6 +54,16 @@ def test_two_slices_of_ssal_are_near_and_never_the_same() -> None:
     assert torch.equal((a.position_B3 - b.position_B3)[:, 1:], torch.zeros(4, 2, dtype=torch.float64))
 
 
+def test_two_slices_of_ssal_are_mirrored_alike() -> None:
+    """Or windows would show different places."""
+    method, _ = made("ssal")
+    spec = type(method).view_spec(method.config)
+    views = make_views(crops.noise(spec, 12), spec, seed=0, policy=crops.AS_STORED)
+    first, second = (view.to_volume_B34[:, :, :3] for view in views.roles["slice"])
+    assert torch.equal(first, second)
+    assert 0 < (torch.diagonal(first, dim1=1, dim2=2) < 0).any(1).sum() < 12
+
+
 def test_two_views_of_pcl_are_of_one_slice() -> None:
     _, views = made("pcl")
     a, b = views.roles["slice"]
