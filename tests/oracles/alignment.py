@@ -9,7 +9,7 @@ import itertools
 import numpy as np
 
 
-def shared_points(boxes, flips, sizes, points):
+def shared_points(boxes, flips, sizes, points, shape=None):
     """Common points of two axis-aligned boxes, in view voxels of each; None when they do not overlap.
 
     Args:
@@ -17,9 +17,12 @@ def shared_points(boxes, flips, sizes, points):
         flips: Two triples of bools.
         sizes: Two view sizes.
         points: Points along each axis.
+        shape: Of the volume that the points have to lie in; anywhere when None.
     """
     low = [max(boxes[0][0][i], boxes[1][0][i]) for i in range(3)]
     high = [min(boxes[0][1][i], boxes[1][1][i]) for i in range(3)]
+    if shape is not None:
+        low, high = [max(x, 0) for x in low], [min(x, n) for x, n in zip(high, shape, strict=True)]
     if any(high[i] <= low[i] for i in range(3)):
         return None
     out = ([], [])

@@ -413,6 +413,13 @@ def test_pcrlv2_draws_one_level_for_each_comparison() -> None:
     assert torch.isfinite(terms.total)
 
 
+def test_pcrlv2_cuts_its_local_crops_inside_the_union_of_the_global_ones() -> None:
+    kind = method_class("pcrlv2")
+    shown, local = kind.view_spec(kind.Config()).roles
+    assert (local.overlaps, local.inside_union) == (shown.name, True)
+    assert (shown.count, shown.keep_clean, local.count) == (2, True, 6)
+
+
 def test_pcrlv2_restores_without_skips() -> None:
     method = tiny_method("pcrlv2")
     seen: list[bool] = []
@@ -538,6 +545,15 @@ def test_a_composition_encodes_shared_views_once() -> None:
     method.backbone.net.input_block.register_forward_hook(lambda *_: passes.append(1))
     method(batch_of(method, [0, 1]), context(0))
     assert len(passes) == 2
+
+
+def test_a_composition_shows_what_its_most_demanding_part_asks_for() -> None:
+    one, other = (
+        ViewSpec((Crops().role("global", count, keep_clean=clean),)) for count, clean in ((3, True), (2, False))
+    )
+    for specs in ([one, other], [other, one]):
+        (role,) = merge(specs).roles
+        assert (role.count, role.keep_clean) == (3, True)
 
 
 def test_a_composition_of_views_that_disagree_is_refused() -> None:
