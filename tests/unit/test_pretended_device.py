@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from jobs.pretrain_loop import collectives_backend
 from ssl_core import checkpoint
 from ssl_core.augment.presets import PRESETS
 from ssl_core.backbones import build
@@ -87,6 +88,12 @@ def test_a_collective_takes_what_nccl_takes() -> None:
             assert torch.equal(weight.grad, 2 * x)
     finally:
         dist.destroy_process_group()
+
+
+def test_ranks_of_a_gpu_job_gather_host_tensors_too() -> None:
+    """The sample record is one; NCCL alone would refuse it at the first batch."""
+    backend = dist.distributed_c10d.BackendConfig(dist.Backend(collectives_backend(gpu=True)))
+    assert backend.get_device_backend_map() == {"cpu": "gloo", "cuda": "nccl"}
 
 
 WAITING: dict[str, Callable[[torch.Tensor], Any]] = {
