@@ -207,12 +207,12 @@ def fit(config: PretrainConfig, run_id: str) -> Any:
 
 
 def _fitted(trainer: Any) -> Any:
-    """What `trainer.fit()` returns; Ctrl-C is no good end here, as it is for Ray Train, which calls `sys.exit(0)`."""
+    """What `trainer.fit()` returns; Ctrl-C, where Ray Train calls `sys.exit`, is a KeyboardInterrupt."""
     before = signal.getsignal(signal.SIGINT)
     try:
         return trainer.fit()
     except SystemExit as ended:
-        if ended.code:
+        if ended.code == signal.SIGTERM:
             raise
         raise KeyboardInterrupt from ended
     finally:

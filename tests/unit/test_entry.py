@@ -55,8 +55,8 @@ def test_an_error_that_nobody_foresaw_keeps_its_traceback(monkeypatch: pytest.Mo
         entry.guarded(fail)
 
 
-@pytest.mark.parametrize(("code", "kind"), [(0, KeyboardInterrupt), (15, SystemExit)], ids=["Ctrl-C", "jobs stop"])
-def test_ctrl_c_while_ray_trains_is_no_success(code: int, kind: type[BaseException]) -> None:
+@pytest.mark.parametrize(("code", "kind"), [(0, KeyboardInterrupt), (1, KeyboardInterrupt), (15, SystemExit)])
+def test_ctrl_c_while_ray_trains_is_an_interruption(code: int, kind: type[BaseException]) -> None:
     before = signal.getsignal(signal.SIGINT)
 
     def fit() -> None:
