@@ -46,7 +46,10 @@ def labelled(data: str, label: str) -> dict[str, Any]:
 
 
 def tune(name: str, data: str, label: str, runs: str, encoder: str) -> dict[str, Any]:
-    """A few trials that ASHA may stop after each second epoch."""
+    """A few trials that ASHA may stop after each second epoch, one after another.
+
+    Of trials side by side ASHA stops others from run to run, since it goes by who has reported so far.
+    """
     return {
         "name": name,
         "runs": runs,
@@ -54,7 +57,8 @@ def tune(name: str, data: str, label: str, runs: str, encoder: str) -> dict[str,
         "labelled": labelled(data, label),
         "finetune": finetuning(),
         "trials": 6,
-        "concurrent": 2,
+        "concurrent": 1,
+        "cpus_per_trial": 2,
         "grace_epochs": 2,
         "reduction": 3,
     }
