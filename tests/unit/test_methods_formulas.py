@@ -383,3 +383,43 @@ def test_targets_follow_by_the_schedule_that_the_page_says(name: str, late: floa
         method.after_step(ctx)
         pairs = zip(method.target_backbone.parameters(), before, method.backbone.parameters(), strict=True)
         assert all(torch.allclose(t, wanted * old + (1 - wanted) * new, atol=1e-12) for t, old, new in pairs)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "aligned",
+        "byol",
+        "lrc",
+        "mae",
+        "mocov2",
+        "models_genesis",
+        "pcl",
+        "pcrlv2",
+        "pgl",
+        "simclr",
+        "ssal",
+        "supervised",
+    ],
+)
+def test_the_gradient_is_the_derivative_of_the_loss(name: str) -> None:
+    """Keys are gathered with gradient, and nothing is detached but targets; in PCRLv2 the compared embeddings are."""
+    method, batch = made(name)
+    random = torch.Generator().manual_seed(0)
+    weights = trained(method)
+    step = [1e-8 * torch.randn(p.shape, generator=random, dtype=F64) for p in weights]
+
+    def loss() -> Tensor:
+        terms = method(batch, context(0)).terms
+        kept: list[Tensor] = [term for key, term in terms.items() if name != "pcrlv2" or key in ("restoration", "mid")]
+        return torch.stack(kept).sum()
+
+    loss().backward()
+    slope = sum(float((p.grad * s).sum()) for p, s in zip(weights, step, strict=True) if p.grad is not None)
+    found = []
+    with torch.no_grad():
+        for shift in (1, -2):
+            for p, s in zip(weights, step, strict=True):
+                p += shift * s
+            found.append(loss().item())
+    assert (found[0] - found[1]) / 2 == pytest.approx(slope, rel=1e-3, abs=1e-13)
