@@ -385,29 +385,22 @@ def test_targets_follow_by_the_schedule_that_the_page_says(name: str, late: floa
         assert all(torch.allclose(t, wanted * old + (1 - wanted) * new, atol=1e-12) for t, old, new in pairs)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "aligned",
-        "byol",
-        "lrc",
-        "mae",
-        "mocov2",
-        "models_genesis",
-        "pcl",
-        "pcrlv2",
-        "pgl",
-        "simclr",
-        "ssal",
-        "supervised",
-    ],
-)
-def test_the_gradient_is_the_derivative_of_the_loss(name: str) -> None:
+PLAIN = ("aligned", "byol", "lrc", "mae", "mocov2", "models_genesis", "pcrlv2", "pgl", "simclr", "supervised")
+CASES: dict[str, dict[str, Any]] = {name: {} for name in PLAIN} | {
+    "pcl": {"threshold": 0.02},
+    "ssal": {"threshold": 0.02},
+    "lrc of means": {"form": "B", "base": "simclr", "base_settings": {"hidden": 16, "out": 8}},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_gradient_is_the_derivative_of_the_loss(case: str) -> None:
     """Keys are gathered with gradient, and nothing is detached but targets; in PCRLv2 the compared embeddings are."""
-    method, batch = made(name)
+    name = case.split()[0]
+    method, batch = made(name, 3, **CASES[case])
     random = torch.Generator().manual_seed(0)
     weights = trained(method)
-    step = [1e-8 * torch.randn(p.shape, generator=random, dtype=F64) for p in weights]
+    step = [1e-7 * torch.randn(p.shape, generator=random, dtype=F64) for p in weights]
 
     def loss() -> Tensor:
         terms = method(batch, context(0)).terms
@@ -422,4 +415,5 @@ def test_the_gradient_is_the_derivative_of_the_loss(name: str) -> None:
             for p, s in zip(weights, step, strict=True):
                 p += shift * s
             found.append(loss().item())
-    assert (found[0] - found[1]) / 2 == pytest.approx(slope, rel=1e-3, abs=1e-13)
+    # What rounds, and what has a kink between the two.
+    assert (found[0] - found[1]) / 2 == pytest.approx(slope, rel=1e-2, abs=1e-14)
