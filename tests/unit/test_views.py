@@ -168,7 +168,7 @@ def test_a_sample_looks_alike_in_any_batch(preset):
             for view, full in zip(views, whole.roles[name], strict=True):
                 assert torch.equal(view.to_volume_B34, full.to_volume_B34[rows])
                 assert torch.equal(view.maps["label"], full.maps["label"][rows])
-                assert torch.allclose(view.image_BCDHW, full.image_BCDHW[rows], rtol=0, atol=1e-9)
+                assert torch.allclose(view.image_BCDHW, full.image_BCDHW[rows], rtol=0, atol=1e-12)
     again = _make(batch, spec, torch.float64, seed=3)
     other = _make(batch, spec, torch.float64, seed=4)
     for name, views in whole.roles.items():
