@@ -227,7 +227,7 @@ def test_the_page_shows_what_was_measured() -> None:
     docs = Path(__file__).parents[2] / "docs"
     result, grouped = (
         json.loads((docs / f"benchmarks/{name}.json").read_text(encoding="utf-8"))
-        for name in ("learning", "learning-pcrlv2")
+        for name in ("learning", "learning-pcrlv2", "learning-padding")
     )
     page = (docs / "benchmarks-learning.md").read_text(encoding="utf-8")
     assert all(learn_rows.format_learn(one).partition("\n\n")[0] in page for one in (result, grouped))
