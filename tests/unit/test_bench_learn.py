@@ -225,12 +225,12 @@ def test_verdicts_follow_the_figures() -> None:
 
 def test_the_page_shows_what_was_measured() -> None:
     docs = Path(__file__).parents[2] / "docs"
-    result, grouped = (
+    result, *others = (
         json.loads((docs / f"benchmarks/{name}.json").read_text(encoding="utf-8"))
         for name in ("learning", "learning-pcrlv2", "learning-padding")
     )
     page = (docs / "benchmarks-learning.md").read_text(encoding="utf-8")
-    assert all(learn_rows.format_learn(one).partition("\n\n")[0] in page for one in (result, grouped))
+    assert all(learn_rows.format_learn(one).partition("\n\n")[0] in page for one in (result, *others))
     again = learn_rows.joined([result])["rows"]
     assert [row["dice"] for row in again] == pytest.approx([row["dice"] for row in result["rows"]], abs=1e-5)
     assert {re.split("[+:]", row["method"])[0] for row in again} <= {"random", *method_names()}
