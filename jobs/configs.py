@@ -9,17 +9,16 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 import ssl_core.methods  # noqa: F401  registers the methods that `method.name` may name
-from jobs.tracking import flatten
-from ssl_core.backbones import backbone_names
-from ssl_core.config import Config, parse, resolved
-from ssl_core.engine import EngineConfig
-from ssl_core.finetune import FinetuneConfig
-from ssl_core.intensity import IntensityPolicy
+from ssl_core.config import Config, flatten, parse, resolved
+from ssl_core.downstream.finetune import FinetuneConfig
 from ssl_core.methods.base import MethodConfig, method_class
-from ssl_core.superpixel_settings import Superpixels
-from storage.bytestore import refuse_credentials
+from ssl_core.networks import backbone_names
+from ssl_core.superpixels.settings import Superpixels
+from ssl_core.train.engine import EngineConfig
+from ssl_core.views.intensity import IntensityPolicy
 from storage.errors import ConfigError
-from storage.ingest_policy import IngestPolicy
+from storage.ingest.policy import IngestPolicy
+from storage.objects.protocol import refuse_credentials
 
 
 def _without_credentials(url: str) -> str:

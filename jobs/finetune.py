@@ -17,12 +17,12 @@ from urllib.parse import quote
 
 import numpy as np
 
-from jobs import entry
+from jobs import driver as entry
 from jobs.configs import FinetuneJobConfig, LabelledConfig
 from ssl_core.config import parse, resolved
-from ssl_core.finetune import FinetuneConfig
-from storage.bytestore import join, open_store
+from ssl_core.downstream.finetune import FinetuneConfig
 from storage.errors import ConfigError
+from storage.objects.protocol import join, open_store
 
 
 @dataclasses.dataclass
@@ -61,11 +61,11 @@ def train_once(
     """
     import torch
 
-    from jobs import bundling
     from jobs import labelled as split
-    from ssl_core.finetune import Start, build_segmenter, label_values, train_segmenter
-    from storage.manifest import Manifest
-    from storage.volumes import VolumeStore
+    from jobs.tracking import bundles as bundling
+    from ssl_core.downstream.finetune import Start, build_segmenter, label_values, train_segmenter
+    from storage.format.manifest import Manifest
+    from storage.reading.volume_store import VolumeStore
 
     entry.quiet()
     torch.manual_seed(seed)
@@ -122,7 +122,7 @@ def device_for(gpu: bool) -> Any:
 
 def one(payload: dict[str, Any], start: str, seed: int) -> dict[str, Any]:
     """Task: train from a start with a seed, score every test case, and write the bundle when it is the chosen one."""
-    from ssl_core.finetune import score_volumes
+    from ssl_core.downstream.finetune import score_volumes
 
     config = parse(FinetuneJobConfig, payload["config"])
     began = time.monotonic()
@@ -159,7 +159,8 @@ def one(payload: dict[str, Any], start: str, seed: int) -> dict[str, Any]:
             cases.append({**row, "dice": s.dice, "hd95_mm": s.hd95_mm, "nsd": s.nsd})
     version = None
     if start == chosen_start(config) and seed == config.seeds[0]:
-        from jobs import bundling, registry
+        from jobs.tracking import bundles as bundling
+        from jobs.tracking import models as registry
 
         with tempfile.TemporaryDirectory(prefix="tomoscale-bundle-") as folder:
             bundle = bundling.write_segmenter(
@@ -192,9 +193,9 @@ def main(argv: Sequence[str]) -> int:
     config = entry.load(FinetuneJobConfig, argv, "jobs.finetune")
     import ray
 
-    from jobs import tracking
+    from jobs.on_ray.session import connect, result_of
     from jobs.pinning import pinned
-    from jobs.ray_session import connect, result_of
+    from jobs.tracking import runs as tracking
 
     connect()
     api = tracking.client()
@@ -243,7 +244,7 @@ def _key(start: str, seed: int) -> str:
 
 def summarise(config: FinetuneJobConfig, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Rows by start and label, and the paired test of the first start against the second over test subjects."""
-    from ssl_core.stats import compare
+    from ssl_core.downstream.paired_test import compare
 
     starts = list(config.starts)
     # As configured, not as they happened to end.
@@ -285,7 +286,7 @@ def summarise(config: FinetuneJobConfig, results: Sequence[dict[str, Any]]) -> d
 
 
 def _log(api: Any, config: FinetuneJobConfig, run_id: str, result: dict[str, Any]) -> None:
-    from jobs import tracking
+    from jobs.tracking import runs as tracking
 
     child = tracking.open_run(
         api,

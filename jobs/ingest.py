@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 import ray
 import ray.exceptions
 
-from jobs import entry
+from jobs import driver as entry
 from jobs.configs import IngestConfig
-from jobs.ray_session import result_of
-from jobs.text import Progress as Bar
+from jobs.on_ray.session import result_of
+from jobs.output import Progress as Bar
 from storage.errors import ConfigError
-from storage.ingest import IngestReport, Progress, map_threads, run, unread
-from storage.ingest_policy import IngestPolicy
+from storage.ingest.pipeline import IngestReport, Progress, map_threads, run, unread
+from storage.ingest.policy import IngestPolicy
 
 W = TypeVar("W")
 R = TypeVar("R")
@@ -82,13 +82,13 @@ def ingest(
     Args:
         source: Folder of volumes, or `simulated`.
         data: URL of the store.
-        policy: See `storage.ingest_policy`.
+        policy: See `storage.ingest.policy`.
         append: Keep published volumes that `source` does not hold.
         say: Hears the summary, orphans and refusals by name.
     """
     mapper = partial(ray_map, lost=unread) if ray.is_initialized() else map_threads
     if source == SIMULATED:
-        from storage import cohort
+        from storage.datasets import simulated as cohort
 
         mapper = map_threads  # the folder is in this node's cache, where tasks on other nodes would not find it
 
@@ -126,7 +126,7 @@ def describe(report: IngestReport, data: str) -> str:
 def main(argv: Sequence[str]) -> int:
     """Driver of the Ray job."""
     config = entry.load(IngestConfig, argv, "jobs.ingest")
-    from jobs.ray_session import connect
+    from jobs.on_ray.session import connect
 
     if not os.path.isdir(config.source) and config.source != SIMULATED:
         raise ConfigError(

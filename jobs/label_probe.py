@@ -11,21 +11,21 @@ import numpy as np
 import torch
 
 from jobs.configs import PretrainConfig
-from ssl_core.engine import Engine
-from ssl_core.intensity import normalise
-from ssl_core.probes import probe
-from ssl_core.transfer import Labelled, knn_dice
-from ssl_core.views import ViewBatch, ViewSpec
+from ssl_core.monitor.collapse import probe
+from ssl_core.monitor.label_transfer import Labelled, knn_dice
+from ssl_core.train.engine import Engine
+from ssl_core.views.intensity import normalise
+from ssl_core.views.types import ViewBatch, ViewSpec
 from storage.errors import TomoscaleError
-from storage.manifest import Manifest
-from storage.stream import CropStream, StreamSpec
-from storage.volumes import VolumeStore
+from storage.format.manifest import Manifest
+from storage.reading.volume_store import VolumeStore
+from storage.stream.crop_stream import CropStream, StreamSpec
 
 _MOST_CLASSES = 64  # a map with more values is a partition, such as super-pixels, and names no structures
 
 
 class LabelProbe:
-    """Called by `ssl_core.engine.fit` on every rank at the same steps.
+    """Called by `ssl_core.train.engine.fit` on every rank at the same steps.
 
     Args:
         config: The job.
@@ -50,7 +50,7 @@ class LabelProbe:
         self._began, self._spent_s, self._last_s = clock(), 0.0, 0.0
 
     def __call__(self, engine: Engine, views: ViewBatch) -> dict[str, float]:
-        """Those of `ssl_core.probes.probe`; when it is time also `probe/knn_dice` and `time/knn_s`, its cost."""
+        """Signs of collapse (`ssl_core.monitor.collapse`); when it is time also `probe/knn_dice` and its cost."""
         found = probe(engine, views)
         every = self._config.probe.every or self._config.engine.probe_every
         due = engine.step_done % every == 0 or engine.step_done == engine.config.steps

@@ -7,7 +7,7 @@ import numpy as np
 
 from jobs.configs import LabelledConfig
 from storage.errors import RefusedInput
-from storage.manifest import Manifest
+from storage.format.manifest import Manifest
 
 
 @dataclass(frozen=True)

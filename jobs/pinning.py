@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import TypeVar
 
-from jobs import registry
 from jobs.configs import FinetuneJobConfig, LabelledConfig, TuneConfig, changed
+from jobs.tracking import models as registry
 from ssl_core.config import digest, parse, resolved
-from storage.bytestore import join, open_store
 from storage.errors import ConfigError, NotFound
-from storage.manifest import Manifest
+from storage.format.manifest import Manifest
+from storage.objects.protocol import join, open_store
 
 J = TypeVar("J", TuneConfig, FinetuneJobConfig)
 KEY = "job.json"

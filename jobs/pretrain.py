@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs import entry
+from jobs import driver as entry
 from jobs.configs import PretrainConfig
-from jobs.filesystem import storage_for
-from jobs.text import last_line
+from jobs.on_ray.filesystem import storage_for
+from jobs.output import last_line
 from ssl_core.config import parse, resolved
-from storage.bytestore import join, open_store
 from storage.errors import NotFound, StackError, TomoscaleError
-from storage.manifest import Manifest
+from storage.format.manifest import Manifest
+from storage.objects.protocol import join, open_store
 
 _CONTROLLER_TRIES = 5
 
@@ -34,7 +34,7 @@ def train_loop(payload: dict[str, Any]) -> None:
     import torch
 
     from jobs.pretrain_loop import Hooks, run
-    from jobs.tracking import Sender
+    from jobs.tracking.runs import Sender
 
     entry.quiet()
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
@@ -66,8 +66,8 @@ def train_loop(payload: dict[str, Any]) -> None:
 def main(argv: Sequence[str]) -> int:
     """Driver: data, run, training, registration."""
     config = entry.load(PretrainConfig, argv, "jobs.pretrain")
-    from jobs import tracking
-    from jobs.ray_session import connect
+    from jobs.on_ray.session import connect
+    from jobs.tracking import runs as tracking
 
     connect()
     api = tracking.client()
@@ -152,8 +152,8 @@ def fit(config: PretrainConfig, run_id: str) -> Any:
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
-    from jobs.elastic import share_evenly
-    from jobs.failures import FINAL, StopOnFinalErrors
+    from jobs.on_ray.elastic import share_evenly
+    from jobs.on_ray.failures import FINAL, StopOnFinalErrors
     from jobs.pretrain_loop import collectives_backend
 
     share_evenly(config.stream.global_batch, config.stream.lanes)
@@ -221,10 +221,12 @@ def _fitted(trainer: Any) -> Any:
 
 def _complete(api: Any, config: PretrainConfig, run_id: str, directory: Path) -> str:
     """Fill gaps in the metrics, export the encoder and register it."""
-    from jobs import bundling, registry, tracking
     from jobs.pretrain_loop import JOURNAL
-    from jobs.tracking import Point
-    from ssl_core import checkpoint
+    from jobs.tracking import bundles as bundling
+    from jobs.tracking import models as registry
+    from jobs.tracking import runs as tracking
+    from jobs.tracking.runs import Point
+    from ssl_core.train import checkpoint
 
     meta = checkpoint.read_meta(directory)
     sent = tracking.backfill(api, run_id, [Point.from_json(item) for item in meta[JOURNAL]])

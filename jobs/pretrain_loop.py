@@ -18,20 +18,20 @@ import torch
 from jobs.configs import ClusterConfig, PretrainConfig, ProbeConfig, changed
 from jobs.label_probe import LabelProbe
 from jobs.superpixels import require_superpixels
-from jobs.tracking import Point, point
-from ssl_core import checkpoint
-from ssl_core.backbones.registry import build
+from jobs.tracking.runs import Point, point
 from ssl_core.config import digest, resolved
 from ssl_core.distributed import Collectives, current
-from ssl_core.engine import Engine, EngineConfig, fit
-from ssl_core.make_views import make_views
 from ssl_core.methods.base import method_class
-from ssl_core.views import ViewBatch, ViewSpec
-from storage.cache import NodeCache
+from ssl_core.networks.registry import build
+from ssl_core.train import checkpoint
+from ssl_core.train.engine import Engine, EngineConfig, fit
+from ssl_core.views.make import make_views
+from ssl_core.views.types import ViewBatch, ViewSpec
 from storage.errors import ConfigError
-from storage.manifest import Manifest
-from storage.stream import CropStream, HostBatch, StreamSpec
-from storage.volumes import VolumeStore
+from storage.format.manifest import Manifest
+from storage.reading.node_cache import NodeCache
+from storage.reading.volume_store import VolumeStore
+from storage.stream.crop_stream import CropStream, HostBatch, StreamSpec
 
 JOURNAL, SETTINGS = "journal", "settings"
 # What may change under a name. How often to log or save, of `engine`, may too; it says so itself.

@@ -8,17 +8,17 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from jobs import entry
+from jobs import driver as entry
 from jobs.configs import PretrainConfig, SuperpixelConfig
-from jobs.text import Progress as Bar
+from jobs.output import Progress as Bar
 from ssl_core.config import resolved
 from ssl_core.methods.base import method_class
-from ssl_core.superpixel_settings import Superpixels
-from ssl_core.views import ViewSpec
-from storage import derive
+from ssl_core.superpixels.settings import Superpixels
+from ssl_core.views.types import ViewSpec
 from storage.errors import ConfigError
-from storage.ingest import map_threads
-from storage.manifest import Manifest
+from storage.format.manifest import Manifest
+from storage.ingest import derived_maps as derive
+from storage.ingest.pipeline import map_threads
 
 
 def compute(data: str, settings: Superpixels, *, say: Callable[[str], None] = print) -> derive.DeriveReport:
@@ -30,12 +30,12 @@ def compute(data: str, settings: Superpixels, *, say: Callable[[str], None] = pr
         say: Hears the summary.
 
     Raises:
-        TomoscaleError: as `storage.derive.run`.
+        TomoscaleError: as `storage.ingest.derived_maps.run`.
     """
     import ray
 
     from jobs.ingest import ray_map
-    from ssl_core.superpixels import of_volume  # slow to import; all that a task imports, and no torch
+    from ssl_core.superpixels.segment import of_volume  # slow to import; all that a task imports, and no torch
 
     bar: list[Bar] = []
 
@@ -107,7 +107,7 @@ def require_superpixels(config: PretrainConfig, manifest: Manifest, views: ViewS
 def main(argv: Sequence[str]) -> int:
     """Driver of the Ray job."""
     config = entry.load(SuperpixelConfig, argv, "jobs.superpixels")
-    from jobs.ray_session import connect
+    from jobs.on_ray.session import connect
 
     connect()
     compute(config.data, config.superpixels, say=lambda line: print(line, flush=True))

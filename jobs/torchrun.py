@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from jobs import entry
+from jobs import driver as entry
 from jobs.configs import PretrainConfig
+from jobs.output import write_page
 from jobs.pretrain_loop import Hooks, collectives_backend, run
-from jobs.text import write_page
-from jobs.tracking import Point
+from jobs.tracking.runs import Point
 from ssl_core.config import load
 
 

@@ -12,9 +12,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from jobs import entry
+from jobs import driver as entry
 from jobs.configs import SearchSpace, TuneConfig
-from jobs.text import last_line
+from jobs.output import last_line
 from ssl_core.config import parse, resolved
 from storage.errors import StackError
 
@@ -56,9 +56,9 @@ def main(argv: Sequence[str]) -> int:
     """Driver: search, log trials to MLflow as child runs, write `result.json`."""
     config = entry.load(TuneConfig, argv, "jobs.tune")
     os.environ.update(_RAY)
-    from jobs import tracking
+    from jobs.on_ray.session import connect
     from jobs.pinning import pinned
-    from jobs.ray_session import connect
+    from jobs.tracking import runs as tracking
 
     connect()
     api = tracking.client()
@@ -88,8 +88,8 @@ def search(config: TuneConfig) -> Any:
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
-    from jobs.failures import end_trials_at_final_errors
-    from jobs.filesystem import storage_for
+    from jobs.on_ray.failures import end_trials_at_final_errors
+    from jobs.on_ray.filesystem import storage_for
 
     entry.quiet()  # again, as Optuna has only now set its loggers
     end_trials_at_final_errors()
@@ -191,7 +191,7 @@ def _last_attempt(frame: Any) -> list[float]:
 
 
 def _log(api: Any, config: TuneConfig, run_id: str, trials: list[dict[str, Any]]) -> None:
-    from jobs import tracking
+    from jobs.tracking import runs as tracking
 
     for item in trials:
         if item["error"]:

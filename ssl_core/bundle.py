@@ -32,15 +32,15 @@ import ssl_core.portable as portable
 import storage.errors
 import storage.geometry
 import storage.intensity_stats
-from ssl_core.backbones import Backbone, build
-from ssl_core.backbones.registry import architecture as architecture_of
-from ssl_core.intensity import IntensityPolicy
+from ssl_core.networks import Backbone, build
+from ssl_core.networks.registry import architecture as architecture_of
 from ssl_core.portable import network as portable_network
 from ssl_core.portable.predictor import FORMAT, Predictor, check_bundle
 from ssl_core.portable.preprocess import Preprocess
 from ssl_core.portable.safetensors import read_safetensors
+from ssl_core.views.intensity import IntensityPolicy
 from storage.errors import ConfigError, RefusedInput
-from storage.manifest import VolumeRecord
+from storage.format.manifest import VolumeRecord
 
 CODE = "tomoscale_portable"
 """Import name of the portable code inside a bundle."""
@@ -63,7 +63,7 @@ class BundleFacts:
         interpolation: How they are resampled.
         lineage: Data fingerprint, configuration digest, parent model version, run id and the like.
         metrics: Figures for the card, with the split they come from in their names.
-        evaluation: What `jobs.registry.promote` compares: `split`, `measure`, and `cases` with one value each.
+        evaluation: What `jobs.tracking.models.promote` compares: `split`, `measure`, and `cases` with one value each.
         notes: Lines for the card: data, licence, limits.
     """
 

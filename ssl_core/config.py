@@ -6,7 +6,7 @@ Unknown keys are refused with the nearest known name. Inside the library, functi
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -126,3 +126,14 @@ def _places(kind: type[BaseModel], group: str = "") -> Iterator[str]:
             if isinstance(sub, type) and issubclass(sub, BaseModel):
                 yield from _places(sub, f"{group}{name}.")
     yield from (f"{group}{name}" for name in kind.model_fields)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

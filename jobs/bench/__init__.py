@@ -1,1 +1,1 @@
-"""Benchmarks of whole jobs; those of reads, streams and steps are in `storage.bench` and `ssl_core.bench`."""
+"""Benchmarks, of storage, of the training device, of learning and of Ray. Only the command line and tests enter."""

@@ -15,8 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs import presets, submit, tracking
+from jobs import submit
 from jobs.configs import PretrainConfig
+from jobs.demo import presets
+from jobs.tracking import runs as tracking
 from ssl_core.config import dump_yaml, parse
 
 

@@ -7,13 +7,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ssl_core.align import sample_features, shared_points
-from ssl_core.backbones.base import Backbone
-from ssl_core.ema import follow, short_run_momentum, target_of
-from ssl_core.heads import Norm, PixelHead, head
 from ssl_core.losses.cosine import distance, masked_mean
 from ssl_core.losses.restoration import Kind, restoration
-from ssl_core.masking import block_mask
 from ssl_core.methods.base import (
     Crops,
     LossTerms,
@@ -25,8 +20,13 @@ from ssl_core.methods.base import (
     spread,
     train_only,
 )
-from ssl_core.norm import bind
-from ssl_core.views import View, ViewBatch, ViewSpec
+from ssl_core.methods.parts.masking import block_mask
+from ssl_core.methods.parts.points import sample_features, shared_points
+from ssl_core.networks.backbone import Backbone
+from ssl_core.networks.batch_norm import bind
+from ssl_core.networks.ema import follow, short_run_momentum, target_of
+from ssl_core.networks.heads import Norm, PixelHead, head
+from ssl_core.views.types import View, ViewBatch, ViewSpec
 
 
 @register("aligned")

@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ssl_core.backbones.base import Backbone
 from ssl_core.config import Config
 from ssl_core.distributed import Collectives, Single
-from ssl_core.views import RoleSpec, View, ViewBatch, ViewSpec
+from ssl_core.networks.backbone import Backbone
+from ssl_core.views.types import RoleSpec, View, ViewBatch, ViewSpec
 from storage.errors import ConfigError
 
 
@@ -91,7 +91,8 @@ class StepContext:
     Attributes:
         step: Optimizer step, counted from 0.
         max_steps: Steps of the whole run.
-        seed: Seed of the run; draw with `ssl_core.hashed` from it and the samples' indices, never from a global.
+        seed: Seed of the run; draw with `ssl_core.methods.parts.counter_random` from it and the samples' indices, never
+            from a global.
         collectives: Differentiable gathers and reductions over ranks; `Single()` on one rank.
         memo: Encoder and decoder maps made so far in this forward pass, so that objectives composed over shared views
             do not make them twice; see `encode`. `None` outside such a composition.
@@ -129,7 +130,7 @@ class LossTerms:
 class Method(Protocol):
     """An `nn.Module` with these members; built as `Kind(config, backbone)`.
 
-    Contract (see `ssl_core.testing.MethodContract`): finite loss for a batch of one and more; every trainable
+    Contract (see `ssl_core.testing.method.MethodContract`): finite loss for a batch of one and more; every trainable
     parameter gets a gradient and no target parameter does; permuting the batch leaves the loss unchanged; two ranks
     give the gradients of one; a resumed run is bitwise equal; the encoder loads into the stock network completely.
     """

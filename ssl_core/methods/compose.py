@@ -6,11 +6,11 @@ from typing import Any
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ssl_core.backbones.base import Backbone
 from ssl_core.config import Config as Settings
 from ssl_core.config import parse
 from ssl_core.methods.base import Crops, LossTerms, MethodConfig, StepContext, method_class, register, with_memo
-from ssl_core.views import RoleSpec, ViewBatch, ViewSpec
+from ssl_core.networks.backbone import Backbone
+from ssl_core.views.types import RoleSpec, ViewBatch, ViewSpec
 from storage.errors import ConfigError
 
 

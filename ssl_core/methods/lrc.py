@@ -6,9 +6,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ssl_core.backbones.base import Backbone
 from ssl_core.config import parse
-from ssl_core.heads import Norm, head, head_at
 from ssl_core.losses.cosine import unit
 from ssl_core.losses.regions import pixel_contrast, prototype_contrast, region_means
 from ssl_core.methods.base import (
@@ -23,10 +21,12 @@ from ssl_core.methods.base import (
     train_only,
     with_memo,
 )
-from ssl_core.norm import bind
-from ssl_core.sampling import map_at, region_pixels
-from ssl_core.superpixel_settings import Superpixels
-from ssl_core.views import View, ViewBatch, ViewSpec
+from ssl_core.methods.parts.region_pixels import map_at, region_pixels
+from ssl_core.networks.backbone import Backbone
+from ssl_core.networks.batch_norm import bind
+from ssl_core.networks.heads import Norm, head, head_at
+from ssl_core.superpixels.settings import Superpixels
+from ssl_core.views.types import View, ViewBatch, ViewSpec
 
 
 @register("lrc")

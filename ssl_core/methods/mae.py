@@ -4,10 +4,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from ssl_core.backbones.base import Backbone
-from ssl_core.heads import PixelHead
 from ssl_core.losses.restoration import Kind, restoration
-from ssl_core.masking import block_mask
 from ssl_core.methods.base import (
     Crops,
     LossTerms,
@@ -17,8 +14,11 @@ from ssl_core.methods.base import (
     spread,
     train_only,
 )
-from ssl_core.norm import bind
-from ssl_core.views import ViewBatch, ViewSpec
+from ssl_core.methods.parts.masking import block_mask
+from ssl_core.networks.backbone import Backbone
+from ssl_core.networks.batch_norm import bind
+from ssl_core.networks.heads import PixelHead
+from ssl_core.views.types import ViewBatch, ViewSpec
 
 
 @register("mae")

@@ -6,9 +6,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ssl_core.backbones.base import Backbone
-from ssl_core.ema import follow, target_of
-from ssl_core.heads import Norm, head
 from ssl_core.losses.cosine import product, unit
 from ssl_core.losses.info_nce import queue_nce
 from ssl_core.methods.base import (
@@ -21,8 +18,11 @@ from ssl_core.methods.base import (
     spread,
     train_only,
 )
-from ssl_core.norm import bind
-from ssl_core.views import ViewBatch, ViewSpec
+from ssl_core.networks.backbone import Backbone
+from ssl_core.networks.batch_norm import bind
+from ssl_core.networks.ema import follow, target_of
+from ssl_core.networks.heads import Norm, head
+from ssl_core.views.types import ViewBatch, ViewSpec
 
 
 @register("mocov2")

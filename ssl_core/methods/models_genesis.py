@@ -3,8 +3,6 @@
 from pydantic import Field
 from torch import nn
 
-from ssl_core.backbones.base import Backbone
-from ssl_core.heads import PixelHead
 from ssl_core.losses.restoration import restoration
 from ssl_core.methods.base import (
     Crops,
@@ -17,8 +15,10 @@ from ssl_core.methods.base import (
     spread,
     train_only,
 )
-from ssl_core.norm import bind
-from ssl_core.views import ViewBatch, ViewSpec
+from ssl_core.networks.backbone import Backbone
+from ssl_core.networks.batch_norm import bind
+from ssl_core.networks.heads import PixelHead
+from ssl_core.views.types import ViewBatch, ViewSpec
 
 
 @register("models_genesis")

@@ -9,9 +9,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssl_core.augment.draws import uniforms
-from ssl_core.backbones.base import Backbone, Level
-from ssl_core.heads import PixelHead, head
 from ssl_core.losses.cosine import siamese
 from ssl_core.losses.restoration import restoration
 from ssl_core.methods.base import (
@@ -24,8 +21,11 @@ from ssl_core.methods.base import (
     spread,
     train_only,
 )
-from ssl_core.norm import GlobalBatchNorm, bind
-from ssl_core.views import View, ViewBatch, ViewSpec
+from ssl_core.networks.backbone import Backbone, Level
+from ssl_core.networks.batch_norm import GlobalBatchNorm, bind
+from ssl_core.networks.heads import PixelHead, head
+from ssl_core.views.augment.draws import uniforms
+from ssl_core.views.types import View, ViewBatch, ViewSpec
 
 
 def mid_weight(done: float) -> float:

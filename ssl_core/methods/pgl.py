@@ -4,10 +4,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ssl_core.align import sample_features, shared_points
-from ssl_core.backbones.base import Backbone
-from ssl_core.ema import follow, short_run_momentum, target_of
-from ssl_core.heads import Norm, head
 from ssl_core.losses.cosine import distance, masked_mean
 from ssl_core.methods.base import (
     Crops,
@@ -20,8 +16,12 @@ from ssl_core.methods.base import (
     spread,
     train_only,
 )
-from ssl_core.norm import bind
-from ssl_core.views import View, ViewBatch, ViewSpec
+from ssl_core.methods.parts.points import sample_features, shared_points
+from ssl_core.networks.backbone import Backbone
+from ssl_core.networks.batch_norm import bind
+from ssl_core.networks.ema import follow, short_run_momentum, target_of
+from ssl_core.networks.heads import Norm, head
+from ssl_core.views.types import View, ViewBatch, ViewSpec
 
 
 @register("pgl")

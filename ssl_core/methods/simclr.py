@@ -6,8 +6,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ssl_core.backbones.base import Backbone
-from ssl_core.heads import Norm, head
 from ssl_core.losses.cosine import product
 from ssl_core.losses.info_nce import nt_xent
 from ssl_core.methods.base import (
@@ -19,8 +17,10 @@ from ssl_core.methods.base import (
     register,
     train_only,
 )
-from ssl_core.norm import bind
-from ssl_core.views import ViewBatch, ViewSpec
+from ssl_core.networks.backbone import Backbone
+from ssl_core.networks.batch_norm import bind
+from ssl_core.networks.heads import Norm, head
+from ssl_core.views.types import ViewBatch, ViewSpec
 
 
 @register("simclr")

@@ -4,8 +4,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ssl_core.backbones.base import Backbone
-from ssl_core.heads import Norm, head
 from ssl_core.losses.alignment import windowed_alignment
 from ssl_core.losses.contrast import Denominator
 from ssl_core.methods.base import (
@@ -20,8 +18,10 @@ from ssl_core.methods.base import (
     train_only,
 )
 from ssl_core.methods.pcl import position_contrast
-from ssl_core.norm import bind
-from ssl_core.views import View, ViewBatch, ViewSpec
+from ssl_core.networks.backbone import Backbone
+from ssl_core.networks.batch_norm import bind
+from ssl_core.networks.heads import Norm, head
+from ssl_core.views.types import View, ViewBatch, ViewSpec
 
 
 @register("ssal")

@@ -3,7 +3,6 @@
 from pydantic import Field, field_validator
 from torch import Tensor, nn, stack, zeros_like
 
-from ssl_core.backbones.base import Backbone
 from ssl_core.methods.base import (
     Crops,
     LossTerms,
@@ -16,9 +15,10 @@ from ssl_core.methods.base import (
     train_only,
     with_memo,
 )
-from ssl_core.norm import bind
-from ssl_core.sampling import map_at
-from ssl_core.views import ViewBatch, ViewSpec
+from ssl_core.methods.parts.region_pixels import map_at
+from ssl_core.networks.backbone import Backbone
+from ssl_core.networks.batch_norm import bind
+from ssl_core.views.types import ViewBatch, ViewSpec
 
 
 @register("supervised")

@@ -81,7 +81,7 @@ class Preprocess:
 def constants(policy: dict[str, Any], stats: dict[str, float]) -> tuple[float, float, float, float]:
     """`(low, high, centre, spread)` of y = (clip(x, low, high) - centre) / spread for one channel.
 
-    The same rules as `ssl_core.intensity.constants`, which training uses; a test holds the two together.
+    The same rules as `ssl_core.views.intensity.constants`, which training uses; a test holds the two together.
 
     Raises:
         ValueError: an unknown policy.

@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage.bytestore import open_store
 from storage.errors import CorruptChunk, NotFound, StoreError
-from storage.layout import Layout
-from storage.manifest import Manifest
-from storage.stream import CropStream
-from storage.stream_testing import StreamContract
-from storage.volumes import VolumeStore, padding_values, write_volume
-from tests.httpserver import served
-from tests.service.s3server import S3Server
+from storage.format.layout import Layout
+from storage.format.manifest import Manifest
+from storage.objects.protocol import open_store
+from storage.reading.volume_store import VolumeStore, padding_values, write_volume
+from storage.stream.crop_stream import CropStream
+from storage.testing.streams import StreamContract
+from tests.kit.httpserver import served
+from tests.kit.s3server import S3Server
 
 SHAPES = [(9, 11, 13), (20, 26, 28), (5, 7, 30), (12, 12, 12), (8, 9, 10), (16, 5, 6)]
 _number = itertools.count()

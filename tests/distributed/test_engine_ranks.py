@@ -1,19 +1,17 @@
 """Several processes train as one: gloo on loopback, float64."""
 
-import datetime
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from ssl_core import checkpoint
 from ssl_core.distributed import ProcessGroup
-from ssl_core.engine import Engine, EngineConfig, NonFiniteError, fit
-from tests.toy_method import Toy, batch, views_of
+from ssl_core.train import checkpoint
+from ssl_core.train.engine import Engine, EngineConfig, NonFiniteError, fit
+from tests.kit.processes import spawn
+from tests.kit.toy_method import Toy, batch, views_of
 
 STEPS, BATCH = 6, 12
 CONFIG: dict[str, Any] = {"steps": STEPS, "warmup_steps": 2, "log_every": 1, "lr": 0.05, "clip": 0.05}
@@ -22,26 +20,6 @@ EXACT = EngineConfig(precision="fp64", **CONFIG)
 PLAIN = EngineConfig(
     precision="fp64", optimizer="sgd", momentum=0.0, weight_decay=0.0, clip=0.0, lr=1.0, steps=9, warmup_steps=0
 )
-
-
-def worker(rank: int, world: int, folder: Path, parts: list[Callable[[Path], None]]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=240),
-    )
-    try:
-        for part in parts:
-            part(folder)
-    finally:
-        dist.destroy_process_group()
-
-
-def spawn(world: int, folder: Path, parts: list[Callable[[Path], None]]) -> None:
-    mp.spawn(worker, args=(world, folder, parts), nprocs=world)  # type: ignore[no-untyped-call]
 
 
 def mine(step: int, dtype: torch.dtype) -> Any:

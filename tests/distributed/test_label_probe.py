@@ -9,10 +9,10 @@ import torch.distributed as dist
 
 from jobs.configs import PretrainConfig
 from jobs.pretrain_loop import Hooks, run
-from jobs.tracking import Point
+from jobs.tracking.runs import Point
 from ssl_core.config import parse
-from tests.distributed.test_engine_ranks import spawn
-from tests.phantoms import write_phantoms
+from tests.kit.phantoms import write_phantoms
+from tests.kit.processes import spawn
 
 
 def job(url: str, world: int) -> PretrainConfig:

@@ -10,9 +10,9 @@ import torch
 
 from ssl_core.distributed import Collectives
 from ssl_core.methods.base import method_names
-from ssl_core.norm import GlobalBatchNorm
-from ssl_core.ranks import Ranks
-from ssl_core.testing import assert_same_on_ranks
+from ssl_core.networks.batch_norm import GlobalBatchNorm
+from ssl_core.testing.method import assert_same_on_ranks
+from ssl_core.testing.ranks import Ranks
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from jobs.configs import PretrainConfig
-from ssl_core import checkpoint
 from ssl_core.config import dump_yaml, parse
-from tests.phantoms import write_phantoms
+from ssl_core.train import checkpoint
+from tests.kit.phantoms import write_phantoms
 
 STEPS = 60
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl_core.backbones.pyramid import Architecture, Geometry, Pyramid
+from ssl_core.networks.pyramid import Architecture, Geometry, Pyramid
 
 
 def _pair(dims: int, inner: int, middle: int, outer: int, norm: bool = True) -> nn.Sequential:

@@ -10,8 +10,8 @@ import pytest
 
 from cluster import stack
 from cluster.stack import StackInfo
-from tests.phantoms import write_phantoms
-from tests.service.s3server import S3Server
+from tests.kit.phantoms import write_phantoms
+from tests.kit.s3server import S3Server
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from cluster.stack import StackInfo
-from jobs import cli
-from jobs.commands.common import use_stack
-from storage.bytestore import open_store
-from tests.phantoms import write_phantoms
-from tests.unit.scans import folder
+from jobs.cli import main as cli
+from jobs.cli.verbs.common import use_stack
+from storage.objects.protocol import open_store
+from tests.kit.phantoms import write_phantoms
+from tests.kit.scans import folder
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.service
@@ -45,7 +45,7 @@ def refused(capsys: pytest.CaptureFixture[str], code: int, arguments: list[str],
 def failed_job(code: int, arguments: list[str], *parts: str) -> None:
     """The same in a process of its own, which Ray's client, once loaded, needs for its log."""
     done = subprocess.run(
-        [sys.executable, "-m", "jobs.cli", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600
+        [sys.executable, "-m", "jobs.cli.main", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     _check(done.returncode, done.stdout, done.stderr, code, *parts)
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage.bytestore import open_store
-from storage.cache import NodeCache
 from storage.errors import CorruptChunk, NotFound, StoreError
-from storage.faultproxy import Fault, FaultProxy, Flip, Reset, Slow, Stall, Status, Truncate
-from storage.layout import Layout
-from storage.manifest import Manifest
-from storage.testing import phantom, publish_phantoms
-from storage.volumes import Crop, VolumeStore, write_volume
-from tests.service.s3server import READER, S3Server
+from storage.format.layout import Layout
+from storage.format.manifest import Manifest
+from storage.objects.protocol import open_store
+from storage.reading.node_cache import NodeCache
+from storage.reading.volume_store import Crop, VolumeStore, write_volume
+from storage.testing.fault_proxy import Fault, FaultProxy, Flip, Reset, Slow, Stall, Status, Truncate
+from storage.testing.stores import phantom, publish_phantoms
+from tests.kit.s3server import READER, S3Server
 
 pytestmark = [pytest.mark.service, pytest.mark.chaos]
 

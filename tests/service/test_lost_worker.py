@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from cluster.stack import StackInfo
-from storage.ingest_quarantine import QUARANTINE
-from tests.unit.scans import folder
+from storage.ingest.quarantine import QUARANTINE
+from tests.kit.scans import folder
 
 pytestmark = pytest.mark.service
 INGEST = """
 import os, signal, sys
 from jobs.ingest import ray_map
-from jobs.ray_session import connect
-from storage.ingest import ingest_work, run, unread
+from jobs.on_ray.session import connect
+from storage.ingest.pipeline import ingest_work, run, unread
 
 def dies_of_one(work):
     if "case_02" in work.source:

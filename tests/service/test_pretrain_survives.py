@@ -15,14 +15,15 @@ import torch
 
 from cluster import jobclient, stack
 from cluster.stack import StackInfo
-from jobs import submit, tracking
+from jobs import submit
 from jobs.configs import PretrainConfig
-from ssl_core import checkpoint
+from jobs.tracking import runs as tracking
 from ssl_core.config import parse
-from storage.bytestore import open_store
+from ssl_core.train import checkpoint
 from storage.errors import StackError
-from tests.phantoms import write_phantoms
-from tests.service.ahead import Ahead
+from storage.objects.protocol import open_store
+from tests.kit.ahead import Ahead
+from tests.kit.phantoms import write_phantoms
 
 pytestmark = [pytest.mark.service, pytest.mark.chaos, pytest.mark.timeout(1200)]
 STEPS = 120

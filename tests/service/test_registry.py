@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from jobs import registry, tracking
-from jobs.registry import Evidence
+from jobs.tracking import models as registry
+from jobs.tracking import runs as tracking
+from jobs.tracking.models import Evidence
 from ssl_core.bundle import write_bundle
 from ssl_core.portable import Predictor
 from ssl_core.portable.geometry import to_canonical
 from storage.errors import ConfigError, NotFound, RefusedInput, StackError
-from tests.service.mlflow_server import environment, mlflow_server
-from tests.unit.test_bundle import facts, network, scan
+from tests.kit.bundles import facts, network, scan
+from tests.kit.mlflow_server import environment, mlflow_server
 
 pytestmark = pytest.mark.service
 TUTORIAL = Path(__file__).parents[2] / "docs/tutorial.md"

@@ -9,11 +9,14 @@ import psutil
 import pytest
 
 from cluster.stack import StackInfo
-from jobs import entry, registry, submit, tracking
+from jobs import driver as entry
+from jobs import submit
 from jobs.configs import FinetuneJobConfig, PretrainConfig, TuneConfig
+from jobs.tracking import models as registry
+from jobs.tracking import runs as tracking
 from ssl_core.config import parse
-from storage.bytestore import open_store
-from tests.service.ahead import Ahead
+from storage.objects.protocol import open_store
+from tests.kit.ahead import Ahead
 
 pytestmark = [pytest.mark.service, pytest.mark.chaos, pytest.mark.timeout(1200)]
 EPOCHS = 4

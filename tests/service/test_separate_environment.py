@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs import registry
+from jobs.tracking import models as registry
 from ssl_core.bundle import write_bundle
 from ssl_core.portable import Predictor
-from tests.service.mlflow_server import environment, mlflow_server
-from tests.unit.test_bundle import facts, network, scan
+from tests.kit.bundles import facts, network, scan
+from tests.kit.mlflow_server import environment, mlflow_server
 
 pytestmark = [
     pytest.mark.service,

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import zarr
 
-from storage.bytestore import ByteStore, open_store
 from storage.errors import StoreError
-from storage.layout import Layout
-from storage.manifest import Manifest
-from storage.testing import StoreContract, phantom_label, publish_phantoms
-from storage.verify import verify
-from storage.volumes import VolumeStore
-from tests.publishers import appended, together
-from tests.service.s3server import ADMIN, READER, S3Server
+from storage.format.layout import Layout
+from storage.format.manifest import Manifest
+from storage.objects.protocol import ByteStore, open_store
+from storage.reading.verify import verify
+from storage.reading.volume_store import VolumeStore
+from storage.testing.stores import StoreContract, phantom_label, publish_phantoms
+from tests.kit.publishers import appended, together
+from tests.kit.s3server import ADMIN, READER, S3Server
 
 pytestmark = pytest.mark.service
 
@@ -75,7 +75,7 @@ def test_rights_are_per_key(s3_environment: S3Server, monkeypatch: pytest.Monkey
 
 THROUGH_PYARROW = """
 import sys
-from jobs.filesystem import storage_for
+from jobs.on_ray.filesystem import storage_for
 path, files = storage_for(sys.argv[1])
 with files.open_input_stream(f"{path}/x") as file:
     print(files.region, file.read())

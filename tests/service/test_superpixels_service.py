@@ -5,13 +5,14 @@ import json
 import pytest
 
 from cluster.stack import StackInfo
-from jobs import cli, submit
+from jobs import submit
+from jobs.cli import main as cli
 from jobs.configs import PretrainConfig
 from ssl_core.config import parse
-from ssl_core.superpixel_settings import Superpixels
-from storage.bytestore import open_store
-from storage.manifest import Manifest
-from tests.phantoms import write_phantoms
+from ssl_core.superpixels.settings import Superpixels
+from storage.format.manifest import Manifest
+from storage.objects.protocol import open_store
+from tests.kit.phantoms import write_phantoms
 
 pytestmark = [pytest.mark.service, pytest.mark.timeout(1200)]
 

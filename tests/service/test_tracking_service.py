@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from cluster.stack import StackInfo
-from jobs import tracking
-from jobs.tracking import SENTINEL, Sender
+from jobs.tracking import runs as tracking
+from jobs.tracking.runs import SENTINEL, Sender
 from storage.errors import StackError
 
 pytestmark = pytest.mark.service

@@ -1,0 +1,1 @@
+"""Benchmarks of what methods learn, on volumes whose structure is known."""

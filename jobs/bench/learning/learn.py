@@ -1,0 +1,419 @@
+"""Do the methods learn? Short pre-training of each on a CPU, then a linear read-out beside that of random features.
+
+Every row starts from the same weights as the random features of its seed, sees the same volumes for as many steps, and
+is read out at the same voxels of the same subjects (`jobs.bench.learning.voxel_probe`). The labelled subjects that the
+read-out is fitted on are of the training split, those it is scored on of another, which pre-training never saw.
+
+This is evidence that objectives work as they are written, at a size where a fault shows within minutes. It is no
+ranking: networks, views, batches and runs are far below what any of the papers used.
+"""
+
+import copy
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import ssl_core.methods  # noqa: F401  registers them
+from jobs.bench.learning.rows import RANDOM, Run, ablations, summary
+from jobs.bench.learning.voxel_probe import Case, evaluate, fit, load_case
+from jobs.bench.measure import machine
+from ssl_core.config import parse, resolved
+from ssl_core.downstream.finetune import label_values
+from ssl_core.methods.base import LossTerms, StepContext, method_class, method_names
+from ssl_core.monitor.collapse import CollapseWarning, probe
+from ssl_core.networks.pyramid import Pyramid
+from ssl_core.networks.registry import build
+from ssl_core.superpixels.segment import of_volume
+from ssl_core.superpixels.settings import Superpixels
+from ssl_core.train.engine import Engine, EngineConfig
+from ssl_core.views.intensity import IntensityPolicy
+from ssl_core.views.make import make_views
+from ssl_core.views.types import ViewBatch, ViewSpec
+from storage.datasets import simulated as cohort
+from storage.errors import ConfigError
+from storage.ingest import derived_maps as derive
+from storage.ingest import pipeline as ingest
+from storage.reading.volume_store import VolumeStore
+from storage.stream.crop_stream import CropStream, HostBatch, StreamSpec
+
+LABEL = "label"
+FIXED_BATCHES = 16
+"""Of views on which the loss before and after is compared."""
+
+FIXED_SEED = 10**6
+"""Added to the seed of the crops, so that those of the fixed views are not those of the steps."""
+
+BASES = ("mocov2", "byol", "simclr")
+ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "aligned": {"restoration": {"w_consistency": 0.0}, "consistency": {"w_restore": 0.0}},
+}
+"""Rows beside a method's own, such as `aligned:restoration`: what is left when a part is taken out."""
+
+POLICY = IntensityPolicy.model_validate({})
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is done.
+
+    Attributes:
+        view_DHW: Voxels of a view.
+        batch: Samples of a step.
+        steps: Optimizer steps of a run.
+        seeds: Of weights, crops and views, by number.
+        fitted: Labelled subjects that the read-out is fitted on.
+        scored: Subjects that it is scored on, at most.
+        filters: Channels of the DynUNet's levels, each after the first at half the resolution.
+        lr: Peak learning rate.
+        norm: Of the network, a key of `NORMS`.
+    """
+
+    view_DHW: tuple[int, int, int] = (16, 24, 24)
+    batch: int = 4
+    steps: int = 100
+    seeds: tuple[int, ...] = (0, 1, 2)
+    fitted: int = 12
+    scored: int = 32
+    filters: tuple[int, ...] = (8, 16, 32, 64)
+    lr: float = 2e-3
+    norm: str = "instance"
+
+
+NORMS: dict[str, Any] = {
+    "instance": ("INSTANCE", {"affine": True}),
+    "batch": ("BATCH", {"affine": True}),
+    "group": ("GROUP", {"num_groups": 4, "affine": True}),
+}
+"""As MONAI's DynUNet is told them; instance norm is its default."""
+
+FULL = Size()
+QUICK = Size(steps=20, seeds=(0,), fitted=6, scored=12)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A row of the table: a method with settings."""
+
+    name: str
+    method: str
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Data:
+    """An ingested data set and the subjects of the read-out."""
+
+    store: VolumeStore
+    simulated: bool
+    fitted: list[Case]
+    scored: dict[str, Case]
+    classes: int
+
+
+def arms(methods: Sequence[str], size: Size, overrides: Mapping[str, Any] | None = None) -> list[Arm]:
+    """A row for each method at this size; `lrc` has one for each global method it is added to, and see `ABLATIONS`.
+
+    Args:
+        methods: Registered names, or names of rows such as `lrc+byol` and `aligned:restoration`; all when empty.
+        size: Gives what does not fit a small run otherwise: views, blocks, widths of heads, the queue.
+        overrides: Settings on top, for all rows.
+
+    Raises:
+        ConfigError: unknown names or settings.
+    """
+    found = []
+    for row in _rows(methods):
+        name, _, part = row.partition(":")
+        method, _, base = name.partition("+")
+        settings = _small(method, size)
+        if base:
+            settings |= {"base": base, "base_settings": _small(base, size, views=False)}
+        settings |= ABLATIONS[method][part] if part else {}
+        found.append(Arm(row, method, _merge(settings, overrides or {})))
+        parse(method_class(method).Config, found[-1].settings, f"settings of {row}")
+    return found
+
+
+def bench_learn(
+    methods: Sequence[str] = (),
+    size: Size = FULL,
+    *,
+    part: str = "test",
+    overrides: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Pre-train and read out every row with every seed.
+
+    Args:
+        methods: See `arms`.
+        size: How much.
+        part: Split whose subjects are scored: `test`, or `val` to choose settings by.
+        overrides: Settings of the methods, to study them.
+        say: Hears of each run when it is done.
+
+    Returns:
+        JSON-able: `machine`, `data`, `size`, `rows` (see `summary`), `ablations`, and `runs` by row.
+    """
+    wanted = arms(methods, size, overrides)
+    began = time.monotonic()
+    kinds = {s for arm in wanted for s in _spec(arm).superpixels}
+    with dataset(size, part, say, kinds) as data:
+        runs: dict[str, list[Run]] = {RANDOM: [], **{arm.name: [] for arm in wanted}}
+        for seed in size.seeds:
+            for arm in (None, *wanted):
+                run = one_run(arm, data, size, seed)
+                runs[RANDOM if arm is None else arm.name].append(run)
+                say(_line(RANDOM if arm is None else arm.name, run))
+        rows = [summary(name, found, runs[RANDOM]) for name, found in runs.items()]
+        facts = {
+            "name": data.store.manifest.dataset.get("name", ""),
+            "simulated": data.simulated,
+            "pretrained_on": len(data.store.manifest.select(split="train")),
+            "fitted": len(data.fitted),
+            "scored": sorted(data.scored),
+            "part": part,
+        }
+    return {
+        "machine": machine() | {"torch": torch.__version__, "threads": torch.get_num_threads()},
+        "data": facts,
+        "size": asdict(size),
+        "settings": {arm.name: resolved(_config(arm)) for arm in wanted},
+        "seconds": round(time.monotonic() - began, 1),
+        "rows": rows,
+        "ablations": ablations(runs),
+        "runs": {name: [asdict(run) for run in found] for name, found in runs.items()},
+    }
+
+
+def network(size: Size) -> Pyramid:
+    """The small network, with fresh weights."""
+    levels = len(size.filters)
+    strides = (1,) + (2,) * (levels - 1)
+    shape = {"filters": size.filters, "strides": strides, "kernel_size": (3,) * levels}
+    return build("dynunet", **shape, norm_name=NORMS[size.norm])
+
+
+def one_run(arm: Arm | None, data: Data, size: Size, seed: int) -> Run:
+    """Pre-train (not at all for `None`) from the weights of the seed, and read out."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = network(size)
+        course = None if arm is None else _pretrain(arm, backbone, data, size, seed)
+    backbone.eval()
+    read_out = fit(backbone, data.fitted, data.classes)
+    scored = evaluate(backbone, read_out, list(data.scored.values()))
+    dice = {case: round(value, 5) for case, value in zip(data.scored, scored, strict=True)}
+    if arm is None or course is None:
+        return Run(seed, None, {}, {}, None, None, False, dice, None)
+    losses, seen, fixed, seconds = course
+    filled = -(-_queue(arm) // size.batch)
+    ends = {name: _ends([step[name] for step in losses], filled) for name in losses[0]}
+    return Run(
+        seed=seed,
+        loss=ends.pop("loss"),
+        terms={name.removeprefix("loss/"): pair for name, pair in ends.items()},
+        fixed=fixed,
+        rank=seen["probe/effective_rank"],
+        std=seen["probe/feature_std"],
+        collapsed=bool(seen["probe/collapsed"]),
+        dice=dice,
+        steps_per_s=size.steps / seconds,
+    )
+
+
+@contextmanager
+def dataset(
+    size: Size, part: str, say: Callable[[str], None], superpixels: Iterable[Superpixels] = ()
+) -> Iterator[Data]:
+    """The hippocampus data set where it is, else the simulated cohort, in a store that is gone afterwards."""
+    root = os.environ.get("TOMOSCALE_DATASETS")
+    folder = Path(root) / "msd_hippocampus" if root else None
+    if folder is None or not folder.is_dir():
+        folder = cohort.ensure()
+        say("no $TOMOSCALE_DATASETS/msd_hippocampus: SIMULATED subjects made from one head; figures are of them alone")
+    with tempfile.TemporaryDirectory(prefix="tomoscale-learn-") as held:
+        url = (Path(held) / folder.name).as_uri()
+        manifest = ingest.run(str(folder), url).manifest
+        for kind in superpixels:
+            compute = partial(of_volume, settings=kind)
+            manifest = derive.run(url, kind.name, compute, made=str(resolved(kind))).manifest
+        with VolumeStore(url, manifest) as store:
+            train = manifest.select(split="train", labelled=LABEL)
+            chosen = np.random.Generator(np.random.Philox(key=0)).permutation(train)[: size.fitted].tolist()
+            scored = manifest.select(split=part, labelled=LABEL)[: size.scored].tolist()
+            if not scored:
+                raise ConfigError(f"split {part!r}", expected="labelled volumes", found="none")
+            values = label_values(store, chosen, LABEL)
+            multiple = network(size).multiple_DHW()
+
+            def case(index: int) -> Case:
+                return load_case(store, index, label=LABEL, values=values, policy=POLICY, multiple_DHW=multiple)
+
+            yield Data(
+                store=store,
+                simulated=bool(manifest.dataset.get("simulated")),
+                fitted=[case(i) for i in chosen],
+                scored={manifest.record(i).volume_id: case(i) for i in scored},
+                classes=len(values) + 1,
+            )
+
+
+def _pretrain(
+    arm: Arm, backbone: Pyramid, data: Data, size: Size, seed: int
+) -> tuple[list[dict[str, float]], dict[str, float], dict[str, tuple[float, float]], float]:
+    """Losses of every step, the probe's figures at the end, those on fixed views before and after, and seconds."""
+    config, kind = _config(arm), method_class(arm.method)
+    settings: dict[str, Any] = {
+        "steps": size.steps,
+        "warmup_steps": size.steps // 20,
+        "lr": size.lr,
+        "seed": seed,
+        "log_every": 1,
+    }
+    settings |= {"channels_last": True, "precision": "fp32"}  # this layout takes two thirds of the time on a CPU
+    engine = Engine(kind(config, backbone), parse(EngineConfig, settings))
+    spec = _spec(arm)
+    stream = StreamSpec(
+        seed=seed,
+        global_batch=size.batch,
+        crop_DHW=spec.host_size_DHW,
+        lanes=size.batch,
+        crops_per_visit=2,
+        maps=spec.maps,
+    )
+
+    def views_of(host: HostBatch) -> ViewBatch:
+        return make_views(host, spec, seed=seed, policy=POLICY, maps=host.maps_BDHW)
+
+    filling = -(-_queue(arm) // size.batch)
+    with CropStream(data.store, replace(stream, seed=seed + FIXED_SEED), prefetch=2, threads=1) as batches:
+        fixed = [views_of(next(batches)) for _ in range(filling + FIXED_BATCHES)]
+    before = on_fixed_views(engine, fixed, filling)
+    views: ViewBatch | None = None
+    losses, began = [], time.perf_counter()
+    with CropStream(data.store, stream, prefetch=2, threads=1) as batches:
+        for _ in range(size.steps):
+            views = views_of(next(batches))
+            said = engine.step(views)
+            losses.append({name: value for name, value in said.items() if name.partition("/")[0] == "loss"})
+    seconds = time.perf_counter() - began
+    if views is None:
+        raise ConfigError("steps", expected="at least 1", found="0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CollapseWarning)  # the row says so
+        seen = probe(engine, views)
+    after = on_fixed_views(engine, fixed, filling)
+    return losses, seen, {name: (before[name], after[name]) for name in before}, seconds
+
+
+@torch.no_grad()
+def on_fixed_views(engine: Engine, views: Sequence[ViewBatch], filling: int) -> dict[str, float]:
+    """Means of the loss and the monitors over batches of views, at the weights that the method has.
+
+    What a method with a queue says in training cannot be compared over time: its negatives come from earlier weights,
+    and are the easier to tell from the positive the faster the weights change. So here the first batches fill the queue
+    with what these weights make of other views. A weight that follows a schedule has its first value.
+
+    Args:
+        engine: Nothing of its state changes.
+        views: Batches, the same whenever figures are to be compared.
+        filling: How many of them only fill the queue.
+
+    Returns:
+        `loss`, its terms `loss/NAME` and `monitor/NAME`.
+    """
+    method: Any = copy.deepcopy(engine.method)
+    ctx = StepContext(0, engine.config.steps, engine.config.seed)
+    sums: dict[str, list[float]] = {}
+    for number, batch in enumerate(views):
+        terms: LossTerms = method(batch, ctx)
+        if number < filling:
+            method.after_step(ctx)
+            continue
+        found = {"loss": terms.total}
+        found |= {f"loss/{name}": value for name, value in terms.terms.items()}
+        found |= {f"monitor/{name}": value for name, value in terms.monitors.items()}
+        for name, value in found.items():
+            sums.setdefault(name, []).append(float(value))
+    return {name: statistics.fmean(values) for name, values in sums.items()}
+
+
+def _rows(names: Sequence[str]) -> list[str]:
+    """The rows that names stand for; ablations only where they are named, or nothing is."""
+    known = {method: [f"lrc+{b}" for b in BASES] if method == "lrc" else [method] for method in method_names()}
+    parts = {f"{method}:{part}": [f"{method}:{part}"] for method, found in ABLATIONS.items() for part in found}
+    every = known | {row: [row] for row in known["lrc"]} | parts
+    for name in names:
+        if name not in every:
+            raise ConfigError(f"method {name!r}", expected="one of " + ", ".join(every), found=repr(name))
+    return [row for name in names or [*known, *parts] for row in every[name]]
+
+
+def _small(method: str, size: Size, *, views: bool = True) -> dict[str, Any]:
+    """What a method has to be told at this size; everything else stays at its defaults."""
+    fields = method_class(method).Config.model_fields
+    fitting: dict[str, Any] = {"hidden": 128, "queue": 128, "block": 8, "locals": 2, "values": (1, 2)}
+    if method == "lrc":
+        fitting |= {"hidden": 32, "out": 32}  # its head is at full resolution
+    if views:
+        side = min(size.view_DHW)
+        fitting |= {"crops": {"size_DHW": size.view_DHW}, "local": {"size_DHW": (side,) * 3}}
+    found: dict[str, Any] = {}
+    for key in fields.keys() & fitting.keys():
+        value = fitting[key]
+        default = fields[key].get_default(call_default_factory=True)
+        found[key] = resolved(default) | value if isinstance(value, dict) else value
+    if "parts" in fields:
+        parts = fields["parts"].get_default(call_default_factory=True)
+        found["parts"] = [resolved(p) | {"settings": _small(p.name, size, views=False) | p.settings} for p in parts]
+    return found
+
+
+def _merge(settings: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with others on top, group by group."""
+    merged = dict(settings)
+    for key, value in overrides.items():
+        deeper = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if deeper else value
+    return merged
+
+
+def _config(arm: Arm) -> Any:
+    return parse(method_class(arm.method).Config, arm.settings, f"settings of {arm.name}")
+
+
+def _spec(arm: Arm) -> ViewSpec:
+    spec: ViewSpec = method_class(arm.method).view_spec(_config(arm))
+    return spec
+
+
+def _queue(arm: Arm) -> int:
+    """Entries of the method's queue, or of its base's; 0 without one."""
+    settings = arm.settings | arm.settings.get("base_settings", {})
+    return int(settings.get("queue", 0))
+
+
+def _ends(values: Sequence[float], after: int = 0) -> tuple[float, float]:
+    """Medians over a tenth of the values, the first ones `after` so many and the last ones."""
+    tenth = max(len(values) // 10, 1)
+    start = min(after, len(values) - tenth)
+    return statistics.median(values[start : start + tenth]), statistics.median(values[-tenth:])
+
+
+def _line(name: str, run: Run) -> str:
+    found = f"{name}, seed {run.seed}: probe Dice {statistics.fmean(run.dice.values()):.4f}"
+    if run.loss is None:
+        return found
+    before, after = run.fixed["loss"]
+    return f"{found}, loss {before:.4f} to {after:.4f}, rank {run.rank:.1f}, {run.steps_per_s:.2f} steps/s"

@@ -1,0 +1,223 @@
+"""models list | show | promote | pull; evaluate; predict."""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jobs.cli.verbs.common import add_json, add_state, use_stack
+from jobs.output import Progress, emit, table
+from storage.errors import ConfigError, StackError
+
+
+def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the verbs."""
+    models = verbs.add_parser("models", help="registered models: list, show, promote, pull")
+    actions = models.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="all versions")
+    show = actions.add_parser("show", help="one version, with its lineage")
+    promote = actions.add_parser(
+        "promote", help="make a version the champion, if it beats the current one on the same cases"
+    )
+    pull = actions.add_parser("pull", help="download a bundle and check every digest")
+    for action, run in ((listing, _list), (show, _show), (promote, _promote), (pull, _pull)):
+        if action is not listing:
+            action.add_argument("model", help="models:/NAME@ALIAS, models:/NAME/VERSION or NAME")
+        add_state(action)
+        action.set_defaults(run=run)
+    add_json(listing)
+    add_json(show)
+    pull.add_argument("folder", type=Path, help="folder to create")
+
+    evaluate = verbs.add_parser("evaluate", help="score a segmenter on a split of a store, case by case")
+    evaluate.add_argument("model", help="model URI, or a bundle's folder")
+    evaluate.add_argument("data", help="URL of a store with labels")
+    evaluate.add_argument("--split", default="test", help="split of the manifest (default: test)")
+    evaluate.add_argument("--label", default="label", help="name of the label map (default: label)")
+    evaluate.add_argument("--tolerance-mm", type=float, default=1.0, help="tolerance of the NSD (default: 1)")
+    add_json(evaluate)
+    add_state(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+    predict = verbs.add_parser("predict", help="segment a NIfTI file into a mask on the same grid")
+    predict.add_argument("model", help="model URI, or a bundle's folder")
+    predict.add_argument("input", type=Path, help=".nii or .nii.gz")
+    predict.add_argument("output", type=Path, help=".nii or .nii.gz to write")
+    add_state(predict)
+    predict.set_defaults(run=_predict)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from jobs.tracking import models as registry
+
+    use_stack(arguments)
+    found = registry.list_models()
+    rows = [
+        (v.name, v.version, v.tags.get("tomoscale.kind", "-"), ", ".join(v.aliases), _date(v.created_ms)) for v in found
+    ]
+    text = table(("model", "version", "kind", "aliases", "registered"), rows) if rows else "no models yet"
+    emit([_plain(v) for v in found], arguments.json, text)
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from jobs.tracking import models as registry
+
+    use_stack(arguments)
+    found = _plain(registry.resolve(arguments.model))
+    shown = found | {"aliases": ", ".join(found["aliases"]) or "-"}
+    emit(found, arguments.json, "\n".join(f"{k}: {v}" for k, v in shown.items()))
+    return 0
+
+
+def _promote(arguments: argparse.Namespace) -> int:
+    from jobs.tracking import models as registry
+
+    use_stack(arguments)
+    version = registry.resolve(arguments.model)
+    print(f"{version.uri} is the champion: {registry.promote(version.name, version.version)}")
+    return 0
+
+
+def _pull(arguments: argparse.Namespace) -> int:
+    from jobs.tracking import models as registry
+
+    use_stack(arguments)
+    print(registry.pull(arguments.model, arguments.folder))
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from ssl_core.downstream.scores import score_case
+    from storage.format.manifest import Manifest
+    from storage.reading.volume_store import VolumeStore
+
+    if not arguments.tolerance_mm > 0:
+        raise ConfigError(
+            "--tolerance-mm",
+            expected="millimetres, above 0",
+            found=f"{arguments.tolerance_mm:g}",
+            remedy="leave it out",
+        )
+    use_stack(arguments)
+    manifest = Manifest.open(arguments.data)
+    indices = manifest.select(split=arguments.split, labelled=arguments.label).tolist()
+    if not indices:
+        raise ConfigError(
+            f"split {arguments.split!r} of {arguments.data}",
+            expected=f"volumes with label {arguments.label!r}",
+            found="none",
+            remedy="`tomoscale data show URL` lists splits and labels",
+        )
+    cases: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="tomoscale-model-") as folder:
+        predictor = _predictor(arguments.model, Path(folder))
+        names = {value: name for value, name in predictor.plan.labels if value != 0}
+        store = VolumeStore(arguments.data, manifest)
+        bar = Progress("evaluate", len(indices), "cases")
+        for done, index in enumerate(indices, 1):
+            record = manifest.record(index)
+            values = store.read_volume(record.volume_id) * record.scale + record.offset
+            affine = np.array(record.affine).reshape(4, 4)
+            mask = predictor.segment(values, affine, record.stats)
+            truth = store.read_volume(record.volume_id, label=arguments.label)[0]
+            scores = score_case(
+                mask, truth, labels=names, spacing_mm=record.spacing_mm, tolerance_mm=arguments.tolerance_mm
+            )
+            for label, s in scores.items():
+                cases.append(
+                    {"volume_id": record.volume_id, "label": label, "dice": s.dice, "hd95_mm": s.hd95_mm, "nsd": s.nsd}
+                )
+            bar.update(done)
+        store.close()
+    rows = [(c["volume_id"], c["label"], c["dice"], c["hd95_mm"], c["nsd"]) for c in cases]
+    means = [
+        (
+            "mean",
+            name,
+            *(sum(c[k] for c in cases if c["label"] == name) / len(indices) for k in ("dice", "hd95_mm", "nsd")),
+        )
+        for name in names.values()
+    ]
+    split = f"{manifest.fingerprint} {arguments.split}"
+    emit(
+        {"split": split, "cases": cases},
+        arguments.json,
+        table(("case", "label", "Dice", "HD95 mm", "NSD"), [*rows, *means]),
+    )
+    return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    if not arguments.output.name.endswith((".nii", ".nii.gz")):
+        raise ConfigError(
+            "output",
+            expected="a name that ends in .nii or .nii.gz",
+            found=str(arguments.output),
+            remedy="give a mask such a name",
+        )
+    if not arguments.input.is_file():
+        raise ConfigError(str(arguments.input), expected="a NIfTI file", found="no such file", remedy="check the path")
+    if not arguments.output.parent.is_dir():
+        raise ConfigError(str(arguments.output.parent), expected="a folder", found="none", remedy="create it first")
+    use_stack(arguments)
+    with tempfile.TemporaryDirectory(prefix="tomoscale-model-") as folder:
+        predictor = _predictor(arguments.model, Path(folder))
+        mask = _write_mask(predictor, arguments.input, arguments.output)
+    counts = {name: int((mask == value).sum()) for value, name in predictor.plan.labels}
+    print(f"{arguments.output}: {mask.shape}, voxels {counts}", file=sys.stderr)
+    return 0
+
+
+def _write_mask(predictor: Any, source: Path, target: Path) -> Any:
+    try:
+        return predictor.predict_file(source, target)
+    except OSError as error:
+        if error.filename == str(source):
+            raise
+        raise StackError(
+            str(target),
+            expected="a mask written to a disk with room, by a user with the right to",
+            found=error.strerror or str(error),
+            remedy="free space, change the owner of the folder, or give another place",
+        ) from error
+
+
+def _predictor(model: str, folder: Path) -> Any:
+    from ssl_core.portable import Predictor
+
+    if Path(model).is_dir():
+        bundle = Path(model)
+    else:
+        from jobs.tracking import models as registry
+
+        bundle = registry.pull(model, folder / "bundle")
+    predictor = Predictor(bundle)
+    if predictor.kind != "segmenter":
+        raise ConfigError(
+            f"model {model}",
+            expected="a segmenter",
+            found=f"an {predictor.kind}",
+            remedy="fine-tune it first (`tomoscale finetune`), or take its features with `mlflow.pyfunc.load_model`",
+        )
+    return predictor
+
+
+def _plain(version: Any) -> dict[str, Any]:
+    return {
+        "uri": version.uri,
+        "name": version.name,
+        "version": version.version,
+        "aliases": list(version.aliases),
+        "registered": _date(version.created_ms),
+        "run_id": version.run_id,
+        **dict(sorted(version.tags.items())),
+    }
+
+
+def _date(ms: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(ms / 1000))

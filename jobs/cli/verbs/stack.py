@@ -1,0 +1,100 @@
+"""up, down, status, env, doctor."""
+
+import argparse
+import shlex
+import sys
+
+from cluster import doctor, services, stack
+from jobs.cli.verbs.common import add_json, add_state, state_dir, use_stack, whole
+from jobs.output import emit, table
+
+
+def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the verbs."""
+    up = verbs.add_parser("up", help="start the local stack: S3, MLflow, Ray; on loopback, with tokens")
+    add_state(up)
+    for name in ("s3", "mlflow", "dashboard"):
+        up.add_argument(f"--{name}-port", type=whole(0, 65535), default=0, metavar="PORT", help="0 picks a free one")
+    up.add_argument("--cpus", type=whole(1), metavar="N", help="logical CPUs that Ray offers (default: at least 4)")
+    up.set_defaults(run=_up)
+    down = verbs.add_parser("down", help="stop exactly what `up` started")
+    add_state(down)
+    down.add_argument("--purge", action="store_true", help="delete the stack's data as well")
+    down.set_defaults(run=_down)
+    status = verbs.add_parser("status", help="show the local stack")
+    add_state(status)
+    add_json(status)
+    status.set_defaults(run=_status)
+    env = verbs.add_parser("env", help='print the stack\'s environment as shell exports: eval "$(tomoscale env)"')
+    add_state(env)
+    env.set_defaults(run=_env)
+    check = verbs.add_parser("doctor", help="check this machine and the services it would use")
+    check.add_argument("--store", default="s3://runs", metavar="URL", help="bucket to try S3 on (default: s3://runs)")
+    add_state(check)
+    add_json(check)
+    check.set_defaults(run=_doctor)
+
+
+def _up(arguments: argparse.Namespace) -> int:
+    info = stack.up(
+        state_dir(arguments),
+        s3_port=arguments.s3_port,
+        mlflow_port=arguments.mlflow_port,
+        dashboard_port=arguments.dashboard_port,
+        cpus=arguments.cpus,
+        progress=_say,
+    )
+    print(_describe(info))
+    return 0
+
+
+def _down(arguments: argparse.Namespace) -> int:
+    if not stack.down(state_dir(arguments), progress=_say, purge=arguments.purge):
+        print("nothing was running")
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    info = stack.status(state_dir(arguments))
+    emit(info.to_json(), arguments.json, _describe(info))
+    return 0 if info.healthy else 1
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    settings = stack.environment(state_dir(arguments))  # first: without a stack a shell stays as it is
+    print(f"unset {' '.join(services.UNSET)}")
+    for key, value in settings.items():
+        print(f"export {key}={shlex.quote(value)}")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    use_stack(arguments)
+    checks = doctor.run(arguments.store, state_dir(arguments))
+    data = [{"check": c.name, "ok": c.ok, "found": c.finding, "remedy": c.remedy} for c in checks]
+    rows = [("ok" if c.ok else "FAILED", c.name, c.finding, "" if c.ok else c.remedy) for c in checks]
+    emit(data, arguments.json, table(("", "check", "found", "what to do"), rows))
+    return 0 if all(c.ok for c in checks) else 1
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _describe(info: stack.StackInfo) -> str:
+    if not info.services:
+        return f"no stack in {info.state_dir}; start one with `tomoscale up`"
+    rows = [
+        (stack.TITLES[s.name], "up" if s.healthy else s.detail, s.url, s.pid, round(s.resident_mb), s.healthy_s)
+        for s in info.services
+    ]
+    lines = [table(("service", "state", "address", "pid", "MB", "started in s"), rows), f"state: {info.state_dir}"]
+    if info.healthy:
+        lines += [
+            "",
+            "submit a job:        tomoscale pretrain CONFIG",
+            f"or with Ray's own:   ray job submit --address {info.jobs_address} --working-dir . --"
+            " python -m jobs.pretrain CONFIG",
+            'use it from a shell: eval "$(tomoscale env)"',
+        ]
+    return "\n".join(lines)

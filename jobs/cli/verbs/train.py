@@ -1,0 +1,121 @@
+"""methods, plan, pretrain, tune, finetune."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from jobs.cli.verbs.common import add_json, add_state, job_address, salt_here, use_stack
+from jobs.output import emit
+from storage.errors import ConfigError
+
+_MODULES = {"pretrain": "jobs.pretrain", "tune": "jobs.tune", "finetune": "jobs.finetune"}
+_HELP = {
+    "pretrain": "pre-train without labels and register the encoder",
+    "tune": "search fine-tuning settings with early stopping",
+    "finetune": "fine-tune from each start with each seed, evaluate per case, register the segmenter",
+}
+
+
+def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the verbs."""
+    methods = verbs.add_parser("methods", help="list the methods, or explain one")
+    methods.add_argument("name", nargs="?", help="a method")
+    methods.add_argument("--markdown", action="store_true", help="as a page of the documentation")
+    methods.add_argument("--out", type=Path, metavar="DIR", help="write the pages of all methods there, in Markdown")
+    add_json(methods)
+    methods.set_defaults(run=_methods)
+    plan = verbs.add_parser("plan", help="print the resolved configuration of a job")
+    plan.add_argument("kind", choices=sorted(_MODULES), help="what the configuration is for")
+    _add_config(plan)
+    add_json(plan)
+    plan.set_defaults(run=_plan)
+    for kind, text in _HELP.items():
+        job = verbs.add_parser(kind, help=text)
+        _add_config(job)
+        job.add_argument("--address", metavar="URL", help="job server; the local stack's when empty")
+        job.add_argument("--dry-run", action="store_true", help="check and print the configuration, send nothing")
+        job.add_argument("--no-wait", action="store_true", help="submit and return")
+        add_state(job)
+        job.set_defaults(run=_submit, kind=kind)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="settings that replace those of the file",
+    )
+
+
+def _load(kind: str, arguments: argparse.Namespace) -> Any:
+    from jobs import configs
+    from ssl_core.config import load
+
+    model = {"pretrain": configs.PretrainConfig, "tune": configs.TuneConfig, "finetune": configs.FinetuneJobConfig}[
+        kind
+    ]
+    return load(model, Path(arguments.config), arguments.overrides)
+
+
+def _methods(arguments: argparse.Namespace) -> int:
+    from jobs.output import columns
+    from jobs.pages import methods as pages
+    from ssl_core.methods.base import method_names
+
+    name = arguments.name
+    if arguments.out is not None:
+        for path in pages.write_pages(arguments.out):
+            print(path)
+    elif arguments.markdown:
+        print(pages.markdown_page(name) if name else pages.markdown_index(), end="")
+    elif name:
+        keys = ("name", "default", "text")
+        rows = [dict(zip(keys, row, strict=True)) for row in pages.settings(name)]
+        data = {"name": name, "idea": pages.idea(name), "text": pages.description(name), "settings": rows}
+        emit(data, arguments.json, pages.text_page(name, columns()))
+    else:
+        found = [{"name": n, "text": pages.idea(n)} for n in method_names()]
+        emit(found, arguments.json, pages.text_index(columns()))
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from ssl_core.config import digest, dump_yaml, resolved
+
+    config = _load(arguments.kind, arguments)
+    emit(
+        {"digest": digest(config), "config": resolved(config)},
+        arguments.json,
+        f"{dump_yaml(config)}# digest {digest(config)}",
+    )
+    return 0
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from jobs import submit
+    from ssl_core.config import digest, dump_yaml
+
+    config = _load(arguments.kind, arguments)
+    print(f"{dump_yaml(config)}# digest {digest(config)}", flush=True)
+    if arguments.dry_run:
+        return 0
+    if (salt := salt_here()) and getattr(config, "source", None) not in (None, "simulated"):
+        raise ConfigError(
+            f"${salt}",
+            expected="no `source` beside it, which the job would ingest with a salt of the cluster's",
+            found=f"source {config.source}",
+            remedy=f"first: tomoscale data ingest {config.source} {config.data}; then leave `source` out",
+        )
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    use_stack(arguments)
+    address = job_address(arguments)
+    module = _MODULES[arguments.kind]
+    if arguments.no_wait:
+        print(submit.submit(address, module, config, config.name))
+        return 0
+    submit.run(address, module, config, config.name, show=lambda line: print(line, flush=True))
+    return 0

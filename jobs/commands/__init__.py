@@ -1,1 +1,0 @@
-"""Verb groups of the command line, one file each."""

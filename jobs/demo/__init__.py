@@ -1,0 +1,1 @@
+"""`tomoscale demo`: the whole path on one machine, from volumes to a report."""

@@ -1,0 +1,126 @@
+"""What every `python -m jobs.NAME CONFIG [key=value ...]` shares: arguments, errors, data that must exist."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jobs.tracking.runs import in_our_words
+from ssl_core.config import Config
+from ssl_core.config import load as load_config
+from storage.errors import NotFound, TomoscaleError
+from storage.format.manifest import Manifest
+from storage.objects.protocol import join, open_store
+
+C = TypeVar("C", bound=Config)
+
+# Ray drops lines that differ in their numbers only, which is what progress looks like; read when ray is imported.
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+# MLflow sets its loggers to what this says when it is imported, whatever `quiet` said before.
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+
+
+def load(kind: type[C], argv: Sequence[str], program: str) -> C:
+    """The configuration named on a job's command line."""
+    usage = argparse.ArgumentParser(prog=f"python -m {program}")
+    usage.add_argument("config", help="YAML file")
+    usage.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="settings that replace those of the file",
+    )
+    arguments = usage.parse_args(argv)
+    return load_config(kind, Path(arguments.config), arguments.overrides)
+
+
+def guarded(main: Callable[[Sequence[str]], int]) -> int:
+    """Run a job's main; errors of ours become one line and an exit code."""
+    quiet()
+    try:
+        return main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
+    except Exception as error:
+        said = error if isinstance(error, TomoscaleError) else in_our_words(error)
+        if said is None:
+            raise
+        print(f"{Path(sys.argv[0]).stem}: {said}", file=sys.stderr, flush=True)
+        if os.environ.get("TOMOSCALE_TRACEBACK"):
+            traceback.print_exc()
+        return said.exit_code
+
+
+def quiet() -> None:
+    """Keep the log for what a reader can act on: libraries speak from warnings upwards, and not of deprecations."""
+    for name in ("ray", "ray.train", "ray.tune", "botocore", "mlflow", "optuna", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"(mlflow|monai|ray|torch)(\.|$)")
+
+
+def ensure_data(data: str, source: str | None) -> None:
+    """Ingest `source` when the store at `data` has no manifest yet.
+
+    Raises:
+        NotFound: there is no manifest and no source to make it from.
+    """
+    try:
+        Manifest.open(data)
+    except NotFound as error:
+        if source is None:
+            raise NotFound(
+                f"manifest of {data}",
+                expected="an ingested store",
+                found="none",
+                remedy=f"ingest first: tomoscale data ingest FOLDER {data}",
+            ) from error
+        from jobs.ingest import ingest
+
+        ingest(source, data)
+
+
+def end_run(api: Any, run_id: str, status: str, tries: int = 6) -> None:
+    """Set the final status of a run, through a server outage of half a minute; never raises."""
+    from mlflow.exceptions import MlflowException
+
+    for attempt in range(tries):
+        try:
+            api.set_terminated(run_id, status)
+        except MlflowException as error:
+            print(f"MLflow did not take the status {status} ({type(error).__name__})", flush=True)
+            if attempt + 1 < tries:
+                time.sleep(5)
+        else:
+            return
+
+
+def end_failed(api: Any, run_id: str, error: BaseException) -> None:
+    """End the run of a job that an error ended: as killed where somebody stopped it, else as failed.
+
+    `jobs stop` sends SIGTERM, which Ray turns into SystemExit in a driver.
+    """
+    end_run(api, run_id, "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
+
+
+def write_result(runs: str, name: str, result: dict[str, Any]) -> None:
+    """Write `<runs>/<name>/result.json`."""
+    open_store(join(runs, name)).put("result.json", json.dumps(result).encode())
+
+
+def read_result(runs: str, name: str) -> dict[str, Any]:
+    """What a job of that name wrote last.
+
+    Raises:
+        NotFound: it has written nothing.
+    """
+    result: dict[str, Any] = json.loads(open_store(join(runs, name)).get("result.json"))
+    return result

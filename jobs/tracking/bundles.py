@@ -1,0 +1,173 @@
+"""From checkpoints to bundles and back: what a job registers and what the next one starts from."""
+
+import json
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from torch import Tensor
+
+from jobs.configs import FinetuneJobConfig, PretrainConfig
+from jobs.tracking.runs import Point
+from ssl_core.bundle import BundleFacts, stored_spacing, write_bundle
+from ssl_core.config import digest
+from ssl_core.methods.base import method_class
+from ssl_core.networks import build
+from ssl_core.networks.weights import load_exact
+from ssl_core.portable.predictor import check_bundle
+from ssl_core.portable.safetensors import read_safetensors
+from ssl_core.train import checkpoint
+from ssl_core.views.intensity import IntensityPolicy
+from storage.errors import ConfigError, RefusedInput
+from storage.format.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class EncoderBundle:
+    """What fine-tuning takes from an encoder's bundle.
+
+    Attributes:
+        backbone: Registered backbone name.
+        arguments: Its arguments.
+        weights: Encoder tensors under the stock names.
+        intensity: The policy it was trained with.
+        lineage: Where it comes from.
+    """
+
+    backbone: str
+    arguments: dict[str, Any]
+    weights: dict[str, Tensor]
+    intensity: IntensityPolicy
+    lineage: dict[str, str]
+
+
+def write_encoder(config: PretrainConfig, directory: Path, target: Path, *, run_id: str) -> Path:
+    """Bundle of the encoder in a pre-training checkpoint; every tensor of the method must match."""
+    state, meta = checkpoint.load(directory)
+    method = method_class(config.method_name)(
+        config.method_config, build(config.backbone.name, **config.backbone.arguments)
+    )
+    load_exact(method, state["method"])
+    views = method_class(config.method_name).view_spec(config.method_config)
+    lineage = {
+        "method": config.method_name,
+        "data": config.data,
+        "data_fingerprint": meta["fingerprint"],
+        "config_digest": digest(config),
+        "samples_digest": meta["samples"],
+        "steps": str(meta["step"]),
+        "run_id": run_id,
+    }
+    last = Point.from_json(meta["journal"][-1]).metrics
+    manifest = Manifest.open(config.data, meta["fingerprint"])
+    seen = (record for record in manifest.records() if record.split == config.stream.split)
+    notes: tuple[str, ...] = ()
+    try:
+        spacing_mm, interpolation = stored_spacing(seen)
+    except ConfigError as error:  # no reason to lose the encoder
+        spacing_mm, interpolation = None, "linear"
+        notes = (f"Some of its training volumes were resampled; their spacings differ: {error.found}.",)
+    facts = BundleFacts(
+        name=config.model_name,
+        patch_DHW=views.roles[0].size_DHW,
+        intensity=config.intensity,
+        spacing_mm=spacing_mm,
+        interpolation=interpolation,
+        notes=notes,
+        lineage=lineage,
+        metrics={
+            f"pre-training {k}": v
+            for k, v in last.items()
+            if k.startswith(("loss", "monitor", "probe")) and math.isfinite(v)
+        },
+    )
+    return write_bundle(target, "encoder", method.encoder(), facts)
+
+
+def write_segmenter(
+    config: FinetuneJobConfig, trained: Any, target: Path, *, run_id: str, cases: list[dict[str, Any]], parent: str
+) -> Path:
+    """Bundle of a fine-tuned segmenter."""
+    manifest = trained.store.manifest
+    mean = sum(c["dice"] for c in cases) / len(cases)
+    subjects = sorted({c["subject"] for c in cases})
+    used = (*trained.subjects.train, *trained.subjects.inner)
+    spacing_mm, interpolation = stored_spacing(manifest.record(i) for i in used)
+    facts = BundleFacts(
+        name=config.model or config.name,
+        patch_DHW=config.finetune.patch_DHW,
+        intensity=trained.encoder.intensity,
+        labels=((0, "background"), *trained.labels.items()),
+        lineage={
+            "parent": parent,
+            "data": config.labelled.data,
+            "data_fingerprint": manifest.fingerprint,
+            "config_digest": digest(config),
+            "run_id": run_id,
+        },
+        metrics={"test Dice": mean},
+        spacing_mm=spacing_mm,
+        interpolation=interpolation,
+        # Of what, too: another label map on the same volumes is another question. A case is a subject, since two
+        # volumes of one are not independent.
+        evaluation={
+            "split": f"{manifest.fingerprint} test, {config.labelled.label} {' '.join(map(str, trained.labels))}",
+            "measure": "Dice",
+            "cases": {s: fmean(c["dice"] for c in cases if c["subject"] == s) for s in subjects},
+        },
+        notes=(
+            f"Fine-tuned on {len(trained.subjects.train)} labelled volumes, tested on {len(trained.subjects.test)}.",
+        ),
+    )
+    return write_bundle(target, "segmenter", trained.network, facts)
+
+
+def read_encoder(bundle: Path) -> EncoderBundle:
+    """The encoder in a bundle, of either kind.
+
+    Raises:
+        RefusedInput: the bundle is damaged or lacks a tensor.
+    """
+    card = check_bundle(bundle)
+    architecture = json.loads((bundle / "architecture.json").read_text(encoding="utf-8"))
+    plan = json.loads((bundle / "preprocess.json").read_text(encoding="utf-8"))
+    weights = read_safetensors(bundle / "weights.safetensors")
+    missing = [key for key in architecture["encoder_keys"] if key not in weights]
+    if missing:
+        raise RefusedInput(
+            str(bundle / "weights.safetensors"),
+            expected=f"all {len(architecture['encoder_keys'])} tensors of the encoder",
+            found=f"{len(missing)} missing, the first: {missing[0]}",
+            remedy="pull it again, or train it again",
+        )
+    return EncoderBundle(
+        backbone=architecture["backbone"],
+        arguments=architecture["backbone_arguments"],
+        weights={key: weights[key] for key in architecture["encoder_keys"]},
+        intensity=IntensityPolicy.model_validate(plan["intensity"]),
+        lineage=card["lineage"],
+    )
+
+
+def pull_encoder(uri: str) -> EncoderBundle:
+    """The encoder behind a model URI or in a bundle's folder.
+
+    Raises:
+        ConfigError: no URI was given.
+    """
+    from jobs.tracking import models as registry
+
+    if not uri or uri == "none":
+        raise ConfigError(
+            "encoder",
+            expected="a model URI such as models:/NAME@candidate",
+            found=repr(uri),
+            remedy="`tomoscale models list` shows what there is",
+        )
+    if Path(uri).is_dir():
+        return read_encoder(Path(uri))
+    with tempfile.TemporaryDirectory(prefix="tomoscale-encoder-") as folder:
+        return read_encoder(registry.pull(uri, Path(folder) / "bundle"))

@@ -1,6 +1,0 @@
-"""Networks from MONAI (and nnU-Net's residual encoder) behind one feature-pyramid contract."""
-
-from ssl_core.backbones.base import Backbone, Level
-from ssl_core.backbones.registry import backbone_names, build
-
-__all__ = ["Backbone", "Level", "backbone_names", "build"]

@@ -1,0 +1,1 @@
+"""What methods share that is neither a loss nor a network."""

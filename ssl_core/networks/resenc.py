@@ -1,0 +1,121 @@
+"""nnU-Net's residual encoder U-Net, presets S, M and L. Needs the extra `resenc`.
+
+The stock class is `ResidualEncoderUNet` of dynamic-network-architectures, with nnU-Net's instance norm, leaky ReLU and
+residual-encoder plans for isotropic 3-D data.
+"""
+
+from typing import Any
+
+import torch
+from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+from torch import Tensor
+
+from ssl_core.networks.pyramid import Architecture, Geometry, cumulative
+from ssl_core.portable.network import with_classes
+
+# L has nnU-Net's residual blocks per stage and widths; nnU-Net's own M differs from it only in the patch that its
+# memory holds, so a lighter M and S are our choice.
+_BLOCKS = {"S": (2, 2, 2, 2, 2, 2), "M": (1, 3, 4, 6, 6), "L": (1, 3, 4, 6, 6, 6)}
+# Measured once by `ssl_core.networks.feature_centres.measure`, in input voxels: minutes at every start otherwise. A
+# level's centre depends on the levels before it only, so M has L's.
+_CENTRES = {
+    "S": (0.5, 0.605, 0.820, 1.197, 2.343, 2.553),
+    "M": (0.5, 0.591, 0.809, 1.429, 3.254),
+    "L": (0.5, 0.591, 0.809, 1.429, 3.254, 3.983),
+}
+_WIDTHS = (32, 64, 128, 256, 320, 320, 320, 320)
+
+
+def _full(arguments: dict[str, Any]) -> dict[str, Any]:
+    preset = arguments.get("preset", "M")
+    if preset not in _BLOCKS:
+        raise ValueError(f"preset one of {', '.join(_BLOCKS)}")
+    blocks = tuple(arguments.get("n_blocks_per_stage", _BLOCKS[preset]))
+    defaults = {
+        "spatial_dims": 3,
+        "in_channels": 1,
+        "out_channels": 2,
+        "n_stages": len(blocks),
+        "features_per_stage": _WIDTHS[: len(blocks)],
+        "n_blocks_per_stage": blocks,
+        "strides": (1, *(2,) * (len(blocks) - 1)),
+        "kernel_sizes": (3,) * len(blocks),
+        "n_conv_per_stage_decoder": 1,
+    }
+    return defaults | {k: v for k, v in arguments.items() if k != "preset"}
+
+
+def _stock(arguments: dict[str, Any]) -> dict[str, Any]:
+    full = _full(arguments)
+    dims = full.pop("spatial_dims")
+    return {
+        "input_channels": full.pop("in_channels"),
+        "num_classes": full.pop("out_channels"),
+        "conv_op": {"torch.nn": f"Conv{dims}d"},
+        "norm_op": {"torch.nn": f"InstanceNorm{dims}d"},
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "nonlin": {"torch.nn": "LeakyReLU"},
+        "nonlin_kwargs": {"inplace": True},
+        "conv_bias": True,
+        "deep_supervision": False,
+        **full,
+    }
+
+
+def _make(**arguments: Any) -> ResidualEncoderUNet:
+    return ResidualEncoderUNet(**with_classes(_stock(arguments)))
+
+
+def _geometry(arguments: dict[str, Any]) -> list[Geometry]:
+    full = _full(arguments)
+    dims = full["spatial_dims"]
+    steps: list[tuple[tuple[int, ...], tuple[float, ...] | None]] = []
+    for value in full["strides"]:
+        stride = (int(value),) * dims if isinstance(value, int) else tuple(value)
+        # A strided block adds a strided convolution, centred at 0.5, to an average pool, centred in its cell.
+        steps.append((stride, (0.5,) * dims if max(stride) == 1 else None))
+    found = cumulative(steps)
+    for preset, centres in _CENTRES.items():
+        same = ("n_blocks_per_stage", "strides", "kernel_sizes", "spatial_dims")
+        if all(_plain(full[key]) == _plain(_full({"preset": preset})[key]) for key in same):
+            return [Geometry(g.stride, (c,) * dims) for g, c in zip(found, centres, strict=True)]
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+
+
+def _encode(net: ResidualEncoderUNet, x: Tensor, upto: int) -> list[Tensor]:
+    x = net.encoder.stem(x)
+    maps = []
+    for stage in net.encoder.stages[: upto + 1]:
+        x = stage(x)
+        maps.append(x)
+    return maps
+
+
+def _decode(net: ResidualEncoderUNet, features: list[Tensor]) -> list[Tensor]:
+    maps = [features[-1]]
+    for up, stage, skip in zip(net.decoder.transpconvs, net.decoder.stages, features[-2::-1], strict=True):
+        maps.append(stage(torch.cat([up(maps[-1]), skip], dim=1)))
+    return maps[1:]
+
+
+def _level_prefixes(net: ResidualEncoderUNet, level: int) -> list[str]:
+    # The stock decoder registers the encoder a second time, by the same tensors.
+    own = ["encoder.stem", *(f"encoder.stages.{i}" for i in range(level + 1))]
+    return own + [f"decoder.{name}" for name in own]
+
+
+RESENC = Architecture(
+    make=_make,
+    geometry=_geometry,
+    encode=_encode,
+    decode=_decode,
+    level_prefixes=_level_prefixes,
+    encoder_prefixes=lambda net: ["encoder", "decoder.encoder"],
+    decoder_prefixes=lambda net: ["decoder.transpconvs", "decoder.stages"],
+    slim=lambda arguments: arguments | {"features_per_stage": (8,) * _full(arguments)["n_stages"]},
+    stock=_stock,
+)

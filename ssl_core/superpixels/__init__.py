@@ -1,0 +1,1 @@
+"""Super-pixels of a volume: their settings, and the segmentation that makes them."""

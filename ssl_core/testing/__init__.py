@@ -1,0 +1,1 @@
+"""Kits that methods, views and devices are tested with. Only tests and benchmarks enter."""

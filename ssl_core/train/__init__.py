@@ -1,0 +1,1 @@
+"""The training loop: engine, gradients, optimizers, schedules, determinism, checkpoints."""

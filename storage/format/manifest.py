@@ -1,0 +1,417 @@
+"""The list of volumes with their facts: one row a volume in `manifest-<fingerprint>.parquet`.
+
+A volume that is not in the manifest does not exist. The object `latest` holds the fingerprint of the manifest to use;
+it is replaced in one step after the manifest itself is in place, so that readers see the old or the new one. Jobs
+publish by `update`, which replaces the pointer only if it is still the one that was read: what another job published
+meanwhile is merged, not lost.
+
+A manifest of a million volumes opens by its footer alone: rows are read in groups when a record is asked for, and what
+`select` needs (split and label names of every row) travels compressed in the footer.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import threading
+import zlib
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage.errors import ConfigError, CorruptChunk, NotFound, StoreError
+from storage.format.records import (
+    DEFAULT_CODECS,
+    DerivedRecord,
+    LabelRecord,
+    Triple,
+    VolumeRecord,
+    stats_from_items,
+    stats_to_items,
+)
+from storage.format.sealed_parquet import SealedParquet, seal
+from storage.objects.protocol import ByteStore, open_store
+
+__all__ = ["DEFAULT_CODECS", "DerivedRecord", "LabelRecord", "Manifest", "Triple", "VolumeRecord", "fingerprint_of"]
+__all__ += ["manifest_key", "update"]
+
+POINTER = "latest"
+MOST_TRIES = 50
+"""Of one publication; each failed one means that another job published."""
+ROWS_PER_GROUP = 256
+"""Rows that are decoded to read one. Fewer make a footer that takes longer to open: 17 MB for a million volumes now."""
+COMPRESSION = "lz4"
+"""zstd would make a manifest a fifth smaller and a group take four times as long to decode, most of it setting up."""
+WHOLE_BYTES = 8 << 20  # a manifest up to this size is fetched in one request
+GROUPS_KEPT = 256
+FORMAT = "1"
+
+
+_I3, _F = pa.list_(pa.int32()), pa.float64()
+_LABEL = pa.struct(
+    [
+        ("name", pa.string()),
+        ("values", pa.list_(pa.int64())),
+        ("voxels", pa.list_(pa.int64())),
+        ("boxes", pa.list_(pa.list_(pa.int32()))),
+        ("points", pa.list_(pa.list_(pa.int32()))),
+        ("dtype", pa.string()),
+    ]
+)
+_DERIVED = pa.struct(
+    [
+        ("name", pa.string()),
+        ("made", pa.string()),
+        ("regions", pa.int64()),
+        ("content_sha256", pa.string()),
+        ("dtype", pa.string()),
+    ]
+)
+_TYPES: dict[str, pa.DataType] = {
+    **dict.fromkeys(("volume_id", "subject", "study", "split", "modality", "orientation", "dtype"), pa.string()),
+    **dict.fromkeys(("source", "source_sha256", "content_sha256", "reader", "policy", "codecs"), pa.string()),
+    **dict.fromkeys(("shape_DHW", "foreground_lo", "foreground_hi", "chunk_DHW", "shard_DHW"), _I3),
+    **dict.fromkeys(("spacing_mm", "affine"), pa.list_(_F)),
+    **dict.fromkeys(("scale", "offset"), _F),
+    "channels": pa.int32(),
+    "stats": pa.list_(pa.struct([("name", pa.string()), ("value", _F)])),
+    "labels": pa.list_(_LABEL),
+    "notes": pa.list_(pa.string()),
+    "derived": pa.list_(_DERIVED),
+}
+_FIELDS = tuple(VolumeRecord.__dataclass_fields__)
+_SCHEMA = pa.schema([(name, _TYPES[name]) for name in _FIELDS])
+
+
+class Manifest:
+    """A published or newly made list of volumes, in order of `volume_id`."""
+
+    def __init__(self, file: SealedParquet, thing: str, data: bytes | None = None) -> None:
+        """Use `open`, `from_records` or `from_bytes`."""
+        self._file, self._thing, self._bytes = file, thing, data
+        try:
+            form = file.notes["tomoscale.format"].decode()
+            self.fingerprint: str = file.notes["tomoscale.fingerprint"].decode()
+            self.dataset: dict[str, Any] = json.loads(file.notes["tomoscale.dataset"])
+            self._split_codes, self._splits = _unpack(file.notes["tomoscale.splits"])
+            self._label_codes, self._label_sets = _unpack(file.notes["tomoscale.labels"])
+            self._first: list[str] = json.loads(file.notes["tomoscale.first"])
+        except (KeyError, ValueError, zlib.error) as error:
+            raise CorruptChunk(
+                thing, expected="a manifest of this project", found=f"{type(error).__name__}: {str(error)[:200]}"
+            ) from error
+        if form != FORMAT:
+            raise CorruptChunk(
+                thing,
+                expected=f"a manifest of format {FORMAT}",
+                found=f"format {form[:20]}",
+                remedy="read it with the version of this project that wrote it, or ingest again into an empty store",
+            )
+        self._rows, self._per_group = file.rows, file.rows_per_group
+        self._groups: OrderedDict[int, pa.Table] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_records(cls, records: Iterable[VolumeRecord], dataset: Mapping[str, Any] | None = None) -> "Manifest":
+        """Make a manifest; the order of `records` does not matter.
+
+        Args:
+            dataset: JSON-able facts of the whole data set, its name among them.
+
+        Raises:
+            ConfigError: two records share a volume_id.
+        """
+        ordered = sorted(records, key=lambda record: record.volume_id)
+        for one, two in pairwise(ordered):
+            if one.volume_id == two.volume_id:
+                raise ConfigError(f"volume {one.volume_id}", expected="one record", found="two")
+        return cls.from_bytes(_to_parquet(ordered, dict(dataset or {})), "a new manifest")
+
+    @classmethod
+    def from_bytes(cls, data: bytes, thing: str = "manifest") -> "Manifest":
+        """Open the bytes of a manifest file."""
+        return cls(SealedParquet(lambda start, stop: data[start:stop], len(data), thing), thing, data)
+
+    @classmethod
+    def open(cls, url: str | ByteStore, fingerprint: str | None = None) -> "Manifest":
+        """Open the published manifest of a store, or an earlier one by its fingerprint.
+
+        Raises:
+            NotFound: nothing is published there, or not that fingerprint.
+            CorruptChunk: the manifest is damaged or is not the one its name says.
+        """
+        store = open_store(url) if isinstance(url, str) else url
+        if fingerprint is None:
+            try:
+                fingerprint = store.get(POINTER).decode("ascii", "replace").strip()
+            except NotFound as error:
+                raise NotFound(
+                    f"{store.url}",
+                    expected="a published data set",
+                    found="no object 'latest'",
+                    remedy="ingest into it first",
+                ) from error
+            if not fingerprint or not fingerprint.isalnum():
+                raise CorruptChunk(f"{store.url}/{POINTER}", expected="a fingerprint", found=repr(fingerprint[:40]))
+            try:
+                return cls._named(store, fingerprint)
+            except NotFound as error:
+                # Taken for "nothing published", the next job would publish its own volumes and no others.
+                raise CorruptChunk(
+                    error.thing, expected=f"the manifest that {POINTER!r} names", found="no such object"
+                ) from error
+        return cls._named(store, fingerprint)
+
+    @classmethod
+    def _named(cls, store: ByteStore, fingerprint: str) -> "Manifest":
+        thing = f"{store.url}/{manifest_key(fingerprint)}"
+        try:
+            manifest = cls._fetch(store, fingerprint, thing)
+        except CorruptChunk:
+            manifest = cls._fetch(store, fingerprint, thing)  # once more: it may have been damaged on the way
+        if manifest.fingerprint != fingerprint:
+            raise CorruptChunk(thing, expected=f"fingerprint {fingerprint}", found=manifest.fingerprint)
+        return manifest
+
+    @classmethod
+    def _fetch(cls, store: ByteStore, fingerprint: str, thing: str) -> "Manifest":
+        key = manifest_key(fingerprint)
+        size = store.head(key)
+        if size <= WHOLE_BYTES:
+            manifest = cls.from_bytes(store.get(key), thing)
+            manifest._file.check()  # now, while the object can still be fetched again
+            return manifest
+        return cls(SealedParquet(partial(store.get_range, key), size, thing), thing)
+
+    def write(self, store: ByteStore) -> str:
+        """Publish, whatever was published before: the manifest first, then the pointer. Returns the fingerprint.
+
+        For a store that nobody else writes; jobs use `update`.
+        """
+        self._put(store)
+        store.put(POINTER, self.fingerprint.encode())
+        return self.fingerprint
+
+    def _put(self, store: ByteStore) -> None:
+        if self._bytes is None:
+            raise StoreError(self._thing, expected="a manifest made by from_records", found="one opened from a store")
+        store.put(manifest_key(self.fingerprint), self._bytes)
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def record(self, i: int) -> VolumeRecord:
+        """The facts of volume i (negative counts from the end).
+
+        Raises:
+            IndexError: no such row.
+            CorruptChunk: the row's group is damaged.
+        """
+        row = i + self._rows if i < 0 else int(i)
+        if not 0 <= row < self._rows:
+            raise IndexError(f"record {i} of {self._rows}")
+        table = self._group(row // self._per_group)
+        return _from_row(table.slice(row % self._per_group, 1).to_pylist()[0])
+
+    def records(self) -> Iterable[VolumeRecord]:
+        """Every record in order, a group in memory at a time."""
+        for g in range(self._file.groups):
+            yield from map(_from_row, self._group(g).to_pylist())
+
+    def index_of(self, volume_id: str) -> int:
+        """The row of a volume.
+
+        Raises:
+            NotFound: no such volume.
+        """
+        low = bisect_right(self._first, volume_id)
+        if low:
+            ids: list[str] = self._group(low - 1).column("volume_id").to_pylist()
+            if volume_id in ids:
+                return (low - 1) * self._per_group + ids.index(volume_id)
+        raise NotFound(f"volume {volume_id}", expected=f"a volume of {self._thing}", found="none of that name")
+
+    def select(self, split: str | None = None, labelled: str | None = None) -> npt.NDArray[np.int64]:
+        """Rows of a split, and with a label or derived map of that name, ascending."""
+        keep = np.ones(self._rows, dtype=bool)
+        if split is not None:
+            keep &= np.isin(self._split_codes, [i for i, s in enumerate(self._splits) if s == split])
+        if labelled is not None:
+            keep &= np.isin(self._label_codes, [i for i, s in enumerate(self._label_sets) if labelled in s])
+        return np.flatnonzero(keep).astype(np.int64)
+
+    def label_names(self) -> tuple[str, ...]:
+        """Every label or derived map that some volume has, sorted."""
+        return tuple(sorted({name for names in self._label_sets for name in names}))
+
+    def subjects(self) -> tuple[str, ...]:
+        """The subject of every row."""
+        return tuple(self.column("subject"))
+
+    def column(self, name: str) -> list[Any]:
+        """One field of every record, in order; reads the whole manifest."""
+        values: list[Any] = []
+        for g in range(self._file.groups):
+            values += self._file.group(g, [name]).column(name).to_pylist()
+        return values
+
+    def _group(self, g: int) -> pa.Table:
+        with self._lock:
+            if g in self._groups:
+                self._groups.move_to_end(g)
+                return self._groups[g]
+        table = self._file.group(g)
+        with self._lock:
+            self._groups[g] = table
+            if len(self._groups) > GROUPS_KEPT:
+                self._groups.popitem(last=False)
+        return table
+
+
+def update(store: ByteStore, make: Callable[[Manifest | None], Manifest]) -> Manifest:
+    """Publish what `make` makes of the manifest that is published (None: there is none).
+
+    The pointer is replaced only if it is still what was read. Where another job was faster, `make` is called again,
+    with that job's manifest: nothing that was published in between is lost, and nothing is published half.
+
+    Raises:
+        CorruptChunk: what is published is damaged.
+        StoreError: the store failed, or others published `MOST_TRIES` times meanwhile. Nothing is published then.
+    """
+    for _ in range(MOST_TRIES):
+        try:
+            seen: bytes | None = store.get(POINTER)
+        except NotFound:
+            seen = None
+        latest = None if seen is None else Manifest.open(store)
+        if latest is not None and seen is not None and latest.fingerprint != seen.decode("ascii", "replace").strip():
+            continue
+        made = make(latest)
+        if latest is not None and made.fingerprint == latest.fingerprint:
+            return latest
+        made._put(store)
+        if store.swap(POINTER, made.fingerprint.encode(), seen):
+            return made
+    raise StoreError(
+        f"{store.url}/{POINTER}",
+        expected="to publish",
+        found=f"that other jobs published first, {MOST_TRIES} times",
+        remedy="nothing is lost: run it again when they are done",
+    )
+
+
+def manifest_key(fingerprint: str) -> str:
+    """Object name of a manifest."""
+    return f"manifest-{fingerprint}.parquet"
+
+
+def fingerprint_of(records: Iterable[VolumeRecord], dataset: Mapping[str, Any]) -> str:
+    """First 32 hex digits of a SHA-256 over the records in order of volume_id, and the data set's facts."""
+    return _fingerprint((_to_row(record) for record in sorted(records, key=lambda r: r.volume_id)), dataset)
+
+
+def _fingerprint(rows: Iterable[dict[str, Any]], dataset: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(_canonical({"format": FORMAT, "dataset": dict(dataset)}))
+    for row in rows:
+        digest.update(b"\n" + _canonical(row))
+    return digest.hexdigest()[:32]
+
+
+def _canonical(data: Any) -> bytes:
+    return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _to_parquet(records: list[VolumeRecord], dataset: dict[str, Any]) -> bytes:
+    splits = sorted({r.split for r in records})
+    sets = sorted({r.map_names() for r in records})
+    split_code = {s: i for i, s in enumerate(splits)}
+    set_code = {s: i for i, s in enumerate(sets)}
+    rows = [_to_row(record) for record in records]
+    meta = {
+        "tomoscale.format": FORMAT,
+        "tomoscale.fingerprint": _fingerprint(rows, dataset),
+        "tomoscale.dataset": _canonical(dataset),
+        "tomoscale.splits": _pack([split_code[r.split] for r in records], splits),
+        "tomoscale.labels": _pack([set_code[r.map_names()] for r in records], sets),
+        "tomoscale.first": json.dumps([r.volume_id for r in records[::ROWS_PER_GROUP]]),
+    }
+    schema = _SCHEMA.with_metadata(meta)
+    out = io.BytesIO()
+    with pq.ParquetWriter(out, schema, compression=COMPRESSION) as writer:
+        for at in range(0, len(rows), ROWS_PER_GROUP):
+            table = pa.Table.from_pylist(rows[at : at + ROWS_PER_GROUP], schema=schema)
+            writer.write_table(table, row_group_size=ROWS_PER_GROUP)
+    return seal(out.getvalue())
+
+
+def _pack(codes: list[int], names: list[Any]) -> bytes:
+    packed = zlib.compress(np.asarray(codes, dtype="<u4").tobytes(), 6)
+    return _canonical({"names": names, "codes": base64.b64encode(packed).decode()})
+
+
+def _unpack(text: bytes) -> tuple[npt.NDArray[np.uint32], list[Any]]:
+    data = json.loads(text)
+    codes: npt.NDArray[np.uint32] = np.frombuffer(zlib.decompress(base64.b64decode(data["codes"])), dtype="<u4")
+    return codes, list(data["names"])
+
+
+def _to_row(record: VolumeRecord) -> dict[str, Any]:
+    row = {name: getattr(record, name) for name in _FIELDS}
+    row["stats"] = stats_to_items(record.stats)
+    row["labels"] = [
+        {
+            "name": label.name,
+            "values": label.values,
+            "voxels": label.voxels,
+            "boxes": [[*lo, *hi] for lo, hi in label.boxes],
+            "points": [[x for point in points for x in point] for points in label.points],
+            "dtype": label.dtype,
+        }
+        for label in record.labels
+    ]
+    if record.derived:
+        row["derived"] = [asdict(derived) for derived in record.derived]
+    else:
+        del row["derived"]  # so that a data set without any has the fingerprint it had before there could be any
+    return row
+
+
+def _triple(values: list[Any]) -> Any:
+    return tuple(values)
+
+
+def _from_row(row: dict[str, Any]) -> VolumeRecord:
+    row["stats"] = stats_from_items(row["stats"], row["channels"], f"manifest, volume {row['volume_id']}")
+    row["labels"] = tuple(
+        LabelRecord(
+            name=label["name"],
+            values=tuple(label["values"]),
+            voxels=tuple(label["voxels"]),
+            boxes=tuple((_triple(b[:3]), _triple(b[3:])) for b in label["boxes"]),
+            points=tuple(tuple(_triple(p[i : i + 3]) for i in range(0, len(p), 3)) for p in label["points"]),
+            dtype=label["dtype"],
+        )
+        for label in row["labels"]
+    )
+    row["derived"] = tuple(DerivedRecord(**derived) for derived in row.get("derived") or ())
+    for name in (
+        "shape_DHW",
+        "foreground_lo",
+        "foreground_hi",
+        "chunk_DHW",
+        "shard_DHW",
+        "spacing_mm",
+        "affine",
+        "notes",
+    ):
+        row[name] = tuple(row[name])
+    return VolumeRecord(**row)

@@ -1,0 +1,398 @@
+"""From a folder of scans to a published store: one task a volume, published in one atomic step at the end.
+
+`run` finds the volumes, maps `ingest_work` over them (threads here, Ray tasks in `jobs.ingest`), and publishes. A task
+reads one volume, brings it to canonical axes and the wanted spacing, measures its facts, writes it, and leaves a record
+under `ingest/`: a run that was killed finds these records and goes on from there, and a volume whose source and policy
+are in the published manifest is not touched again. Refused volumes are listed in `quarantine.jsonl` and the rest goes
+on; nothing is ever put in a volume's place. Published volumes are never rewritten: what changed gets a new id. Several
+jobs may write to one store at the same time: see `storage.ingest.claims.claim` and `storage.ingest.publish`.
+
+Memory of a task: at most about 26 bytes a voxel of the larger of source and resampled volume (source, float work
+copies, percentile copy, stored int16, label); `ReadPolicy.max_voxels` bounds it.
+"""
+
+import os
+import re
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from storage.errors import NotFound, RefusedInput, StoreError
+from storage.format.layout import choose_layout
+from storage.format.manifest import Manifest, VolumeRecord
+from storage.format.volume_writer import content_sha256, write_volume
+from storage.ingest.claims import (
+    HIDDEN,
+    base_id,
+    claim,
+    content_tag,
+    dataset_facts,
+    hides,
+    record_source,
+    recorded,
+    side_key,
+    source_digest,
+    source_state,
+)
+from storage.ingest.deidentify import Pseudonyms, load_salt
+from storage.ingest.discover import IngestItem, Orphan, discover, legible, split_name
+from storage.ingest.policy import IngestPolicy
+from storage.ingest.prepare import prepare
+from storage.ingest.publish import check_subjects, folders_of_people, publish
+from storage.ingest.quarantine import QUARANTINE, Quarantined, read_quarantine, write_quarantine
+from storage.objects.fsync import settling, unforced
+from storage.objects.protocol import ByteStore, open_store
+
+__all__ = ["IngestPolicy", "IngestReport", "Outcome", "Progress", "Quarantined", "Work", "discover", "ingest_item"]
+__all__ += ["ingest_work", "map_serial", "map_threads", "publish", "run", "unread"]
+
+W = TypeVar("W")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Everything a task needs; picklable. The salt inside is hidden from `repr`."""
+
+    item: IngestItem
+    volume_id: str
+    source: str
+    subject: str
+    study: str
+    store_url: str
+    policy: IngestPolicy
+    modality: str = ""
+    known: tuple[VolumeRecord, ...] = ()
+    resumed: bool = True
+    """Whether an earlier run may have left a record of it."""
+    unforced: int | None = None
+    """The file system that the run forces to the disk before it publishes, so that the task need not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one volume: a record, or a refusal."""
+
+    record: VolumeRecord | None
+    refused: Quarantined | None
+    skipped: bool
+    bytes_in: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is; passed to the callback after each volume."""
+
+    done: int
+    total: int
+    skipped: int
+    refused: int
+    bytes_in: int
+    seconds: float
+
+    @property
+    def mb_per_s(self) -> float:
+        """Source bytes read per second, in 1e6 bytes."""
+        return self.bytes_in / 1e6 / max(self.seconds, 1e-9)
+
+    @property
+    def seconds_left(self) -> float:
+        """At the pace so far."""
+        return self.seconds / max(self.done, 1) * (self.total - self.done)
+
+
+@dataclass(frozen=True, slots=True)
+class IngestReport:
+    """What a run did. `published` counts volumes in the manifest, `skipped` those that were there already."""
+
+    published: int
+    written: int
+    skipped: int
+    quarantined: tuple[Quarantined, ...]
+    orphans: tuple[Orphan, ...]
+    ignored: tuple[str, ...]
+    warnings: tuple[str, ...]
+    manifest: Manifest
+    bytes_in: int
+    seconds: float
+
+
+class Mapper(Protocol):
+    """Maps a module-level function over picklable work and yields results in any order."""
+
+    def __call__(self, function: Callable[[Work], Outcome], items: Iterable[Work]) -> Iterator[Outcome]:
+        """See `map_threads` for the plain case."""
+
+
+def map_serial(function: Callable[[Work], Outcome], items: Iterable[Work]) -> Iterator[Outcome]:
+    """One volume after another, in this thread."""
+    return map(function, items)
+
+
+def map_threads(function: Callable[[W], R], items: Iterable[W]) -> Iterator[R]:
+    """A thread a core, with as many volumes in memory; decompression and hashing run outside the interpreter lock."""
+    workers = min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers, thread_name_prefix="ingest") as pool:
+        running: set[Future[R]] = set()
+        try:
+            for item in items:
+                running.add(pool.submit(function, item))
+                if len(running) > workers:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        finally:
+            for future in running:
+                future.cancel()
+
+
+HERE = (map_serial, map_threads)
+"""Mappers whose tasks write from this machine: what they wrote, its system can force to the disk at the end."""
+
+
+def run(
+    src: str,
+    dst: str,
+    policy: IngestPolicy | None = None,
+    *,
+    mapper: Mapper = map_threads,
+    progress: Callable[[Progress], None] | None = None,
+    append: bool = False,
+    name: str = "",
+    pseudonyms: Pseudonyms | None = None,
+) -> IngestReport:
+    """Ingest a folder and publish it.
+
+    Args:
+        src: Folder (or file) of volumes.
+        dst: URL of the store.
+        policy: See `IngestPolicy`.
+        mapper: How tasks are run.
+        progress: Called after each volume, in the calling thread.
+        append: Keep published volumes that `src` does not hold; otherwise the new manifest is `src` and nothing else.
+        name: Of the data set; the last part of the URL when empty.
+        pseudonyms: Salt of identifiers; the user's (`load_salt`) when None and needed.
+
+    Raises:
+        ConfigError: `src` does not exist.
+        RefusedInput: nothing to ingest, too few subjects, or more refused than the policy allows. Nothing is published.
+        StoreError: the store does not take or give what it should. Nothing is published.
+    """
+    policy = policy or IngestPolicy()
+    started = time.monotonic()
+    found = discover(src, policy.subject_pattern)
+    check_subjects(src, [item.subject for item in found.items], 1 if append else policy.min_subjects)
+    store = open_store(dst)
+    before = _published(store)
+    refused_before = read_quarantine(store)[1]
+    needs_salt = policy.identifiers != "keep" and (
+        policy.identifiers == "hash" or any(item.kind == "dicom" for item in found.items)
+    )
+    if pseudonyms is None and needs_salt:
+        pseudonyms = load_salt(store.url, used=any(record.source.startswith(HIDDEN) for record in before))
+    facts = dataset_facts(found.root, name or dst.rstrip("/").rpartition("/")[2])
+    works = _plan(found.items, dst, policy, pseudonyms, before, facts.modality)
+    outcomes: list[Outcome] = []
+    resumed = any(True for _ in store.list("ingest/"))
+    with settling(store) as files:
+        device = files.device if files is not None and mapper in HERE else None
+        works = [replace(work, resumed=resumed, unforced=device) for work in works]
+        for outcome in mapper(ingest_work, works):
+            outcomes.append(outcome)
+            if progress is not None:
+                progress(_progress(outcomes, len(works), time.monotonic() - started))
+        if files is not None:  # also for what an earlier run wrote and did not get to force
+            files.settle()
+    refused = tuple(sorted((o.refused for o in outcomes if o.refused), key=lambda q: q.source))
+    records = [o.record for o in outcomes if o.record]
+    stale = {work.source for work in works} | (set() if append else set(refused_before))
+    write_quarantine(store, refused, stale)
+    if len(refused) > policy.max_failed * len(works):
+        raise RefusedInput(
+            src,
+            expected=f"at most {policy.max_failed:.0%} of the volumes refused",
+            found=f"{len(refused)} of {len(works)}, the first: {refused[0]}",
+            remedy=f"see {QUARANTINE} in the store; repair them, or raise max_failed",
+        )
+    manifest, warnings = publish(store, records, policy, facts.dataset, before, append=append)
+    _drop_side_records(store, records)
+    return IngestReport(
+        published=len(manifest),
+        written=sum(o.record is not None and not o.skipped for o in outcomes),
+        skipped=sum(o.skipped for o in outcomes),
+        quarantined=refused,
+        orphans=found.orphans,
+        ignored=found.ignored,
+        warnings=(*warnings, *(folders_of_people(found.items) if policy.subject_pattern is None else ())),
+        manifest=manifest,
+        bytes_in=sum(o.bytes_in for o in outcomes),
+        seconds=time.monotonic() - started,
+    )
+
+
+def ingest_work(work: Work) -> Outcome:
+    """Ingest one volume; a refusal is an outcome, a fault of the store is raised."""
+    try:
+        record, skipped = ingest_item(work)
+    except RefusedInput as error:
+        parts = [f"expected {error.expected}" if error.expected else "", f"found {error.found}" if error.found else ""]
+        reason = "; ".join(part for part in (*parts, error.remedy) if part)
+        thing = "" if work.item.kind == "dicom" else _relative_thing(error.thing, work.item)
+        reason = legible(f"{thing}{reason}")
+        if work.item.kind != "dicom" and hides(work.item, work.policy):
+            reason = _without_names(reason, work.item)
+        return Outcome(None, Quarantined(work.item.source, work.source, reason), False, _size(work.item))
+    return Outcome(record, None, skipped, 0 if skipped else _size(work.item))
+
+
+def unread(work: Work, how: str) -> Outcome:
+    """The refusal of a volume whose task never ended: the others go on."""
+    reason = (
+        f"expected a process that ends; found it killed each time, {how}; "
+        "lower read.max_voxels, give its node more memory, or convert the file"
+    )
+    return Outcome(None, Quarantined(work.item.source, work.source, reason), False, _size(work.item))
+
+
+def ingest_item(work: Work) -> tuple[VolumeRecord, bool]:
+    """Write one volume unless the store has it.
+
+    Returns:
+        The record, its split still open, and whether nothing had to be written.
+
+    Raises:
+        RefusedInput: the volume or its label is refused; nothing of it is left that a manifest could name.
+        StoreError: the store failed.
+    """
+    state, policy = source_state(work.item), work.policy
+    digest, version = source_digest(work.item), policy.version
+    store = unforced(open_store(work.store_url), work.unforced)
+    known = next((r for r in work.known if (r.source_sha256, r.policy) == (digest, version)), None)
+    if known is None and work.resumed:
+        known = recorded(store, work.volume_id, digest, version)
+    if known is not None:
+        return replace(known, subject=work.subject, study=work.study), True
+    ready = prepare(work.item, policy, work.modality)
+    if source_state(work.item) != state:  # or the digest would be of other bytes than the voxels
+        raise RefusedInput(
+            work.item.source,
+            expected="files that nobody writes while they are read",
+            found="one that changed meanwhile",
+            remedy="run it again when they are complete",
+        )
+    held = claim(store, work.volume_id, digest, version)
+    shape = ready.stored_CDHW.shape
+    layout = choose_layout(
+        (shape[1], shape[2], shape[3]), policy.crop_DHW, itemsize=ready.stored_CDHW.dtype.itemsize, channels=shape[0]
+    )
+    if ready.label_DHW is not None:
+        ready.notes.append(f"image_sha256={content_sha256(ready.stored_CDHW)}")
+    record = write_volume(
+        store,
+        held.volume_id,
+        ready.stored_CDHW,
+        spacing_mm=ready.spacing_mm,
+        affine=ready.affine,
+        labels={} if ready.label_DHW is None else {policy.label_name: ready.label_DHW},
+        layout=layout,
+        scale=ready.scale,
+        offset=ready.offset,
+        stats=ready.stats,
+        foreground=ready.foreground,
+        subject=work.subject,
+        study=work.study,
+        modality=ready.modality,
+        orientation=ready.orientation,
+        source=work.source,
+        source_sha256=digest,
+        reader=ready.reader,
+        policy=version,
+        notes=ready.notes,
+    )
+    replace(held, record=record, forced=work.unforced is None).save(store)
+    return record, False
+
+
+def _drop_side_records(store: ByteStore, records: Iterable[VolumeRecord]) -> None:
+    """Delete those of published volumes, which need none. Those of other jobs are their claims, and stay."""
+    mine = {side_key(record.volume_id) for record in records}
+    for key in [key for key in store.list("ingest/") if key in mine]:
+        with suppress(StoreError):  # leftovers cost a few bytes and are read again only by the same source and policy
+            store.delete(key)
+
+
+def _plan(
+    items: Sequence[IngestItem],
+    dst: str,
+    policy: IngestPolicy,
+    pseudonyms: Pseudonyms | None,
+    published: Iterable[VolumeRecord],
+    modality: str,
+) -> list[Work]:
+    works, used = [], {}
+    known: defaultdict[str, tuple[VolumeRecord, ...]] = defaultdict(tuple)
+    for record in published:  # two folders of one store may hold files of one name
+        known[record.source] += (record,)
+    for item in items:
+        source = record_source(item, policy, pseudonyms)
+        volume_id = base_id(item, policy, pseudonyms)
+        if volume_id in used:  # two names that differ only in characters an id cannot have
+            volume_id = f"{volume_id}-{content_tag(source, item.name)}"
+        used[volume_id] = source
+        hide = hides(item, policy)
+        subject = pseudonyms.of("subject", item.subject) if hide and pseudonyms else item.subject
+        study = pseudonyms.of("study", item.study) if hide and pseudonyms and item.study else item.study
+        works.append(Work(item, volume_id, source, subject, study, dst, policy, modality, known.get(source, ())))
+    return works
+
+
+def _published(store: ByteStore) -> tuple[VolumeRecord, ...]:
+    try:
+        return tuple(Manifest.open(store).records())
+    except NotFound:
+        return ()
+
+
+def _progress(outcomes: Sequence[Outcome], total: int, seconds: float) -> Progress:
+    return Progress(
+        len(outcomes),
+        total,
+        sum(o.skipped for o in outcomes),
+        sum(o.refused is not None for o in outcomes),
+        sum(o.bytes_in for o in outcomes),
+        seconds,
+    )
+
+
+def _relative_thing(thing: str, item: IngestItem) -> str:
+    """The name in a message, when it is more than the file itself, without the path to the folder."""
+    root = legible(item.images[0]).removesuffix(item.source)
+    name = legible(thing).replace(root, "")
+    return "" if name == item.source else f"{name}: "
+
+
+def _without_names(reason: str, item: IngestItem) -> str:
+    """A reason as it may be stored where names are hidden: file names name people, and libraries quote them too."""
+    root = legible(item.images[0]).removesuffix(item.source)
+    paths = [legible(path) for path in (*item.images, *([item.label] if item.label else []))]
+    names = {item.name, *paths, *(path.removeprefix(root) for path in paths), *(Path(path).name for path in paths)}
+    names |= {split_name(Path(path).name)[0] for path in paths}
+    for name in sorted(names, key=len, reverse=True):
+        if len(name) > 2:  # less names nobody, and is part of many words
+            reason = reason.replace(name, "(a name)")
+    return re.sub(r"\S*[/\\]\S*", "(a path)", reason)  # of other files, or cut off
+
+
+def _size(item: IngestItem) -> int:
+    size = 0
+    for path in (*item.images, *([item.label] if item.label else [])):
+        with suppress(OSError):
+            size += Path(path).stat().st_size
+    return size

@@ -1,0 +1,280 @@
+"""One volume from its files to what is stored: canonical, resampled, measured, quantised."""
+
+import math
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+
+from storage import geometry
+from storage.errors import RefusedInput
+from storage.format.records import ChannelStats
+from storage.ingest.discover import IngestItem
+from storage.ingest.policy import IngestPolicy
+from storage.ingest.readers import RawVolume, read_item, read_label
+from storage.intensity_stats import channel_foreground, foreground_box
+
+Array = npt.NDArray[Any]
+Triple = tuple[int, int, int]
+
+ROBUST_RANGES = 12.0
+"""Stored int16 spans at most so many robust ranges (p99.5 - p0.5), which keeps half a step below 1e-4 of one."""
+
+LEAST_HU_RANGE = 100.0
+"""CT whose robust range (p99.5 - p0.5) is below it, such as one scaled to 0 to 1, is not rounded to whole numbers."""
+
+_AT_ONCE = 1 << 16
+"""Values that are worked on by one call, which costs microseconds whatever their number."""
+
+LIBRARY_FAULTS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    HeaderDataError,
+    ImageFileError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
+"""What the format libraries raise on headers that nobody foresaw."""
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A volume ready to be written; the fields are those of `VolumeRecord`."""
+
+    stored_CDHW: Array
+    affine: geometry.Affine
+    spacing_mm: tuple[float, float, float]
+    orientation: str
+    modality: str
+    scale: float
+    offset: float
+    stats: ChannelStats
+    foreground: tuple[Triple, Triple]
+    label_DHW: Array | None
+    reader: str
+    notes: list[str]
+
+
+def prepare(item: IngestItem, policy: IngestPolicy, modality: str = "") -> Prepared:
+    """Read, canonicalise, resample, measure and quantise one volume and its label.
+
+    Args:
+        modality: What the data set as a whole says, for formats that say nothing.
+
+    Raises:
+        RefusedInput: names the file and the reason.
+    """
+    try:
+        raw = read_item(item, policy.read)
+        label = read_label(item.label, policy.read, raw) if item.label else None
+    except LIBRARY_FAULTS as error:
+        # a library's message may quote a header, and a DICOM header may not be quoted
+        text = "" if item.kind == "dicom" else f": {' '.join(str(error).split())[:200]}"
+        raise RefusedInput(
+            item.source,
+            expected="a file that its library can read",
+            found=f"{type(error).__name__}{text}",
+            remedy="the header is damaged or unusual; open it in another tool and export it again",
+        ) from error
+    notes = raw.notes
+    found = geometry.orientation(raw.affine)
+    image, affine = geometry.canonicalise(raw.array_CDHW, raw.affine)
+    label_DHW = None if label is None else _matched_label(item, label, raw, image, affine, policy, notes)
+    whole = image.dtype.kind in "iu"
+    kind = policy.modality or raw.modality or modality or _looks_like_ct(image, notes)
+    native = geometry.spacing_dhw(affine)
+    wanted = policy.target_spacing(native)
+    _check_resampled(item.source, image.shape, native, wanted, policy)
+    resized, new_affine = geometry.resample(image, affine, wanted, policy.image_interpolation)
+    if resized is not image:
+        if resized.min() == resized.max():
+            raise RefusedInput(
+                item.source,
+                expected=f"an image with contrast at {_mm(wanted)} mm",
+                found=f"{resized[0].size:,} voxels, all {float(resized.min()):g}",
+                remedy="choose a smaller spacing_mm",
+            )
+        notes.append(f"resampled from {_mm(native)} to {_mm(wanted)} mm (D, H, W), {policy.image_interpolation}")
+        if label_DHW is not None:
+            before = label_DHW
+            label_DHW = geometry.resample(label_DHW[None], affine, wanted, policy.label_interpolation)[0][0]
+            lost = np.setdiff1d(before[before > 0], label_DHW[label_DHW > 0]).tolist()
+            if lost:
+                notes.append(f"label values too small to be left after resampling: {', '.join(map(str, lost[:20]))}")
+        image, affine, whole = resized, new_affine, False
+    mask, stats = channel_foreground(image)
+    for number, (channel, own) in enumerate(zip(image, stats, strict=True)):
+        if len(stats) > 1 and own["min"] == own["max"] and (channel == own["min"]).all():
+            notes.append(f"channel {number} (counted from 0) is {own['min']:g} everywhere")
+    if policy.dtype == "float32":
+        stored, scale, offset = image.astype(np.float32), 1.0, 0.0
+    else:
+        stored, scale, offset = quantise(image, stats, kind, whole, notes)
+    notes.extend(f"{key}={value}" for key, value in raw.facts.items())
+    box = foreground_box(mask)
+    spacing = geometry.spacing_dhw(affine)
+    return Prepared(stored, affine, spacing, found, kind, scale, offset, stats, box, label_DHW, raw.reader, notes)
+
+
+def _check_resampled(
+    thing: str, shape: tuple[int, ...], native: tuple[float, ...], wanted: tuple[float, ...], policy: IngestPolicy
+) -> None:
+    """Refuse what would not fit the memory of a task, before it is made."""
+    size = tuple(max(1, round(n * was / new)) for n, was, new in zip(shape[1:], native, wanted, strict=True))
+    if math.prod(size) * shape[0] > policy.read.max_voxels:
+        raise RefusedInput(
+            thing,
+            expected=f"at most {policy.read.max_voxels:,} voxels at {_mm((wanted[0], wanted[1], wanted[2]))} mm",
+            found=f"shape {(shape[0], *size)}, {math.prod(size) * shape[0]:,} voxels",
+            remedy="choose a larger spacing_mm, or raise read.max_voxels where a task may use about 26 bytes a voxel",
+        )
+
+
+def quantise(
+    values_CDHW: Array, stats: ChannelStats, modality: str, whole: bool, notes: list[str]
+) -> tuple[Array, float, float]:
+    """Values as int16 with value = stored * scale + offset.
+
+    Whole numbers that span at most 65,535 are stored exactly (offset 0 where int16 holds them as they are). CT that is
+    no longer whole is rounded to 1 HU. Everything else is spread over the int16 range; half a step stays below 1e-4 of
+    the robust range p99.5 - p0.5, for which outliers beyond 12 such ranges are clipped, with a note. Channels share
+    one scale; where it would be too coarse for one of them, all are kept as float32, with a note.
+
+    Args:
+        stats: Foreground statistics of each channel.
+    """
+    low, high = float(values_CDHW.min()), float(values_CDHW.max())
+    whole = whole or (high - low <= 65535 and _whole(values_CDHW))
+    ct = modality == "CT" and not whole and len(values_CDHW) == 1
+    if ct and stats[0]["p99_5"] - stats[0]["p0_5"] < LEAST_HU_RANGE:
+        notes.append(f"CT, but from {low:g} to {high:g}: no Hounsfield units, and not rounded to whole numbers")
+        ct = False
+    if whole and high - low <= 65535:
+        offset = 0.0 if low >= -32768 and high <= 32767 else low + 32768
+        if offset == 0:
+            return values_CDHW.astype(np.int16), 1.0, 0.0
+        return (values_CDHW.astype(np.int64) - int(offset)).astype(np.int16), 1.0, offset
+    if ct:
+        if low < -32768 or high > 32767:
+            notes.append("Hounsfield units beyond int16 clipped")
+        return np.clip(np.rint(values_CDHW), -32768, 32767).astype(np.int16), 1.0, 0.0
+    bottom, top = _kept(low, high, stats[0])
+    if len(values_CDHW) > 1:
+        ends = [_kept(float(c.min()), float(c.max()), found) for c, found in zip(values_CDHW, stats, strict=True)]
+        bottom, top = min(end[0] for end in ends), max(end[1] for end in ends)
+        finest = min((r for found in stats if (r := found["p99_5"] - found["p0_5"]) > 0), default=0.0)
+        if top - bottom > ROBUST_RANGES * finest > 0:
+            notes.append("kept as float32: the scale of int16 would be too coarse for one of the channels")
+            return values_CDHW.astype(np.float32), 1.0, 0.0
+    if (bottom, top) != (low, high):
+        clipped = int(np.count_nonzero((values_CDHW < bottom) | (values_CDHW > top)))
+        notes.append(f"{clipped:,} outliers beyond {bottom:g} to {top:g} clipped (found {low:g} to {high:g})")
+    scale = (top - bottom) / 65534
+    offset = bottom + 32767 * scale
+    stored = np.empty(values_CDHW.shape, np.int16)
+    for part in _parts(values_CDHW):  # for float64 without its memory
+        planes = values_CDHW[part].astype(np.float64)
+        np.clip(planes, bottom, top, out=planes)
+        planes -= offset
+        planes /= scale
+        stored[part] = np.rint(planes, out=planes)
+    return stored, scale, offset
+
+
+def _kept(low: float, high: float, stats: dict[str, float]) -> tuple[float, float]:
+    """The least and greatest value that are not clipped, of a channel from `low` to `high`."""
+    robust = stats["p99_5"] - stats["p0_5"]
+    if robust <= 0 or high - low <= ROBUST_RANGES * robust:
+        return low, high
+    bottom = max(low, stats["p0_5"] - robust)
+    return bottom, min(high, bottom + ROBUST_RANGES * robust)
+
+
+def _matched_label(
+    item: IngestItem,
+    label: RawVolume,
+    raw: RawVolume,
+    image: Array,
+    affine: geometry.Affine,
+    policy: IngestPolicy,
+    notes: list[str],
+) -> Array:
+    """The label in canonical axes, after checking that it lies on its image's grid.
+
+    Args:
+        raw: The image as it was read; `image` and `affine` are the same in canonical axes.
+    """
+    thing = f"label of {item.source}"
+    array, own = label.array_CDHW, label.affine
+    if policy.read.shear == "correct" and geometry.shear(own) > 1e-3:
+        array, own = geometry.straighten(array, own, labels=True)
+    turned, own = geometry.canonicalise(array, own)
+    shape = (image.shape[1], image.shape[2], image.shape[3])
+    spacing = geometry.spacing_dhw(affine)
+    apart = geometry.corner_distance(own, affine, shape) if turned.shape[1:] == shape else math.inf
+    ignored = policy.label_affine == "ignore" and apart > 0.1 * min(spacing)
+    if ignored and apart > 0.1 * min(n * s for n, s in zip(shape, spacing, strict=True)):
+        # So far off, the header says nothing of the axes either: voxels lie as the image's do. By less, it only errs.
+        turned, _ = geometry.canonicalise(array, raw.affine)
+    if turned.shape[1:] != shape:
+        raise RefusedInput(
+            thing,
+            expected=f"the image's shape {shape} (D, H, W)",
+            found=str(turned.shape[1:]),
+            remedy="was it drawn on another image? resample it onto this one, or remove it",
+        )
+    if ignored:
+        off = "other axes than the image's" if math.isinf(apart) else f"corners {apart:.3g} mm from the image's"
+        notes.append(f"label affine ignored: {off}")
+    elif apart > 0.1 * min(spacing):
+        raise RefusedInput(
+            thing,
+            expected="the image's affine",
+            found=f"corners {apart:.3g} mm apart",
+            remedy="set label_affine to ignore if only the header is wrong",
+        )
+    notes.extend(f"label: {note}" for note in label.notes)
+    if not turned.any():
+        notes.append("label holds background only")
+    matched: Array = turned[0]
+    return matched
+
+
+def _looks_like_ct(image: Array, notes: list[str]) -> str:
+    """CT by its values, where nothing names the modality: whole numbers with air at -1000 HU and bone below +4000."""
+    low, high = float(image.min()), float(image.max())
+    if -3100 <= low <= -900 and 100 <= high <= 32767 and (image.dtype.kind in "iu" or _whole(image)):
+        notes.append("taken as CT by its values: the format does not name the modality")
+        return "CT"
+    return ""
+
+
+def _whole(values_CDHW: Array) -> bool:
+    # In parts: most volumes with fractions show one in the first.
+    return all(bool((values_CDHW[part] == np.rint(values_CDHW[part])).all()) for part in _parts(values_CDHW))
+
+
+def _parts(values_CDHW: Array) -> Iterator[tuple[int, slice]]:
+    """A plane at a time, or as many small ones as make up for the cost of a call."""
+    channels, planes, *plane = values_CDHW.shape
+    step = max(1, _AT_ONCE // max(1, math.prod(plane)))
+    return ((c, slice(d, d + step)) for c in range(channels) for d in range(0, planes, step))
+
+
+def _mm(spacing: tuple[float, float, float]) -> str:
+    return "x".join(f"{s:.4g}" for s in spacing)

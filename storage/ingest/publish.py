@@ -1,0 +1,199 @@
+"""Publishing an ingest: its volumes on top of what the store holds, in one step that no other job can undo.
+
+Another job may have published since the run began, or be about to. `storage.format.manifest.update` reads what is
+published, merges, and replaces the pointer only if nobody else did meanwhile; who comes second merges again. So:
+
+- an append adds its volumes to whatever is published at that moment;
+- an ingest replaces the volumes that were published when it began, and leaves in place, with a warning, those that
+  another job published since: who does not want them runs it again;
+- maps that were computed meanwhile stay with their volumes, and published subjects keep their split.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import PurePosixPath
+from typing import Any
+
+from storage.errors import RefusedInput
+from storage.format.manifest import Manifest, VolumeRecord, update
+from storage.ingest import splits
+from storage.ingest.claims import image_digest
+from storage.ingest.discover import IngestItem
+from storage.ingest.policy import IngestPolicy
+from storage.objects.protocol import ByteStore
+
+_A_FEW = 20
+"""Scans that one person may have."""
+
+
+def publish(
+    store: ByteStore,
+    records: Sequence[VolumeRecord],
+    policy: IngestPolicy,
+    dataset: Mapping[str, Any],
+    before: Sequence[VolumeRecord] = (),
+    *,
+    append: bool = False,
+) -> tuple[Manifest, tuple[str, ...]]:
+    """Assign splits, note duplicates, check for leaks, and replace the manifest in one step.
+
+    Args:
+        records: The volumes of this run, their splits still open.
+        dataset: Facts of the data set.
+        before: What was published when the run began.
+        append: Keep those too.
+
+    Returns:
+        The manifest and what a reader should know about it.
+
+    Raises:
+        RefusedInput: too few subjects, volumes that cannot be split without a leak, or another job published other
+            content under an id of this one. Nothing is published.
+        StoreError: the store failed. As above.
+    """
+    warnings: list[str] = []
+    replaced = set() if append else {record.volume_id for record in before}
+
+    def merged(latest: Manifest | None) -> Manifest:
+        warnings.clear()
+        there = () if latest is None else tuple(latest.records())
+        mine = _settled(records, there)
+        kept = [record for record in there if record.volume_id not in mine and record.volume_id not in replaced]
+        if kept and not append:
+            warnings.append(
+                f"{len(kept)} volumes that another job published while this one ran were kept, the first: "
+                f"{kept[0].volume_id}; run it again to publish its source alone"
+            )
+        facts = dict(dataset)
+        if kept and latest is not None:
+            facts = _joined(latest.dataset, dataset, warnings)
+        earlier = _splits(mine.values(), (*before, *there))
+        return Manifest.from_records(_split([*mine.values(), *kept], policy, earlier, store.url, warnings), facts)
+
+    return update(store, merged), tuple(warnings)
+
+
+def check_subjects(thing: str, subjects: Iterable[str], least: int) -> None:
+    """Refuse fewer subjects than `least`.
+
+    Raises:
+        RefusedInput: names `thing`.
+    """
+    count = len(set(subjects))
+    if count < least:
+        raise RefusedInput(
+            thing,
+            expected=f"at least {least} subjects, to be split into training and test",
+            found=f"{count}",
+            remedy="add subjects, correct subject_pattern, or set min_subjects to 1 for a store that is never split",
+        )
+
+
+def folders_of_people(items: Iterable[IngestItem]) -> tuple[str, ...]:
+    """A warning where several folders hold a few volumes each, all of which count as subjects of their own.
+
+    Such folders are often a person's, whose scans would come into different splits, and no check can see it.
+    """
+    folders: defaultdict[str, list[str]] = defaultdict(list)
+    for item in items:
+        if item.kind != "dicom" and item.subject == item.name:
+            folders[str(PurePosixPath(item.source).parent)].append(item.source)
+    several = {folder: names for folder, names in folders.items() if len(names) > 1}
+    if len(several) < 2 or max(map(len, several.values())) > _A_FEW:
+        return ()
+    folder, names = min(several.items())
+    return (
+        f"{len(several)} folders hold several volumes that count as different subjects, such as {folder} with "
+        f"{len(names)}: if a folder is one person's, set subject_pattern, or it may be in training and test",
+    )
+
+
+def _settled(records: Iterable[VolumeRecord], there: Sequence[VolumeRecord]) -> dict[str, VolumeRecord]:
+    """The run's records by id; of one that is published already, its id and its computed maps."""
+    ids = {record.volume_id for record in there}
+    versions = {_version(record): record for record in there}
+    mine: dict[str, VolumeRecord] = {}
+    for record in records:
+        same = versions.get(_version(record))
+        if same is not None:
+            record = replace(same, subject=record.subject, study=record.study)
+        elif record.volume_id in ids:
+            raise RefusedInput(
+                f"volume {record.volume_id}",
+                expected="an id that no other content has",
+                found="another version of it, published meanwhile by another job",
+                remedy="run it again",
+            )
+        mine[record.volume_id] = record
+    return mine
+
+
+def _splits(mine: Iterable[VolumeRecord], published: Sequence[VolumeRecord]) -> dict[str, str]:
+    """Splits by published subject, and by new names of such: a pattern or new files may rename whose volume it is."""
+    earlier = {record.subject: record.split for record in published}
+    versions = {_version(record): record.split for record in published}
+    renamed: defaultdict[str, set[str]] = defaultdict(set)
+    for record in mine:
+        renamed[record.subject].add(versions.get(_version(record), ""))
+    for subject, found in renamed.items():
+        if len(kept := found - {""}) == 1:  # of several none can be kept
+            earlier.setdefault(subject, kept.pop())
+    return earlier
+
+
+def _version(record: VolumeRecord) -> tuple[str, str, str]:
+    return record.source, record.source_sha256, record.policy
+
+
+def _joined(there: Mapping[str, Any], new: Mapping[str, Any], warnings: list[str]) -> dict[str, Any]:
+    """Facts of a data set to which volumes are added: what the store says stays, what it does not say is added."""
+    facts = {**new, **there}
+    if isinstance(there.get("labels"), dict) and isinstance(new.get("labels"), dict):
+        facts["labels"] = {**new["labels"], **there["labels"]}
+    for key in sorted(facts.keys() - {"name"}):
+        if key in there and key in new and facts[key] != new[key] and not _part(new[key], facts[key]):
+            warnings.append(f"{key} of the store, {facts[key]!r}, differs from {new[key]!r} of the source and was kept")
+    return facts
+
+
+def _part(some: Any, whole: Any) -> bool:
+    return isinstance(some, dict) and isinstance(whole, dict) and some.items() <= whole.items()
+
+
+def _split(
+    records: Sequence[VolumeRecord],
+    policy: IngestPolicy,
+    earlier: Mapping[str, str],
+    thing: str,
+    warnings: list[str],
+) -> list[VolumeRecord]:
+    """The records with their splits, and notes on equal content."""
+    check_subjects(thing, [record.subject for record in records], policy.min_subjects)
+    members = [(record.subject, image_digest(record)) for record in records]
+    # Other policies make other voxels of the same file: whoever has its copy under another name is the same person too.
+    members += [(record.subject, f"source {record.source_sha256}") for record in records if record.source_sha256]
+    split = splits.assign(members, policy.split, policy.seed, earlier)
+    first: dict[str, str] = {}
+    again: dict[str, list[str]] = {}
+    final = []
+    for record in sorted(records, key=lambda r: r.volume_id):
+        notes = tuple(note for note in record.notes if not note.startswith("same content as "))
+        same = first.setdefault(image_digest(record), record.volume_id)
+        if same != record.volume_id:
+            notes = (*notes, f"same content as {same}")
+            again.setdefault(same, []).append(record.volume_id)
+        final.append(replace(record, split=split[record.subject], notes=notes))
+    policies: defaultdict[str, set[str]] = defaultdict(set)
+    for record in records:
+        policies[record.source_sha256].add(record.policy)
+    several = [record.volume_id for record in final if record.source_sha256 and len(policies[record.source_sha256]) > 1]
+    if several:
+        warnings.append(f"{len(several)} volumes are of scans that other policies were used for too: {several[0]}, ...")
+    for same, ids in again.items():
+        named = ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
+        warnings.append(f"same content as {same}, and in one split with it: {named}")
+    for wanted, share in zip(splits.SPLITS, policy.split, strict=True):
+        if share > 0 and wanted not in split.values():
+            warnings.append(f"no subject in split {wanted}: too few subjects")
+    return final

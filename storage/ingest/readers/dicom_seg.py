@@ -1,0 +1,84 @@
+"""DICOM segmentations (binary), laid out on the grid of the image they belong to.
+
+A segmentation holds one bit plane for each segment and slice, and leaves empty slices out, so it has no grid of its
+own. DICOM PS3.3 A.51 and C.8.20.
+"""
+
+from typing import Any
+
+import numpy as np
+import pydicom
+
+from storage import geometry
+from storage.errors import RefusedInput
+from storage.ingest.readers.dicom_series import DAMAGED
+from storage.ingest.readers.raw import RawVolume
+
+READER = f"pydicom-seg/{pydicom.__version__}"
+_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
+
+
+def read_segmentation(path: str, image: RawVolume) -> RawVolume:
+    """Read a segmentation as a label map: segment numbers as values, 0 outside.
+
+    Args:
+        image: The series it refers to, as read: its axes are the frames' rows and columns.
+
+    Raises:
+        RefusedInput: not binary, or its planes do not lie on the image's slices.
+    """
+    thing = "segmentation"  # a path may name a patient
+    try:
+        dataset: Any = pydicom.dcmread(path)
+        if str(dataset.SegmentationType) != "BINARY":
+            raise RefusedInput(thing, expected="a binary segmentation", found="a fractional or label map one")
+        pixels = np.asarray(dataset.pixel_array)
+        pixels = pixels.reshape(-1, *pixels.shape[-2:])
+        frames = list(dataset.PerFrameFunctionalGroupsSequence)
+        shared = dataset.get("SharedFunctionalGroupsSequence") or [pydicom.Dataset()]
+        labels = np.zeros(image.array_CDHW.shape[1:], np.uint8)
+        overlap = 0
+        for plane, frame in zip(pixels, frames, strict=True):
+            number = int(frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
+            oriented = frame.get("PlaneOrientationSequence") or shared[0].PlaneOrientationSequence
+            direction = np.array([float(x) for x in oriented[0].ImageOrientationPatient])
+            origin = np.array([float(x) for x in frame.PlanePositionSequence[0].ImagePositionPatient])
+            measures = frame.get("PixelMeasuresSequence") or shared[0].get("PixelMeasuresSequence")
+            spacing = [float(x) for x in measures[0].PixelSpacing] if measures else None
+            k = _slice_of(thing, image, origin, direction, plane.shape, spacing)
+            taken = (plane > 0) & (labels[k] > 0)
+            overlap += int(np.count_nonzero(taken))
+            labels[k][plane > 0] = number
+    except DAMAGED as error:
+        raise RefusedInput(
+            thing, expected="a binary DICOM segmentation", found=f"a damaged or unusual one ({type(error).__name__})"
+        ) from error
+    notes = [f"{overlap:,} voxels in several segments; the last one listed has them"] if overlap else []
+    return RawVolume(labels[None], image.affine, READER, notes=notes)
+
+
+def _slice_of(
+    thing: str,
+    image: RawVolume,
+    origin: geometry.Affine,
+    direction: geometry.Affine,
+    shape: tuple[int, ...],
+    spacing: list[float] | None,
+) -> int:
+    """The image slice on which a frame lies, after checking that it covers it pixel for pixel."""
+    _, depth, rows, columns = image.array_CDHW.shape
+    row, column = _LPS_TO_RAS @ direction[:3], _LPS_TO_RAS @ direction[3:]
+    index = np.linalg.inv(image.affine) @ np.array([*(_LPS_TO_RAS @ origin), 1.0])
+    lengths = np.linalg.norm(image.affine[:3, :3], axis=0)
+    axes = image.affine[:3, :3] / lengths
+    aligned = float(axes[:, 0] @ row) > 0.999 and float(axes[:, 1] @ column) > 0.999
+    aligned = aligned and (spacing is None or np.allclose(spacing, lengths[1::-1], rtol=1e-3))
+    k = round(float(index[2]))
+    if shape != (rows, columns) or not aligned or np.abs(index[:3] - [0, 0, k]).max() > 0.1 or not 0 <= k < depth:
+        raise RefusedInput(
+            thing,
+            expected="planes that lie on the image's slices, pixel for pixel",
+            found=f"a plane of {shape} at slice {float(index[2]):.2f} of {depth}",
+            remedy="was the image's tilt or gaps corrected? then its segmentation cannot be used",
+        )
+    return k

@@ -1,0 +1,305 @@
+"""NRRD, MHA and MHD through SimpleITK; MGZ and MGH through nibabel.
+
+What SimpleITK passes over in silence is looked up here: units of length, lengths that are not stored, checksums, and
+whether there are as many files as slices.
+"""
+
+import math
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import SimpleITK
+from isal import igzip, isal_zlib
+
+from storage import geometry
+from storage.errors import RefusedInput
+from storage.ingest.readers.raw import Affine, Array, RawVolume, ReadPolicy, check_size, read_bytes
+
+_itk: Any = SimpleITK  # untyped
+_mgh: Any = nib.freesurfer
+_gunzip: Any = igzip.decompress
+_inflate: Any = isal_zlib.decompressobj
+_gzip_error: Any = isal_zlib.error
+READER = f"simpleitk/{_itk.Version.VersionString()}"
+_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+_TO_RAS = {
+    "left-posterior-superior": _LPS_TO_RAS,  # to which SimpleITK converts the others of three axes
+    "left-posterior-superior-time": _LPS_TO_RAS,
+    "right-anterior-superior-time": np.eye(4),
+    "left-anterior-superior-time": np.diag([-1.0, 1.0, 1.0, 1.0]),
+}
+_TO_MM = {"m": 1e3, "cm": 10.0, "mm": 1.0, "um": 1e-3, "nm": 1e-6}
+_TO_MM |= {"meter": 1e3, "centimeter": 10.0, "millimeter": 1.0, "micrometer": 1e-3, "micron": 1e-3, "nanometer": 1e-6}
+_HEADER_BYTES = 1 << 16
+_AT_ONCE = 1 << 20
+_UNITS = re.compile(r"^(space units|units)\s*:(.*)$|^\s*(DistanceUnits)\s*=(.*)$", re.MULTILINE)
+_COMPRESSED = re.compile(r"^\s*CompressedData\s*=\s*[Tt1]", re.MULTILINE)
+_NRRD_GZIP = re.compile(r"^encoding\s*:\s*gz(?:ip)?\s*$", re.MULTILINE | re.IGNORECASE)
+_NRRD_FILE = re.compile(r"^data ?file\s*:(.*)$", re.MULTILINE | re.IGNORECASE)
+_GZIP = b"\x1f\x8b"
+_BIG_ENDIAN = re.compile(r"^\s*(?:BinaryData|Element)ByteOrderMSB\s*=\s*[Tt1]", re.MULTILINE)
+_DATA_FILE = re.compile(rb"^\s*ElementDataFile\s*=[ \t]*(.*?)[ \t\r]*(?:\n|\Z)", re.MULTILINE)
+_LENGTHS = re.compile(r"^(?:spacings|space directions)\s*:|^\s*Element(?:Spacing|Size)\s*=", re.MULTILINE)
+
+
+def read_itk(path: str, policy: ReadPolicy) -> RawVolume:
+    """Read one NRRD, NHDR, MHA or MHD file.
+
+    Raises:
+        RefusedInput: names the file and what is wrong with it.
+    """
+    reader = _itk.ImageFileReader()
+    reader.SetFileName(path)
+    try:
+        reader.ReadImageInformation()
+        size = tuple(int(n) for n in reader.GetSize())
+        check_size(path, (*size, int(reader.GetNumberOfComponents())), policy)
+        parts = _parts(path, size)
+        image = reader.Execute()
+    except RuntimeError as error:
+        raise RefusedInput(
+            path,
+            expected="a readable NRRD or MetaImage volume",
+            found=_reason(error),
+            remedy="the file is truncated, damaged or another format",
+        ) from error
+    notes: list[str] = []
+    if len(size) < 3:
+        raise RefusedInput(path, expected="three axes", found=f"size {size}", remedy="a slice is no volume")
+    array: Array = _itk.GetArrayFromImage(image)
+    if any(Path(part).stat().st_size * len(parts) < array.nbytes for part in parts):
+        raise RefusedInput(
+            path, expected=f"{len(parts)} files of voxels", found="a shorter one", remedy="a file is truncated"
+        )
+    header = _header(path)
+    if _COMPRESSED.search(header):
+        shape, dtype = array.shape, array.dtype
+        del array  # as large as what takes its place
+        array = _inflated(path, header, shape, dtype)
+    elif _NRRD_GZIP.search(header):
+        _check_packed(path, header, array.nbytes)
+    channels = image.GetNumberOfComponentsPerPixel()
+    array = np.moveaxis(array, -1, 0) if channels > 1 else array[None]
+    if len(size) > 3:
+        array = array.reshape(-1, *array.shape[-3:])  # the slowest axis is the series
+    if len(array) > 1:
+        array = pick_series(path, array, policy, notes)
+    affine = _affine(path, header, image, notes)
+    return RawVolume(array, geometry.check_affine(affine, path), READER, _modality(image), notes)
+
+
+def read_mgz(path: str, policy: ReadPolicy) -> RawVolume:
+    """Read one FreeSurfer volume.
+
+    Raises:
+        RefusedInput: names the file and what is wrong with it.
+    """
+    try:
+        check_size(path, tuple(_mgh.MGHImage.from_filename(path).shape), policy)
+        data = read_bytes(path)
+        if data[:2] == _GZIP:  # to its end and so to its checksum, before which nibabel stops
+            data = _gunzip(data)
+        image: Any = _mgh.MGHImage.from_bytes(data)
+        array: Array = np.asarray(image.dataobj)
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        _gzip_error,
+        nib.filebasedimages.ImageFileError,
+        nib.spatialimages.HeaderDataError,
+    ) as error:
+        raise RefusedInput(
+            path,
+            expected="a readable MGH or MGZ volume",
+            found=_reason(error),
+            remedy="the file is truncated or damaged",
+        ) from error
+    if array.ndim < 3:
+        raise RefusedInput(path, expected="three axes", found=f"shape {array.shape}")
+    notes: list[str] = []
+    if data[28:30] == b"\0\0":  # a flag that nibabel sets where it is not
+        notes.append("no valid geometry stored (goodRASFlag 0): 1 mm voxels and FreeSurfer's coronal axes assumed")
+    array = array.T.reshape(-1, *array.shape[2::-1])
+    if len(array) > 1:
+        array = pick_series(path, array, policy, notes)
+    affine = geometry.check_affine(np.asarray(image.affine, np.float64), path)
+    return RawVolume(array, affine, f"nibabel/{nib.__version__}", notes=notes)
+
+
+def pick_series(path: str, array_CDHW: Array, policy: ReadPolicy, notes: list[str]) -> Array:
+    """Apply the policy for several volumes in one file."""
+    series = len(array_CDHW)
+    if policy.four_d == "refuse":
+        raise RefusedInput(
+            path,
+            expected="one volume",
+            found=f"a series of {series}, each of shape {array_CDHW.shape[1:]}",
+            remedy="set read.four_d to first (take the first volume) or channels (take all as channels)",
+        )
+    if policy.four_d == "first":
+        notes.append(f"first of {series} volumes")
+        return array_CDHW[:1]
+    notes.append(f"{series} volumes taken as channels")
+    return array_CDHW
+
+
+def _affine(path: str, header: str, image: Any, notes: list[str]) -> Affine:
+    dimensions = image.GetDimension()
+    direction = np.array(image.GetDirection()).reshape(dimensions, dimensions)[:3, :3]
+    affine = np.eye(4)
+    affine[:3, :3] = direction * np.array(image.GetSpacing()[:3])
+    affine[:3, 3] = image.GetOrigin()[:3]
+    affine[:3] *= _unit_mm(path, header, notes)
+    if not _LENGTHS.search(header):
+        notes.append("no voxel sizes stored: 1 mm assumed")
+    space = image.GetMetaData("NRRD_space") if image.HasMetaDataKey("NRRD_space") else ""
+    if header.startswith("NRRD") and space not in _TO_RAS:
+        notes.append(f"{f'space {space!r}' if space else 'no space'} in the header: axes taken as to left, back and up")
+    matrix: Affine = _TO_RAS.get(space, _LPS_TO_RAS) @ affine
+    return matrix
+
+
+def _parts(path: str, size: tuple[int, ...]) -> list[str]:
+    """The files that a MetaImage lists, or names by a pattern and numbers; none where its voxels are in one.
+
+    Where there are fewer than it has slices, its own code returns memory that nobody wrote, or ends the process.
+
+    Raises:
+        RefusedInput: not as many as the size needs.
+    """
+    with Path(path).open("rb") as file:
+        data = file.read(1 << 20)
+    match = None if data.startswith(b"NRRD") else _DATA_FILE.search(data)
+    words = match[1].decode("utf-8", "surrogateescape").split() if match else []
+    if match is None or not words or (words[0].upper() != "LIST" and "%" not in words[0]):
+        return []
+    names: list[str] = []
+    axes = len(size) - 1  # of a file
+    with suppress(ValueError, TypeError):  # then there are none
+        if words[0].upper() == "LIST":
+            lines = data[match.end() :].decode("utf-8", "surrogateescape").splitlines()
+            names = [line.strip() for line in lines if line.strip()]
+            axes = int(words[1]) if len(words) > 1 else axes
+        else:
+            numbers = [int(word) for word in words[1:]] or [1]
+            first, last, step = numbers if len(numbers) > 1 else (numbers[0], numbers[0] + size[-1] - 1, 1)
+            names = [words[0] % number for number in range(first, last + 1, step)]
+    if len(names) != math.prod(size[axes:]):
+        raise RefusedInput(
+            path,
+            expected=f"{math.prod(size[axes:])} files of voxels for the size {size}",
+            found=f"{len(names)} by the header",
+            remedy="correct the header: LIST and all names, or a pattern with its first number, last number and step",
+        )
+    return [str(Path(path).parent / name) for name in names]
+
+
+def _inflated(path: str, header: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """The voxels of a compressed MetaImage, whose own code returns anything where a size or a checksum is not right."""
+    size = math.prod(shape) * dtype.itemsize
+    packed = memoryview(read_bytes(path))
+    match = _DATA_FILE.search(packed, len(header.encode("utf-8", "surrogateescape")))
+    name = match[1].decode("utf-8", "surrogateescape") if match else ""
+    if match is None or name.split(" ")[0].upper() == "LIST" or "%" in name:
+        raise RefusedInput(
+            path, expected="compressed voxels in one file", found="several", remedy="write it again as one .mha file"
+        )
+    packed = packed[match.end() :] if name.upper() == "LOCAL" else memoryview(read_bytes(str(Path(path).parent / name)))
+    voxels = bytearray()
+    for block in _unpacked(path, packed, size):
+        voxels += block
+    if len(voxels) != size:
+        raise RefusedInput(
+            path,
+            expected=f"{size:,} bytes of voxels behind the compression",
+            found=f"{len(voxels):,}",
+            remedy="the file is truncated or damaged",
+        )
+    order = dtype.newbyteorder(">") if _BIG_ENDIAN.search(header) else dtype.newbyteorder("<")
+    return np.frombuffer(voxels, order).reshape(shape)
+
+
+def _check_packed(path: str, header: str, size: int) -> None:
+    """Undo the compression of a NRRD again, to its checksum, before which its library may stop."""
+    named = _NRRD_FILE.search(header)
+    files = [named[1].strip()] if named else []
+    if files and (files[0].upper().startswith("LIST") or "%" in files[0]):
+        raise RefusedInput(
+            path, expected="compressed voxels in one file", found="several", remedy="write it again as one .nrrd file"
+        )
+    whole = read_bytes(str(Path(path).parent / files[0]) if files else path)
+    start = 0 if files else whole.find(_GZIP, len(header.encode("utf-8", "surrogateescape")))
+    for _ in _unpacked(path, memoryview(whole)[max(start, 0) :], size + _HEADER_BYTES):
+        pass
+
+
+def _unpacked(path: str, packed: memoryview, most: int) -> Iterator[bytes]:
+    """What a zlib or gzip stream of not many more than `most` bytes holds; at its end its checksum was compared."""
+    found = 0
+    try:
+        stream = _inflate(31 if bytes(packed[:2]) == _GZIP else 15)
+        for at in range(0, len(packed), _AT_ONCE):
+            block: bytes = stream.decompress(packed[at : at + _AT_ONCE])
+            found += len(block)
+            yield block
+            if stream.eof or found > most:
+                break
+        whole = bool(stream.eof)
+    except (zlib.error, _gzip_error):
+        whole = False
+    if not whole:
+        raise RefusedInput(
+            path,
+            expected=f"{most:,} bytes of voxels behind the compression, and their checksum",
+            found=f"{found:,}, or another checksum",
+            remedy="the file is truncated or damaged",
+        )
+
+
+def _header(path: str) -> str:
+    """The text before the voxels of a NRRD or MetaImage file."""
+    with Path(path).open("rb") as file:
+        text = file.read(_HEADER_BYTES).decode("utf-8", "surrogateescape").replace("\r\n", "\n")
+    return text.partition("\n\n" if text.startswith("NRRD") else "ElementDataFile")[0]
+
+
+def _unit_mm(path: str, header: str, notes: list[str]) -> float:
+    """Millimetres in the unit of the header's lengths; 1 where it names none."""
+    units = set()
+    for space, named, _, distance in _UNITS.findall(header):
+        for text in re.findall(r'"([^"]*)"', named) if space else [distance]:
+            unit = re.sub("[\xb5\u03bc\udcb5]", "u", text.strip().lower()).replace("metre", "meter")
+            unit = unit.removesuffix("s") if len(unit) > 3 else unit  # microns, but no ms
+            if unit in _TO_MM or (space != "units" and unit not in ("", "?")):  # `units` are of other axes too
+                units.add(unit)
+    if not units <= {*_TO_MM} or len({_TO_MM[unit] for unit in units}) > 1:
+        raise RefusedInput(
+            path,
+            expected=f"one unit of length among {', '.join(_TO_MM)}",
+            found=ascii(", ".join(sorted(units))),
+            remedy="correct the header's units",
+        )
+    scale = _TO_MM[units.pop()] if units else 1.0
+    if scale != 1:
+        notes.append(f"lengths converted to mm from a unit of {scale:g} mm")
+    return scale
+
+
+def _modality(image: Any) -> str:
+    value = image.GetMetaData("Modality").strip() if image.HasMetaDataKey("Modality") else ""
+    known = {"MET_MOD_CT": "CT", "MET_MOD_MR": "MR", "MET_MOD_US": "US", "CT": "CT", "MR": "MR", "PT": "PT"}
+    return known.get(value, "")
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of a library's message, without the path of its own sources."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[-1] if lines else type(error).__name__
+    return text.rpartition("ERROR: ")[2][:200]

@@ -1,0 +1,189 @@
+"""From a path or an item to a `RawVolume`."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from storage import geometry
+from storage.errors import ConfigError, RefusedInput
+from storage.ingest.discover import SUFFIXES, IngestItem, discover, split_name
+from storage.ingest.readers.raw import Array, RawVolume, ReadPolicy
+
+_EXACT = 2**53
+
+
+def read_any(path: str, policy: ReadPolicy | None = None) -> RawVolume:
+    """Read one volume file, Zarr folder, or folder (or file) of one DICOM series.
+
+    Raises:
+        ConfigError: no such path, or a folder of several volumes.
+        RefusedInput: it is no volume, or one that the policy does not take.
+    """
+    policy = policy or ReadPolicy()
+    suffix = split_name(Path(path).name)[1]
+    if suffix and Path(path).exists():
+        return _checked(path, _read_one(path, SUFFIXES[suffix], policy), policy)
+    found = discover(path)
+    if len(found.items) > 1:
+        names = ", ".join(item.name for item in found.items[:4])
+        raise ConfigError(
+            path,
+            expected="one volume",
+            found=f"{len(found.items)}: {names}",
+            remedy="ingest the folder, or name one file",
+        )
+    return read_item(found.items[0], policy)
+
+
+def read_item(item: IngestItem, policy: ReadPolicy) -> RawVolume:
+    """Read the image of an item; several channel files must share one grid.
+
+    Raises:
+        RefusedInput: names the file and what is wrong with it.
+    """
+    if item.kind == "dicom":
+        from storage.ingest.readers.dicom import read_series  # pydicom costs start-up time
+
+        return _checked(item.source, read_series(item.images, policy, item.source), policy)
+    expected = tuple(f"{number:04d}" for number in range(len(item.images)))
+    if item.channels and item.channels != expected:
+        raise RefusedInput(
+            item.source,
+            expected=f"channels {', '.join(expected)} in file names",
+            found=", ".join(item.channels),
+            remedy="a channel is missing, or counted from another number: another channel would stand in its place",
+        )
+    volumes = [_checked(path, _read_one(path, item.kind, policy), policy) for path in item.images]
+    first = volumes[0]
+    if len(volumes) == 1:
+        return first
+    for path, other in zip(item.images[1:], volumes[1:], strict=True):
+        check_same_grid(path, other, first)
+    array = np.concatenate([volume.array_CDHW for volume in volumes])
+    notes = list(dict.fromkeys(note for volume in volumes for note in volume.notes))
+    return replace(first, array_CDHW=array, notes=notes)
+
+
+def read_label(path: str, policy: ReadPolicy, image: RawVolume) -> RawVolume:
+    """Read a label map: one channel of whole, non-negative numbers.
+
+    Args:
+        image: What it labels; a DICOM segmentation lists only some planes and is laid out on the image's grid, and a
+            map inside an OME-Zarr image shares its place.
+
+    Returns:
+        The volume with `array_CDHW` as uint8 where the values allow it, else int32.
+
+    Raises:
+        RefusedInput: values that are no labels, or several channels.
+    """
+    suffix = split_name(Path(path).name)[1]
+    if suffix:
+        raw = _read_one(path, SUFFIXES[suffix], policy)
+    elif Path(path).is_dir():
+        from storage.ingest.readers.zarr_folder import read_own_label
+
+        raw = read_own_label(path, policy, image)
+    else:
+        from storage.ingest.readers.dicom_seg import read_segmentation
+
+        return read_segmentation(path, image)
+    array = raw.array_CDHW
+    if len(array) != 1:
+        raise RefusedInput(path, expected="one label map", found=f"{len(array)} channels")
+    if array.dtype.kind == "f":
+        if not np.isfinite(array).all():
+            raise RefusedInput(path, expected="whole numbers as labels", found="NaN or infinity")
+        if (array != np.rint(array)).any():
+            sample = float(array[array != np.rint(array)].flat[0])
+            raise RefusedInput(
+                path,
+                expected="whole numbers as labels",
+                found=f"{sample:g} among them",
+                remedy="was this label map resampled with interpolation? export it again with nearest neighbour",
+            )
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > np.iinfo(np.int32).max:
+        raise RefusedInput(path, expected="labels from 0 to 2^31-1", found=f"{low} to {high}")
+    raw.array_CDHW = array.astype(np.uint8 if high <= 255 else np.int32)
+    return raw
+
+
+def check_same_grid(path: str, other: RawVolume, first: RawVolume, tolerance: float = 0.1) -> None:
+    """Refuse a channel whose shape or place differs from the first one's."""
+    if other.array_CDHW.shape[1:] != first.array_CDHW.shape[1:]:
+        raise RefusedInput(
+            path,
+            expected=f"the shape of its other channels, {first.array_CDHW.shape[1:]}",
+            found=str(other.array_CDHW.shape[1:]),
+        )
+    shape = first.array_CDHW.shape
+    apart = geometry.corner_distance(other.affine, first.affine, (shape[1], shape[2], shape[3]))
+    if apart > tolerance * min(geometry.spacing_dhw(first.affine)):
+        raise RefusedInput(path, expected="the affine of its other channels", found=f"corners {apart:.3g} mm apart")
+
+
+def _read_one(path: str, kind: str, policy: ReadPolicy) -> RawVolume:
+    if kind == "nifti":
+        from storage.ingest.readers.nifti import read_nifti
+
+        return read_nifti(path, policy)
+    if kind == "zarr":
+        from storage.ingest.readers.zarr_folder import read_zarr
+
+        return read_zarr(path, policy)
+    from storage.ingest.readers.itk import read_itk, read_mgz
+
+    return read_mgz(path, policy) if kind == "mgz" else read_itk(path, policy)
+
+
+def _checked(thing: str, raw: RawVolume, policy: ReadPolicy) -> RawVolume:
+    """Values and axes that later steps can rely on: real, finite, not constant, on a straight grid."""
+    array = raw.array_CDHW
+    if array.dtype.kind == "b":
+        array = array.astype(np.uint8)
+    if array.dtype.kind not in "iuf":
+        raise RefusedInput(thing, expected="integer or real voxels", found=str(array.dtype))
+    if array.dtype.kind == "f":
+        array = _finite(thing, array, policy, raw.notes)
+    low, high = array.min(), array.max()
+    if array.dtype.kind != "f" and max(-int(low), int(high)) > _EXACT:
+        raise RefusedInput(
+            thing, expected="whole numbers below 2^53, which float64 holds exactly", found=f"{low} to {high}"
+        )
+    if low == high:
+        raise RefusedInput(thing, expected="an image with contrast", found=f"every voxel is {float(low):g}")
+    raw.array_CDHW = array
+    angle = geometry.shear(raw.affine)
+    if angle > 1e-3:
+        degrees = float(np.degrees(np.arcsin(min(angle, 1.0))))
+        if policy.shear == "refuse":
+            raise RefusedInput(
+                thing,
+                expected="perpendicular axes",
+                found=f"an affine sheared by {degrees:.1f} degrees",
+                remedy="set read.shear to correct to resample it onto a straight grid",
+            )
+        raw.array_CDHW, raw.affine = geometry.straighten(array, raw.affine)
+        raw.notes.append(f"shear of {degrees:.1f} degrees corrected by linear resampling onto a straight grid")
+    return raw
+
+
+def _finite(thing: str, array: Array, policy: ReadPolicy, notes: list[str]) -> Array:
+    # what float32 cannot hold would be infinite later on
+    finite = np.isfinite(array) if array.dtype.itemsize <= 4 else np.abs(array) <= np.finfo(np.float32).max
+    bad = int(array.size - np.count_nonzero(finite))
+    if bad == 0:
+        return array
+    if bad == array.size:
+        raise RefusedInput(thing, expected="finite values", found="only NaN or infinity")
+    if policy.nonfinite == "refuse":
+        raise RefusedInput(
+            thing,
+            expected="finite values",
+            found=f"{bad:,} of {array.size:,} voxels NaN, infinite or beyond float32",
+            remedy="set read.nonfinite to lowest if they mark the background",
+        )
+    notes.append(f"{bad:,} voxels were NaN or infinite and set to the lowest finite value")
+    return np.where(finite, array, array[finite].min())

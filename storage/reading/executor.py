@@ -1,0 +1,345 @@
+"""Executing a read plan: node cache, shard indexes, merged range requests, checks and decoding, in threads."""
+
+import math
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from storage.errors import CorruptChunk, NotFound, StoreError
+from storage.fork_guard import same_process
+from storage.format.codecs import DamagedError, Scratch
+from storage.format.shard_index import Index, parse_index
+from storage.format.zarr_metadata import ArrayMeta
+from storage.objects.protocol import ByteStore, join
+from storage.reading.node_cache import NodeCache, Slab
+from storage.reading.plan import Box, Need, Range, merge, needs, overlap, shards
+
+Array = npt.NDArray[Any]
+T = TypeVar("T")
+S = TypeVar("S")
+INDEXES_KEPT = 4096
+SMALL_SHARD = 1 << 20
+"""Raw bytes up to which a shard is fetched whole: its index would cost a round trip and save little."""
+CORES = len(os.sched_getaffinity(0))
+REMEDY = "`tomoscale data verify` lists every damage; restore the object, or ingest into a new store"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One array of one volume.
+
+    Args:
+        root: Its key in the store.
+        content: Digest of the volume, which keeps cached voxels of an older one from being taken for it.
+    """
+
+    volume_id: str
+    root: str
+    meta: ArrayMeta
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Boxes of one source and the arrays they fill; an array has its box's extent in stored, native byte order."""
+
+    source: Source
+    boxes: Sequence[Box]
+    outs: Sequence[Array]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Chunks of one shard that a request needs."""
+
+    request: Request
+    shard: tuple[int, ...]
+    key: str
+    wanted: Sequence[Need]
+
+
+class Executor:
+    """Fills requests from a store. Thread-safe.
+
+    Args:
+        store: Where the objects are.
+        cache: Decoded chunks of this node, or None.
+        threads: Requests in flight; each answer is decoded by the thread that fetched it.
+        gap, most: See `storage.reading.plan`.
+    """
+
+    def __init__(self, store: ByteStore, cache: NodeCache | None, threads: int, gap: int, most: int) -> None:
+        self._store, self._cache, self._gap, self._most = store, cache, gap, most
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
+        self._pid = os.getpid()
+        # Ranges of a file are decoded more than they are waited for: many threads would only pass a lock around.
+        self._groups = 2 * CORES if store.url.startswith("file:") else 0
+        self._indexes: Recent[Index] = Recent(INDEXES_KEPT)
+        self._scratch = Scratch()
+
+    def close(self) -> None:
+        """End the threads; what was asked of them is finished first, and nothing more is taken.
+
+        Cancelled here, the rest of a read in progress would never be done for the thread that waits for it.
+        """
+        self._pool.shutdown(wait=True)
+
+    def fill(self, requests: Sequence[Request]) -> None:
+        """Fill the arrays of every request. Voxels outside a volume are left as they are.
+
+        Raises:
+            NotFound: a shard is missing.
+            CorruptChunk: an index or a chunk is missing, truncated or altered.
+            StoreError: the store did not answer.
+        """
+        parts = self._parts(requests) if self._cache is None else self._uncached(requests)
+        fetches = [item for items in self.each(self._locate, parts) for item in items]
+        if self._groups:
+            self.each(self._fetch_all, [fetches[k :: self._groups] for k in range(min(len(fetches), self._groups))])
+        else:
+            self.each(self._fetch, fetches)
+
+    def each(self, work: Callable[[S], T], items: Sequence[S]) -> list[T]:
+        """Call `work` on every item, in threads; the first failure is raised and what has not begun is dropped.
+
+        Raises:
+            StoreError: it is closed, or this is a fork of the process that opened it.
+        """
+        same_process(self._pid, self._store.url)
+        if len(items) <= 1:
+            return [work(item) for item in items]
+        try:
+            futures = [self._pool.submit(work, item) for item in items]
+        except RuntimeError as closed:
+            raise StoreError(self._store.url, expected="an open store", found=str(closed)) from closed
+        done, waiting = set[Future[T]](), set(futures)
+        try:
+            done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
+        finally:  # after an interrupt too
+            for future in waiting:
+                future.cancel()
+        for future in futures:
+            if future in done and (error := future.exception()) is not None:
+                raise error
+        return [future.result() for future in futures]
+
+    def checked(self, source: Source, key: str, call: Callable[[], bytes]) -> bytes:
+        """A store call whose errors name the volume."""
+        try:
+            return call()
+        except NotFound as error:
+            raise NotFound(
+                f"volume {source.volume_id}: {join(self._store.url, key)}",
+                expected="an object that the manifest promises",
+                found="none",
+                remedy=REMEDY,
+            ) from error
+        except CorruptChunk as error:
+            raise self.corrupt(source, key, f"{error.found} where {error.expected} belong") from error
+
+    def corrupt(self, source: Source, key: str, found: str) -> CorruptChunk:
+        """The error of a damaged object."""
+        return CorruptChunk(
+            f"volume {source.volume_id}: {join(self._store.url, key)}",
+            expected="what was written",
+            found=found,
+            remedy=REMEDY,
+        )
+
+    @staticmethod
+    def _parts(requests: Sequence[Request]) -> list[_Part]:
+        return [
+            _Part(request, shard, f"{request.source.root}/{request.source.meta.shard_key(shard)}", list(found.values()))
+            for request in requests
+            for shard, found in needs(request.source.meta, request.boxes).items()
+        ]
+
+    def _uncached(self, requests: Sequence[Request]) -> list[_Part]:
+        """Take what the node has; returns the rest."""
+        pieces = [
+            (request, b, shard)
+            for request in requests
+            for b, box in enumerate(request.boxes)
+            for shard in shards(request.source.meta, box)
+        ]
+        # Copies are short: more threads than cores would only pass the interpreter's lock around.
+        count = min(len(pieces), CORES)
+        groups = [pieces[k::count] for k in range(count)]
+        absent: dict[tuple[int, tuple[int, ...]], dict[int, Need]] = {}
+        for group, answers in zip(groups, self.each(self._copy, groups), strict=True):
+            for (request, b, shard), missing in zip(group, answers, strict=True):
+                meta = request.source.meta
+                for at in missing:
+                    wanted = absent.setdefault((id(request), shard), {})
+                    number = int(np.ravel_multi_index(at, meta.grid))
+                    place = (s * g + a for s, g, a in zip(shard, meta.grid, at, strict=True))
+                    origin = [p * c for p, c in zip(place, meta.chunk, strict=True)]
+                    part = overlap(request.boxes[b], origin, meta.chunk, meta.shape)
+                    wanted.setdefault(number, Need(number)).parts.append((b, *part))
+        by_id = {id(request): request for request in requests}
+        return [
+            _Part(request, shard, f"{request.source.root}/{request.source.meta.shard_key(shard)}", list(found.values()))
+            for (which, shard), found in absent.items()
+            for request in (by_id[which],)
+        ]
+
+    def _copy(self, pieces: Sequence[tuple[Request, int, tuple[int, ...]]]) -> list[list[tuple[int, ...]]]:
+        """Fill the part of a box that lies in one shard, for each piece; returns the chunks that are absent."""
+        answers = []
+        for request, b, shard in pieces:
+            meta, box = request.source.meta, request.boxes[b]
+            origin = tuple(a * s for a, s in zip(shard, meta.shard, strict=True))
+            into, inside = overlap(box, origin, meta.shard, meta.shape)
+            low, high = [part.start for part in inside], [part.stop for part in inside]
+            slab = self._slab(request.source, shard)
+            if slab is not None:
+                answers.append(slab.read(low, high, request.outs[b][into]))
+            else:
+                spans = (range(a // c, -(-z // c)) for a, z, c in zip(low, high, meta.chunk, strict=True))
+                answers.append(list(product(*spans)))
+        return answers
+
+    def _slab(self, source: Source, shard: tuple[int, ...]) -> Slab | None:
+        if self._cache is None or not source.content:  # without a digest, other voxels could pass for these
+            return None
+        meta = source.meta
+        # The shard's extent too: cut otherwise, the same volume may have another part of equal size under this key.
+        name = f"{join(self._store.url, source.root)}/{meta.shard_key(shard)}|{source.content}|{meta.shard}"
+        part = tuple(min(s, n - a * s) for s, n, a in zip(meta.shard, meta.shape, shard, strict=True))
+        return self._cache.slab(name, part, meta.chunk, meta.chain.dtype.newbyteorder("="))
+
+    def _locate(self, part: _Part) -> list[tuple[_Part, Range]]:
+        """The ranges to fetch of one shard; a small shard is fetched and done with here."""
+        source, key = part.request.source, part.key
+        meta = source.meta
+        slot = (key, source.content)
+        index = self._indexes.peek(slot)
+        whole: bytes | None = None
+        if index is None:
+            if math.prod(meta.shard) * meta.chain.dtype.itemsize <= SMALL_SHARD:
+                index, whole = self._whole(source, key)
+            else:
+                index = self._index(source, key)
+            self._indexes.put(slot, index)
+        for need in part.wanted:
+            if index[need.number, 0] < 0:
+                raise self.corrupt(source, key, f"no chunk {need.number} (written with write_empty_chunks off?)")
+        ranges = merge(part.wanted, index, gap=self._gap, most=self._most)
+        if whole is None:
+            return [(part, found) for found in ranges]
+        for found in ranges:
+            self._finish(part, found, whole[found.start : found.stop])
+        return []
+
+    def _index(self, source: Source, key: str) -> Index:
+        meta = source.meta
+
+        def read() -> bytes:
+            if meta.index_at_end:
+                return self.checked(source, key, lambda: self._store.get_suffix(key, meta.index_bytes))
+            return self.checked(source, key, lambda: self._store.get_range(key, 0, meta.index_bytes))
+
+        try:
+            return self._parse(meta, read(), None)
+        except DamagedError:
+            try:  # once more: it may have been damaged on the way
+                return self._parse(meta, read(), None)
+            except DamagedError as error:
+                raise self.corrupt(source, key, f"shard index: {error}") from error
+
+    def _whole(self, source: Source, key: str) -> tuple[Index, bytes]:
+        meta = source.meta
+
+        def read() -> tuple[Index, bytes]:
+            data = self.checked(source, key, lambda: self._store.get(key))
+            tail = data[-meta.index_bytes :] if meta.index_at_end else data[: meta.index_bytes]
+            return self._parse(meta, tail, len(data)), data
+
+        try:
+            return read()
+        except DamagedError:
+            try:
+                return read()
+            except DamagedError as error:
+                raise self.corrupt(source, key, f"shard index: {error}") from error
+
+    @staticmethod
+    def _parse(meta: ArrayMeta, tail: bytes, size: int | None) -> Index:
+        index = parse_index(tail, math.prod(meta.grid), crc=meta.index_crc, size=size)
+        # No codec makes a chunk much longer than it was; what an index without checksum claims would fill the memory.
+        if (index[:, 1] > 2 * math.prod(meta.chunk) * meta.chain.dtype.itemsize + (1 << 16)).any():
+            raise DamagedError("an index entry longer than a chunk can be")
+        return index
+
+    def _fetch_all(self, items: Sequence[tuple[_Part, Range]]) -> None:
+        for item in items:
+            self._fetch(item)
+
+    def _fetch(self, item: tuple[_Part, Range]) -> None:
+        part, found = item
+        source, key = part.request.source, part.key
+        data = self.checked(source, key, lambda: self._store.get_range(key, found.start, found.stop))
+        self._finish(part, found, data)
+
+    def _finish(self, part: _Part, found: Range, data: bytes) -> None:
+        """Check, decode, keep and hand out the chunks of one range."""
+        source, key = part.request.source, part.key
+        meta = source.meta
+        slab = self._slab(source, part.shard)
+        outs = part.request.outs
+        for need, start, stop in found.chunks:
+            raw = data[start - found.start : stop - found.start]
+            try:
+                chunk = meta.chain.decode(raw, meta.chunk, self._scratch)
+            except DamagedError:
+                try:  # once more: it may have been damaged on the way
+                    raw = self.checked(source, key, lambda a=start, b=stop: self._store.get_range(key, a, b))  # type: ignore[misc]
+                    chunk = meta.chain.decode(raw, meta.chunk, self._scratch)
+                except DamagedError as error:
+                    place = f"chunk {need.number}, bytes [{start}, {stop})"
+                    raise self.corrupt(source, key, f"{place}: {error}") from error
+            for b, into, out_of in need.parts:
+                outs[b][into] = chunk[out_of]
+            if slab is not None:
+                slab.write(tuple(int(i) for i in np.unravel_index(need.number, meta.grid)), chunk)
+
+
+class Recent(Generic[T]):
+    """A bounded map of the entries used last."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._entries: OrderedDict[Hashable, T] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def peek(self, key: Hashable) -> T | None:
+        """The entry, or None."""
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+                return self._entries[key]
+            return None
+
+    def put(self, key: Hashable, value: T) -> None:
+        """Add an entry; the one unused longest goes."""
+        with self._lock:
+            self._entries[key] = value
+            self._entries.move_to_end(key)
+            if len(self._entries) > self._most:
+                self._entries.popitem(last=False)
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The entry, made where it is missing; two threads may both make it."""
+        found = self.peek(key)
+        if found is None:
+            found = make()
+            self.put(key, found)
+        return found

@@ -1,0 +1,191 @@
+"""What a stream will read, before it reads anything: its settings, its volumes, and the crops of each batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from storage.errors import ConfigError
+from storage.format.manifest import Manifest, VolumeRecord
+from storage.format.records import without_places
+from storage.reading.volume_store import Crop
+from storage.stream import order
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """What is streamed; with the manifest it fixes the whole global sequence.
+
+    Attributes:
+        seed: Any whole number from 0 to 2**63 - 1.
+        global_batch: Samples of a batch over all ranks; a multiple of the world size.
+        crop_DHW: Voxels of a crop.
+        lanes: Interleaved sub-sequences; a multiple of every world size the run may have.
+        crops_per_visit: Crops cut each time a lane comes to a volume; more of them read less and repeat volumes sooner.
+        split: Volumes of this split, where `indices` is None; an empty string takes all volumes.
+        indices: Manifest indices to stream instead, for example a few labelled subjects; their order matters.
+        label: Name of the label map that is read along with the image; volumes without it are left out of `split`.
+        foreground: Probability that a crop is centred in the volume's foreground box, not just anywhere in the volume.
+        class_balance: Probability that a crop is centred on a voxel of a labelled class instead, each class as likely;
+            needs `label`.
+        maps: Names of further label maps or derived maps that are read along; volumes without them are left out of
+            `split` as well.
+    """
+
+    seed: int
+    global_batch: int
+    crop_DHW: tuple[int, int, int]
+    lanes: int = 64
+    crops_per_visit: int = 4
+    split: str = "train"
+    indices: tuple[int, ...] | None = None
+    label: str | None = None
+    foreground: float = 1.0
+    class_balance: float = 0.0
+    maps: tuple[str, ...] = ()
+
+
+def check_spec(spec: StreamSpec, *, rank: int = 0, world: int = 1) -> None:
+    """Refuse a spec that cannot be streamed by `world` ranks.
+
+    Raises:
+        ConfigError: names the setting and proposes values.
+    """
+    order.check(
+        seed=spec.seed,
+        lanes=spec.lanes,
+        global_batch=spec.global_batch,
+        crops_per_visit=spec.crops_per_visit,
+        world=world,
+        rank=rank,
+    )
+    if len(spec.crop_DHW) != 3 or min(spec.crop_DHW) < 1:
+        raise ConfigError("crop_DHW", expected="three positive numbers of voxels", found=str(spec.crop_DHW))
+    for name, value in (("foreground", spec.foreground), ("class_balance", spec.class_balance)):
+        if not 0.0 <= value <= 1.0:
+            raise ConfigError(name, expected="a probability from 0 to 1", found=str(value))
+    if spec.class_balance and spec.label is None:
+        raise ConfigError(
+            "class_balance", expected="a label to balance", found="label is not set", remedy="set `label`"
+        )
+
+
+def select(manifest: Manifest, spec: StreamSpec) -> npt.NDArray[np.int64]:
+    """Manifest indices of the n volumes of a stream, (n,), int64.
+
+    Raises:
+        ConfigError: none are left, or one is outside the manifest or given twice.
+    """
+    if spec.indices is None:
+        chosen = np.asarray(manifest.select(split=spec.split or None, labelled=spec.label), dtype=np.int64)
+        for name in spec.maps:
+            chosen = np.intersect1d(chosen, manifest.select(labelled=name))
+        wanted = f"volumes of split {spec.split!r}" if spec.split else "volumes"
+        if spec.label is not None:
+            wanted += f" with label {spec.label!r}"
+        if spec.maps:
+            wanted += " with " + ", ".join(map(repr, spec.maps))
+        if not len(chosen):
+            remedy = "`tomoscale data show` lists splits and labels"
+            raise ConfigError("stream", expected=wanted, found=f"none among {len(manifest)}", remedy=remedy)
+        return chosen
+    chosen = np.array(spec.indices, dtype=np.int64)
+    if not len(chosen) or chosen.min() < 0 or chosen.max() >= len(manifest) or len(np.unique(chosen)) != len(chosen):
+        expected = f"at least one index from 0 to {len(manifest) - 1}, each once"
+        raise ConfigError("indices", expected=expected, found=str(spec.indices)[:120])
+    return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One sample of the order: which crop of which volume."""
+
+    sample: int
+    volume: int
+    crop: Crop
+
+
+class Plan:
+    """What batch k of one rank holds, and what is read for it; pure, shared by threads."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        spec: StreamSpec,
+        indices: npt.NDArray[np.int64],
+        *,
+        rank: int = 0,
+        world: int = 1,
+        start: int = 0,
+        memory_bytes: int = 1 << 30,
+    ) -> None:
+        self.spec, self.rank, self.world, self.start = spec, rank, world, start
+        self._indices = indices
+        places_of = spec.label if spec.class_balance else None
+
+        def facts(i: int) -> VolumeRecord:
+            return without_places(manifest.record(i), keep=places_of)
+
+        # Reading a row of the manifest costs more than planning a crop, and a visit asks for it several times.
+        self.record = lru_cache(maxsize=4096)(facts)
+        first: VolumeRecord = self.record(int(indices[0]))
+        map_bytes = sum(np.dtype(first.map_facts(name)[0] or "uint8").itemsize for name in spec.maps)
+        voxel_bytes = first.channels * np.dtype(first.dtype).itemsize + (spec.label is not None) + map_bytes
+        crop_bytes = int(np.prod(spec.crop_DHW)) * voxel_bytes
+        # A lane that reads k crops at a time holds (k - 1) / 2 of them on average.
+        room = 2 * memory_bytes * world // (spec.lanes * crop_bytes) + 1
+        self.per_read = max(1, min(spec.crops_per_visit, room))
+
+    def batch(self, k: int) -> list[int]:
+        """Global samples of this rank's share of batch k, ascending."""
+        spec = self.spec
+        first = self.start + k * spec.global_batch
+        mine = order.owned(first, spec.global_batch, lanes=spec.lanes, rank=self.rank, world=self.world)
+        return [int(sample) for sample in mine]
+
+    def places(self, samples: Sequence[int]) -> order.Places:
+        """Where global samples lie in the order; costs the same for any number of volumes."""
+        spec, n = self.spec, len(self._indices)
+        sample_B = np.array(samples, dtype=np.int64)
+        return order.places(sample_B, seed=spec.seed, n=n, lanes=spec.lanes, crops_per_visit=spec.crops_per_visit)
+
+    def reads(self, k: int) -> list[list[Cut]]:
+        """Groups of cuts, each of one visit, that batch k is the first to need; later batches find theirs read.
+
+        The visit that a lane is in at the start is read cut by cut. Read in one go, the first batches would all read
+        for later ones, and a trainer would wait for two to three batches' worth of crops with each of them.
+        """
+        spec, samples = self.spec, self.batch(k)
+        where = self.places(samples)
+        groups = []
+        for sample, cut, position in zip(samples, where.cut.tolist(), where.position.tolist(), strict=True):
+            length = min(self.per_read, spec.crops_per_visit - cut)
+            if sample - cut * spec.lanes < self.start + spec.lanes:
+                length = 1
+            elif cut % self.per_read:
+                continue
+            volume = int(self._indices[position])
+            groups.append([self._cut(sample + t * spec.lanes, volume) for t in range(length)])
+        return groups
+
+    def _cut(self, sample: int, volume: int) -> Cut:
+        spec, record = self.spec, self.record(volume)
+        start = order.crop_start(
+            sample,
+            seed=spec.seed,
+            shape=record.shape_DHW,
+            size=spec.crop_DHW,
+            box=(record.foreground_lo, record.foreground_hi),
+            points=[
+                points
+                for label in record.labels
+                if spec.class_balance and label.name == spec.label
+                for value, points in zip(label.values, label.points, strict=True)
+                if value != 0
+            ],
+            foreground=spec.foreground,
+            class_balance=spec.class_balance,
+        )
+        return Cut(sample, volume, Crop(record.volume_id, start, spec.crop_DHW))

@@ -1,0 +1,49 @@
+"""Elastic pre-training: which numbers of workers a run may have when machines come and go."""
+
+import pickle
+
+import pytest
+from ray.train import ScalingConfig
+from ray.train.v2.api import data_parallel_trainer
+
+from jobs.on_ray import elastic
+from storage.errors import ConfigError
+from storage.stream.order import check
+
+
+@pytest.fixture(autouse=True)
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_parallel_trainer, "create_scaling_policy", elastic._ray_makes)
+
+
+def policy(low: int, high: int, global_batch: int, lanes: int) -> elastic.EvenShares:
+    elastic.share_evenly(global_batch, lanes)
+    made = data_parallel_trainer.create_scaling_policy(ScalingConfig(num_workers=(low, high)))
+    assert isinstance(made, elastic.EvenShares)
+    return made
+
+
+@pytest.mark.parametrize(("room", "workers"), [(0.5, 0), (1, 1), (2, 2), (3, 2), (4, 4), (7, 4), (8, 8), (100, 8)])
+def test_the_number_of_workers_divides_batch_and_lanes(room: float, workers: int) -> None:
+    found = policy(1, 8, 8, 64)._count_possible_workers({"one": {"CPU": room}})
+    assert found == workers
+    if found:
+        check(seed=0, lanes=64, global_batch=8, crops_per_visit=1, world=found)
+
+
+def test_room_is_counted_over_nodes() -> None:
+    nodes = {str(i): {"CPU": 1.0, "memory": 1e9} for i in range(5)}
+    assert policy(1, 6, 12, 48)._count_possible_workers(nodes) == 4
+    with pytest.raises(ConfigError):  # what Ray would have started
+        check(seed=0, lanes=48, global_batch=12, crops_per_visit=1, world=5)
+
+
+def test_the_policy_reaches_the_controller() -> None:
+    sent = pickle.loads(pickle.dumps(policy(1, 4, 8, 64)))  # noqa: S301  as Ray sends it
+    assert sent._count_possible_workers({"one": {"CPU": 3.0}}) == 2
+
+
+def test_a_fixed_number_of_workers_is_left_to_ray() -> None:
+    elastic.share_evenly(8, 64)
+    made = data_parallel_trainer.create_scaling_policy(ScalingConfig(num_workers=2))
+    assert not isinstance(made, elastic.EvenShares)

@@ -1,0 +1,191 @@
+"""The report: one well-formed page that needs nothing else, and says what the test says."""
+
+import re
+from html import unescape
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from jobs.pages import report
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+STATEMENT = "No difference between encoder & scratch is shown: <b>-0.012</b> Dice (95 % interval -0.03 to +0.01)."
+NASTY = "<script>alert('x')</script>"
+PNG = (
+    b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x00\x01\x00\x00\x00\x01\x08\x00\x00\x00\x00:~\x9bU\x00\x00\x00\n"
+    b"IDATx\x9cc`\x00\x00\x00\x02\x00\x01H\xaf\xa4q\x00\x00\x00\x00IEND\xaeB`\x82"
+)
+
+
+def summary(starts: tuple[str, ...] = ("encoder", "scratch"), **changes: Any) -> dict[str, Any]:
+    cases = [
+        {"start": start, "seed": seed, "volume_id": f"v{i}", "subject": f"s{i}", "label": "label-1"}
+        | {"dice": 0.5 + 0.04 * i + 0.01 * seed + 0.02 * k, "hd95_mm": 2.0 + i, "nsd": 0.8}
+        for k, start in enumerate(starts)
+        for seed in (0, 1)
+        for i in range(4)
+    ]
+    row = {"label": NASTY, "seeds": 2, "cases": 4, "dice_mean": 0.5612, "dice_sd": 0.05}
+    row |= {"hd95_mean": 3.5, "hd95_sd": 1.1, "nsd_mean": 0.8, "nsd_sd": 0.01}
+    trial = {"encoder": "models:/e@candidate", "lr": 1e-3, "encoder_lr_scale": 0.1, "epochs": 2}
+    return {
+        "created": "2026-01-01 00:00 UTC",
+        "headline": {"volumes ingested": 12, "test Dice, scratch": "0.561"},
+        "data": {
+            "description": f"{NASTY}: 12 volumes",
+            "simulated": False,
+            "text": "12 volumes published.",
+            "notes": [f"image without label: {NASTY}.nii.gz"],
+            "facts": {"store": "s3://volumes/x", "train": 8, "test": 4},
+        },
+        "pretrain": {
+            "method": "pgl",
+            "steps": 60,
+            "global_batch": 8,
+            "workers": 2,
+            "points": [[s, 0, {"loss": 1.0 / s, "loss/global": 0.6 / s, "loss/local": 0.4 / s}] for s in range(1, 9)],
+            "samples_per_s": 7.25,
+            "wait_share": 0.012,
+            "run_url": 'http://127.0.0.1:1/#/experiments/1/runs/a"b',
+            "model": "models:/demo@candidate",
+        },
+        "search": {
+            "epochs": 4,
+            "chosen": "trial 0, lr 1.00e-03",
+            "trials": [
+                {"trial": 0, **trial, "stopped_early": True, "last": 0.4, "status": "done"},
+                {"trial": 1, **trial, "stopped_early": False, "last": 0.9, "status": "error"},
+            ],
+        },
+        "finetune": {
+            "rows": [{"start": start, **row} for start in starts],
+            "cases": cases,
+            "test": {"statement": STATEMENT},
+            "nsd_tolerance_mm": 1.0,
+        },
+        "predict": {"model": "models:/seg@candidate", "input": f"/data/{NASTY}.nii.gz", "output": "/out/p.nii.gz"},
+        "timings": {"stack": 12.34, "pre-training": 100.0},
+        "links": {"MLflow": "http://127.0.0.1:1", "Ray dashboard": "http://127.0.0.1:2"},
+        "environment": {"python": "3.11", "torch": "2"},
+        "config": f"# pretrain\nname: {NASTY}\n",
+        **changes,
+    }
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced, and gathers what a browser would load and what a person would read."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open, self.loads, self.tags, self.words = list[str](), list[str](), list[str](), list[str]()
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            assert not name.startswith("on"), "no scripts in attributes"
+            if name in ("src", "srcset", "data", "poster") or (tag == "link" and name == "href"):
+                self.loads.append(value or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.words)
+
+
+def page(data: dict[str, Any]) -> str:
+    pictures = {"views": PNG, "preview-best": PNG, "preview-worst": PNG}
+    return report.render(data, pictures, {"views": "two views", "preview-best": f"best, {NASTY}"})
+
+
+@pytest.fixture(scope="module")
+def html() -> str:
+    return page(summary())
+
+
+def test_the_page_is_well_formed_and_loads_nothing_from_elsewhere(html: str) -> None:
+    found = Page(html)
+    assert html.startswith("<!doctype html>")
+    assert found.tags.count("img") == 5  # loss, Dice, views, two previews
+    assert len(found.loads) == 5
+    assert all(source.startswith("data:image/png;base64,") for source in found.loads)
+    assert not {"script", "link", "iframe", "object", "embed"} & set(found.tags)
+    style = html[html.index("<style>") : html.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def test_names_are_escaped_and_the_statement_is_verbatim(html: str) -> None:
+    assert NASTY not in html
+    text = Page(html).text
+    assert STATEMENT in text
+    for part in (f"{NASTY}: 12 volumes", f"image without label: {NASTY}.nii.gz", f"best, {NASTY}", f"name: {NASTY}"):
+        assert part in text
+
+
+def test_the_numbers_of_the_summary_are_on_the_page(html: str) -> None:
+    text = Page(html).text
+    for part in ("0.561 ± 0.050", "3.50 ± 1.10", "0.800 ± 0.010", "4 × 2", "7.25 samples/s", "data wait 1.2 %"):
+        assert part in text, part
+    for part in ("2 of 4 (stopped early)", "error", "1.00e-03", "12.3", "s3://volumes/x", "models:/demo@candidate"):
+        assert part in text, part
+    links = {unescape(link) for link in re.findall(r'href="([^"]*)"', html)}
+    data = summary()
+    assert links == {*data["links"].values(), data["pretrain"]["run_url"]}
+
+
+def test_simulated_subjects_are_called_so(html: str) -> None:
+    data = summary()
+    simulated = page(summary(data=data["data"] | {"simulated": True}))
+    assert "simulated" in Page(simulated).text
+    assert "simulated" not in Page(html).text
+
+
+@pytest.mark.parametrize("starts", [("scratch",), ("a", "b", "c", "d", "e")])
+def test_any_number_of_starts_is_drawn(starts: tuple[str, ...]) -> None:
+    found = Page(page(summary(starts)))
+    assert all(start in found.text for start in starts)
+
+
+def test_figures_show_what_they_are_given() -> None:
+    data = summary()
+    two = report.loss_figure(data["pretrain"]["points"])
+    one = report.loss_figure([[s, 0, {"loss": 1.0 / s, "loss/only": 1.0 / s}] for s in range(1, 9)])
+    moved = report.loss_figure([[s, 0, {"loss": 2.0 - 1.0 / s, "loss/only": 1.0 / s}] for s in range(1, 9)])
+    assert all(png.startswith(b"\x89PNG") for png in (two, one, moved))
+    assert len({two, one, moved}) == 3
+    swapped = [{**c, "dice": 1 - c["dice"]} for c in data["finetune"]["cases"]]
+    assert report.dice_figure(swapped) != report.dice_figure(data["finetune"]["cases"])
+
+
+def test_the_terminal_says_the_same() -> None:
+    text = report.text(summary())
+    assert STATEMENT in text
+    for part in ("0.5612", "encoder", "scratch", "pre-training", "12.3", "True"):
+        assert part in text, part
+
+
+def test_a_dot_is_a_subject_however_many_volumes_it_has() -> None:
+    cases = summary()["finetune"]["cases"]
+    twice = [{**c, "volume_id": f"{c['volume_id']}-{scan}"} for c in cases for scan in "ab"]
+    assert report.dice_figure(twice) == report.dice_figure(cases)
+
+
+@pytest.mark.parametrize("encoder", ["none", "models:/e/1"])
+def test_a_search_that_one_side_had_no_part_in_is_said(encoder: str) -> None:
+    data = summary()
+    data["search"]["trials"][1]["encoder"] = encoder
+    for text in (Page(page(data)).text, report.text(data)):
+        assert ("had no search of their own" in text) == (encoder != "none")
