@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint types check clean
+.PHONY: demo test coverage lint types check clean
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -15,8 +15,13 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY)
 	$(BIN)/tomoscale demo $(ARGS)
 
+# Services mostly wait, so that three processes keep two cores busy. With ARGS it is pytest with these, in one process.
 test: $(READY)
-	$(BIN)/python -m tests $(ARGS)
+	$(BIN)/pytest $(or $(ARGS),-n 3 --dist loadgroup)
+
+coverage: $(READY)
+	$(BIN)/pytest -n 3 --dist loadgroup --cov --cov-report=
+	$(BIN)/python docs/coverage.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

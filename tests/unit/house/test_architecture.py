@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from ssl_core.bundle import _BORROWED
+from tests.kit import house
+from tests.kit.house import breaches
 
 ROOT = Path(__file__).parents[3]
 PACKAGES = ("storage", "ssl_core", "jobs", "cluster")
@@ -23,6 +25,96 @@ FORBIDDEN = {
 
 def sources(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
+
+
+def test_the_rules_of_the_rooms_hold() -> None:
+    assert breaches(house.sources()) == []
+
+
+CODE = {  # a planted breach of each rule, and what is said of it
+    "a room that may not be entered": (
+        "storage.objects.planted",
+        "from storage.format import manifest",
+        "storage.objects.planted -> storage.format.manifest: objects may not enter format",
+    ),
+    "a late import": (
+        "ssl_core.losses.planted",
+        "def late() -> None:\n    from ssl_core.networks import registry",
+        "ssl_core.losses.planted -> ssl_core.networks.registry: losses may not enter networks",
+    ),
+    "a room without a line in the table": (
+        "jobs.utils.planted",
+        "",
+        "jobs.utils.planted: room jobs.utils is not in the table",
+    ),
+    "a top folder that may not be imported": (
+        "storage.format.planted",
+        "import ssl_core.config",
+        "storage.format.planted -> ssl_core.config: storage may not import ssl_core",
+    ),
+    "stream enters ingest": (
+        "storage.stream.planted",
+        "from storage.ingest import policy",
+        "storage.stream.planted -> storage.ingest.policy: stream may not enter ingest",
+    ),
+    "ingest enters stream": (
+        "storage.ingest.planted",
+        "import storage.stream.order",
+        "storage.ingest.planted -> storage.stream.order: ingest may not enter stream",
+    ),
+    "product code enters a kit": (
+        "jobs.demo.x",
+        "from storage.testing import stores",
+        "jobs.demo.x -> storage.testing.stores: only tests, jobs.bench, ssl_core.testing may enter storage.testing",
+    ),
+    "product code enters the benchmarks": (
+        "jobs.pages.planted",
+        "from jobs.bench import measure",
+        "jobs.pages.planted -> jobs.bench.measure: only tests, jobs.cli may enter jobs.bench",
+    ),
+    "a file of too many lines": (
+        "ssl_core.train.planted",
+        "x = 1\n" * 401,
+        "ssl_core.train.planted: 401 lines, at most 400",
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", CODE)
+def test_a_planted_breach_of_each_rule_is_told(rule: str) -> None:
+    module, text, expected = CODE[rule]
+    assert expected in breaches(house.sources() | {module: text})
+
+
+def test_a_planted_circle_of_files_is_told() -> None:
+    planted = {
+        "ssl_core.train.one": "from ssl_core.train import two",
+        "ssl_core.train.two": "from ssl_core.train.three import x",
+        "ssl_core.train.three": "def late() -> None:\n    import ssl_core.train.one",
+    }
+    circle = "circle of files: ssl_core.train.one, ssl_core.train.three, ssl_core.train.two"
+    assert circle in breaches(house.sources() | planted)
+
+
+def test_a_planted_crowd_of_files_is_told() -> None:
+    planted = {f"storage.datasets.planted_{i}": "" for i in range(17)}
+    crowd = [line for line in breaches(house.sources() | planted) if line.startswith("storage.datasets: ")]
+    assert crowd == [
+        f"storage.datasets: {17 + len(list((ROOT / 'storage/datasets').glob('[!_]*.py')))} files, at most 16"
+    ]
+
+
+def test_every_room_says_in_one_sentence_what_it_is_for() -> None:
+    for path in (p for top in PACKAGES for p in sorted((ROOT / top).rglob("__init__.py"))):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        assert re.match(r"[A-Z`][^\n]{20,}\.( |$)", text.partition("\n")[0]), path
+
+
+def test_variables_are_named_after_what_they_hold() -> None:
+    """Words such as `found` or `mine` tell a value's story; fewer than one binding in 500 may."""
+    names = [(module, *binding) for module, text in house.sources().items() for binding in house.bindings(text)]
+    nameless = [f"{module}:{line} {name}" for module, name, line in names if name in house.NAMELESS]
+    assert len(nameless) <= len(names) / 500, nameless
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -86,13 +178,3 @@ def test_load_state_dict_is_never_lenient() -> None:
                 if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "load_state_dict":
                     lenient = [k for k in node.keywords if k.arg == "strict" and ast.unparse(k.value) != "True"]
                     assert not lenient, f"{path}:{node.lineno}"
-
-
-def test_files_stay_readable() -> None:
-    long = {
-        str(path.relative_to(ROOT)): lines
-        for package in PACKAGES
-        for path in sources(package)
-        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 460
-    }
-    assert not long

@@ -9,26 +9,20 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 from pydantic import BaseModel
 
+from docs.update import MARKED, REFERENCE, TABLES, table
 from jobs import configs
 from jobs.cli import main as cli
 from ssl_core.config import Config, load, resolved
-from ssl_core.downstream.finetune import FinetuneConfig
-from ssl_core.methods.base import Crops, method_names
-from ssl_core.superpixels.settings import Superpixels
+from ssl_core.methods.base import method_names
 from ssl_core.testing.method import MethodContract
 from ssl_core.testing.views import DEGENERATE
-from ssl_core.train.engine import EngineConfig
-from ssl_core.views.intensity import IntensityPolicy
 from storage.errors import ConfigError
-from storage.ingest.policy import IngestPolicy
-from storage.ingest.readers.raw import ReadPolicy
 
 ROOT = Path(__file__).parents[3]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -39,28 +33,6 @@ KINDS: dict[str, type[Config]] = {
     "finetune": configs.FinetuneJobConfig,
     "ingest": configs.IngestConfig,
 }
-REFERENCE = ROOT / "docs/reference-configs.md"
-MARKED = r"<!-- {} -->\n(.*?)<!-- end -->"
-TABLES: tuple[type[BaseModel], ...] = (
-    configs.PretrainConfig,
-    configs.BackboneConfig,
-    IntensityPolicy,
-    configs.StreamConfig,
-    EngineConfig,
-    configs.ProbeConfig,
-    configs.ClusterConfig,
-    Crops,
-    configs.TuneConfig,
-    configs.SearchSpace,
-    configs.FinetuneJobConfig,
-    configs.LabelledConfig,
-    FinetuneConfig,
-    configs.IngestConfig,
-    IngestPolicy,
-    ReadPolicy,
-    configs.SuperpixelConfig,
-    Superpixels,
-)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -71,32 +43,6 @@ def read(path: Path) -> str:
 
 def page_id(path: Path) -> str:
     return str(path.relative_to(ROOT))
-
-
-def table(model: type[BaseModel]) -> str:
-    """The keys of a configuration as a table, in the order of their definition."""
-    rows = ["| key | default | meaning |", "|---|---|---|"]
-    for name, field in model.model_fields.items():
-        default = field.get_default(call_default_factory=True)
-        if isinstance(default, BaseModel):
-            shown = f"see `{type(default).__name__}`"
-        else:
-            shown = "required" if field.is_required() else f"`{json.dumps(default)}`"
-        rows.append(f"| `{name}` | {shown} | {field.description or ''} |".replace("|  |", "| |"))
-    return "\n".join(rows) + "\n"
-
-
-def _value(new: str, _match: re.Match[str]) -> str:
-    return new
-
-
-def update_reference() -> None:
-    """Write every table of the reference anew."""
-    text = read(REFERENCE)
-    for model in TABLES:
-        new = f"<!-- {model.__name__} -->\n{table(model)}<!-- end -->"
-        text = re.sub(MARKED.format(model.__name__), partial(_value, new), text, flags=re.DOTALL)
-    REFERENCE.write_text(text, encoding="utf-8")
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -258,7 +204,7 @@ def test_methods_that_the_readme_rates_are_the_registered_ones() -> None:
 def test_the_reference_lists_every_key_with_its_default_and_meaning(model: type[BaseModel]) -> None:
     text = read(REFERENCE)
     (written,) = re.findall(MARKED.format(model.__name__), text, re.DOTALL)
-    assert written == table(model), "bring it up to date: python -m tests.unit.house.test_docs"
+    assert written == table(model), "bring it up to date: python docs/update.py"
 
 
 def test_unknown_keys_are_refused_as_the_reference_says() -> None:
@@ -351,7 +297,3 @@ print(json.dumps(losses))
     losses = json.loads(said.splitlines()[-1])
     assert len(losses) == 3
     assert all(0 < loss < 20 for loss in losses)
-
-
-if __name__ == "__main__":
-    update_reference()

@@ -1,0 +1,74 @@
+"""Brings the tables of `docs/reference-configs.md` up to date: `python docs/update.py`."""
+
+import json
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+from pydantic import BaseModel
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from jobs import configs  # noqa: E402  a script of this folder is not on the path of the packages
+from ssl_core.downstream.finetune import FinetuneConfig  # noqa: E402
+from ssl_core.methods.base import Crops  # noqa: E402
+from ssl_core.superpixels.settings import Superpixels  # noqa: E402
+from ssl_core.train.engine import EngineConfig  # noqa: E402
+from ssl_core.views.intensity import IntensityPolicy  # noqa: E402
+from storage.ingest.policy import IngestPolicy  # noqa: E402
+from storage.ingest.readers.raw import ReadPolicy  # noqa: E402
+
+REFERENCE = ROOT / "docs/reference-configs.md"
+MARKED = r"<!-- {} -->\n(.*?)<!-- end -->"
+TABLES: tuple[type[BaseModel], ...] = (
+    configs.PretrainConfig,
+    configs.BackboneConfig,
+    IntensityPolicy,
+    configs.StreamConfig,
+    EngineConfig,
+    configs.ProbeConfig,
+    configs.ClusterConfig,
+    Crops,
+    configs.TuneConfig,
+    configs.SearchSpace,
+    configs.FinetuneJobConfig,
+    configs.LabelledConfig,
+    FinetuneConfig,
+    configs.IngestConfig,
+    IngestPolicy,
+    ReadPolicy,
+    configs.SuperpixelConfig,
+    Superpixels,
+)
+
+
+def table(model: type[BaseModel]) -> str:
+    """The keys of a configuration as a table, in the order of their definition."""
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for name, field in model.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        if isinstance(default, BaseModel):
+            shown = f"see `{type(default).__name__}`"
+        else:
+            shown = "required" if field.is_required() else f"`{json.dumps(default)}`"
+        rows.append(f"| `{name}` | {shown} | {field.description or ''} |".replace("|  |", "| |"))
+    return "\n".join(rows) + "\n"
+
+
+def _value(new: str, _match: re.Match[str]) -> str:
+    return new
+
+
+def update_reference() -> None:
+    """Write every table of the reference anew."""
+    text = REFERENCE.read_text(encoding="utf-8")
+    for model in TABLES:
+        new = f"<!-- {model.__name__} -->\n{table(model)}<!-- end -->"
+        text = re.sub(MARKED.format(model.__name__), partial(_value, new), text, flags=re.DOTALL)
+    REFERENCE.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    update_reference()
