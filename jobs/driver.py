@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 from jobs.tracking.runs import in_our_words
 from ssl_core.config import Config
 from ssl_core.config import load as load_config
-from storage.errors import NotFound, TomoscaleError
-from storage.format.manifest import Manifest
+from storage.errors import TomoscaleError
 from storage.objects.protocol import join, open_store
 
 C = TypeVar("C", bound=Config)
@@ -54,10 +53,15 @@ def guarded(main: Callable[[Sequence[str]], int]) -> int:
         said = error if isinstance(error, TomoscaleError) else in_our_words(error)
         if said is None:
             raise
-        print(f"{Path(sys.argv[0]).stem}: {said}", file=sys.stderr, flush=True)
+        print(f"{_program()}: {said}", file=sys.stderr, flush=True)
         if os.environ.get("TOMOSCALE_TRACEBACK"):
             traceback.print_exc()
         return said.exit_code
+
+
+def _program() -> str:
+    path = Path(sys.argv[0])
+    return path.parent.name if path.stem == "__main__" else path.stem
 
 
 def quiet() -> None:
@@ -65,27 +69,6 @@ def quiet() -> None:
     for name in ("ray", "ray.train", "ray.tune", "botocore", "mlflow", "optuna", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"(mlflow|monai|ray|torch)(\.|$)")
-
-
-def ensure_data(data: str, source: str | None) -> None:
-    """Ingest `source` when the store at `data` has no manifest yet.
-
-    Raises:
-        NotFound: there is no manifest and no source to make it from.
-    """
-    try:
-        Manifest.open(data)
-    except NotFound as error:
-        if source is None:
-            raise NotFound(
-                f"manifest of {data}",
-                expected="an ingested store",
-                found="none",
-                remedy=f"ingest first: tomoscale data ingest FOLDER {data}",
-            ) from error
-        from jobs.ingest import ingest
-
-        ingest(source, data)
 
 
 def end_run(api: Any, run_id: str, status: str, tries: int = 6) -> None:

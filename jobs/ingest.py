@@ -6,67 +6,23 @@ any process: over Ray tasks where that process is in a cluster, over threads whe
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
 
 import ray
-import ray.exceptions
 
-from jobs import driver as entry
 from jobs.configs import IngestConfig
-from jobs.on_ray.session import result_of
+from jobs.driver import guarded, load
+from jobs.on_ray.map import ray_map
+from jobs.on_ray.session import connect
 from jobs.output import Progress as Bar
-from storage.errors import ConfigError
+from storage.datasets import simulated
+from storage.errors import ConfigError, NotFound
+from storage.format.manifest import Manifest
 from storage.ingest.pipeline import IngestReport, Progress, map_threads, run, unread
 from storage.ingest.policy import IngestPolicy
 
-W = TypeVar("W")
-R = TypeVar("R")
-
 SIMULATED = "simulated"
-RETRIES = 3
-"""How often a task is tried again after its worker was killed."""
-
-
-def ray_map(
-    function: Callable[[W], R],
-    items: Iterable[W],
-    *,
-    in_flight: int = 16,
-    lost: Callable[[W, str], R] | None = None,
-) -> Iterator[R]:
-    """Map over Ray tasks with bounded back-pressure, yielding results as they finish.
-
-    A task whose worker dies is run again by Ray; an error of ours is raised here as it was there.
-
-    Args:
-        function: Runs in the tasks.
-        items: What to map.
-        in_flight: Tasks at a time.
-        lost: The result for an item that killed its worker each time, and how; without it that is an error.
-    """
-    task: Any = ray.remote(max_retries=RETRIES)(function)
-    running: dict[Any, W] = {}
-
-    def one_done() -> R:
-        (done, *_), _ = ray.wait(list(running), num_returns=1)
-        item = running.pop(done)
-        try:
-            result: R = result_of(done)
-        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-            if lost is None:
-                raise
-            memory = isinstance(error, ray.exceptions.OutOfMemoryError)
-            return lost(item, "by Ray, for want of memory" if memory else "by the system or by a fault in a library")
-        return result
-
-    for item in items:
-        running[task.remote(item)] = item
-        if len(running) >= in_flight:
-            yield one_done()
-    while running:
-        yield one_done()
 
 
 def ingest(
@@ -88,12 +44,10 @@ def ingest(
     """
     mapper = partial(ray_map, lost=unread) if ray.is_initialized() else map_threads
     if source == SIMULATED:
-        from storage.datasets import simulated as cohort
-
         mapper = map_threads  # the folder is in this node's cache, where tasks on other nodes would not find it
 
         say("making SIMULATED subjects from a head template")
-        source = str(cohort.ensure())
+        source = str(simulated.ensure())
     bar: list[Bar] = []
 
     def progress(p: Progress) -> None:
@@ -104,6 +58,25 @@ def ingest(
     report = run(source, data, policy, mapper=mapper, progress=progress, append=append)
     say(describe(report, data))
     return report
+
+
+def ensure_data(data: str, source: str | None) -> None:
+    """Ingest `source` when the store at `data` has no manifest yet.
+
+    Raises:
+        NotFound: there is no manifest and no source to make it from.
+    """
+    try:
+        Manifest.open(data)
+    except NotFound as error:
+        if source is None:
+            raise NotFound(
+                f"manifest of {data}",
+                expected="an ingested store",
+                found="none",
+                remedy=f"ingest first: tomoscale data ingest FOLDER {data}",
+            ) from error
+        ingest(source, data)
 
 
 def describe(report: IngestReport, data: str) -> str:
@@ -125,9 +98,7 @@ def describe(report: IngestReport, data: str) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Driver of the Ray job."""
-    config = entry.load(IngestConfig, argv, "jobs.ingest")
-    from jobs.on_ray.session import connect
-
+    config = load(IngestConfig, argv, "jobs.ingest")
     if not os.path.isdir(config.source) and config.source != SIMULATED:
         raise ConfigError(
             f"source {config.source}",
@@ -141,4 +112,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.guarded(main))
+    sys.exit(guarded(main))

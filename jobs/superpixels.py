@@ -8,14 +8,17 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from jobs import driver as entry
+import ray
+
 from jobs.configs import PretrainConfig, SuperpixelConfig
+from jobs.driver import guarded, load
+from jobs.on_ray.map import ray_map
+from jobs.on_ray.session import connect
 from jobs.output import Progress as Bar
 from ssl_core.config import resolved
 from ssl_core.methods.base import method_class
 from ssl_core.superpixels.settings import Superpixels
 from ssl_core.views.types import ViewSpec
-from storage.errors import ConfigError
 from storage.format.manifest import Manifest
 from storage.ingest import derived_maps as derive
 from storage.ingest.pipeline import map_threads
@@ -32,9 +35,6 @@ def compute(data: str, settings: Superpixels, *, say: Callable[[str], None] = pr
     Raises:
         TomoscaleError: as `storage.ingest.derived_maps.run`.
     """
-    import ray
-
-    from jobs.ingest import ray_map
     from ssl_core.superpixels.segment import of_volume  # slow to import; all that a task imports, and no torch
 
     bar: list[Bar] = []
@@ -69,7 +69,7 @@ def described(settings: Superpixels) -> str:
 def ensure_superpixels(config: PretrainConfig, *, say: Callable[[str], None] = print) -> None:
     """Make the super-pixels that a job's method reads, where its store lacks some and the job pins no manifest.
 
-    A pinned manifest stays what it is: `require_superpixels` then says what to do.
+    A pinned manifest stays what it is: `jobs.pretrain.inputs.require_superpixels` then says what to do.
     """
     if config.fingerprint is not None:
         return
@@ -80,39 +80,13 @@ def ensure_superpixels(config: PretrainConfig, *, say: Callable[[str], None] = p
             compute(config.data, settings, say=say)
 
 
-def require_superpixels(config: PretrainConfig, manifest: Manifest, views: ViewSpec) -> None:
-    """Refuse a manifest in which volumes that the job would read lack super-pixels.
-
-    Raises:
-        ConfigError: names the store and the command that makes them.
-    """
-    made = {settings.name for settings in views.superpixels}
-    rows = set(manifest.select(split=config.stream.split).tolist())
-    for name in views.maps:
-        if name not in made:  # volumes without the label are left out anyway
-            rows &= set(manifest.select(labelled=name).tolist())
-    for settings in views.superpixels:
-        lacking = rows & set(derive.lacking(manifest, settings.name))
-        if lacking:
-            command = " ".join(["tomoscale data superpixels", config.data, *settings.overrides()])
-            unpin = ", and pin the new manifest or leave `fingerprint` empty" if config.fingerprint else ""
-            raise ConfigError(
-                f"super-pixels of {config.data}",
-                expected=f"{settings.name} beside all {len(rows)} volumes of split {config.stream.split!r}",
-                found=f"{len(lacking)} without it in manifest {manifest.fingerprint}",
-                remedy=f"make them: {command}{unpin}",
-            )
-
-
 def main(argv: Sequence[str]) -> int:
     """Driver of the Ray job."""
-    config = entry.load(SuperpixelConfig, argv, "jobs.superpixels")
-    from jobs.on_ray.session import connect
-
+    config = load(SuperpixelConfig, argv, "jobs.superpixels")
     connect()
     compute(config.data, config.superpixels, say=lambda line: print(line, flush=True))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(entry.guarded(main))
+    sys.exit(guarded(main))

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from jobs import driver as entry
 from jobs.configs import PretrainConfig
+from jobs.driver import guarded
 from jobs.output import write_page
-from jobs.pretrain_loop import Hooks, collectives_backend, run
+from jobs.pretrain.loop import Hooks, collectives_backend, run
 from jobs.tracking.runs import Point
 from ssl_core.config import load
 
@@ -96,4 +96,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.guarded(main))
+    sys.exit(guarded(main))

@@ -322,7 +322,7 @@ def _refuse_too_few_labels(manifest: Manifest, url: str) -> None:
 def _views_picture(pre: PretrainConfig) -> tuple[bytes, str]:
     """Two views of the first sample that the job saw, and what they share."""
     from jobs.pages.pictures import views_picture
-    from jobs.pretrain_loop import stream_spec
+    from jobs.pretrain.inputs import stream_spec
     from ssl_core.methods.base import method_class
     from ssl_core.views.make import make_views
     from storage.reading.volume_store import VolumeStore

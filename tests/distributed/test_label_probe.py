@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from jobs.configs import PretrainConfig
-from jobs.pretrain_loop import Hooks, run
+from jobs.pretrain.loop import Hooks, run
 from jobs.tracking.runs import Point
 from ssl_core.config import parse
 from tests.kit.phantoms import write_phantoms
@@ -45,7 +45,7 @@ def on_ranks(folder: Path) -> None:
 
 def with_a_rank_that_cannot_read(folder: Path) -> None:
     if dist.get_rank() == 1:
-        import jobs.label_probe as module
+        import jobs.pretrain.label_probe as module
         from storage.errors import StoreError
 
         def away(*_: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from jobs.configs import PretrainConfig
-from jobs.pretrain_loop import Hooks, run
+from jobs.pretrain.loop import Hooks, run
 from jobs.tracking.runs import Point
 from ssl_core.config import parse
 

@@ -14,7 +14,7 @@ from tests.kit.scans import folder
 pytestmark = pytest.mark.service
 INGEST = """
 import os, signal, sys
-from jobs.ingest import ray_map
+from jobs.on_ray.map import ray_map
 from jobs.on_ray.session import connect
 from storage.ingest.pipeline import ingest_work, run, unread
 

@@ -138,9 +138,15 @@ def test_imports_run_one_way(package: str) -> None:
 
 def test_who_only_plans_does_not_wait_for_monai() -> None:
     """Its import takes longer than that of all else together; clients, drivers and controllers have no use for it."""
-    program = "import sys, jobs.pretrain_loop, jobs.tune, jobs.superpixels; print('monai' in sys.modules)"
+    program = "import sys, jobs.pretrain.driver, jobs.tune, jobs.superpixels; print('monai' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_the_loop_of_pre_training_needs_no_ray() -> None:
+    program = "import sys, jobs.pretrain.loop, jobs.torchrun; print({'ray', 'mlflow'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_portable_code_needs_only_what_a_bare_environment_has() -> None:

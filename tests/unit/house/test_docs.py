@@ -272,7 +272,7 @@ import json, sys
 from pathlib import Path
 from jobs import cli
 from jobs.configs import PretrainConfig
-from jobs.pretrain_loop import Hooks, run
+from jobs.pretrain.loop import Hooks, run
 from ssl_core.config import load
 from tests.kit.phantoms import write_phantoms
 import torch

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jobs import pretrain_loop
+from jobs.pretrain import loop as pretrain_loop
 from jobs.tracking import bundles as bundling
 from ssl_core.downstream.finetune import Start, build_segmenter
 from storage.errors import CorruptChunk, TomoscaleError

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from jobs import driver as entry
-from jobs import pretrain
+from jobs.pretrain import driver as pretrain
 from storage.errors import RefusedInput
 
 

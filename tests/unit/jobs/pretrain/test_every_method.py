@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from jobs.configs import PretrainConfig
-from jobs.pretrain_loop import Hooks, run
+from jobs.pretrain.loop import Hooks, run
 from jobs.superpixels import compute
 from ssl_core.config import load, parse
 from ssl_core.methods.base import method_class, method_names

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from jobs import label_probe, pretrain_loop
 from jobs.configs import PretrainConfig, ProbeConfig
-from jobs.label_probe import LabelProbe, read_labelled
-from jobs.pretrain_loop import Hooks, build_engine, identity, open_manifest, run
+from jobs.pretrain import label_probe, loop
+from jobs.pretrain.inputs import open_manifest
+from jobs.pretrain.label_probe import LabelProbe, read_labelled
+from jobs.pretrain.loop import Hooks, build_engine, identity, run
 from jobs.tracking import bundles as bundling
 from jobs.tracking.runs import Point
 from ssl_core.config import parse
@@ -202,7 +203,7 @@ def test_a_collapse_is_named_in_the_log_and_in_the_metrics(data: str, monkeypatc
     said: list[str] = []
     points: list[Point] = []
     job = config(data, "simclr", steps=4, warmup_steps=1, probe_every=2, weight_decay=0.0, lr=1e-9)
-    real = pretrain_loop.build_engine
+    real = loop.build_engine
 
     def dead(settings: PretrainConfig, device: torch.device) -> Any:
         engine = real(settings, device)
@@ -213,7 +214,7 @@ def test_a_collapse_is_named_in_the_log_and_in_the_metrics(data: str, monkeypatc
         return engine
 
     hooks = Hooks(publish=lambda *_: None, on_point=points.append, say=said.append)
-    monkeypatch.setattr(pretrain_loop, "build_engine", dead)
+    monkeypatch.setattr(loop, "build_engine", dead)
     with pytest.warns(CollapseWarning, match="features have collapsed"):
         run(job, hooks, restore=None, device=CPU)
     assert {p.step: p.metrics.get("probe/collapsed") for p in points}[2] == 1.0

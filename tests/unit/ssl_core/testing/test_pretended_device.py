@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from jobs.pretrain_loop import collectives_backend
+from jobs.pretrain.loop import collectives_backend
 from ssl_core.distributed import ProcessGroup, Single
 from ssl_core.downstream.finetune import FinetuneConfig, build_segmenter, predict_volume, train_segmenter
 from ssl_core.monitor.collapse import probe

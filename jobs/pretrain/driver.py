@@ -6,20 +6,32 @@ again).
 """
 
 import json
-import os
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs import driver as entry
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
+
 from jobs.configs import PretrainConfig
+from jobs.driver import end_failed, end_run, load
+from jobs.ingest import ensure_data
+from jobs.on_ray.elastic import share_evenly
+from jobs.on_ray.failures import FINAL, StopOnFinalErrors
 from jobs.on_ray.filesystem import storage_for
+from jobs.on_ray.session import connect
 from jobs.output import last_line
-from ssl_core.config import parse, resolved
+from jobs.pretrain.inputs import open_manifest
+from jobs.pretrain.loop import JOURNAL, collectives_backend, config_digest, identity
+from jobs.pretrain.worker import train_loop
+from jobs.superpixels import ensure_superpixels
+from jobs.tracking import bundles, models, runs
+from ssl_core.config import resolved
+from ssl_core.train import checkpoint
 from storage.errors import NotFound, StackError, TomoscaleError
 from storage.format.manifest import Manifest
 from storage.objects.protocol import join, open_store
@@ -27,59 +39,19 @@ from storage.objects.protocol import join, open_store
 _CONTROLLER_TRIES = 5
 
 
-def train_loop(payload: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
-    import ray.train
-    import ray.train.torch
-    import torch
-
-    from jobs.pretrain_loop import Hooks, run
-    from jobs.tracking.runs import Sender
-
-    entry.quiet()
-    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
-    config = parse(PretrainConfig, payload["config"])
-    context = ray.train.get_context()
-    sender = Sender(payload["run_id"]) if context.get_world_rank() == 0 else None
-
-    def publish(step: int, directory: Path | None, metrics: dict[str, float]) -> None:
-        held = None if directory is None else ray.train.Checkpoint.from_directory(str(directory))
-        ray.train.report({"step": step, **metrics}, checkpoint=held, checkpoint_dir_name=f"step-{step:08d}")
-
-    hooks = Hooks(
-        publish=publish,
-        on_point=sender.put if sender else lambda _point: None,
-        say=lambda line: print(line, flush=True),
-    )
-    device = ray.train.torch.get_device()
-    cache_dir = Path(tempfile.gettempdir()) / f"tomoscale-cache-{os.getuid()}"
-    held = ray.train.get_checkpoint()
-    if held is None:
-        run(config, hooks, restore=None, device=device, cache_dir=cache_dir)
-    else:
-        with held.as_directory() as folder:
-            run(config, hooks, restore=Path(folder), device=device, cache_dir=cache_dir)
-    if sender is not None:
-        sender.close()
-
-
 def main(argv: Sequence[str]) -> int:
     """Driver: data, run, training, registration."""
-    config = entry.load(PretrainConfig, argv, "jobs.pretrain")
-    from jobs.on_ray.session import connect
-    from jobs.tracking import runs as tracking
+    config = load(PretrainConfig, argv, "jobs.pretrain")
 
     connect()
-    api = tracking.client()
-    entry.ensure_data(config.data, config.source)
-    from jobs.pretrain_loop import open_manifest
-    from jobs.superpixels import ensure_superpixels
+    api = runs.client()
+    ensure_data(config.data, config.source)
 
     config = as_started(config)
     ensure_superpixels(config)
     manifest = open_manifest(config)
     note_start(config, manifest)
-    run_id = tracking.open_run(
+    run_id = runs.open_run(
         api,
         config.experiment,
         config.name,
@@ -96,9 +68,9 @@ def main(argv: Sequence[str]) -> int:
         with fit(pinned, run_id).as_directory() as directory:
             version = _complete(api, pinned, run_id, Path(directory))
     except BaseException as error:
-        entry.end_failed(api, run_id, error)
+        end_failed(api, run_id, error)
         raise
-    entry.end_run(api, run_id, "FINISHED")
+    end_run(api, run_id, "FINISHED")
     print(
         f"registered models:/{pinned.model_name}/{version} @candidate after {time.monotonic() - began:.0f} s",
         flush=True,
@@ -115,10 +87,10 @@ def as_started(config: PretrainConfig) -> PretrainConfig:
     if config.fingerprint is not None:
         return config
     try:
-        kept = json.loads(open_store(join(config.runs, config.name)).get(_start(config)))
+        note = json.loads(open_store(join(config.runs, config.name)).get(_start(config)))
     except NotFound:
         return config
-    return config.model_copy(update={"fingerprint": kept["fingerprint"]})
+    return config.model_copy(update={"fingerprint": note["fingerprint"]})
 
 
 def note_start(config: PretrainConfig, manifest: Manifest) -> None:
@@ -127,14 +99,12 @@ def note_start(config: PretrainConfig, manifest: Manifest) -> None:
     Each choice of settings has a file of its own, so that a job sent with wrong ones, which its checkpoint refuses,
     does not take the manifest of the right ones away.
     """
-    from jobs.pretrain_loop import identity
 
     note = json.dumps(identity(config, manifest)).encode()
     open_store(join(config.runs, config.name)).put(_start(config), note, if_absent=True)
 
 
 def _start(config: PretrainConfig) -> str:
-    from jobs.pretrain_loop import config_digest
 
     return f"starts/{config_digest(config)}.json"
 
@@ -148,13 +118,6 @@ def fit(config: PretrainConfig, run_id: str) -> Any:
         TomoscaleError: training failed for good: the error of a worker that another try would meet again, or a
             StackError that carries the last line of the cause.
     """
-    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
-
-    from jobs.on_ray.elastic import share_evenly
-    from jobs.on_ray.failures import FINAL, StopOnFinalErrors
-    from jobs.pretrain_loop import collectives_backend
 
     share_evenly(config.stream.global_batch, config.stream.lanes)
     path, filesystem = storage_for(config.runs)
@@ -221,21 +184,15 @@ def _fitted(trainer: Any) -> Any:
 
 def _complete(api: Any, config: PretrainConfig, run_id: str, directory: Path) -> str:
     """Fill gaps in the metrics, export the encoder and register it."""
-    from jobs.pretrain_loop import JOURNAL
-    from jobs.tracking import bundles as bundling
-    from jobs.tracking import models as registry
-    from jobs.tracking import runs as tracking
-    from jobs.tracking.runs import Point
-    from ssl_core.train import checkpoint
 
     meta = checkpoint.read_meta(directory)
-    sent = tracking.backfill(api, run_id, [Point.from_json(item) for item in meta[JOURNAL]])
+    sent = runs.backfill(api, run_id, [runs.Point.from_json(item) for item in meta[JOURNAL]])
     if sent:
         print(f"sent {sent} points that MLflow had missed", flush=True)
     api.set_tag(run_id, "tomoscale.samples", meta["samples"])
     with tempfile.TemporaryDirectory(prefix="tomoscale-bundle-") as folder:
-        bundle = bundling.write_encoder(config, directory, Path(folder) / "bundle", run_id=run_id)
-        return registry.register(bundle, config.model_name, run_id=run_id)
+        bundle = bundles.write_encoder(config, directory, Path(folder) / "bundle", run_id=run_id)
+        return models.register(bundle, config.model_name, run_id=run_id)
 
 
 def _ended(config: PretrainConfig, found: str) -> StackError:
@@ -245,7 +202,3 @@ def _ended(config: PretrainConfig, found: str) -> StackError:
         found=found,
         remedy="the cause is in the log above; the same name goes on from the last checkpoint",
     )
-
-
-if __name__ == "__main__":
-    sys.exit(entry.guarded(main))

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from jobs.configs import ClusterConfig, PretrainConfig, ProbeConfig, changed
-from jobs.label_probe import LabelProbe
-from jobs.superpixels import require_superpixels
+from jobs.pretrain.inputs import open_manifest, stream_spec, view_spec
+from jobs.pretrain.label_probe import LabelProbe
 from jobs.tracking.runs import Point, point
 from ssl_core.config import digest, resolved
 from ssl_core.distributed import Collectives, current
@@ -26,12 +26,12 @@ from ssl_core.networks.registry import build
 from ssl_core.train import checkpoint
 from ssl_core.train.engine import Engine, EngineConfig, fit
 from ssl_core.views.make import make_views
-from ssl_core.views.types import ViewBatch, ViewSpec
+from ssl_core.views.types import ViewBatch
 from storage.errors import ConfigError
 from storage.format.manifest import Manifest
 from storage.reading.node_cache import NodeCache
 from storage.reading.volume_store import VolumeStore
-from storage.stream.crop_stream import CropStream, HostBatch, StreamSpec
+from storage.stream.crop_stream import CropStream, HostBatch
 
 JOURNAL, SETTINGS = "journal", "settings"
 # What may change under a name. How often to log or save, of `engine`, may too; it says so itself.
@@ -92,24 +92,6 @@ def collectives_backend(*, gpu: bool) -> str:
     return "cpu:gloo,cuda:nccl" if gpu else "gloo"
 
 
-def open_manifest(config: PretrainConfig) -> Manifest:
-    """The manifest that the job reads, checked to have volumes of its split and what the method wants beside them.
-
-    Raises:
-        ConfigError: no such volumes, or some of them without the method's super-pixels; says how to make them.
-    """
-    manifest = Manifest.open(config.data, config.fingerprint)
-    if not len(manifest.select(split=config.stream.split)):
-        raise ConfigError(
-            f"stream.split {config.stream.split!r}",
-            expected=f"a split with volumes in {config.data}",
-            found="none",
-            remedy="`tomoscale data show URL` lists the splits",
-        )
-    require_superpixels(config, manifest, _view_spec(config))
-    return manifest
-
-
 def identity(config: PretrainConfig, manifest: Manifest) -> dict[str, str]:
     """What a checkpoint must agree with to be resumed: everything that changes the result."""
     return {"config_digest": config_digest(config), "fingerprint": manifest.fingerprint}
@@ -164,26 +146,6 @@ def build_engine(config: PretrainConfig, device: torch.device) -> Engine:
     return Engine(method, config.engine, collectives=current(), device=device)
 
 
-def stream_spec(config: PretrainConfig) -> StreamSpec:
-    """The stream that the method's views need."""
-    views = _view_spec(config)
-    return StreamSpec(
-        seed=config.engine.seed,
-        global_batch=config.stream.global_batch,
-        crop_DHW=views.host_size_DHW,
-        lanes=config.stream.lanes,
-        crops_per_visit=config.stream.crops_per_visit,
-        split=config.stream.split,
-        foreground=config.stream.foreground,
-        maps=views.maps,
-    )
-
-
-def _view_spec(config: PretrainConfig) -> ViewSpec:
-    spec: ViewSpec = method_class(config.method_name).view_spec(config.method_config)
-    return spec
-
-
 def run(
     config: PretrainConfig, hooks: Hooks, *, restore: Path | None, device: torch.device, cache_dir: Path | None = None
 ) -> dict[str, Any]:
@@ -226,14 +188,14 @@ def run(
         prefetch=config.stream.prefetch,
         threads=config.stream.threads,
     )
-    view_spec = _view_spec(config)
+    method_views = view_spec(config)
 
     def batches() -> Iterator[tuple[ViewBatch, float]]:
         for batch in stream:
             record.add(batch, collectives)
             views = make_views(
                 batch,
-                view_spec,
+                method_views,
                 seed=config.engine.seed,
                 policy=config.intensity,
                 device=device,
@@ -270,7 +232,7 @@ def run(
             directory = checkpoint.save(Path(folder) / "checkpoint", state, facts)
             hooks.publish(step, directory, hooks.last)
 
-    probe = LabelProbe(config, store, view_spec, hooks.say if collectives.rank == 0 else _silent)
+    probe = LabelProbe(config, store, method_views, hooks.say if collectives.rank == 0 else _silent)
     with store, stream:
         steps = fit(engine, batches(), report=report, save=save, stop=hooks.stop, probe=probe)
     return {"steps": steps, "samples": record.value, **hooks.last}
