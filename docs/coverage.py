@@ -14,8 +14,8 @@ TOPS = ("storage", "ssl_core", "jobs", "cluster")
 LARGEST = 12
 HEAD = """# Coverage
 
-Lines and branches that the tests run, by `make coverage`. Processes that tests start are measured too. Those that a test
-kills write nothing down, so what runs only in a worker that is killed is missing here.
+Lines and branches that the tests run, by `make coverage`. Processes that tests start are measured too. A process that a
+test kills writes nothing down, so what only runs there is missing here.
 
 """
 

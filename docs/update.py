@@ -1,5 +1,9 @@
-"""Brings the tables of `docs/reference-configs.md` up to date: `python docs/update.py`."""
+"""Brings up to date what is made from the code: the reference of configurations and the tables of rooms.
 
+Run it as `python docs/update.py`.
+"""
+
+import ast
 import json
 import re
 import sys
@@ -19,7 +23,9 @@ from ssl_core.train.engine import EngineConfig  # noqa: E402
 from ssl_core.views.intensity import IntensityPolicy  # noqa: E402
 from storage.ingest.policy import IngestPolicy  # noqa: E402
 from storage.ingest.readers.raw import ReadPolicy  # noqa: E402
+from tests.kit.house import ROOMS  # noqa: E402
 
+ARCHITECTURE = ROOT / "docs/architecture.md"
 REFERENCE = ROOT / "docs/reference-configs.md"
 MARKED = r"<!-- {} -->\n(.*?)<!-- end -->"
 TABLES: tuple[type[BaseModel], ...] = (
@@ -70,5 +76,34 @@ def update_reference() -> None:
     REFERENCE.write_text(text, encoding="utf-8")
 
 
+def rooms() -> str:
+    """A table for each top folder: its rooms, what each is for in the words of the room, and what it may enter."""
+    lines = []
+    for top, table_of in ROOMS.items():
+        if not table_of:
+            continue
+        lines += ["", f"### `{top}/`", "", "| room | is for | may enter |", "|---|---|---|"]
+        for room, entered in table_of.items():
+            entries = ", ".join(f"`{name}`" for name in entered.split()) or "-"
+            lines.append(f"| `{room}` | {_purpose(ROOT / top / room)} | {'all' if entered == '*' else entries} |")
+    return "\n".join(lines) + "\n\n"
+
+
+def _purpose(path: Path) -> str:
+    """The first sentence of a room's docstring."""
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return re.split(r"(?<=\.)\s", " ".join(text.split("\n\n")[0].split()), maxsplit=1)[0]
+
+
+def update_rooms() -> None:
+    """Write the tables of rooms anew."""
+    text = ARCHITECTURE.read_text(encoding="utf-8")
+    new = f"<!-- rooms -->\n{rooms()}<!-- end -->"
+    text = re.sub(MARKED.format("rooms"), partial(_value, new), text, flags=re.DOTALL)
+    ARCHITECTURE.write_text(text, encoding="utf-8")
+
+
 if __name__ == "__main__":
     update_reference()
+    update_rooms()

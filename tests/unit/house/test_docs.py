@@ -15,7 +15,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from docs.update import MARKED, REFERENCE, TABLES, table
+from docs.update import ARCHITECTURE, MARKED, REFERENCE, TABLES, rooms, table
 from jobs import configs
 from jobs.cli import main as cli
 from ssl_core.config import Config, load, resolved
@@ -205,6 +205,11 @@ def test_the_reference_lists_every_key_with_its_default_and_meaning(model: type[
     text = read(REFERENCE)
     (written,) = re.findall(MARKED.format(model.__name__), text, re.DOTALL)
     assert written == table(model), "bring it up to date: python docs/update.py"
+
+
+def test_the_rooms_on_the_page_are_those_that_the_test_holds() -> None:
+    (written,) = re.findall(MARKED.format("rooms"), read(ARCHITECTURE), re.DOTALL)
+    assert written == rooms(), "bring it up to date: python docs/update.py"
 
 
 def test_unknown_keys_are_refused_as_the_reference_says() -> None:
