@@ -17,7 +17,7 @@ from ssl_core.config import Config
 from ssl_core.config import load as load_config
 from storage.errors import NotFound, TomoscaleError
 from storage.format.manifest import Manifest
-from storage.objects.protocol import join, open_store
+from storage.objects import join, open_store
 
 C = TypeVar("C", bound=Config)
 

@@ -22,7 +22,7 @@ from jobs.output import last_line
 from ssl_core.config import parse, resolved
 from storage.errors import NotFound, StackError, TomoscaleError
 from storage.format.manifest import Manifest
-from storage.objects.protocol import join, open_store
+from storage.objects import join, open_store
 
 _CONTROLLER_TRIES = 5
 

@@ -39,7 +39,7 @@ from storage.format.records import (
     stats_to_items,
 )
 from storage.format.sealed_parquet import SealedParquet, seal
-from storage.objects.protocol import ByteStore, open_store
+from storage.objects import ByteStore, open_store
 
 __all__ = ["DEFAULT_CODECS", "DerivedRecord", "LabelRecord", "Manifest", "Triple", "VolumeRecord", "fingerprint_of"]
 __all__ += ["manifest_key", "update"]

@@ -18,7 +18,8 @@ from storage.format.manifest import DEFAULT_CODECS, DerivedRecord, LabelRecord, 
 from storage.format.shard_index import build_index, curve_order
 from storage.format.zarr_metadata import DTYPES, array_document, group_document, multiscales
 from storage.intensity_stats import channel_foreground, foreground_box
-from storage.objects.protocol import ByteStore, check_key
+from storage.objects import ByteStore
+from storage.objects.protocol import check_key
 
 Array = npt.NDArray[Any]
 POINTS = 64

@@ -15,7 +15,7 @@ from storage.ingest.deidentify import Pseudonyms
 from storage.ingest.discover import IngestItem
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.readers.raw import file_digest
-from storage.objects.protocol import ByteStore
+from storage.objects import ByteStore
 from storage.reading.verify import damage
 
 HIDDEN = "hidden/"

@@ -23,7 +23,7 @@ from storage.errors import ConfigError, NotFound, RefusedInput, StoreError
 from storage.format.manifest import DerivedRecord, Manifest, VolumeRecord, update
 from storage.format.volume_writer import write_derived
 from storage.ingest.pipeline import map_threads
-from storage.objects.protocol import ByteStore, open_store
+from storage.objects import ByteStore, open_store
 from storage.reading.volume_store import VolumeStore
 
 Compute = Callable[[npt.NDArray[Any], VolumeRecord], npt.NDArray[np.int32]]

@@ -45,8 +45,8 @@ from storage.ingest.policy import IngestPolicy
 from storage.ingest.prepare import prepare
 from storage.ingest.publish import check_subjects, folders_of_people, publish
 from storage.ingest.quarantine import QUARANTINE, Quarantined, read_quarantine, write_quarantine
-from storage.objects.fsync import settling, unforced
-from storage.objects.protocol import ByteStore, open_store
+from storage.objects import ByteStore, open_store
+from storage.objects.fsync import file_system_of, unforced
 
 __all__ = ["IngestPolicy", "IngestReport", "Outcome", "Progress", "Quarantined", "Work", "discover", "ingest_item"]
 __all__ += ["ingest_work", "map_serial", "map_threads", "publish", "run", "unread"]
@@ -201,15 +201,15 @@ def run(
     works = _plan(found.items, dst, policy, pseudonyms, before, facts.modality)
     outcomes: list[Outcome] = []
     resumed = any(True for _ in store.list("ingest/"))
-    with settling(store) as files:
-        device = files.device if files is not None and mapper in HERE else None
+    with file_system_of(store) as disk:
+        device = disk.device if disk is not None and mapper in HERE else None
         works = [replace(work, resumed=resumed, unforced=device) for work in works]
         for outcome in mapper(ingest_work, works):
             outcomes.append(outcome)
             if progress is not None:
                 progress(_progress(outcomes, len(works), time.monotonic() - started))
-        if files is not None:  # also for what an earlier run wrote and did not get to force
-            files.settle()
+        if disk is not None:  # also for what an earlier run wrote and did not get to force
+            disk.sync()
     refused = tuple(sorted((o.refused for o in outcomes if o.refused), key=lambda q: q.source))
     records = [o.record for o in outcomes if o.record]
     stale = {work.source for work in works} | (set() if append else set(refused_before))

@@ -21,7 +21,7 @@ from storage.ingest import splits
 from storage.ingest.claims import image_digest
 from storage.ingest.discover import IngestItem
 from storage.ingest.policy import IngestPolicy
-from storage.objects.protocol import ByteStore
+from storage.objects import ByteStore
 
 _A_FEW = 20
 """Scans that one person may have."""

@@ -17,7 +17,7 @@ from storage.format.manifest import DEFAULT_CODECS, Manifest, Triple, VolumeReco
 from storage.format.records import without_places
 from storage.format.volume_writer import content_sha256, label_record, write_volume
 from storage.format.zarr_metadata import ArrayMeta, default_meta, parse_array
-from storage.objects.protocol import join, open_store
+from storage.objects import join, open_store
 from storage.reading.executor import INDEXES_KEPT, Executor, Recent, Request, Source
 from storage.reading.node_cache import NodeCache
 from storage.reading.plan import GAP, MOST, Box

@@ -16,7 +16,7 @@ from storage.errors import ConfigError, CorruptChunk, NotFound, NotOffered
 from storage.format.layout import Layout
 from storage.format.manifest import Manifest
 from storage.format.volume_writer import write_volume
-from storage.objects.protocol import ByteStore, join, open_store
+from storage.objects import ByteStore, join, open_store
 
 
 class ReadContract:

@@ -9,7 +9,7 @@ import pytest
 from storage.errors import CorruptChunk, NotFound, StoreError
 from storage.format.layout import Layout
 from storage.format.manifest import Manifest
-from storage.objects.protocol import open_store
+from storage.objects import open_store
 from storage.reading.volume_store import VolumeStore, padding_values, write_volume
 from storage.stream.crop_stream import CropStream
 from storage.testing.streams import StreamContract

@@ -4,7 +4,7 @@ import numpy as np
 
 from storage.format.manifest import Manifest
 from storage.format.volume_writer import write_volume
-from storage.objects.protocol import open_store
+from storage.objects import open_store
 
 
 def write_phantoms(

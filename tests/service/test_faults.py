@@ -14,7 +14,7 @@ import pytest
 from storage.errors import CorruptChunk, NotFound, StoreError
 from storage.format.layout import Layout
 from storage.format.manifest import Manifest
-from storage.objects.protocol import open_store
+from storage.objects import open_store
 from storage.reading.node_cache import NodeCache
 from storage.reading.volume_store import Crop, VolumeStore, write_volume
 from storage.testing.fault_proxy import Fault, FaultProxy, Flip, Reset, Slow, Stall, Status, Truncate

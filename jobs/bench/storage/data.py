@@ -17,7 +17,7 @@ from scipy import ndimage
 from storage.errors import ConfigError
 from storage.format.layout import choose_layout
 from storage.format.manifest import Manifest
-from storage.objects.protocol import join, open_store
+from storage.objects import join, open_store
 from storage.reading.volume_store import write_volume
 
 Volume = npt.NDArray[np.int16]

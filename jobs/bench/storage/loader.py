@@ -20,7 +20,7 @@ from jobs.bench.storage.data import DataSet, Layouts
 from jobs.bench.storage.proxy import delayed
 from storage.format.manifest import Manifest, VolumeRecord
 from storage.intensity_stats import STATS_ORDER
-from storage.objects.protocol import join, open_store
+from storage.objects import join, open_store
 from storage.reading.node_cache import NodeCache
 from storage.reading.volume_store import VolumeStore
 from storage.stream.crop_stream import CropStream, StreamSpec

@@ -27,7 +27,7 @@ from jobs.bench.storage.data import WRITERS, DataSet, Layouts, Writer
 from jobs.bench.storage.peers import PEERS, Peer, Reader, Want
 from jobs.bench.storage.proxy import Proxy, delayed
 from storage.errors import StoreError
-from storage.objects.protocol import join
+from storage.objects import join
 
 COLUMNS = {
     "data": "data",

@@ -33,7 +33,7 @@ from storage.ingest.policy import IngestPolicy
 from storage.ingest.prepare import prepare as ingest
 from storage.ingest.readers import ReadPolicy
 from storage.intensity_stats import STATS_ORDER, channel_foreground, foreground_stats
-from storage.objects.protocol import open_store
+from storage.objects import open_store
 from storage.reading.verify import verify
 from storage.reading.volume_store import Crop, VolumeStore
 from storage.stream.crop_stream import CropStream, StreamSpec

@@ -12,7 +12,7 @@ from ssl_core.config import parse
 from storage.errors import ConfigError, RefusedInput
 from storage.format.manifest import Manifest
 from storage.format.volume_writer import write_volume
-from storage.objects.protocol import open_store
+from storage.objects import open_store
 
 Maker = Callable[..., Manifest]
 

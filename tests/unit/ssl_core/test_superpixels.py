@@ -13,7 +13,7 @@ from ssl_core.superpixels.settings import Superpixels
 from storage.errors import RefusedInput
 from storage.format.manifest import VolumeRecord
 from storage.format.volume_writer import write_volume
-from storage.objects.protocol import MemoryStore
+from storage.objects.memory import MemoryStore
 
 
 def phantom(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:

@@ -290,7 +290,7 @@ def test_real_volumes_are_read_canonical(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_an_s3_run_counts_requests_and_leaves_nothing_behind(
     phantoms: data.DataSet, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from storage.objects.protocol import open_store
+    from storage.objects import open_store
     from tests.kit.s3server import S3Server
 
     server = S3Server()

@@ -16,7 +16,7 @@ from ssl_core.views.intensity import IntensityPolicy
 from storage.errors import ConfigError
 from storage.format.manifest import Manifest
 from storage.format.volume_writer import write_volume
-from storage.objects.protocol import open_store
+from storage.objects import open_store
 from tests.kit.phantoms import write_phantoms
 from tests.kit.pretraining import config, train
 

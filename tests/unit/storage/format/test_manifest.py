@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from storage.errors import ConfigError, CorruptChunk, NotFound
 from storage.format.manifest import POINTER, LabelRecord, Manifest, manifest_key
-from storage.objects.protocol import ByteStore, MemoryStore, open_store
+from storage.objects import ByteStore, open_store
+from storage.objects.memory import MemoryStore
 from tests.kit.records import record
 
 

@@ -14,7 +14,7 @@ from storage.format.layout import Layout
 from storage.format.manifest import Manifest
 from storage.format.records import VolumeRecord
 from storage.format.volume_writer import write_derived, write_volume
-from storage.objects.protocol import open_store
+from storage.objects import open_store
 from storage.testing.stores import phantom, phantom_label
 
 LAYOUT = Layout((8, 8, 8), (16, 24, 16))

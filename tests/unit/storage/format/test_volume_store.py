@@ -23,7 +23,8 @@ from storage.format.layout import Layout, choose_layout
 from storage.format.manifest import Manifest
 from storage.format.shard_index import build_index
 from storage.format.zarr_metadata import array_document, group_document, parse_array
-from storage.objects.protocol import ByteStore, FileStore, open_store
+from storage.objects import ByteStore, open_store
+from storage.objects.local import FileStore
 from storage.reading.volume_store import Crop, VolumeStore, padding_values, write_volume
 from storage.testing.stores import phantom, phantom_label, publish_phantoms
 

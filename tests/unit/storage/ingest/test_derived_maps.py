@@ -25,7 +25,7 @@ from storage.ingest import derived_maps as derive
 from storage.ingest.pipeline import map_serial
 from storage.ingest.pipeline import run as ingest
 from storage.ingest.policy import IngestPolicy
-from storage.objects.protocol import open_store
+from storage.objects import open_store
 from storage.reading.verify import verify
 from storage.reading.volume_store import Crop, VolumeStore
 from storage.stream.crop_stream import CropStream, StreamSpec

@@ -16,7 +16,8 @@ from storage.ingest import derived_maps as derive
 from storage.ingest.claims import Sidecar, claim, side_key
 from storage.ingest.pipeline import publish, run
 from storage.ingest.policy import IngestPolicy
-from storage.objects.protocol import ByteStore, MemoryStore, open_store
+from storage.objects import ByteStore, open_store
+from storage.objects.memory import MemoryStore
 from storage.reading.verify import verify
 from storage.reading.volume_store import VolumeStore
 from tests.kit.publishers import appended, together

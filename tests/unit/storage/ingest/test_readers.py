@@ -23,7 +23,7 @@ from storage.ingest.discover import discover
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.prepare import prepare
 from storage.ingest.readers import ReadPolicy, read_any, read_item, read_label
-from storage.objects.protocol import open_store
+from storage.objects import open_store
 from tests.kit.scans import disc, folder, phantom, save_dicom, save_nifti, segmentation, slices
 
 AFFINE = np.array([[-1.5, 0, 0, 30], [0, 0, 2.0, -10], [0, 1.25, 0, 5], [0, 0, 0, 1.0]])
@@ -108,7 +108,7 @@ def test_zarr_arrays_and_images(tmp_path):
 
 def test_what_this_project_stores_is_read_back_with_its_values(tmp_path):
     from storage.format.volume_writer import write_volume
-    from storage.objects.protocol import open_store
+    from storage.objects import open_store
 
     stored = phantom()[None]
     write_volume(

@@ -9,7 +9,7 @@ import pytest
 from storage.errors import NotFound
 from storage.format.layout import Layout
 from storage.format.manifest import Manifest
-from storage.objects.protocol import ByteStore, open_store
+from storage.objects import ByteStore, open_store
 from storage.reading.verify import verify
 from storage.reading.volume_store import write_volume
 from storage.testing.stores import phantom, publish_phantoms
