@@ -31,7 +31,8 @@ from storage.errors import ConfigError
 from storage.format.manifest import Manifest
 from storage.reading.node_cache import NodeCache
 from storage.reading.volume_store import VolumeStore
-from storage.stream.crop_stream import CropStream, HostBatch, StreamSpec
+from storage.stream.crop_stream import CropStream, HostBatch
+from storage.stream.plan import StreamSpec
 
 JOURNAL, SETTINGS = "journal", "settings"
 # What may change under a name. How often to log or save, of `engine`, may too; it says so itself.

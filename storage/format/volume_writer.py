@@ -14,7 +14,7 @@ import numpy.typing as npt
 from storage.errors import ConfigError, NotFound, RefusedInput
 from storage.format.codecs import COMPRESSOR, encode_default
 from storage.format.layout import Layout, choose_layout
-from storage.format.manifest import DEFAULT_CODECS, DerivedRecord, LabelRecord, Triple, VolumeRecord
+from storage.format.records import DEFAULT_CODECS, DerivedRecord, LabelRecord, Triple, VolumeRecord
 from storage.format.shard_index import build_index, curve_order
 from storage.format.zarr_metadata import DTYPES, array_document, group_document, multiscales
 from storage.intensity_stats import channel_foreground, foreground_box

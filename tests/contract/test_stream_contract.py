@@ -9,8 +9,9 @@ import pytest
 from storage.errors import CorruptChunk, NotFound, StoreError
 from storage.format.layout import Layout
 from storage.format.manifest import Manifest
+from storage.format.volume_writer import write_volume
 from storage.objects import open_store
-from storage.reading.volume_store import VolumeStore, padding_values, write_volume
+from storage.reading.volume_store import VolumeStore, padding_values
 from storage.stream.crop_stream import CropStream
 from storage.testing.streams import StreamContract
 from tests.kit.httpserver import served

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
-from storage.format.manifest import VolumeRecord
+from storage.format.records import VolumeRecord
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.publish import publish
 from storage.objects import open_store

@@ -14,11 +14,12 @@ import pytest
 from storage.errors import CorruptChunk, NotFound, StoreError
 from storage.format.layout import Layout
 from storage.format.manifest import Manifest
+from storage.format.volume_writer import write_volume
 from storage.objects import open_store
 from storage.reading.node_cache import NodeCache
-from storage.reading.volume_store import Crop, VolumeStore, write_volume
+from storage.reading.volume_store import Crop, VolumeStore
 from storage.testing.fault_proxy import Fault, FaultProxy, Flip, Reset, Slow, Stall, Status, Truncate
-from storage.testing.stores import phantom, publish_phantoms
+from storage.testing.phantoms import phantom, publish_phantoms
 from tests.kit.s3server import READER, S3Server
 
 pytestmark = [pytest.mark.service, pytest.mark.chaos]

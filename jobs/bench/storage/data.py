@@ -17,8 +17,8 @@ from scipy import ndimage
 from storage.errors import ConfigError
 from storage.format.layout import choose_layout
 from storage.format.manifest import Manifest
+from storage.format.volume_writer import write_volume
 from storage.objects import join, open_store
-from storage.reading.volume_store import write_volume
 
 Volume = npt.NDArray[np.int16]
 Triple = tuple[int, int, int]

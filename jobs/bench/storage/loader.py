@@ -18,13 +18,14 @@ from jobs.bench import measure
 from jobs.bench.storage import data as bench_data
 from jobs.bench.storage.data import DataSet, Layouts
 from jobs.bench.storage.proxy import delayed
-from storage.format.manifest import Manifest, VolumeRecord
+from storage.format.manifest import Manifest
+from storage.format.records import VolumeRecord
 from storage.intensity_stats import STATS_ORDER
 from storage.objects import join, open_store
 from storage.reading.node_cache import NodeCache
 from storage.reading.volume_store import VolumeStore
-from storage.stream.crop_stream import CropStream, StreamSpec
-from storage.stream.plan import Plan, select
+from storage.stream.crop_stream import CropStream
+from storage.stream.plan import Plan, StreamSpec, select
 
 COLUMNS = {
     "where": "from",

@@ -19,7 +19,8 @@ from storage.errors import CorruptChunk, TomoscaleError
 from storage.format.manifest import Manifest
 from storage.objects import open_store
 from storage.reading.volume_store import VolumeStore
-from storage.stream.crop_stream import CropStream, StreamSpec
+from storage.stream.crop_stream import CropStream
+from storage.stream.plan import StreamSpec
 from storage.testing.streams import rows
 from tests.kit.phantoms import write_phantoms
 from tests.kit.pretraining import config, train

@@ -11,7 +11,7 @@ from sklearn.metrics import adjusted_rand_score
 from ssl_core.superpixels.segment import felzenszwalb_nd, of_volume, superpixels
 from ssl_core.superpixels.settings import Superpixels
 from storage.errors import RefusedInput
-from storage.format.manifest import VolumeRecord
+from storage.format.records import VolumeRecord
 from storage.format.volume_writer import write_volume
 from storage.objects.memory import MemoryStore
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from storage.testing.stores import publish_phantoms
+from storage.testing.phantoms import publish_phantoms
 from tests.kit.httpserver import served
 
 # A process of its own, since a fork of this one would carry the tests' threads into its end.

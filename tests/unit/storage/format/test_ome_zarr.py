@@ -15,7 +15,7 @@ from storage.format.manifest import Manifest
 from storage.format.records import VolumeRecord
 from storage.format.volume_writer import write_derived, write_volume
 from storage.objects import open_store
-from storage.testing.stores import phantom, phantom_label
+from storage.testing.phantoms import phantom, phantom_label
 
 LAYOUT = Layout((8, 8, 8), (16, 24, 16))
 TURNED = np.array([[0.8, -0.6, 0, -70], [0.6, 0.8, 0, -40], [0, 0, 2.5, 12], [0, 0, 0, 1.0]])

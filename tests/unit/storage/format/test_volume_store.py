@@ -22,11 +22,12 @@ from storage.format.codecs import Chain, DamagedError, default_codecs
 from storage.format.layout import Layout, choose_layout
 from storage.format.manifest import Manifest
 from storage.format.shard_index import build_index
+from storage.format.volume_writer import write_volume
 from storage.format.zarr_metadata import array_document, group_document, parse_array
 from storage.objects import ByteStore, open_store
 from storage.objects.local import FileStore
-from storage.reading.volume_store import Crop, VolumeStore, padding_values, write_volume
-from storage.testing.stores import phantom, phantom_label, publish_phantoms
+from storage.reading.volume_store import Crop, VolumeStore, padding_values
+from storage.testing.phantoms import phantom, phantom_label, publish_phantoms
 
 SHAPES = [(35, 50, 36), (70, 41, 90), (9, 64, 64)]
 SMALL = Layout((16, 16, 16), (32, 48, 32))

@@ -19,7 +19,8 @@ import zarr
 
 from storage.errors import ConfigError, NotFound, RefusedInput, StoreError
 from storage.format.layout import Layout
-from storage.format.manifest import DerivedRecord, LabelRecord, Manifest, VolumeRecord, fingerprint_of
+from storage.format.manifest import Manifest, fingerprint_of
+from storage.format.records import DerivedRecord, LabelRecord, VolumeRecord
 from storage.format.volume_writer import write_volume
 from storage.ingest import derived_maps as derive
 from storage.ingest.pipeline import map_serial
@@ -28,7 +29,8 @@ from storage.ingest.policy import IngestPolicy
 from storage.objects import open_store
 from storage.reading.verify import verify
 from storage.reading.volume_store import Crop, VolumeStore
-from storage.stream.crop_stream import CropStream, StreamSpec
+from storage.stream.crop_stream import CropStream
+from storage.stream.plan import StreamSpec
 from tests.kit.phantoms import write_phantoms
 from tests.kit.scans import folder, phantom, save_nifti
 

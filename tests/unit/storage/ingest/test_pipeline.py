@@ -19,7 +19,7 @@ from storage.ingest import pipeline as ingest
 from storage.ingest.pipeline import map_serial, map_threads, run
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.prepare import quantise
-from storage.ingest.readers import ReadPolicy
+from storage.ingest.readers.raw import ReadPolicy
 from storage.intensity_stats import foreground_stats
 from storage.objects import fsync as sync
 from storage.objects import open_store

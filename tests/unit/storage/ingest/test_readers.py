@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from storage import geometry
 from storage.errors import ConfigError, RefusedInput
 from storage.format.volume_writer import write_derived, write_volume
-from storage.ingest.claims import source_digest, source_state
 from storage.ingest.discover import discover
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.prepare import prepare
-from storage.ingest.readers import ReadPolicy, read_any, read_item, read_label
+from storage.ingest.readers.raw import ReadPolicy
+from storage.ingest.readers.read import read_any, read_item, read_label
+from storage.ingest.source_digest import source_digest, source_state
 from storage.objects import open_store
 from tests.kit.scans import disc, folder, phantom, save_dicom, save_nifti, segmentation, slices
 
@@ -478,7 +479,7 @@ def test_labels_are_whole_numbers_on_their_images_grid(tmp_path):
     folder(tmp_path, 1)
     item = discover(tmp_path).items[0]
     image = read_item(item, ReadPolicy())
-    assert read_label(str(item.label), ReadPolicy(), image).array_CDHW.dtype == np.uint8
+    assert read_label(item, ReadPolicy(), image).array_CDHW.dtype == np.uint8
     path = tmp_path / "labels" / "case_00.nii.gz"
 
     def refused(array: np.ndarray, affine: np.ndarray | None = None) -> str:

@@ -24,7 +24,8 @@ from storage.objects.retry import RetryPolicy
 from storage.objects.s3_http import ObjectStore
 from storage.reading.verify import verify
 from storage.reading.volume_store import VolumeStore
-from storage.testing.stores import ReadOnlyContract, StoreContract, publish_phantoms
+from storage.testing.phantoms import publish_phantoms
+from storage.testing.stores import ReadOnlyContract, StoreContract
 from tests.kit.httpserver import served
 
 

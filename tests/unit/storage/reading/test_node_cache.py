@@ -26,7 +26,7 @@ from storage.format.manifest import Manifest
 from storage.objects import open_store
 from storage.reading.node_cache import NodeCache, Slab
 from storage.reading.volume_store import Crop, VolumeStore
-from storage.testing.stores import publish_phantoms
+from storage.testing.phantoms import publish_phantoms
 
 N = 1000
 

@@ -9,10 +9,10 @@ import pytest
 from storage.errors import NotFound
 from storage.format.layout import Layout
 from storage.format.manifest import Manifest
+from storage.format.volume_writer import write_volume
 from storage.objects import ByteStore, open_store
 from storage.reading.verify import verify
-from storage.reading.volume_store import write_volume
-from storage.testing.stores import phantom, publish_phantoms
+from storage.testing.phantoms import phantom, publish_phantoms
 
 LAYOUT = Layout((16, 16, 16), (32, 32, 32))
 
