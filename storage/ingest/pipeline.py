@@ -26,6 +26,7 @@ from storage.errors import NotFound, RefusedInput, StoreError
 from storage.format.layout import choose_layout
 from storage.format.manifest import Manifest
 from storage.format.records import VolumeRecord
+from storage.format.volume import Membership, Provenance, Volume
 from storage.format.volume_writer import content_sha256, write_volume
 from storage.ingest.claims import (
     HIDDEN,
@@ -295,24 +296,27 @@ def ingest_item(work: Work) -> tuple[VolumeRecord, bool]:
     record = write_volume(
         store,
         sidecar.volume_id,
-        ready.stored_CDHW,
-        spacing_mm=ready.spacing_mm,
-        affine=ready.affine,
-        labels={} if ready.label_DHW is None else {policy.label_name: ready.label_DHW},
+        Volume(
+            ready.stored_CDHW,
+            spacing_mm=ready.spacing_mm,
+            affine=ready.affine,
+            labels={} if ready.label_DHW is None else {policy.label_name: ready.label_DHW},
+            scale=ready.scale,
+            offset=ready.offset,
+            stats=ready.stats,
+            foreground=ready.foreground,
+            modality=ready.modality,
+        ),
+        membership=Membership(subject=work.subject, study=work.study),
+        provenance=Provenance(
+            orientation=ready.orientation,
+            source=work.source,
+            source_sha256=digest,
+            reader=ready.reader,
+            policy=version,
+            notes=ready.notes,
+        ),
         layout=layout,
-        scale=ready.scale,
-        offset=ready.offset,
-        stats=ready.stats,
-        foreground=ready.foreground,
-        subject=work.subject,
-        study=work.study,
-        modality=ready.modality,
-        orientation=ready.orientation,
-        source=work.source,
-        source_sha256=digest,
-        reader=ready.reader,
-        policy=version,
-        notes=ready.notes,
     )
     replace(sidecar, record=record, forced=work.unforced is None).save(store)
     return record, False

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from storage.format.layout import Layout
 from storage.format.manifest import Manifest
+from storage.format.volume import Membership, Provenance, Volume
 from storage.format.volume_writer import write_volume
 from storage.objects import open_store
 
@@ -56,15 +57,16 @@ def publish_phantoms(
             write_volume(
                 store,
                 name,
-                arrays[name],
-                spacing_mm=(2.0, 0.8, 0.8),
-                affine=np.diag([0.8, 0.8, 2.0, 1.0]),
-                labels={"tissue": phantom_label(arrays[name])} if labelled else None,
+                Volume(
+                    arrays[name],
+                    spacing_mm=(2.0, 0.8, 0.8),
+                    affine=np.diag([0.8, 0.8, 2.0, 1.0]),
+                    labels={"tissue": phantom_label(arrays[name])} if labelled else {},
+                    modality="CT",
+                ),
+                membership=Membership(subject=f"subject-{i:03d}", split="test" if i % 3 == 2 else "train"),
+                provenance=Provenance(reader="phantom"),
                 layout=layout,
-                subject=f"subject-{i:03d}",
-                split="test" if i % 3 == 2 else "train",
-                modality="CT",
-                reader="phantom",
             )
         )
     manifest = Manifest.from_records(records, {"name": "phantoms"})

@@ -14,6 +14,7 @@ import pytest
 from storage.errors import CorruptChunk, NotFound, StoreError
 from storage.format.layout import Layout
 from storage.format.manifest import Manifest
+from storage.format.volume import Volume
 from storage.format.volume_writer import write_volume
 from storage.objects import open_store
 from storage.reading.node_cache import NodeCache
@@ -125,7 +126,7 @@ def test_writes_pass_through_faults(place: Place, fault: Fault, monkeypatch: pyt
     place.proxy.inject(fault, times=times, method="PUT")
     url = f"{place.url}/new"
     array = phantom((20, 20, 20))
-    record = write_volume(open_store(url), "v", array, spacing_mm=(1, 1, 1), affine=np.eye(4))
+    record = write_volume(open_store(url), "v", Volume(array, spacing_mm=(1, 1, 1), affine=np.eye(4)))
     Manifest.from_records([record]).write(open_store(url))
     with VolumeStore(url) as store:
         np.testing.assert_array_equal(store.read_volume("v"), array)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from storage import geometry
 from storage.errors import ConfigError, RefusedInput
+from storage.format.volume import Volume
 from storage.format.volume_writer import write_derived, write_volume
 from storage.ingest.discover import discover
 from storage.ingest.policy import IngestPolicy
@@ -113,7 +114,9 @@ def test_what_this_project_stores_is_read_back_with_its_values(tmp_path):
 
     stored = phantom()[None]
     write_volume(
-        open_store(str(tmp_path)), "v.zarr", stored, spacing_mm=(1, 1.5, 2), affine=AFFINE, scale=0.5, offset=10
+        open_store(str(tmp_path)),
+        "v.zarr",
+        Volume(stored, spacing_mm=(1, 1.5, 2), affine=AFFINE, scale=0.5, offset=10),
     )
     raw = read_any(str(tmp_path / "volumes" / "v.zarr"))
     np.testing.assert_allclose(raw.array_CDHW, stored * 0.5 + 10)
@@ -168,14 +171,22 @@ def test_a_label_inside_an_ome_zarr_image_is_its_label(tmp_path, turned):
         affine[:3, :3] = np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1]]) @ affine[:3, :3]
     affine[:3, 3] = (5, 6, 7)
     store, image, labels = open_store(str(tmp_path)), phantom()[None], {"organs": disc()}
-    record = write_volume(store, "v.zarr", image, spacing_mm=(1, 1.5, 2), affine=affine, labels=labels)
+    record = write_volume(
+        store,
+        "v.zarr",
+        Volume(image, spacing_mm=(1, 1.5, 2), affine=affine, labels=labels),
+    )
     write_derived(store, record, "superpixels-1-abc", disc().astype(np.int32) + 5, "test")
     found = discover(tmp_path / "volumes")
     (item,) = found.items
     assert found.orphans == ()
     ready = prepare(item, IngestPolicy())
     np.testing.assert_array_equal(ready.label_DHW, disc())
-    write_volume(store, "v.zarr", image, spacing_mm=(1, 1.5, 2), affine=affine, labels={**labels, "more": disc()})
+    write_volume(
+        store,
+        "v.zarr",
+        Volume(image, spacing_mm=(1, 1.5, 2), affine=affine, labels={**labels, "more": disc()}),
+    )
     found = discover(tmp_path / "volumes")
     assert found.items[0].label is None
     assert "more, organs: none of them is used" in str(found.orphans[0])
@@ -565,7 +576,7 @@ def test_read_any_takes_one_volume(tmp_path):
 
 def save_ome_zarr(path: Path, array_DHW: np.ndarray, affine: np.ndarray) -> Path:
     store = open_store(str(path))
-    write_volume(store, "v", array_DHW[None], spacing_mm=(1.25, 2.0, 1.5), affine=affine)
+    write_volume(store, "v", Volume(array_DHW[None], spacing_mm=(1.25, 2.0, 1.5), affine=affine))
     (path / "volumes" / "v").rename(path.with_suffix(".made"))
     shutil.rmtree(path)
     path.with_suffix(".made").rename(path)
