@@ -45,6 +45,7 @@ def read_mgz(path: str, policy: ReadPolicy) -> RawVolume:
         _gzip_error,
         nib.filebasedimages.ImageFileError,
         nib.spatialimages.HeaderDataError,
+        _mgh.mghformat.MGHError,  # no relative of any other
     ) as error:
         raise RefusedInput(
             path,

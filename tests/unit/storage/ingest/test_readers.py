@@ -380,6 +380,15 @@ def test_the_space_of_a_nrrd_is_followed_or_said_to_be_unknown(tmp_path):
     assert read_any(str(nrrd(tmp_path / "e.nrrd", LPS, phantom()))).notes == []
 
 
+@pytest.mark.parametrize("at", [*range(4, 20, 4)])
+def test_an_mgh_without_voxels_along_an_axis_is_refused(tmp_path, at):
+    path = save_mgz(tmp_path / "a.mgh", phantom((4, 5, 6)), AFFINE)
+    data = bytearray(path.read_bytes())
+    data[at : at + 4] = bytes(4)
+    path.write_bytes(data)
+    assert "non-zero" in refusal(path).found
+
+
 def test_an_mgz_without_geometry_says_so(tmp_path):
     path = save_mgz(tmp_path / "a.mgz", phantom(), AFFINE)
     assert read_any(str(path)).notes == []
