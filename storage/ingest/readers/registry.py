@@ -41,14 +41,14 @@ class Format:
         return _reader(self.module, self.reader_class)
 
 
-_HERE = "storage.ingest.readers"
+_ROOM = "storage.ingest.readers"
 FORMATS: tuple[Format, ...] = (
-    Format("nifti", "NIfTI", f"{_HERE}.nifti", "NiftiReader", (".nii", ".nii.gz", ".hdr"), headers=(".hdr",)),
-    Format("dicom", "DICOM", f"{_HERE}.dicom", "DicomReader", hides_identity=True),
-    Format("nrrd", "NRRD", f"{_HERE}.itk", "ItkReader", (".nrrd", ".nhdr"), headers=(".nhdr",)),
-    Format("meta", "MHA/MHD", f"{_HERE}.itk", "ItkReader", (".mha", ".mhd"), headers=(".mhd",)),
-    Format("mgz", "MGZ", f"{_HERE}.mgz", "MgzReader", (".mgz", ".mgh")),
-    Format("zarr", "Zarr", f"{_HERE}.zarr_folder", "ZarrReader", (".zarr",), folder=True),
+    Format("nifti", "NIfTI", f"{_ROOM}.nifti", "NiftiReader", (".nii", ".nii.gz", ".hdr"), headers=(".hdr",)),
+    Format("dicom", "DICOM", f"{_ROOM}.dicom", "DicomReader", hides_identity=True),
+    Format("nrrd", "NRRD", f"{_ROOM}.itk", "ItkReader", (".nrrd", ".nhdr"), headers=(".nhdr",)),
+    Format("meta", "MHA/MHD", f"{_ROOM}.itk", "ItkReader", (".mha", ".mhd"), headers=(".mhd",)),
+    Format("mgz", "MGZ", f"{_ROOM}.mgz", "MgzReader", (".mgz", ".mgh")),
+    Format("zarr", "Zarr", f"{_ROOM}.zarr_folder", "ZarrReader", (".zarr",), folder=True),
 )
 """Suffixes are tried by length, contents in this order."""
 
