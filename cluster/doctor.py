@@ -24,7 +24,7 @@ from packaging.version import InvalidVersion, Version
 from cluster import processes, services
 from cluster import state as states
 from storage.errors import ConfigError, TomoscaleError
-from storage.objects.protocol import refuse_credentials
+from storage.objects.open import refuse_credentials
 
 _LEAST_FREE_GB = 10.0
 _LARGEST_SKEW_S = 60.0  # S3 refuses signatures that are 15 minutes off; certificates and logs suffer long before

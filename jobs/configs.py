@@ -18,7 +18,7 @@ from ssl_core.train.engine import EngineConfig
 from ssl_core.views.intensity import IntensityPolicy
 from storage.errors import ConfigError
 from storage.ingest.policy import IngestPolicy
-from storage.objects.protocol import refuse_credentials
+from storage.objects.open import refuse_credentials
 
 
 def _without_credentials(url: str) -> str:

@@ -16,7 +16,7 @@ from jobs.tracking.runs import in_our_words
 from ssl_core.config import Config
 from ssl_core.config import load as load_config
 from storage.errors import TomoscaleError
-from storage.objects.protocol import join, open_store
+from storage.objects import join, open_store
 
 C = TypeVar("C", bound=Config)
 

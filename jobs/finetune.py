@@ -22,7 +22,7 @@ from jobs.configs import FinetuneJobConfig, LabelledConfig
 from ssl_core.config import parse, resolved
 from ssl_core.downstream.finetune import FinetuneConfig
 from storage.errors import ConfigError
-from storage.objects.protocol import join, open_store
+from storage.objects import join, open_store
 
 
 @dataclasses.dataclass

@@ -12,7 +12,7 @@ from jobs.tracking import models as registry
 from ssl_core.config import digest, parse, resolved
 from storage.errors import ConfigError, NotFound
 from storage.format.manifest import Manifest
-from storage.objects.protocol import join, open_store
+from storage.objects import join, open_store
 
 J = TypeVar("J", TuneConfig, FinetuneJobConfig)
 KEY = "job.json"

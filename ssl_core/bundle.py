@@ -40,7 +40,7 @@ from ssl_core.portable.preprocess import Preprocess
 from ssl_core.portable.safetensors import read_safetensors
 from ssl_core.views.intensity import IntensityPolicy
 from storage.errors import ConfigError, RefusedInput
-from storage.format.manifest import VolumeRecord
+from storage.format.records import VolumeRecord
 
 CODE = "tomoscale_portable"
 """Import name of the portable code inside a bundle."""

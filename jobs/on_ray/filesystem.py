@@ -49,7 +49,7 @@ def storage_for(url: str) -> tuple[str, pa_fs.FileSystem]:
     if parts.scheme == "s3":
         return f"{parts.netloc}{parts.path}".rstrip("/"), RetryingS3FileSystem()
     if parts.scheme == "file" or url.startswith("/"):
-        # As `storage.objects.protocol.open_store` reads it, so that what a job keeps is in one place.
+        # As `storage.objects.open_store` reads it, so that what a job keeps is in one place.
         return (unquote(parts.path) if parts.scheme else url).rstrip("/"), pa_fs.LocalFileSystem()
     raise ConfigError(
         f"runs {url!r}",

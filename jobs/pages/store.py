@@ -11,8 +11,8 @@ from matplotlib import pyplot as plt
 from jobs.pages.html import COLOURS, INK, chart, escape, figure, headline, html_table, page, section
 from jobs.pages.pictures import COLOURS as OUTLINES
 from jobs.pages.pictures import thumbnail
-from storage.format.manifest import Manifest, VolumeRecord
-from storage.format.records import stats_from_items
+from storage.format.manifest import Manifest
+from storage.format.records import VolumeRecord, stats_from_items
 from storage.reading.volume_store import Crop, VolumeStore
 
 THUMBNAILS = 24

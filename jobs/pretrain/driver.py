@@ -34,7 +34,7 @@ from ssl_core.config import resolved
 from ssl_core.train import checkpoint
 from storage.errors import NotFound, StackError, TomoscaleError
 from storage.format.manifest import Manifest
-from storage.objects.protocol import join, open_store
+from storage.objects import join, open_store
 
 _CONTROLLER_TRIES = 5
 

@@ -19,7 +19,8 @@ from ssl_core.views.types import ViewBatch, ViewSpec
 from storage.errors import TomoscaleError
 from storage.format.manifest import Manifest
 from storage.reading.volume_store import VolumeStore
-from storage.stream.crop_stream import CropStream, StreamSpec
+from storage.stream.crop_stream import CropStream
+from storage.stream.plan import StreamSpec
 
 _MOST_CLASSES = 64  # a map with more values is a partition, such as super-pixels, and names no structures
 

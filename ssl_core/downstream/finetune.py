@@ -29,7 +29,8 @@ from ssl_core.views.make import make_views
 from ssl_core.views.types import RoleSpec, ViewSpec
 from storage.errors import ConfigError
 from storage.reading.volume_store import VolumeStore
-from storage.stream.crop_stream import CropStream, StreamSpec
+from storage.stream.crop_stream import CropStream
+from storage.stream.plan import StreamSpec
 
 
 class FinetuneConfig(Config):

@@ -17,7 +17,7 @@ from skimage.segmentation import felzenszwalb
 
 from ssl_core.superpixels.settings import Superpixels
 from storage.errors import RefusedInput
-from storage.format.manifest import VolumeRecord
+from storage.format.records import VolumeRecord
 
 F64 = NDArray[np.float64]
 I32 = NDArray[np.int32]

@@ -23,7 +23,7 @@ from scipy import ndimage
 
 from storage import geometry
 from storage.errors import ConfigError, StoreError
-from storage.ingest.readers import read_any
+from storage.ingest.readers.read import read_any
 
 Field = npt.NDArray[np.float64]
 

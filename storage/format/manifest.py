@@ -18,7 +18,6 @@ import zlib
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -29,20 +28,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.errors import ConfigError, CorruptChunk, NotFound, StoreError
-from storage.format.records import (
-    DEFAULT_CODECS,
-    DerivedRecord,
-    LabelRecord,
-    Triple,
-    VolumeRecord,
-    stats_from_items,
-    stats_to_items,
-)
+from storage.format.manifest_rows import SCHEMA, from_row, to_row
+from storage.format.records import VolumeRecord
 from storage.format.sealed_parquet import SealedParquet, seal
-from storage.objects.protocol import ByteStore, open_store
-
-__all__ = ["DEFAULT_CODECS", "DerivedRecord", "LabelRecord", "Manifest", "Triple", "VolumeRecord", "fingerprint_of"]
-__all__ += ["manifest_key", "update"]
+from storage.objects import ByteStore, open_store
 
 POINTER = "latest"
 MOST_TRIES = 50
@@ -54,42 +43,6 @@ COMPRESSION = "lz4"
 WHOLE_BYTES = 8 << 20  # a manifest up to this size is fetched in one request
 GROUPS_KEPT = 256
 FORMAT = "1"
-
-
-_I3, _F = pa.list_(pa.int32()), pa.float64()
-_LABEL = pa.struct(
-    [
-        ("name", pa.string()),
-        ("values", pa.list_(pa.int64())),
-        ("voxels", pa.list_(pa.int64())),
-        ("boxes", pa.list_(pa.list_(pa.int32()))),
-        ("points", pa.list_(pa.list_(pa.int32()))),
-        ("dtype", pa.string()),
-    ]
-)
-_DERIVED = pa.struct(
-    [
-        ("name", pa.string()),
-        ("made", pa.string()),
-        ("regions", pa.int64()),
-        ("content_sha256", pa.string()),
-        ("dtype", pa.string()),
-    ]
-)
-_TYPES: dict[str, pa.DataType] = {
-    **dict.fromkeys(("volume_id", "subject", "study", "split", "modality", "orientation", "dtype"), pa.string()),
-    **dict.fromkeys(("source", "source_sha256", "content_sha256", "reader", "policy", "codecs"), pa.string()),
-    **dict.fromkeys(("shape_DHW", "foreground_lo", "foreground_hi", "chunk_DHW", "shard_DHW"), _I3),
-    **dict.fromkeys(("spacing_mm", "affine"), pa.list_(_F)),
-    **dict.fromkeys(("scale", "offset"), _F),
-    "channels": pa.int32(),
-    "stats": pa.list_(pa.struct([("name", pa.string()), ("value", _F)])),
-    "labels": pa.list_(_LABEL),
-    "notes": pa.list_(pa.string()),
-    "derived": pa.list_(_DERIVED),
-}
-_FIELDS = tuple(VolumeRecord.__dataclass_fields__)
-_SCHEMA = pa.schema([(name, _TYPES[name]) for name in _FIELDS])
 
 
 class Manifest:
@@ -220,12 +173,12 @@ class Manifest:
         if not 0 <= row < self._rows:
             raise IndexError(f"record {i} of {self._rows}")
         table = self._group(row // self._per_group)
-        return _from_row(table.slice(row % self._per_group, 1).to_pylist()[0])
+        return from_row(table.slice(row % self._per_group, 1).to_pylist()[0])
 
     def records(self) -> Iterable[VolumeRecord]:
         """Every record in order, a group in memory at a time."""
         for g in range(self._file.groups):
-            yield from map(_from_row, self._group(g).to_pylist())
+            yield from map(from_row, self._group(g).to_pylist())
 
     def index_of(self, volume_id: str) -> int:
         """The row of a volume.
@@ -289,18 +242,22 @@ def update(store: ByteStore, make: Callable[[Manifest | None], Manifest]) -> Man
     """
     for _ in range(MOST_TRIES):
         try:
-            seen: bytes | None = store.get(POINTER)
+            pointer: bytes | None = store.get(POINTER)
         except NotFound:
-            seen = None
-        latest = None if seen is None else Manifest.open(store)
-        if latest is not None and seen is not None and latest.fingerprint != seen.decode("ascii", "replace").strip():
+            pointer = None
+        latest = None if pointer is None else Manifest.open(store)
+        if (
+            latest is not None
+            and pointer is not None
+            and latest.fingerprint != pointer.decode("ascii", "replace").strip()
+        ):
             continue
-        made = make(latest)
-        if latest is not None and made.fingerprint == latest.fingerprint:
+        manifest = make(latest)
+        if latest is not None and manifest.fingerprint == latest.fingerprint:
             return latest
-        made._put(store)
-        if store.swap(POINTER, made.fingerprint.encode(), seen):
-            return made
+        manifest._put(store)
+        if store.swap(POINTER, manifest.fingerprint.encode(), pointer):
+            return manifest
     raise StoreError(
         f"{store.url}/{POINTER}",
         expected="to publish",
@@ -316,7 +273,7 @@ def manifest_key(fingerprint: str) -> str:
 
 def fingerprint_of(records: Iterable[VolumeRecord], dataset: Mapping[str, Any]) -> str:
     """First 32 hex digits of a SHA-256 over the records in order of volume_id, and the data set's facts."""
-    return _fingerprint((_to_row(record) for record in sorted(records, key=lambda r: r.volume_id)), dataset)
+    return _fingerprint((to_row(record) for record in sorted(records, key=lambda r: r.volume_id)), dataset)
 
 
 def _fingerprint(rows: Iterable[dict[str, Any]], dataset: Mapping[str, Any]) -> str:
@@ -335,7 +292,7 @@ def _to_parquet(records: list[VolumeRecord], dataset: dict[str, Any]) -> bytes:
     sets = sorted({r.map_names() for r in records})
     split_code = {s: i for i, s in enumerate(splits)}
     set_code = {s: i for i, s in enumerate(sets)}
-    rows = [_to_row(record) for record in records]
+    rows = [to_row(record) for record in records]
     meta = {
         "tomoscale.format": FORMAT,
         "tomoscale.fingerprint": _fingerprint(rows, dataset),
@@ -344,7 +301,7 @@ def _to_parquet(records: list[VolumeRecord], dataset: dict[str, Any]) -> bytes:
         "tomoscale.labels": _pack([set_code[r.map_names()] for r in records], sets),
         "tomoscale.first": json.dumps([r.volume_id for r in records[::ROWS_PER_GROUP]]),
     }
-    schema = _SCHEMA.with_metadata(meta)
+    schema = SCHEMA.with_metadata(meta)
     out = io.BytesIO()
     with pq.ParquetWriter(out, schema, compression=COMPRESSION) as writer:
         for at in range(0, len(rows), ROWS_PER_GROUP):
@@ -362,56 +319,3 @@ def _unpack(text: bytes) -> tuple[npt.NDArray[np.uint32], list[Any]]:
     data = json.loads(text)
     codes: npt.NDArray[np.uint32] = np.frombuffer(zlib.decompress(base64.b64decode(data["codes"])), dtype="<u4")
     return codes, list(data["names"])
-
-
-def _to_row(record: VolumeRecord) -> dict[str, Any]:
-    row = {name: getattr(record, name) for name in _FIELDS}
-    row["stats"] = stats_to_items(record.stats)
-    row["labels"] = [
-        {
-            "name": label.name,
-            "values": label.values,
-            "voxels": label.voxels,
-            "boxes": [[*lo, *hi] for lo, hi in label.boxes],
-            "points": [[x for point in points for x in point] for points in label.points],
-            "dtype": label.dtype,
-        }
-        for label in record.labels
-    ]
-    if record.derived:
-        row["derived"] = [asdict(derived) for derived in record.derived]
-    else:
-        del row["derived"]  # so that a data set without any has the fingerprint it had before there could be any
-    return row
-
-
-def _triple(values: list[Any]) -> Any:
-    return tuple(values)
-
-
-def _from_row(row: dict[str, Any]) -> VolumeRecord:
-    row["stats"] = stats_from_items(row["stats"], row["channels"], f"manifest, volume {row['volume_id']}")
-    row["labels"] = tuple(
-        LabelRecord(
-            name=label["name"],
-            values=tuple(label["values"]),
-            voxels=tuple(label["voxels"]),
-            boxes=tuple((_triple(b[:3]), _triple(b[3:])) for b in label["boxes"]),
-            points=tuple(tuple(_triple(p[i : i + 3]) for i in range(0, len(p), 3)) for p in label["points"]),
-            dtype=label["dtype"],
-        )
-        for label in row["labels"]
-    )
-    row["derived"] = tuple(DerivedRecord(**derived) for derived in row.get("derived") or ())
-    for name in (
-        "shape_DHW",
-        "foreground_lo",
-        "foreground_hi",
-        "chunk_DHW",
-        "shard_DHW",
-        "spacing_mm",
-        "affine",
-        "notes",
-    ):
-        row[name] = tuple(row[name])
-    return VolumeRecord(**row)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from itertools import product
 from typing import Any
@@ -14,11 +14,13 @@ import numpy.typing as npt
 from storage.errors import ConfigError, NotFound, RefusedInput
 from storage.format.codecs import COMPRESSOR, encode_default
 from storage.format.layout import Layout, choose_layout
-from storage.format.manifest import DEFAULT_CODECS, DerivedRecord, LabelRecord, Triple, VolumeRecord
+from storage.format.records import DEFAULT_CODECS, DerivedRecord, LabelRecord, Triple, VolumeRecord
 from storage.format.shard_index import build_index, curve_order
+from storage.format.volume import UNASSIGNED, UNKNOWN, Membership, Provenance, Volume
 from storage.format.zarr_metadata import DTYPES, array_document, group_document, multiscales
 from storage.intensity_stats import channel_foreground, foreground_box
-from storage.objects.protocol import ByteStore, check_key
+from storage.objects import ByteStore
+from storage.objects.protocol import check_key
 
 Array = npt.NDArray[Any]
 POINTS = 64
@@ -28,46 +30,25 @@ LABEL_DTYPES = ("uint8", "int32", "uint16", "int16")
 def write_volume(
     store: ByteStore,
     volume_id: str,
-    array_CDHW: Array,
+    volume: Volume,
     *,
-    spacing_mm: Sequence[float],
-    affine: Any,
-    labels: Mapping[str, Array] | None = None,
+    membership: Membership = UNASSIGNED,
+    provenance: Provenance = UNKNOWN,
     layout: Layout | None = None,
-    scale: float = 1.0,
-    offset: float = 0.0,
-    stats: Sequence[Mapping[str, float]] | None = None,
-    foreground: tuple[Triple, Triple] | None = None,
-    subject: str = "",
-    study: str = "",
-    split: str = "",
-    modality: str = "",
-    orientation: str = "RAS",
-    source: str = "",
-    source_sha256: str = "",
-    reader: str = "",
-    policy: str = "",
-    notes: Sequence[str] = (),
 ) -> VolumeRecord:
     """Write `volumes/<volume_id>/` and return its record; it exists for readers once a manifest names it.
 
     Objects are written data first and the group's metadata last. Writing the same volume again writes the same bytes.
 
     Args:
-        array_CDHW: Stored values; D inferior to superior, H posterior to anterior, W left to right.
-        spacing_mm: Along D, H, W.
-        affine: 4x4 (or 16 numbers, row-major), from (w, h, d, 1) voxel centres to RAS+ mm.
-        labels: Name to (D, H, W) integer array of the image's shape.
         layout: Chunks and shards; chosen for 96^3 crops where not given.
-        scale, offset: value = stored * scale + offset.
-        stats: Foreground statistics of the values of each channel; measured where not given.
-        foreground: Box of all channels' foreground as (first, one past last); measured where not given.
 
     Raises:
         ConfigError: an id with a slash, or statistics of another number of channels.
         RefusedInput: shape, dtype, affine or a label is not what the format holds; nothing is written then.
     """
     thing = f"volume {volume_id}"
+    array_CDHW, scale, offset = volume.array_CDHW, float(volume.scale), float(volume.offset)
     check_key(volume_id)
     if "/" in volume_id:
         raise ConfigError(thing, expected="an id without slashes", found=volume_id)
@@ -75,19 +56,20 @@ def write_volume(
         raise RefusedInput(thing, expected="an array (C, D, H, W) with voxels", found=f"shape {array_CDHW.shape}")
     if array_CDHW.dtype.name not in DTYPES:
         raise RefusedInput(thing, expected=f"a type among {', '.join(DTYPES)}", found=array_CDHW.dtype.name)
-    affine16 = tuple(float(x) for x in np.asarray(affine, dtype=np.float64).reshape(-1))
-    spacing = tuple(float(s) for s in spacing_mm)
+    affine16 = tuple(float(x) for x in np.asarray(volume.affine, dtype=np.float64).reshape(-1))
+    spacing = tuple(float(s) for s in volume.spacing_mm)
     if len(affine16) != 16 or not np.isfinite(affine16).all():
         raise RefusedInput(thing, expected="a finite 4x4 affine", found=str(affine16))
     if len(spacing) != 3 or not all(0 < s < math.inf for s in spacing):
         raise RefusedInput(thing, expected="three positive spacings in mm", found=str(spacing))
-    labels = dict(labels or {})
+    labels = dict(volume.labels)
     channels, *extent = array_CDHW.shape
     shape: Triple = (extent[0], extent[1], extent[2])
     for name, label in labels.items():
         _check_label(f"label {name!r} of {thing}", name, label, shape)
     layout = layout or choose_layout(shape, itemsize=array_CDHW.dtype.itemsize, channels=channels)
 
+    stats, foreground = volume.stats, volume.foreground
     if stats is None or foreground is None:
         values = array_CDHW.astype(np.float32) * np.float32(scale) + np.float32(offset)
         mask, measured = channel_foreground(values)
@@ -108,39 +90,39 @@ def write_volume(
     facts = {
         "affine_ras_mm": affine16,
         "spacing_mm": spacing,
-        "scale": float(scale),
-        "offset": float(offset),
-        "modality": modality,
+        "scale": scale,
+        "offset": offset,
+        "modality": volume.modality,
         "content_sha256": content,
-        "source_sha256": source_sha256,
-        "policy": policy,
+        "source_sha256": provenance.source_sha256,
+        "policy": provenance.policy,
     }
     image = {"version": "0.5", "multiscales": multiscales(volume_id, "czyx", spacing, affine16)}
     store.put(f"{root}/zarr.json", group_document({"ome": image, "tomoscale": facts}))
     return VolumeRecord(
         volume_id=volume_id,
-        subject=subject,
-        study=study,
-        split=split,
-        modality=modality,
+        subject=membership.subject,
+        study=membership.study,
+        split=membership.split,
+        modality=volume.modality,
         shape_DHW=shape,
         channels=channels,
         spacing_mm=(spacing[0], spacing[1], spacing[2]),
         affine=affine16,
-        orientation=orientation,
+        orientation=provenance.orientation,
         dtype=array_CDHW.dtype.name,
-        scale=float(scale),
-        offset=float(offset),
+        scale=scale,
+        offset=offset,
         foreground_lo=foreground[0],
         foreground_hi=foreground[1],
         stats=tuple({str(k): float(v) for k, v in channel.items()} for channel in stats),
         labels=tuple(label_record(name, labels[name]) for name in sorted(labels)),
-        source=source,
-        source_sha256=source_sha256,
+        source=provenance.source,
+        source_sha256=provenance.source_sha256,
         content_sha256=content,
-        reader=reader,
-        policy=policy,
-        notes=tuple(notes),
+        reader=provenance.reader,
+        policy=provenance.policy,
+        notes=tuple(provenance.notes),
         chunk_DHW=layout.chunk_DHW,
         shard_DHW=layout.shard_DHW,
         codecs=DEFAULT_CODECS,
@@ -179,14 +161,14 @@ def _list_labels(store: ByteStore, key: str, names: set[str]) -> None:
     """Add names to the listing beside the labels; what another map's job lists at the same moment stays."""
     written = False
     while not written:
-        seen: bytes | None = None
+        document_before: bytes | None = None
         listed = set(names)
         with suppress(NotFound):
-            seen = store.get(key)
+            document_before = store.get(key)
         with suppress(ValueError, KeyError, TypeError):
-            listed |= set(json.loads(seen or b"")["attributes"]["ome"]["labels"])
+            listed |= set(json.loads(document_before or b"")["attributes"]["ome"]["labels"])
         document = group_document({"ome": {"version": "0.5", "labels": sorted(listed)}})
-        written = document == seen or store.swap(key, document, seen)
+        written = document == document_before or store.swap(key, document, document_before)
 
 
 def region_count(map_DHW: Array) -> int:
@@ -208,9 +190,9 @@ def content_sha256(array_CDHW: Array, labels: Mapping[str, Array] | None = None)
 def label_record(name: str, label_DHW: Array) -> LabelRecord:
     """Values, counts, boxes and up to 64 sample positions of each value but 0; the same for equal content."""
     flat = np.flatnonzero(label_DHW)
-    found = label_DHW.reshape(-1)[flat] if label_DHW.flags.c_contiguous else label_DHW.flatten()[flat]
-    order = np.argsort(found, kind="stable")
-    values, starts, counts = np.unique(found[order], return_index=True, return_counts=True)
+    voxels = label_DHW.reshape(-1)[flat] if label_DHW.flags.c_contiguous else label_DHW.flatten()[flat]
+    order = np.argsort(voxels, kind="stable")
+    values, starts, counts = np.unique(voxels[order], return_index=True, return_counts=True)
     flat = flat[order]
     boxes, points = [], []
     for value, start, count in zip(values, starts, counts, strict=True):

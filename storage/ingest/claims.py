@@ -1,21 +1,18 @@
-"""Names, digests and side records of an ingest."""
+"""Under which names volumes are written, and the side records by which jobs claim them."""
 
-import fnmatch
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from storage.errors import NotFound, RefusedInput
-from storage.format.manifest import LabelRecord, VolumeRecord
+from storage.errors import NotFound
+from storage.format.records import LabelRecord, VolumeRecord
 from storage.ingest.deidentify import Pseudonyms
-from storage.ingest.discover import IngestItem
+from storage.ingest.items import IngestItem
 from storage.ingest.policy import IngestPolicy
-from storage.ingest.readers.raw import file_digest
-from storage.objects.protocol import ByteStore
+from storage.ingest.readers.registry import format_of
+from storage.objects import ByteStore
 from storage.reading.verify import damage
 
 HIDDEN = "hidden/"
@@ -26,7 +23,7 @@ _RECORD = tuple(VolumeRecord.__dataclass_fields__)
 
 def hides(item: IngestItem, policy: IngestPolicy) -> bool:
     """Whether the item's names must not reach the store."""
-    return policy.identifiers == "hash" or (policy.identifiers == "auto" and item.kind == "dicom")
+    return policy.identifiers == "hash" or (policy.identifiers == "auto" and format_of(item.kind).hides_identity)
 
 
 def base_id(item: IngestItem, policy: IngestPolicy, pseudonyms: Pseudonyms | None) -> str:
@@ -44,73 +41,6 @@ def record_source(item: IngestItem, policy: IngestPolicy, pseudonyms: Pseudonyms
     if hides(item, policy) and pseudonyms is not None:
         return f"{HIDDEN}{pseudonyms.of('source', item.series or item.source)}"
     return f"{item.source}#{item.series}" if item.series else item.source
-
-
-def source_digest(item: IngestItem) -> str:
-    """SHA-256 of the one file a volume comes from; of several, of the lines `role sha256`."""
-    lines = [f"image {file_digest(path)}" for path in _with_pixels(item.images)]
-    if item.label:
-        lines += [f"label {file_digest(path)}" for path in _with_pixels((item.label,))]
-    if len(lines) == 1:
-        return lines[0].partition(" ")[2]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def source_state(item: IngestItem) -> tuple[tuple[str, int, int], ...]:
-    """Path, size and time of change of every file of an item: equal before and after reading if nobody wrote them.
-
-    Raises:
-        RefusedInput: one cannot be looked at.
-    """
-    found = []
-    for path in _with_pixels((*item.images, *([item.label] if item.label else []))):
-        root = Path(path)
-        try:
-            for part in [root, *(sorted(root.rglob("*")) if root.is_dir() else [])]:
-                stat = part.stat()
-                found.append((str(part), stat.st_size, stat.st_mtime_ns))
-        except OSError as error:
-            raise RefusedInput(path, expected="a readable file", found=error.strerror or "none") from error
-    return tuple(found)
-
-
-def _with_pixels(paths: tuple[str, ...]) -> list[str]:
-    """The paths, and the pixel files that detached headers among them name or imply."""
-    out: list[str] = []
-    for path in paths:
-        head, dot, end = path.rpartition(".")
-        parts: list[str] = []
-        if dot and end.lower() == "hdr":
-            parts = [f"{head}.{part}" for part in ("img", "img.gz")]
-        elif dot and end.lower() in ("mhd", "nhdr"):
-            parts = [f"{head}.{part}" for part in ("raw", "zraw", "raw.gz", "img")]
-            parts += _named_parts(Path(path))
-        out += [path, *(part for part in dict.fromkeys(parts) if os.path.isfile(part))]
-    return out
-
-
-_DATA_FILE = re.compile(rb"^\s*(?:ElementDataFile\s*=|data ?file\s*:)\s*(.*?)\s*$", re.IGNORECASE | re.MULTILINE)
-
-
-def _named_parts(header: Path) -> list[str]:
-    """Files that a MetaImage or NRRD header takes its voxels from, which may be called anything."""
-    try:
-        text = header.read_bytes()[: 1 << 20]
-    except OSError as error:
-        raise RefusedInput(str(header), expected="a readable file", found=error.strerror or "none") from error
-    match = _DATA_FILE.search(text)
-    if match is None:
-        return []
-    value = match[1].decode("utf-8", "replace")
-    if value.upper().startswith("LIST"):
-        names = text[match.end() :].decode("utf-8", "replace").splitlines()
-        return [os.path.join(header.parent, name.strip()) for name in names if name.strip()]
-    if "%" in value:  # a numbered series, as in `slice%03d.raw 1 20 1`: every file that it could mean
-        folder, pattern = os.path.split(os.path.join(header.parent, value.split(" ")[0]))
-        if os.path.isdir(folder):
-            names = fnmatch.filter(sorted(os.listdir(folder)), re.sub(r"%\d*[a-z]", "*", pattern))
-            return [os.path.join(folder, name) for name in names]
-    return [os.path.join(header.parent, value)]
 
 
 def image_digest(record: VolumeRecord) -> str:
@@ -192,21 +122,21 @@ def claim(store: ByteStore, base: str, digest: str, policy: str) -> Sidecar:
     `base`, unless another version holds it: published, written or being written by another job at this moment. Then a
     name that contains the version's tag, which only equal bytes can have.
     """
-    mine = Sidecar(base, digest, policy)
-    tagged = replace(mine, volume_id=f"{base}-{content_tag(digest, policy)}")
-    first = mine.save(store, if_absent=True) or mine.take_over(store)
-    found = mine if first else Sidecar.load(store, base)
-    if found is not None and found.version == mine.version:
+    plain = Sidecar(base, digest, policy)
+    tagged = replace(plain, volume_id=f"{base}-{content_tag(digest, policy)}")
+    first = plain.save(store, if_absent=True) or plain.take_over(store)
+    sidecar = plain if first else Sidecar.load(store, base)
+    if sidecar is not None and sidecar.version == plain.version:
         # Asked behind the claim: before it, another job could finish and drop its own in between.
-        if _whole(store, base) in (None, mine.version):
-            return found
+        if _whole(store, base) in (None, plain.version):
+            return sidecar
         if first:
             store.delete(side_key(base))
-    found = Sidecar.load(store, tagged.volume_id)
-    if found is None or found.version != tagged.version:
+    sidecar = Sidecar.load(store, tagged.volume_id)
+    if sidecar is None or sidecar.version != tagged.version:
         tagged.save(store)
         return tagged
-    return found
+    return sidecar
 
 
 def _whole(store: ByteStore, volume_id: str) -> tuple[str, str] | None:
@@ -230,11 +160,11 @@ def recorded(store: ByteStore, base: str, digest: str, policy: str) -> VolumeRec
     will be forced with the rest, and what a power failure took is written again.
     """
     for volume_id in (base, f"{base}-{content_tag(digest, policy)}"):
-        found = Sidecar.load(store, volume_id)
-        if found is None or found.version != (digest, policy) or found.record is None:
+        sidecar = Sidecar.load(store, volume_id)
+        if sidecar is None or sidecar.version != (digest, policy) or sidecar.record is None:
             continue
-        if found.forced or not damage(store.url, found.record):
-            return found.record
+        if sidecar.forced or not damage(store.url, sidecar.record):
+            return sidecar.record
     return None
 
 
@@ -245,43 +175,11 @@ def content_tag(digest: str, policy: str) -> str:
 
 def _tuples(data: dict[str, Any]) -> dict[str, Any]:
     labels = tuple(LabelRecord(**{k: _tuple(v) for k, v in label.items()}) for label in data["labels"])
-    found = {**{k: _tuple(v) for k, v in data.items()}, "labels": labels}
-    if isinstance(found["stats"], dict):  # of a run that died before every channel had its own: it is done again
+    fields = {**{k: _tuple(v) for k, v in data.items()}, "labels": labels}
+    if isinstance(fields["stats"], dict):  # of a run that died before every channel had its own: it is done again
         raise TypeError("statistics of the first channel only")
-    return found
+    return fields
 
 
 def _tuple(value: Any) -> Any:
     return tuple(_tuple(v) for v in value) if isinstance(value, list) else value
-
-
-@dataclass(frozen=True, slots=True)
-class DatasetFacts:
-    """Facts of a whole data set, for the manifest."""
-
-    dataset: dict[str, Any]
-    modality: str
-
-
-def dataset_facts(root: str, name: str) -> DatasetFacts:
-    """Name, label names, licence and modality, as far as a `dataset.json` in the folder gives them.
-
-    Both the Medical Segmentation Decathlon's form (`"labels": {"1": "liver"}`) and nnU-Net's (`{"liver": 1}`) are read.
-    """
-    facts: dict[str, Any] = {"name": name}
-    try:
-        data = json.loads((Path(root) / "dataset.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return DatasetFacts(facts, "")
-    if not isinstance(data, dict):
-        return DatasetFacts(facts, "")
-    labels = data.get("labels")
-    if isinstance(labels, dict):
-        pairs = [(str(v), str(k)) if str(v).isdigit() else (str(k), str(v)) for k, v in labels.items()]
-        facts["labels"] = {value: text for value, text in sorted(pairs) if value.isdigit() and value != "0"}
-    for key in ("licence", "license", "reference", "description", "simulated"):
-        if isinstance(data.get(key), (str, bool)):
-            facts[key] = data[key]
-    channels = data.get("channel_names") or data.get("modality") or {}
-    first = str(next(iter(channels.values()), "")) if isinstance(channels, dict) else ""
-    return DatasetFacts(facts, {"MRI": "MR", "MR": "MR", "CT": "CT"}.get(first.strip().upper().split(" ")[0], ""))

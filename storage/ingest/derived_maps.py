@@ -20,10 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.errors import ConfigError, NotFound, RefusedInput, StoreError
-from storage.format.manifest import DerivedRecord, Manifest, VolumeRecord, update
+from storage.format.manifest import Manifest, update
+from storage.format.records import DerivedRecord, VolumeRecord
 from storage.format.volume_writer import write_derived
 from storage.ingest.pipeline import map_threads
-from storage.objects.protocol import ByteStore, open_store
+from storage.objects import ByteStore, open_store
 from storage.reading.volume_store import VolumeStore
 
 Compute = Callable[[npt.NDArray[Any], VolumeRecord], npt.NDArray[np.int32]]

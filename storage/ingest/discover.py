@@ -11,7 +11,6 @@ such numbers too, or where nothing there is numbered 0000 and no label is named 
 image is its label where it holds one and no file beside it is.
 """
 
-import json
 import os
 import re
 from collections import Counter, defaultdict
@@ -20,81 +19,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from storage.errors import ConfigError, RefusedInput
-
-SUFFIXES = {
-    ".nii": "nifti",
-    ".nii.gz": "nifti",
-    ".hdr": "nifti",
-    ".nrrd": "itk",
-    ".nhdr": "itk",
-    ".mha": "itk",
-    ".mhd": "itk",
-    ".mgz": "mgz",
-    ".mgh": "mgz",
-    ".zarr": "zarr",
-}
-"""Endings that are volumes, and the reader that takes them. DICOM is recognised by content."""
+from storage.ingest.items import Discovery, IngestItem, Orphan
+from storage.ingest.readers.registry import FORMATS, format_of, format_of_suffix, is_volume_folder, split_name
 
 _IMAGE_FOLDER = re.compile(r"^(image|img)s?(?P<part>Tr|Ts|Val)?$", re.IGNORECASE)
 _LABEL_FOLDER = re.compile(r"^(label|mask|seg|segmentation|labelmap)s?(?P<part>Tr|Ts|Val)?$", re.IGNORECASE)
 _IMAGE_SUFFIX = re.compile(r"^(?P<base>.+?)[-_. ](image|img)$", re.IGNORECASE)
 _LABEL_SUFFIX = re.compile(r"^(?P<base>.+?)[-_. ](label|labels|seg|mask|segmentation|labelmap|dseg)$", re.IGNORECASE)
 _CHANNEL = re.compile(r"^(?P<base>.+)_(?P<channel>\d{4})$")
-_COMPUTED = "superpixels-"
-"""How maps begin that this project computed and lists among the labels of an image."""
 _BIDS_SUBJECT = re.compile(r"(?:^|/)(sub-[A-Za-z0-9]+)")
-
-
-@dataclass(frozen=True, slots=True)
-class IngestItem:
-    """One volume to ingest.
-
-    Args:
-        name: Unique within the folder and stable; the source of the volume's id.
-        kind: Which reader takes it: nifti, itk, mgz, zarr or dicom.
-        images: Absolute paths: one a channel, or every file of a DICOM series.
-        label: Absolute path of the label map or DICOM segmentation, if any.
-        subject: What the split is made by. Of a DICOM series, the PatientID as found: never written anywhere as it is.
-        source: Path of the first image relative to the ingested folder, or of the folder that holds the series.
-        study, series: DICOM instance UIDs as found; empty otherwise.
-        channels: The four digits in the names of `images` that are channels; a volume that lacks one is refused.
-    """
-
-    name: str
-    kind: str
-    images: tuple[str, ...]
-    label: str | None
-    subject: str
-    source: str
-    study: str = ""
-    series: str = ""
-    channels: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Orphan:
-    """A file without the counterpart that its folder promises."""
-
-    source: str
-    what: str
-
-    def __str__(self) -> str:
-        """One line."""
-        return f"{self.source}: {self.what}"
-
-
-@dataclass(frozen=True, slots=True)
-class Discovery:
-    """What `discover` found, in the order of the names.
-
-    `orphans` name images without a label (they are items all the same, unlabelled) and labels without an image (they
-    are not). `ignored` are the files that no reader knows.
-    """
-
-    root: str
-    items: tuple[IngestItem, ...]
-    orphans: tuple[Orphan, ...]
-    ignored: tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -104,19 +37,6 @@ class _Case:
     images: dict[str, str] = field(default_factory=dict)
     label: str | None = None
     kind: str = ""
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """A file name as (stem, known ending in lower case), the ending empty where no reader knows it.
-
-    >>> split_name("scan.v2.nii.gz")
-    ('scan.v2', '.nii.gz')
-    """
-    lower = name.lower()
-    for suffix in sorted(SUFFIXES, key=len, reverse=True):
-        if lower.endswith(suffix) and len(name) > len(suffix):
-            return name[: -len(suffix)], suffix
-    return name, ""
 
 
 def discover(src: str | os.PathLike[str], subject_pattern: str | None = None) -> Discovery:
@@ -142,31 +62,28 @@ def discover(src: str | os.PathLike[str], subject_pattern: str | None = None) ->
         raise ConfigError(
             "subject_pattern", expected="a regular expression", found=f"{subject_pattern!r}: {error}"
         ) from error
-    files = [root] if root.is_file() or split_name(root.name)[1] == ".zarr" else list(_walk(root))
+    files = [root] if root.is_file() or is_volume_folder(root.name) else list(_walk(root))
     top = root.parent if files == [root] else root
     plain: list[Path] = []
     unknown: list[Path] = []
     for path in files:
         (plain if split_name(path.name)[1] else unknown).append(path)
     headers = {path.parent / split_name(path.name)[0] for path in plain}
-    unknown = [path for path in unknown if not _is_pixel_part(path, headers)]
+    rest = [path for path in unknown if not _is_pixel_part(path, headers)]
     items, orphans = _items(_pair(plain, top), top, pattern)
-    ignored: list[str] = []
-    if unknown:
-        from storage.ingest.readers.dicom_series import (
-            discover_dicom,  # pydicom costs start-up time and few folders need it
-        )
-
-        dicom_items, dicom_orphans, left = discover_dicom(unknown, top)
-        items += dicom_items
-        orphans += dicom_orphans
-        ignored += [str(path.relative_to(top)) for path in left]
+    for form in FORMATS:
+        if rest and not form.suffixes:
+            grouping = form.reader.group(rest, top)
+            items += grouping.items
+            orphans += grouping.orphans
+            rest = grouping.rest
+    ignored = [str(path.relative_to(top)) for path in rest]
     if not items:
-        found = "an empty folder" if not files else f"{len(files)} files, none of them an image volume"
+        *titles, last = (form.title for form in FORMATS)
         raise RefusedInput(
             str(src),
-            expected="volumes as NIfTI, DICOM, NRRD, MHA/MHD, MGZ or Zarr",
-            found=found,
+            expected=f"volumes as {', '.join(titles)} or {last}",
+            found="an empty folder" if not files else f"{len(files)} files, none of them an image volume",
             remedy="give the folder that holds images/ and, where there are any, labels/",
         )
     items = [replace(i, name=legible(i.name), source=legible(i.source), subject=legible(i.subject)) for i in items]
@@ -184,7 +101,7 @@ def legible(text: str) -> str:
 
 
 def _walk(root: Path) -> Iterable[Path]:
-    """Files and Zarr folders below `root`, hidden ones left out, in a stable order."""
+    """Files and folders that are volumes below `root`, hidden ones left out, in a stable order."""
 
     def failed(error: OSError) -> None:  # else what it holds would be missing without a word
         raise RefusedInput(
@@ -196,7 +113,7 @@ def _walk(root: Path) -> Iterable[Path]:
 
     for here, folders, names in os.walk(root, onerror=failed, followlinks=True):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and not _is_loop(Path(here, f)))
-        for folder in [f for f in folders if _is_zarr(Path(here, f))]:
+        for folder in [f for f in folders if is_volume_folder(f)]:
             folders.remove(folder)
             yield Path(here, folder)
         yield from (Path(here, name) for name in sorted(names) if not name.startswith("."))
@@ -208,10 +125,6 @@ def _is_loop(folder: Path) -> bool:
         return False
     target = folder.resolve()
     return any(above.resolve().is_relative_to(target) for above in folder.parents)
-
-
-def _is_zarr(folder: Path) -> bool:
-    return folder.name.lower().endswith(".zarr")
 
 
 def _is_pixel_part(path: Path, headers: set[Path]) -> bool:
@@ -253,7 +166,7 @@ def _pair(files: list[Path], top: Path) -> dict[tuple[str, str, str], _Case]:
             case.label = str(path)
         else:
             case.images[channel] = str(path)
-            case.kind = SUFFIXES[suffix]
+            case.kind = format_of_suffix(suffix).name
     return cases
 
 
@@ -275,8 +188,8 @@ def _channelled(files: list[Path], top: Path) -> set[tuple[str, str, str]]:
                 patients.add((place, match["base"]))
         elif match and (role == "image" or _lies_in_images(relative, top)):
             numbers[place, part, match["base"]].add(match["channel"])
-    unclear = {key: found for key, found in numbers.items() if (key[0], key[2]) not in patients}
-    from_zero = {place for (place, _, _), found in unclear.items() if "0000" in found}
+    unclear = {key: channels for key, channels in numbers.items() if (key[0], key[2]) not in patients}
+    from_zero = {place for (place, _, _), channels in unclear.items() if "0000" in channels}
     return {key for key in unclear if key[0] in from_zero or key in labels}
 
 
@@ -309,12 +222,14 @@ def _items(
         channels = tuple(sorted(case.images))
         images = tuple(case.images[channel] for channel in channels)
         source = _relative(images[0], top)
-        inside = _labels_inside(images[0]) if case.kind == "zarr" else []
+        form = format_of(case.kind)
+        inside = form.reader.labels_inside(images[0]) if form.folder else []
         if len(inside) == 1 and case.label is None and len(images) == 1:
-            case.label = f"{images[0]}/labels/{inside[0]}"
+            case.label = inside[0]
         elif inside:
+            names_inside = ", ".join(Path(label).name for label in inside)
             what = "the one beside it is used" if case.label else "none of them is used"
-            orphans.append(Orphan(source, f"label maps inside the image, {', '.join(inside)}: {what}"))
+            orphans.append(Orphan(source, f"label maps inside the image, {names_inside}: {what}"))
         if case.label is None and (place, part) in labelled:
             orphans.append(Orphan(source, f"image without a label named {base}; kept as an unlabelled volume"))
         unclear = part if names[place, base] > 1 else ""  # the same name in imagesTr and imagesTs
@@ -322,19 +237,6 @@ def _items(
         subject = _subject(source, name, pattern)
         items.append(IngestItem(name, case.kind, images, case.label, subject, source, channels=channels))
     return items, orphans
-
-
-def _labels_inside(image: str) -> list[str]:
-    """The label maps that an OME-Zarr image lists, of version 0.5 or 0.4."""
-    for name in ("zarr.json", ".zattrs"):
-        try:
-            found = json.loads((Path(image) / "labels" / name).read_bytes())
-            attributes = found["attributes"]["ome"] if name == "zarr.json" else found
-            names = [str(label) for label in attributes["labels"]]
-        except (OSError, ValueError, LookupError, TypeError):
-            continue
-        return sorted(label for label in names if not label.startswith(_COMPUTED) and ".." not in label)
-    return []
 
 
 def _subject(source: str, name: str, pattern: re.Pattern[str] | None) -> str:
@@ -358,9 +260,10 @@ def _relative(path: str, top: Path) -> str:
 
 def _unique(items: list[IngestItem]) -> list[IngestItem]:
     """Give items of equal name (a NIfTI and a DICOM series in one folder, say) a name each, by their source."""
-    seen: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     out = []
     for item in sorted(items, key=lambda i: (i.name, i.source, i.series)):
-        count = seen[item.name] = seen.get(item.name, 0) + 1
+        counts[item.name] += 1
+        count = counts[item.name]
         out.append(item if count == 1 else replace(item, name=f"{item.name}~{count}"))
     return out

@@ -24,32 +24,32 @@ from typing import Protocol, TypeVar
 
 from storage.errors import NotFound, RefusedInput, StoreError
 from storage.format.layout import choose_layout
-from storage.format.manifest import Manifest, VolumeRecord
+from storage.format.manifest import Manifest
+from storage.format.records import VolumeRecord
+from storage.format.volume import Membership, Provenance, Volume
 from storage.format.volume_writer import content_sha256, write_volume
 from storage.ingest.claims import (
     HIDDEN,
     base_id,
     claim,
     content_tag,
-    dataset_facts,
     hides,
     record_source,
     recorded,
     side_key,
-    source_digest,
-    source_state,
 )
+from storage.ingest.dataset_facts import dataset_facts
 from storage.ingest.deidentify import Pseudonyms, load_salt
-from storage.ingest.discover import IngestItem, Orphan, discover, legible, split_name
+from storage.ingest.discover import discover, legible
+from storage.ingest.items import IngestItem, Orphan
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.prepare import prepare
 from storage.ingest.publish import check_subjects, folders_of_people, publish
 from storage.ingest.quarantine import QUARANTINE, Quarantined, read_quarantine, write_quarantine
-from storage.objects.fsync import settling, unforced
-from storage.objects.protocol import ByteStore, open_store
-
-__all__ = ["IngestPolicy", "IngestReport", "Outcome", "Progress", "Quarantined", "Work", "discover", "ingest_item"]
-__all__ += ["ingest_work", "map_serial", "map_threads", "publish", "run", "unread"]
+from storage.ingest.readers.registry import format_of, split_name
+from storage.ingest.source_digest import source_digest, source_state
+from storage.objects import ByteStore, open_store
+from storage.objects.fsync import file_system_of, unforced
 
 W = TypeVar("W")
 R = TypeVar("R")
@@ -67,7 +67,8 @@ class Work:
     store_url: str
     policy: IngestPolicy
     modality: str = ""
-    known: tuple[VolumeRecord, ...] = ()
+    published: tuple[VolumeRecord, ...] = ()
+    """What is published of its source."""
     resumed: bool = True
     """Whether an earlier run may have left a record of it."""
     unforced: int | None = None
@@ -187,29 +188,26 @@ def run(
     """
     policy = policy or IngestPolicy()
     started = time.monotonic()
-    found = discover(src, policy.subject_pattern)
-    check_subjects(src, [item.subject for item in found.items], 1 if append else policy.min_subjects)
+    discovery = discover(src, policy.subject_pattern)
+    check_subjects(src, [item.subject for item in discovery.items], 1 if append else policy.min_subjects)
     store = open_store(dst)
     before = _published(store)
     refused_before = read_quarantine(store)[1]
-    needs_salt = policy.identifiers != "keep" and (
-        policy.identifiers == "hash" or any(item.kind == "dicom" for item in found.items)
-    )
-    if pseudonyms is None and needs_salt:
+    if pseudonyms is None and any(hides(item, policy) for item in discovery.items):
         pseudonyms = load_salt(store.url, used=any(record.source.startswith(HIDDEN) for record in before))
-    facts = dataset_facts(found.root, name or dst.rstrip("/").rpartition("/")[2])
-    works = _plan(found.items, dst, policy, pseudonyms, before, facts.modality)
+    facts = dataset_facts(discovery.root, name or dst.rstrip("/").rpartition("/")[2])
+    works = _plan(discovery.items, dst, policy, pseudonyms, before, facts.modality)
     outcomes: list[Outcome] = []
     resumed = any(True for _ in store.list("ingest/"))
-    with settling(store) as files:
-        device = files.device if files is not None and mapper in HERE else None
+    with file_system_of(store) as disk:
+        device = disk.device if disk is not None and mapper in HERE else None
         works = [replace(work, resumed=resumed, unforced=device) for work in works]
         for outcome in mapper(ingest_work, works):
             outcomes.append(outcome)
             if progress is not None:
                 progress(_progress(outcomes, len(works), time.monotonic() - started))
-        if files is not None:  # also for what an earlier run wrote and did not get to force
-            files.settle()
+        if disk is not None:  # also for what an earlier run wrote and did not get to force
+            disk.sync()
     refused = tuple(sorted((o.refused for o in outcomes if o.refused), key=lambda q: q.source))
     records = [o.record for o in outcomes if o.record]
     stale = {work.source for work in works} | (set() if append else set(refused_before))
@@ -228,9 +226,9 @@ def run(
         written=sum(o.record is not None and not o.skipped for o in outcomes),
         skipped=sum(o.skipped for o in outcomes),
         quarantined=refused,
-        orphans=found.orphans,
-        ignored=found.ignored,
-        warnings=(*warnings, *(folders_of_people(found.items) if policy.subject_pattern is None else ())),
+        orphans=discovery.orphans,
+        ignored=discovery.ignored,
+        warnings=(*warnings, *(folders_of_people(discovery.items) if policy.subject_pattern is None else ())),
         manifest=manifest,
         bytes_in=sum(o.bytes_in for o in outcomes),
         seconds=time.monotonic() - started,
@@ -244,9 +242,10 @@ def ingest_work(work: Work) -> Outcome:
     except RefusedInput as error:
         parts = [f"expected {error.expected}" if error.expected else "", f"found {error.found}" if error.found else ""]
         reason = "; ".join(part for part in (*parts, error.remedy) if part)
-        thing = "" if work.item.kind == "dicom" else _relative_thing(error.thing, work.item)
+        personal = format_of(work.item.kind).hides_identity
+        thing = "" if personal else _relative_thing(error.thing, work.item)
         reason = legible(f"{thing}{reason}")
-        if work.item.kind != "dicom" and hides(work.item, work.policy):
+        if not personal and hides(work.item, work.policy):
             reason = _without_names(reason, work.item)
         return Outcome(None, Quarantined(work.item.source, work.source, reason), False, _size(work.item))
     return Outcome(record, None, skipped, 0 if skipped else _size(work.item))
@@ -274,11 +273,11 @@ def ingest_item(work: Work) -> tuple[VolumeRecord, bool]:
     state, policy = source_state(work.item), work.policy
     digest, version = source_digest(work.item), policy.version
     store = unforced(open_store(work.store_url), work.unforced)
-    known = next((r for r in work.known if (r.source_sha256, r.policy) == (digest, version)), None)
-    if known is None and work.resumed:
-        known = recorded(store, work.volume_id, digest, version)
-    if known is not None:
-        return replace(known, subject=work.subject, study=work.study), True
+    earlier = next((r for r in work.published if (r.source_sha256, r.policy) == (digest, version)), None)
+    if earlier is None and work.resumed:
+        earlier = recorded(store, work.volume_id, digest, version)
+    if earlier is not None:
+        return replace(earlier, subject=work.subject, study=work.study), True
     ready = prepare(work.item, policy, work.modality)
     if source_state(work.item) != state:  # or the digest would be of other bytes than the voxels
         raise RefusedInput(
@@ -287,7 +286,7 @@ def ingest_item(work: Work) -> tuple[VolumeRecord, bool]:
             found="one that changed meanwhile",
             remedy="run it again when they are complete",
         )
-    held = claim(store, work.volume_id, digest, version)
+    sidecar = claim(store, work.volume_id, digest, version)
     shape = ready.stored_CDHW.shape
     layout = choose_layout(
         (shape[1], shape[2], shape[3]), policy.crop_DHW, itemsize=ready.stored_CDHW.dtype.itemsize, channels=shape[0]
@@ -296,34 +295,37 @@ def ingest_item(work: Work) -> tuple[VolumeRecord, bool]:
         ready.notes.append(f"image_sha256={content_sha256(ready.stored_CDHW)}")
     record = write_volume(
         store,
-        held.volume_id,
-        ready.stored_CDHW,
-        spacing_mm=ready.spacing_mm,
-        affine=ready.affine,
-        labels={} if ready.label_DHW is None else {policy.label_name: ready.label_DHW},
+        sidecar.volume_id,
+        Volume(
+            ready.stored_CDHW,
+            spacing_mm=ready.spacing_mm,
+            affine=ready.affine,
+            labels={} if ready.label_DHW is None else {policy.label_name: ready.label_DHW},
+            scale=ready.scale,
+            offset=ready.offset,
+            stats=ready.stats,
+            foreground=ready.foreground,
+            modality=ready.modality,
+        ),
+        membership=Membership(subject=work.subject, study=work.study),
+        provenance=Provenance(
+            orientation=ready.orientation,
+            source=work.source,
+            source_sha256=digest,
+            reader=ready.reader,
+            policy=version,
+            notes=ready.notes,
+        ),
         layout=layout,
-        scale=ready.scale,
-        offset=ready.offset,
-        stats=ready.stats,
-        foreground=ready.foreground,
-        subject=work.subject,
-        study=work.study,
-        modality=ready.modality,
-        orientation=ready.orientation,
-        source=work.source,
-        source_sha256=digest,
-        reader=ready.reader,
-        policy=version,
-        notes=ready.notes,
     )
-    replace(held, record=record, forced=work.unforced is None).save(store)
+    replace(sidecar, record=record, forced=work.unforced is None).save(store)
     return record, False
 
 
 def _drop_side_records(store: ByteStore, records: Iterable[VolumeRecord]) -> None:
     """Delete those of published volumes, which need none. Those of other jobs are their claims, and stay."""
-    mine = {side_key(record.volume_id) for record in records}
-    for key in [key for key in store.list("ingest/") if key in mine]:
+    keys = {side_key(record.volume_id) for record in records}
+    for key in [key for key in store.list("ingest/") if key in keys]:
         with suppress(StoreError):  # leftovers cost a few bytes and are read again only by the same source and policy
             store.delete(key)
 
@@ -337,9 +339,9 @@ def _plan(
     modality: str,
 ) -> list[Work]:
     works, used = [], {}
-    known: defaultdict[str, tuple[VolumeRecord, ...]] = defaultdict(tuple)
+    by_source: defaultdict[str, tuple[VolumeRecord, ...]] = defaultdict(tuple)
     for record in published:  # two folders of one store may hold files of one name
-        known[record.source] += (record,)
+        by_source[record.source] += (record,)
     for item in items:
         source = record_source(item, policy, pseudonyms)
         volume_id = base_id(item, policy, pseudonyms)
@@ -349,7 +351,7 @@ def _plan(
         hide = hides(item, policy)
         subject = pseudonyms.of("subject", item.subject) if hide and pseudonyms else item.subject
         study = pseudonyms.of("study", item.study) if hide and pseudonyms and item.study else item.study
-        works.append(Work(item, volume_id, source, subject, study, dst, policy, modality, known.get(source, ())))
+        works.append(Work(item, volume_id, source, subject, study, dst, policy, modality, by_source.get(source, ())))
     return works
 
 
@@ -381,7 +383,7 @@ def _relative_thing(thing: str, item: IngestItem) -> str:
 def _without_names(reason: str, item: IngestItem) -> str:
     """A reason as it may be stored where names are hidden: file names name people, and libraries quote them too."""
     root = legible(item.images[0]).removesuffix(item.source)
-    paths = [legible(path) for path in (*item.images, *([item.label] if item.label else []))]
+    paths = [legible(path) for path in item.files]
     names = {item.name, *paths, *(path.removeprefix(root) for path in paths), *(Path(path).name for path in paths)}
     names |= {split_name(Path(path).name)[0] for path in paths}
     for name in sorted(names, key=len, reverse=True):
@@ -392,7 +394,7 @@ def _without_names(reason: str, item: IngestItem) -> str:
 
 def _size(item: IngestItem) -> int:
     size = 0
-    for path in (*item.images, *([item.label] if item.label else [])):
+    for path in item.files:
         with suppress(OSError):
             size += Path(path).stat().st_size
     return size

@@ -15,9 +15,11 @@ from nibabel.spatialimages import HeaderDataError
 from storage import geometry
 from storage.errors import RefusedInput
 from storage.format.records import ChannelStats
-from storage.ingest.discover import IngestItem
+from storage.ingest.items import IngestItem
 from storage.ingest.policy import IngestPolicy
-from storage.ingest.readers import RawVolume, read_item, read_label
+from storage.ingest.readers.raw import RawVolume
+from storage.ingest.readers.read import read_item, read_label
+from storage.ingest.readers.registry import format_of
 from storage.intensity_stats import channel_foreground, foreground_box
 
 Array = npt.NDArray[Any]
@@ -81,10 +83,10 @@ def prepare(item: IngestItem, policy: IngestPolicy, modality: str = "") -> Prepa
     """
     try:
         raw = read_item(item, policy.read)
-        label = read_label(item.label, policy.read, raw) if item.label else None
+        label = read_label(item, policy.read, raw)
     except LIBRARY_FAULTS as error:
         # a library's message may quote a header, and a DICOM header may not be quoted
-        text = "" if item.kind == "dicom" else f": {' '.join(str(error).split())[:200]}"
+        text = "" if format_of(item.kind).hides_identity else f": {' '.join(str(error).split())[:200]}"
         raise RefusedInput(
             item.source,
             expected="a file that its library can read",
@@ -92,27 +94,27 @@ def prepare(item: IngestItem, policy: IngestPolicy, modality: str = "") -> Prepa
             remedy="the header is damaged or unusual; open it in another tool and export it again",
         ) from error
     notes = raw.notes
-    found = geometry.orientation(raw.affine)
+    orientation = geometry.orientation(raw.affine)
     image, affine = geometry.canonicalise(raw.array_CDHW, raw.affine)
     label_DHW = None if label is None else _matched_label(item, label, raw, image, affine, policy, notes)
     whole = image.dtype.kind in "iu"
     kind = policy.modality or raw.modality or modality or _looks_like_ct(image, notes)
     native = geometry.spacing_dhw(affine)
-    wanted = policy.target_spacing(native)
-    _check_resampled(item.source, image.shape, native, wanted, policy)
-    resized, new_affine = geometry.resample(image, affine, wanted, policy.image_interpolation)
+    target = policy.target_spacing(native)
+    _check_resampled(item.source, image.shape, native, target, policy)
+    resized, new_affine = geometry.resample(image, affine, target, policy.image_interpolation)
     if resized is not image:
         if resized.min() == resized.max():
             raise RefusedInput(
                 item.source,
-                expected=f"an image with contrast at {_mm(wanted)} mm",
+                expected=f"an image with contrast at {_mm(target)} mm",
                 found=f"{resized[0].size:,} voxels, all {float(resized.min()):g}",
                 remedy="choose a smaller spacing_mm",
             )
-        notes.append(f"resampled from {_mm(native)} to {_mm(wanted)} mm (D, H, W), {policy.image_interpolation}")
+        notes.append(f"resampled from {_mm(native)} to {_mm(target)} mm (D, H, W), {policy.image_interpolation}")
         if label_DHW is not None:
             before = label_DHW
-            label_DHW = geometry.resample(label_DHW[None], affine, wanted, policy.label_interpolation)[0][0]
+            label_DHW = geometry.resample(label_DHW[None], affine, target, policy.label_interpolation)[0][0]
             lost = np.setdiff1d(before[before > 0], label_DHW[label_DHW > 0]).tolist()
             if lost:
                 notes.append(f"label values too small to be left after resampling: {', '.join(map(str, lost[:20]))}")
@@ -128,18 +130,18 @@ def prepare(item: IngestItem, policy: IngestPolicy, modality: str = "") -> Prepa
     notes.extend(f"{key}={value}" for key, value in raw.facts.items())
     box = foreground_box(mask)
     spacing = geometry.spacing_dhw(affine)
-    return Prepared(stored, affine, spacing, found, kind, scale, offset, stats, box, label_DHW, raw.reader, notes)
+    return Prepared(stored, affine, spacing, orientation, kind, scale, offset, stats, box, label_DHW, raw.reader, notes)
 
 
 def _check_resampled(
-    thing: str, shape: tuple[int, ...], native: tuple[float, ...], wanted: tuple[float, ...], policy: IngestPolicy
+    thing: str, shape: tuple[int, ...], native: tuple[float, ...], target: tuple[float, ...], policy: IngestPolicy
 ) -> None:
     """Refuse what would not fit the memory of a task, before it is made."""
-    size = tuple(max(1, round(n * was / new)) for n, was, new in zip(shape[1:], native, wanted, strict=True))
+    size = tuple(max(1, round(n * was / new)) for n, was, new in zip(shape[1:], native, target, strict=True))
     if math.prod(size) * shape[0] > policy.read.max_voxels:
         raise RefusedInput(
             thing,
-            expected=f"at most {policy.read.max_voxels:,} voxels at {_mm((wanted[0], wanted[1], wanted[2]))} mm",
+            expected=f"at most {policy.read.max_voxels:,} voxels at {_mm((target[0], target[1], target[2]))} mm",
             found=f"shape {(shape[0], *size)}, {math.prod(size) * shape[0]:,} voxels",
             remedy="choose a larger spacing_mm, or raise read.max_voxels where a task may use about 26 bytes a voxel",
         )
@@ -173,11 +175,11 @@ def quantise(
         if low < -32768 or high > 32767:
             notes.append("Hounsfield units beyond int16 clipped")
         return np.clip(np.rint(values_CDHW), -32768, 32767).astype(np.int16), 1.0, 0.0
-    bottom, top = _kept(low, high, stats[0])
+    bottom, top = _unclipped(low, high, stats[0])
     if len(values_CDHW) > 1:
-        ends = [_kept(float(c.min()), float(c.max()), found) for c, found in zip(values_CDHW, stats, strict=True)]
+        ends = [_unclipped(float(c.min()), float(c.max()), own) for c, own in zip(values_CDHW, stats, strict=True)]
         bottom, top = min(end[0] for end in ends), max(end[1] for end in ends)
-        finest = min((r for found in stats if (r := found["p99_5"] - found["p0_5"]) > 0), default=0.0)
+        finest = min((r for own in stats if (r := own["p99_5"] - own["p0_5"]) > 0), default=0.0)
         if top - bottom > ROBUST_RANGES * finest > 0:
             notes.append("kept as float32: the scale of int16 would be too coarse for one of the channels")
             return values_CDHW.astype(np.float32), 1.0, 0.0
@@ -196,7 +198,7 @@ def quantise(
     return stored, scale, offset
 
 
-def _kept(low: float, high: float, stats: dict[str, float]) -> tuple[float, float]:
+def _unclipped(low: float, high: float, stats: dict[str, float]) -> tuple[float, float]:
     """The least and greatest value that are not clipped, of a channel from `low` to `high`."""
     robust = stats["p99_5"] - stats["p0_5"]
     if robust <= 0 or high - low <= ROBUST_RANGES * robust:

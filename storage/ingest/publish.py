@@ -16,12 +16,14 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from storage.errors import RefusedInput
-from storage.format.manifest import Manifest, VolumeRecord, update
+from storage.format.manifest import Manifest, update
+from storage.format.records import VolumeRecord
 from storage.ingest import splits
 from storage.ingest.claims import image_digest
-from storage.ingest.discover import IngestItem
+from storage.ingest.items import IngestItem
 from storage.ingest.policy import IngestPolicy
-from storage.objects.protocol import ByteStore
+from storage.ingest.readers.registry import format_of
+from storage.objects import ByteStore
 
 _A_FEW = 20
 """Scans that one person may have."""
@@ -57,19 +59,19 @@ def publish(
 
     def merged(latest: Manifest | None) -> Manifest:
         warnings.clear()
-        there = () if latest is None else tuple(latest.records())
-        mine = _settled(records, there)
-        kept = [record for record in there if record.volume_id not in mine and record.volume_id not in replaced]
-        if kept and not append:
+        published = () if latest is None else tuple(latest.records())
+        own = _under_published_ids(records, published)
+        others = [record for record in published if record.volume_id not in own and record.volume_id not in replaced]
+        if others and not append:
             warnings.append(
-                f"{len(kept)} volumes that another job published while this one ran were kept, the first: "
-                f"{kept[0].volume_id}; run it again to publish its source alone"
+                f"{len(others)} volumes that another job published while this one ran were kept, the first: "
+                f"{others[0].volume_id}; run it again to publish its source alone"
             )
         facts = dict(dataset)
-        if kept and latest is not None:
+        if others and latest is not None:
             facts = _joined(latest.dataset, dataset, warnings)
-        earlier = _splits(mine.values(), (*before, *there))
-        return Manifest.from_records(_split([*mine.values(), *kept], policy, earlier, store.url, warnings), facts)
+        earlier = _splits(own.values(), (*before, *published))
+        return Manifest.from_records(_split([*own.values(), *others], policy, earlier, store.url, warnings), facts)
 
     return update(store, merged), tuple(warnings)
 
@@ -97,7 +99,7 @@ def folders_of_people(items: Iterable[IngestItem]) -> tuple[str, ...]:
     """
     folders: defaultdict[str, list[str]] = defaultdict(list)
     for item in items:
-        if item.kind != "dicom" and item.subject == item.name:
+        if not format_of(item.kind).hides_identity and item.subject == item.name:
             folders[str(PurePosixPath(item.source).parent)].append(item.source)
     several = {folder: names for folder, names in folders.items() if len(names) > 1}
     if len(several) < 2 or max(map(len, several.values())) > _A_FEW:
@@ -109,11 +111,11 @@ def folders_of_people(items: Iterable[IngestItem]) -> tuple[str, ...]:
     )
 
 
-def _settled(records: Iterable[VolumeRecord], there: Sequence[VolumeRecord]) -> dict[str, VolumeRecord]:
+def _under_published_ids(records: Iterable[VolumeRecord], published: Sequence[VolumeRecord]) -> dict[str, VolumeRecord]:
     """The run's records by id; of one that is published already, its id and its computed maps."""
-    ids = {record.volume_id for record in there}
-    versions = {_version(record): record for record in there}
-    mine: dict[str, VolumeRecord] = {}
+    ids = {record.volume_id for record in published}
+    versions = {_version(record): record for record in published}
+    own: dict[str, VolumeRecord] = {}
     for record in records:
         same = versions.get(_version(record))
         if same is not None:
@@ -125,20 +127,20 @@ def _settled(records: Iterable[VolumeRecord], there: Sequence[VolumeRecord]) -> 
                 found="another version of it, published meanwhile by another job",
                 remedy="run it again",
             )
-        mine[record.volume_id] = record
-    return mine
+        own[record.volume_id] = record
+    return own
 
 
-def _splits(mine: Iterable[VolumeRecord], published: Sequence[VolumeRecord]) -> dict[str, str]:
+def _splits(records: Iterable[VolumeRecord], published: Sequence[VolumeRecord]) -> dict[str, str]:
     """Splits by published subject, and by new names of such: a pattern or new files may rename whose volume it is."""
     earlier = {record.subject: record.split for record in published}
     versions = {_version(record): record.split for record in published}
     renamed: defaultdict[str, set[str]] = defaultdict(set)
-    for record in mine:
+    for record in records:
         renamed[record.subject].add(versions.get(_version(record), ""))
-    for subject, found in renamed.items():
-        if len(kept := found - {""}) == 1:  # of several none can be kept
-            earlier.setdefault(subject, kept.pop())
+    for subject, names in renamed.items():
+        if len(published_splits := names - {""}) == 1:  # of several none can stay
+            earlier.setdefault(subject, published_splits.pop())
     return earlier
 
 
@@ -146,13 +148,13 @@ def _version(record: VolumeRecord) -> tuple[str, str, str]:
     return record.source, record.source_sha256, record.policy
 
 
-def _joined(there: Mapping[str, Any], new: Mapping[str, Any], warnings: list[str]) -> dict[str, Any]:
+def _joined(stored: Mapping[str, Any], new: Mapping[str, Any], warnings: list[str]) -> dict[str, Any]:
     """Facts of a data set to which volumes are added: what the store says stays, what it does not say is added."""
-    facts = {**new, **there}
-    if isinstance(there.get("labels"), dict) and isinstance(new.get("labels"), dict):
-        facts["labels"] = {**new["labels"], **there["labels"]}
+    facts = {**new, **stored}
+    if isinstance(stored.get("labels"), dict) and isinstance(new.get("labels"), dict):
+        facts["labels"] = {**new["labels"], **stored["labels"]}
     for key in sorted(facts.keys() - {"name"}):
-        if key in there and key in new and facts[key] != new[key] and not _part(new[key], facts[key]):
+        if key in stored and key in new and facts[key] != new[key] and not _part(new[key], facts[key]):
             warnings.append(f"{key} of the store, {facts[key]!r}, differs from {new[key]!r} of the source and was kept")
     return facts
 
@@ -191,9 +193,9 @@ def _split(
     if several:
         warnings.append(f"{len(several)} volumes are of scans that other policies were used for too: {several[0]}, ...")
     for same, ids in again.items():
-        named = ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
-        warnings.append(f"same content as {same}, and in one split with it: {named}")
-    for wanted, share in zip(splits.SPLITS, policy.split, strict=True):
-        if share > 0 and wanted not in split.values():
-            warnings.append(f"no subject in split {wanted}: too few subjects")
+        listing = ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
+        warnings.append(f"same content as {same}, and in one split with it: {listing}")
+    for name, share in zip(splits.SPLITS, policy.split, strict=True):
+        if share > 0 and name not in split.values():
+            warnings.append(f"no subject in split {name}: too few subjects")
     return final

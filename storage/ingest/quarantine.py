@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from storage.errors import NotFound, StoreError
-from storage.objects.protocol import ByteStore
+from storage.objects import ByteStore
 
 QUARANTINE = "quarantine.jsonl"
 _TRIES = 50

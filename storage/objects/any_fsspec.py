@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from storage.errors import ConfigError, NotFound, StoreError, TomoscaleError
-from storage.objects.protocol import check_key, check_prefix, check_range, join, short
+from storage.objects.protocol import check_key, check_prefix, check_range, join, truncated
 from storage.objects.retry import RetryPolicy, TransientError, retry
 
 T = TypeVar("T")
@@ -66,7 +66,7 @@ class FsspecStore:
             return b""
         data = self._call(key, lambda: bytes(self._fs.cat_file(self._path(key), start=start, end=stop)))
         if len(data) != stop - start:
-            raise short(join(self.url, key), start, stop, start + len(data))
+            raise truncated(join(self.url, key), start, stop, start + len(data))
         return data
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:

@@ -12,15 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from storage.errors import StoreError
-from storage.objects.protocol import ByteStore, FileStore
+from storage.objects.local import FileStore
+from storage.objects.protocol import ByteStore
 
-KNOWN = frozenset({"btrfs", "ext3", "ext4", "f2fs", "nfs", "nfs4", "overlay", "tmpfs", "xfs"})
+SYNCABLE = frozenset({"btrfs", "ext3", "ext4", "f2fs", "nfs", "nfs4", "overlay", "tmpfs", "xfs"})
 """File systems on which `syncfs` is known to wait for the data and the names of files. FUSE, say, need not be told."""
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
-class Settling:
-    """What is written to one file system while this is open; `settle` forces it to the disk.
+class FileSystem:
+    """A mounted file system that is written to while this is open; `sync` forces what was written to the disk.
 
     Attributes:
         device: The file system's number, as `os.stat` tells it.
@@ -30,7 +31,7 @@ class Settling:
         self._url, self._fd = url, fd
         self.device = os.fstat(fd).st_dev
 
-    def settle(self) -> None:
+    def sync(self) -> None:
         """Return when everything written before is on the disk.
 
         Raises:
@@ -45,8 +46,8 @@ class Settling:
 
 
 @contextmanager
-def settling(store: ByteStore) -> Iterator[Settling | None]:
-    """For a local folder on a known file system something to settle by; None where every `put` has to do so itself."""
+def file_system_of(store: ByteStore) -> Iterator[FileSystem | None]:
+    """The file system of a local folder, where `syncfs` works on it; None where each `put` forces its own object."""
     if not isinstance(store, FileStore):
         yield None
         return
@@ -54,7 +55,7 @@ def settling(store: ByteStore) -> Iterator[Settling | None]:
     # Kept open: the system reports write errors to descriptors that were open when they occurred.
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        yield Settling(store.url, fd) if _kind(os.fstat(fd).st_dev) in KNOWN else None
+        yield FileSystem(store.url, fd) if _kind(os.fstat(fd).st_dev) in SYNCABLE else None
     finally:
         os.close(fd)
 
@@ -79,7 +80,7 @@ def _kind(device: int) -> str:
 
 
 def _syncfs(fd: int) -> None:
-    if sys.platform != "linux":  # no file system is known there, so that nobody asks
+    if sys.platform != "linux":  # `SYNCABLE` names none there, so that nobody asks
         raise OSError(0, "no syncfs on this system")
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.syncfs(fd) != 0:

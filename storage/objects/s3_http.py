@@ -18,7 +18,7 @@ from obstore.store import HTTPStore, S3Store
 from storage.errors import ConfigError, NotFound, NotOffered, StoreError
 from storage.fork_guard import same_process
 from storage.objects.aws import resolve
-from storage.objects.protocol import check_key, check_prefix, check_range, join, short
+from storage.objects.protocol import check_key, check_prefix, check_range, join, truncated
 from storage.objects.retry import RetryPolicy, TransientError, retry
 
 if TYPE_CHECKING:
@@ -93,9 +93,7 @@ class ObjectStore:
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[object, ...]:
-        from storage.objects.protocol import open_store
-
-        return open_store, (self.url, self._policy)
+        return open_http if self._read_only else open_s3, (self.url, self._policy)
 
     def _call(self, key: str, attempt: Callable[[], T]) -> T:
         thing = join(self.url, key)
@@ -149,12 +147,12 @@ class ObjectStore:
                 return bytes(obstore.get_range(self._store, key, start=start, end=stop))
             except exceptions.BaseError as error:
                 if _is_beyond(error):  # the object ends before `start`
-                    raise short(join(self.url, key), start, stop) from error
+                    raise truncated(join(self.url, key), start, stop) from error
                 raise
 
         data = self._call(key, attempt)
         if len(data) != stop - start:
-            raise short(join(self.url, key), start, stop, start + len(data))
+            raise truncated(join(self.url, key), start, stop, start + len(data))
         return data
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:

@@ -18,7 +18,7 @@ from storage.fork_guard import same_process
 from storage.format.codecs import DamagedError, Scratch
 from storage.format.shard_index import Index, parse_index
 from storage.format.zarr_metadata import ArrayMeta
-from storage.objects.protocol import ByteStore, join
+from storage.objects import ByteStore, join
 from storage.reading.node_cache import NodeCache, Slab
 from storage.reading.plan import Box, Need, Range, merge, needs, overlap, shards
 

@@ -11,10 +11,11 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from storage.errors import NotFound, NotOffered, StoreError
-from storage.format.manifest import Manifest, VolumeRecord, fingerprint_of, manifest_key
+from storage.format.manifest import Manifest, fingerprint_of, manifest_key
+from storage.format.records import VolumeRecord
 from storage.format.volume_writer import content_sha256, label_record, region_count
 from storage.format.zarr_metadata import parse_array
-from storage.objects.protocol import join
+from storage.objects import join
 from storage.reading.volume_store import VolumeStore
 
 

@@ -12,26 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.errors import ConfigError
-from storage.format.layout import Layout, choose_layout
-from storage.format.manifest import DEFAULT_CODECS, Manifest, Triple, VolumeRecord
-from storage.format.records import without_places
-from storage.format.volume_writer import content_sha256, label_record, write_volume
+from storage.format.manifest import Manifest
+from storage.format.records import DEFAULT_CODECS, Triple, VolumeRecord, without_places
 from storage.format.zarr_metadata import ArrayMeta, default_meta, parse_array
-from storage.objects.protocol import join, open_store
+from storage.objects import join, open_store
 from storage.reading.executor import INDEXES_KEPT, Executor, Recent, Request, Source
 from storage.reading.node_cache import NodeCache
 from storage.reading.plan import GAP, MOST, Box
-
-__all__ = [
-    "Crop",
-    "Layout",
-    "VolumeStore",
-    "choose_layout",
-    "content_sha256",
-    "label_record",
-    "padding_values",
-    "write_volume",
-]
 
 Array = npt.NDArray[Any]
 

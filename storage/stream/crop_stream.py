@@ -18,9 +18,7 @@ from storage.format.manifest import Manifest
 from storage.intensity_stats import STATS_ORDER
 from storage.reading.volume_store import Crop
 from storage.stream.plan import Cut, Plan, StreamSpec, check_spec, select
-from storage.stream.read_ahead import Ahead
-
-__all__ = ["CropSource", "CropStream", "HostBatch", "StreamSpec"]
+from storage.stream.read_ahead import ReadAhead
 
 CROPS_PER_CALL = 16
 """Crops planned in one `read_many`: enough to merge and overlap requests, few enough to bound what is in memory."""
@@ -111,9 +109,9 @@ class CropStream:
         self.indices = select(store.manifest, spec)
         plan = Plan(store.manifest, spec, self.indices, rank=rank, world=world, start=start, memory_bytes=memory_bytes)
         reader = _Reader(store, plan)
-        self._reads = Ahead(reader.read, depth=prefetch, threads=threads, name="crop-read")
+        self._reads = ReadAhead(reader.read, depth=prefetch, threads=threads, name="crop-read")
         assembler = _Assembler(plan, self._reads)
-        self._batches = Ahead(assembler.batch, depth=1, threads=1, name="crop-stack", on_stop=self._reads.stop)
+        self._batches = ReadAhead(assembler.batch, depth=1, threads=1, name="crop-stack", on_stop=self._reads.stop)
         self._yielded = 0
         self._consumed: int | None = None
 
@@ -231,7 +229,7 @@ class _Reader:
 class _Assembler:
     """Stacks batches from crops that were read for them or for an earlier batch. One thread uses it."""
 
-    def __init__(self, plan: Plan, reads: Ahead[list[_Held]]) -> None:
+    def __init__(self, plan: Plan, reads: ReadAhead[list[_Held]]) -> None:
         self._plan, self._reads = plan, reads
         self._held: dict[int, _Held] = {}
 

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.errors import ConfigError
-from storage.format.manifest import Manifest, VolumeRecord
-from storage.format.records import without_places
+from storage.format.manifest import Manifest
+from storage.format.records import VolumeRecord, without_places
 from storage.reading.volume_store import Crop
 from storage.stream import order
 

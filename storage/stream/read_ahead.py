@@ -20,7 +20,7 @@ class ClosedError(StoreError):
     """The stream was closed while, or before, something was waited for."""
 
 
-class Ahead(Generic[T]):
+class ReadAhead(Generic[T]):
     """Calls `make(0)`, `make(1)`, ... in threads, at most `depth` results ahead of `get`, which returns them in order.
 
     An exception of `make(k)` is raised by the k-th `get`, after all earlier results and never in place of one, and by

@@ -1,17 +1,24 @@
 """An HTTP proxy on loopback that misbehaves on command, to test what a client makes of a bad network or server.
 
 It stands between a client and a real server: `proxy.inject(Status(503), times=3)` answers the next three requests
-itself; everything else passes byte for byte. With `latency_s` alone it is a long way to the server, for benchmarks.
+itself; everything else passes byte for byte. With `latency_s` alone it is a long way to the server: `delayed` runs it
+so for benchmarks, in a process of its own, whose work is not counted as the client's.
 """
 
 import asyncio
 import contextlib
 import socket
 import struct
+import subprocess
+import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from storage.errors import ConfigError, StackError
 
 _LIMIT = 1 << 20
 
@@ -214,6 +221,7 @@ class FaultProxy:
         if head is None:
             raise ConnectionResetError
         writer.write(head.raw)
+        self.sent_bytes += len(head.raw)
         status = head.first.split(" ", 2)[1]
         if method == "HEAD" or status in ("204", "304") or status.startswith("1"):
             await writer.drain()
@@ -221,14 +229,16 @@ class FaultProxy:
         if head.fields.get("transfer-encoding", "").lower() == "chunked":
             while True:
                 line = await answers.readuntil(b"\r\n")
-                writer.write(line + await answers.readexactly(int(line.split(b";")[0], 16) + 2))
+                block = line + await answers.readexactly(int(line.split(b";")[0], 16) + 2)
+                writer.write(block)
+                self.sent_bytes += len(block)
                 await writer.drain()
                 if line.strip() == b"0":
                     return True
         size = int(head.fields.get("content-length", "0"))
         done = 0
         while done < size:
-            data = await answers.read(min(size - done, 1 << 16))
+            data = await answers.read(min(size - done, _LIMIT))
             if not data:
                 raise ConnectionResetError
             if isinstance(fault, Flip):
@@ -257,6 +267,60 @@ class FaultProxy:
         return True
 
 
+class ProxyProcess:
+    """A proxy in a process of its own; `endpoint` is what the client is given."""
+
+    def __init__(self, process: subprocess.Popen[bytes], endpoint: str) -> None:
+        self.endpoint, self._process = endpoint, process
+
+    def counts(self) -> tuple[int, int]:
+        """Requests seen and bytes answered so far, heads included."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(b"\n")
+        self._process.stdin.flush()
+        requests, answered = self._process.stdout.readline().split()
+        return int(requests), int(answered)
+
+
+@contextmanager
+def delayed(endpoint: str, latency_s: float) -> Iterator[ProxyProcess]:
+    """Run a proxy in front of a plain HTTP endpoint, in a process of its own.
+
+    Args:
+        latency_s: Added to every request before it is passed on.
+
+    Raises:
+        ConfigError: the endpoint is not plain HTTP, which cannot be looked into.
+        StackError: the proxy did not start.
+    """
+    parts = urlsplit(endpoint)
+    if parts.scheme != "http" or not parts.hostname:
+        raise ConfigError(endpoint, expected="a plain http:// endpoint to delay", found=parts.scheme or "no scheme")
+    target = f"http://{parts.hostname}:{parts.port or 80}"
+    command = [sys.executable, "-m", "storage.testing.fault_proxy", target, str(latency_s)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        own_endpoint = process.stdout.readline().decode().strip()
+        if not own_endpoint:
+            raise StackError("delay proxy", expected="its endpoint", found="it ended at once")
+        yield ProxyProcess(process, own_endpoint)
+    finally:
+        process.stdin.close()
+        process.wait(timeout=10)
+        process.stdout.close()
+
+
+def _serve(target: str, latency_s: float) -> None:
+    """Print the endpoint, then a line of counts for each line read; end with the standard input."""
+    with FaultProxy(target, latency_s) as proxy:
+        print(proxy.endpoint, flush=True)
+        for _ in sys.stdin:
+            print(proxy.count().total(), proxy.sent_bytes, flush=True)
+
+
 async def _head(reader: asyncio.StreamReader) -> _Head | None:
     """A request's or an answer's head; None at the end of the connection."""
     try:
@@ -281,3 +345,7 @@ def _reset(writer: asyncio.StreamWriter) -> None:
         raw = writer.get_extra_info("socket")
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1], float(sys.argv[2]))

@@ -22,8 +22,8 @@ from storage.errors import NotFound
 from storage.format.manifest import Manifest
 from storage.intensity_stats import STATS_ORDER
 from storage.reading.volume_store import Crop
-from storage.stream.crop_stream import CropSource, CropStream, HostBatch, StreamSpec
-from storage.stream.plan import select
+from storage.stream.crop_stream import CropSource, CropStream, HostBatch
+from storage.stream.plan import StreamSpec, select
 
 Row = tuple[int, int, tuple[int, ...], int, int]
 """Sample, volume, first voxel, digest of the image crop, digest of the label crop."""

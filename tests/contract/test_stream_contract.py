@@ -9,8 +9,10 @@ import pytest
 from storage.errors import CorruptChunk, NotFound, StoreError
 from storage.format.layout import Layout
 from storage.format.manifest import Manifest
-from storage.objects.protocol import open_store
-from storage.reading.volume_store import VolumeStore, padding_values, write_volume
+from storage.format.volume import Membership, Volume
+from storage.format.volume_writer import write_volume
+from storage.objects import open_store
+from storage.reading.volume_store import VolumeStore, padding_values
 from storage.stream.crop_stream import CropStream
 from storage.testing.streams import StreamContract
 from tests.kit.httpserver import served
@@ -30,15 +32,16 @@ def publish(url: str) -> None:
             write_volume(
                 store,
                 f"vol-{i:02d}",
-                array,
-                spacing_mm=(2.0, 1.0, 1.0 + i),
-                affine=np.eye(4),
-                labels={"organs": label},
+                Volume(
+                    array,
+                    spacing_mm=(2.0, 1.0, 1.0 + i),
+                    affine=np.eye(4),
+                    labels={"organs": label},
+                    scale=0.5 + i,
+                    offset=-3.0,
+                ),
+                membership=Membership(subject=f"s{i}", split="train" if i < len(SHAPES) else "test"),
                 layout=Layout((4, 4, 4), (8, 8, 8)),
-                scale=0.5 + i,
-                offset=-3.0,
-                subject=f"s{i}",
-                split="train" if i < len(SHAPES) else "test",
             )
         )
     Manifest.from_records(records, {"name": "stream-contract"}).write(store)

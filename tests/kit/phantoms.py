@@ -3,8 +3,9 @@
 import numpy as np
 
 from storage.format.manifest import Manifest
+from storage.format.volume import Membership, Provenance, Volume
 from storage.format.volume_writer import write_volume
-from storage.objects.protocol import open_store
+from storage.objects import open_store
 
 
 def write_phantoms(
@@ -23,14 +24,15 @@ def write_phantoms(
             write_volume(
                 store,
                 f"phantom-{i:03d}",
-                values.astype(np.int16)[None],
-                spacing_mm=(1.0, 1.0, 1.0),
-                affine=np.eye(4),
-                labels={label: ball.astype(np.uint8)},
-                subject=f"subject-{i:03d}",
-                split="test" if i % 4 == 3 else "train",
-                modality="MR",
-                source=f"phantom-{i:03d}",
+                Volume(
+                    values.astype(np.int16)[None],
+                    spacing_mm=(1.0, 1.0, 1.0),
+                    affine=np.eye(4),
+                    labels={label: ball.astype(np.uint8)},
+                    modality="MR",
+                ),
+                membership=Membership(subject=f"subject-{i:03d}", split="test" if i % 4 == 3 else "train"),
+                provenance=Provenance(source=f"phantom-{i:03d}"),
             )
         )
     manifest = Manifest.from_records(records, {"name": "phantoms"})

@@ -4,10 +4,10 @@ import subprocess
 import sys
 from dataclasses import replace
 
-from storage.format.manifest import VolumeRecord
+from storage.format.records import VolumeRecord
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.publish import publish
-from storage.objects.protocol import open_store
+from storage.objects import open_store
 from tests.kit.records import record
 
 

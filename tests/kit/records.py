@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from storage.format.manifest import LabelRecord, VolumeRecord
+from storage.format.records import LabelRecord, VolumeRecord
 
 
 def record(i: int = 0, **change: object) -> VolumeRecord:

@@ -14,7 +14,7 @@ import pytest
 from cluster.stack import StackInfo
 from jobs.cli import main as cli
 from jobs.cli.verbs.common import use_stack
-from storage.objects.protocol import open_store
+from storage.objects import open_store
 from tests.kit.phantoms import write_phantoms
 from tests.kit.scans import folder
 

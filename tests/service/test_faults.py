@@ -14,11 +14,13 @@ import pytest
 from storage.errors import CorruptChunk, NotFound, StoreError
 from storage.format.layout import Layout
 from storage.format.manifest import Manifest
-from storage.objects.protocol import open_store
+from storage.format.volume import Volume
+from storage.format.volume_writer import write_volume
+from storage.objects import open_store
 from storage.reading.node_cache import NodeCache
-from storage.reading.volume_store import Crop, VolumeStore, write_volume
+from storage.reading.volume_store import Crop, VolumeStore
 from storage.testing.fault_proxy import Fault, FaultProxy, Flip, Reset, Slow, Stall, Status, Truncate
-from storage.testing.stores import phantom, publish_phantoms
+from storage.testing.phantoms import phantom, publish_phantoms
 from tests.kit.s3server import READER, S3Server
 
 pytestmark = [pytest.mark.service, pytest.mark.chaos]
@@ -124,7 +126,7 @@ def test_writes_pass_through_faults(place: Place, fault: Fault, monkeypatch: pyt
     place.proxy.inject(fault, times=times, method="PUT")
     url = f"{place.url}/new"
     array = phantom((20, 20, 20))
-    record = write_volume(open_store(url), "v", array, spacing_mm=(1, 1, 1), affine=np.eye(4))
+    record = write_volume(open_store(url), "v", Volume(array, spacing_mm=(1, 1, 1), affine=np.eye(4)))
     Manifest.from_records([record]).write(open_store(url))
     with VolumeStore(url) as store:
         np.testing.assert_array_equal(store.read_volume("v"), array)

@@ -21,7 +21,7 @@ from jobs.tracking import runs as tracking
 from ssl_core.config import parse
 from ssl_core.train import checkpoint
 from storage.errors import StackError
-from storage.objects.protocol import open_store
+from storage.objects import open_store
 from tests.kit.ahead import Ahead
 from tests.kit.phantoms import write_phantoms
 

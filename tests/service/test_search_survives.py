@@ -15,7 +15,7 @@ from jobs.configs import FinetuneJobConfig, PretrainConfig, TuneConfig
 from jobs.tracking import models as registry
 from jobs.tracking import runs as tracking
 from ssl_core.config import parse
-from storage.objects.protocol import open_store
+from storage.objects import open_store
 from tests.kit.ahead import Ahead
 
 pytestmark = [pytest.mark.service, pytest.mark.chaos, pytest.mark.timeout(1200)]

@@ -14,10 +14,11 @@ import zarr
 from storage.errors import StoreError
 from storage.format.layout import Layout
 from storage.format.manifest import Manifest
-from storage.objects.protocol import ByteStore, open_store
+from storage.objects import ByteStore, open_store
 from storage.reading.verify import verify
 from storage.reading.volume_store import VolumeStore
-from storage.testing.stores import StoreContract, phantom_label, publish_phantoms
+from storage.testing.phantoms import phantom_label, publish_phantoms
+from storage.testing.stores import StoreContract
 from tests.kit.publishers import appended, together
 from tests.kit.s3server import ADMIN, READER, S3Server
 

@@ -11,7 +11,7 @@ from jobs.configs import PretrainConfig
 from ssl_core.config import parse
 from ssl_core.superpixels.settings import Superpixels
 from storage.format.manifest import Manifest
-from storage.objects.protocol import open_store
+from storage.objects import open_store
 from tests.kit.phantoms import write_phantoms
 
 pytestmark = [pytest.mark.service, pytest.mark.timeout(1200)]

@@ -35,7 +35,8 @@ from ssl_core.views.make import make_views
 from ssl_core.views.types import ViewBatch, ViewSpec
 from storage.errors import ConfigError
 from storage.reading.volume_store import VolumeStore
-from storage.stream.crop_stream import CropStream, HostBatch, StreamSpec
+from storage.stream.crop_stream import CropStream, HostBatch
+from storage.stream.plan import StreamSpec
 
 Triple = tuple[int, int, int]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}

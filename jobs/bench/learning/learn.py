@@ -45,7 +45,8 @@ from storage.errors import ConfigError
 from storage.ingest import derived_maps as derive
 from storage.ingest import pipeline as ingest
 from storage.reading.volume_store import VolumeStore
-from storage.stream.crop_stream import CropStream, HostBatch, StreamSpec
+from storage.stream.crop_stream import CropStream, HostBatch
+from storage.stream.plan import StreamSpec
 
 LABEL = "label"
 FIXED_BATCHES = 16

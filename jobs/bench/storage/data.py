@@ -17,8 +17,10 @@ from scipy import ndimage
 from storage.errors import ConfigError
 from storage.format.layout import choose_layout
 from storage.format.manifest import Manifest
-from storage.objects.protocol import join, open_store
-from storage.reading.volume_store import write_volume
+from storage.format.volume import Membership
+from storage.format.volume import Volume as StoredVolume
+from storage.format.volume_writer import write_volume
+from storage.objects import join, open_store
 
 Volume = npt.NDArray[np.int16]
 Triple = tuple[int, int, int]
@@ -124,11 +126,9 @@ def write_tomoscale(data: DataSet, folder: Path) -> None:
         write_volume(
             store,
             name,
-            array[None],
-            spacing_mm=(1.0, 1.0, 1.0),
-            affine=np.eye(4),
+            StoredVolume(array[None], spacing_mm=(1.0, 1.0, 1.0), affine=np.eye(4)),
+            membership=Membership(split="train"),
             layout=choose_layout(_shape(array), data.crop_DHW),
-            split="train",
         )
         for name, array in data.volumes.items()
     ]

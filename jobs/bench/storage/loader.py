@@ -17,14 +17,15 @@ import numpy as np
 from jobs.bench import measure
 from jobs.bench.storage import data as bench_data
 from jobs.bench.storage.data import DataSet, Layouts
-from jobs.bench.storage.proxy import delayed
-from storage.format.manifest import Manifest, VolumeRecord
+from storage.format.manifest import Manifest
+from storage.format.records import VolumeRecord
 from storage.intensity_stats import STATS_ORDER
-from storage.objects.protocol import join, open_store
+from storage.objects import join, open_store
 from storage.reading.node_cache import NodeCache
 from storage.reading.volume_store import VolumeStore
-from storage.stream.crop_stream import CropStream, StreamSpec
-from storage.stream.plan import Plan, select
+from storage.stream.crop_stream import CropStream
+from storage.stream.plan import Plan, StreamSpec, select
+from storage.testing.fault_proxy import delayed
 
 COLUMNS = {
     "where": "from",
@@ -285,5 +286,5 @@ def _behind(delay_ms: float) -> Iterator[None]:
     if not delay_ms:
         yield
         return
-    with delayed(str(measure.s3_endpoint()), delay_ms) as proxy, measure.s3_environment(proxy.endpoint):
+    with delayed(str(measure.s3_endpoint()), delay_ms / 1000) as proxy, measure.s3_environment(proxy.endpoint):
         yield

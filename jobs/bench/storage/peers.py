@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from jobs.bench.storage.data import Layouts, Triple
+from storage.objects import open_store
 from storage.objects.aws import resolve
-from storage.objects.protocol import open_store
 from storage.reading.node_cache import NodeCache
 from storage.reading.volume_store import Crop, VolumeStore
 

@@ -25,9 +25,9 @@ from jobs.bench import measure
 from jobs.bench.storage import data as bench_data
 from jobs.bench.storage.data import WRITERS, DataSet, Layouts, Writer
 from jobs.bench.storage.peers import PEERS, Peer, Reader, Want
-from jobs.bench.storage.proxy import Proxy, delayed
 from storage.errors import StoreError
-from storage.objects.protocol import join
+from storage.objects import join
+from storage.testing.fault_proxy import ProxyProcess, delayed
 
 COLUMNS = {
     "data": "data",
@@ -271,7 +271,7 @@ class _Run:
         return sorted(self._rows.values(), key=lambda r: (("s3", "cache", "local").index(r.where), r.delay_ms))
 
     @contextmanager
-    def _delayed(self, delay: float, skipped: dict[str, str]) -> Iterator[Proxy | None]:
+    def _delayed(self, delay: float, skipped: dict[str, str]) -> Iterator[ProxyProcess | None]:
         endpoint = measure.s3_endpoint()
         if not delay:
             yield None
@@ -279,10 +279,10 @@ class _Run:
             skipped[f"delay of {delay:g} ms"] = "the S3 endpoint is not plain http, so no proxy can stand before it"
             yield None
         else:
-            with delayed(endpoint, delay) as proxy, measure.s3_environment(proxy.endpoint):
+            with delayed(endpoint, delay / 1000) as proxy, measure.s3_environment(proxy.endpoint):
                 yield proxy
 
-    def _round(self, peer: Peer, k: int, delay: float, proxy: Proxy | None) -> None:
+    def _round(self, peer: Peer, k: int, delay: float, proxy: ProxyProcess | None) -> None:
         first, *wants = self._at.data.crops(self._size.crops + 1, seed=k)
         for in_flight in peer.in_flight:
             if peer.where == "local" and in_flight != peer.in_flight[0]:
@@ -299,7 +299,7 @@ class _Run:
                         elif state == "cold":
                             known = wants[:done]
 
-    def _pass(self, reader: Reader, wants: Sequence[Want], row: _Row, proxy: Proxy | None) -> int:
+    def _pass(self, reader: Reader, wants: Sequence[Want], row: _Row, proxy: ProxyProcess | None) -> int:
         """How many crops were read until the time was up."""
         before = proxy.counts() if proxy else (0, 0)
         done, cpu, began = 0, time.process_time(), time.perf_counter()

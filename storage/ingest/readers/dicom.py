@@ -14,6 +14,7 @@ Positions: DICOM PS3.3 C.7.6.2.1.1 (Image Plane); frames: C.7.6.16 (Multi-frame 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,10 @@ from pydicom.errors import BytesLengthException
 from storage import geometry
 from storage.errors import RefusedInput
 from storage.ingest.deidentify import allowed_facts
-from storage.ingest.readers.dicom_series import DAMAGED
+from storage.ingest.readers.dicom_seg import read_segmentation
+from storage.ingest.readers.dicom_series import DAMAGED, discover_dicom
 from storage.ingest.readers.raw import Affine, Array, RawVolume, ReadPolicy, check_size
+from storage.ingest.readers.reader import Grouping
 
 READER = f"pydicom/{pydicom.__version__}"
 POSITION_TOLERANCE = 0.01
@@ -47,6 +50,30 @@ class Slice:
     intercept: float
     order: tuple[float, float, int, int]
     along: float = 0.0
+
+
+class DicomReader:
+    """See `Reader`. One volume a series, told by its files' content; segmentations are its label maps."""
+
+    def group(self, files: list[Path], top: Path) -> Grouping:
+        """See `discover_dicom`."""
+        return discover_dicom(files, top)
+
+    def parts(self, path: str) -> list[str]:
+        """A slice is whole."""
+        return []
+
+    def labels_inside(self, path: str) -> list[str]:
+        """A series holds none."""
+        return []
+
+    def read(self, files: Sequence[str], policy: ReadPolicy, thing: str) -> RawVolume:
+        """See `read_series`."""
+        return read_series(files, policy, thing)
+
+    def read_label(self, path: str, policy: ReadPolicy, image: RawVolume) -> RawVolume:
+        """See `read_segmentation`."""
+        return read_segmentation(path, image)
 
 
 def read_series(files: Sequence[str], policy: ReadPolicy, thing: str) -> RawVolume:

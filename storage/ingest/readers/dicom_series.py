@@ -14,7 +14,8 @@ from typing import Any
 import pydicom
 from pydicom.errors import BytesLengthException, InvalidDicomError
 
-from storage.ingest.discover import IngestItem, Orphan
+from storage.ingest.items import IngestItem, Orphan
+from storage.ingest.readers.reader import Grouping
 
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 """Storage of segmentations, and of those as label maps, which are no images either."""
@@ -56,7 +57,7 @@ class _Series:
     kinds: set[str] = field(default_factory=set)
 
 
-def discover_dicom(files: list[Path], top: Path) -> tuple[list[IngestItem], list[Orphan], list[Path]]:
+def discover_dicom(files: list[Path], top: Path) -> Grouping:
     """Group files into series, and segmentations with the series they refer to.
 
     Returns:
@@ -110,7 +111,7 @@ def discover_dicom(files: list[Path], top: Path) -> tuple[list[IngestItem], list
         else:
             labels[referenced] = path
     items = [_item(uid, entry, labels.get(uid), top) for uid, entry in sorted(series.items())]
-    return items, orphans, left
+    return Grouping(items, orphans, left)
 
 
 def header(path: Path) -> Any | None:

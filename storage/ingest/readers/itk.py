@@ -1,10 +1,12 @@
-"""NRRD, MHA and MHD through SimpleITK; MGZ and MGH through nibabel.
+"""NRRD, MHA and MHD through SimpleITK.
 
 What SimpleITK passes over in silence is looked up here: units of length, lengths that are not stored, checksums, and
 whether there are as many files as slices.
 """
 
+import fnmatch
 import math
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -12,18 +14,25 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import SimpleITK
-from isal import igzip, isal_zlib
+from isal import isal_zlib
 
 from storage import geometry
 from storage.errors import RefusedInput
-from storage.ingest.readers.raw import Affine, Array, RawVolume, ReadPolicy, check_size, read_bytes
+from storage.ingest.readers.raw import (
+    Affine,
+    Array,
+    RawVolume,
+    ReadPolicy,
+    check_size,
+    last_line,
+    pick_series,
+    read_bytes,
+)
+from storage.ingest.readers.reader import FileReader
 
 _itk: Any = SimpleITK  # untyped
-_mgh: Any = nib.freesurfer
-_gunzip: Any = igzip.decompress
 _inflate: Any = isal_zlib.decompressobj
 _gzip_error: Any = isal_zlib.error
 READER = f"simpleitk/{_itk.Version.VersionString()}"
@@ -36,6 +45,7 @@ _TO_RAS = {
 }
 _TO_MM = {"m": 1e3, "cm": 10.0, "mm": 1.0, "um": 1e-3, "nm": 1e-6}
 _TO_MM |= {"meter": 1e3, "centimeter": 10.0, "millimeter": 1.0, "micrometer": 1e-3, "micron": 1e-3, "nanometer": 1e-6}
+_NAMED_FILE = re.compile(rb"^\s*(?:ElementDataFile\s*=|data ?file\s*:)\s*(.*?)\s*$", re.IGNORECASE | re.MULTILINE)
 _HEADER_BYTES = 1 << 16
 _AT_ONCE = 1 << 20
 _UNITS = re.compile(r"^(space units|units)\s*:(.*)$|^\s*(DistanceUnits)\s*=(.*)$", re.MULTILINE)
@@ -46,6 +56,21 @@ _GZIP = b"\x1f\x8b"
 _BIG_ENDIAN = re.compile(r"^\s*(?:BinaryData|Element)ByteOrderMSB\s*=\s*[Tt1]", re.MULTILINE)
 _DATA_FILE = re.compile(rb"^\s*ElementDataFile\s*=[ \t]*(.*?)[ \t\r]*(?:\n|\Z)", re.MULTILINE)
 _LENGTHS = re.compile(r"^(?:spacings|space directions)\s*:|^\s*Element(?:Spacing|Size)\s*=", re.MULTILINE)
+
+
+class ItkReader(FileReader):
+    """See `Reader`."""
+
+    def read_file(self, path: str, policy: ReadPolicy) -> RawVolume:
+        """See `read_itk`."""
+        return read_itk(path, policy)
+
+    def parts(self, path: str) -> list[str]:
+        """The pixel files that a detached header names, or implies by its own name."""
+        stem, _, suffix = path.rpartition(".")
+        if suffix.lower() not in ("mhd", "nhdr"):
+            return []
+        return [*(f"{stem}.{end}" for end in ("raw", "zraw", "raw.gz", "img")), *_named_files(Path(path))]
 
 
 def read_itk(path: str, policy: ReadPolicy) -> RawVolume:
@@ -66,7 +91,7 @@ def read_itk(path: str, policy: ReadPolicy) -> RawVolume:
         raise RefusedInput(
             path,
             expected="a readable NRRD or MetaImage volume",
-            found=_reason(error),
+            found=last_line(error),
             remedy="the file is truncated, damaged or another format",
         ) from error
     notes: list[str] = []
@@ -92,62 +117,6 @@ def read_itk(path: str, policy: ReadPolicy) -> RawVolume:
         array = pick_series(path, array, policy, notes)
     affine = _affine(path, header, image, notes)
     return RawVolume(array, geometry.check_affine(affine, path), READER, _modality(image), notes)
-
-
-def read_mgz(path: str, policy: ReadPolicy) -> RawVolume:
-    """Read one FreeSurfer volume.
-
-    Raises:
-        RefusedInput: names the file and what is wrong with it.
-    """
-    try:
-        check_size(path, tuple(_mgh.MGHImage.from_filename(path).shape), policy)
-        data = read_bytes(path)
-        if data[:2] == _GZIP:  # to its end and so to its checksum, before which nibabel stops
-            data = _gunzip(data)
-        image: Any = _mgh.MGHImage.from_bytes(data)
-        array: Array = np.asarray(image.dataobj)
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        _gzip_error,
-        nib.filebasedimages.ImageFileError,
-        nib.spatialimages.HeaderDataError,
-    ) as error:
-        raise RefusedInput(
-            path,
-            expected="a readable MGH or MGZ volume",
-            found=_reason(error),
-            remedy="the file is truncated or damaged",
-        ) from error
-    if array.ndim < 3:
-        raise RefusedInput(path, expected="three axes", found=f"shape {array.shape}")
-    notes: list[str] = []
-    if data[28:30] == b"\0\0":  # a flag that nibabel sets where it is not
-        notes.append("no valid geometry stored (goodRASFlag 0): 1 mm voxels and FreeSurfer's coronal axes assumed")
-    array = array.T.reshape(-1, *array.shape[2::-1])
-    if len(array) > 1:
-        array = pick_series(path, array, policy, notes)
-    affine = geometry.check_affine(np.asarray(image.affine, np.float64), path)
-    return RawVolume(array, affine, f"nibabel/{nib.__version__}", notes=notes)
-
-
-def pick_series(path: str, array_CDHW: Array, policy: ReadPolicy, notes: list[str]) -> Array:
-    """Apply the policy for several volumes in one file."""
-    series = len(array_CDHW)
-    if policy.four_d == "refuse":
-        raise RefusedInput(
-            path,
-            expected="one volume",
-            found=f"a series of {series}, each of shape {array_CDHW.shape[1:]}",
-            remedy="set read.four_d to first (take the first volume) or channels (take all as channels)",
-        )
-    if policy.four_d == "first":
-        notes.append(f"first of {series} volumes")
-        return array_CDHW[:1]
-    notes.append(f"{series} volumes taken as channels")
-    return array_CDHW
 
 
 def _affine(path: str, header: str, image: Any, notes: list[str]) -> Affine:
@@ -298,8 +267,22 @@ def _modality(image: Any) -> str:
     return known.get(value, "")
 
 
-def _reason(error: BaseException) -> str:
-    """The last line of a library's message, without the path of its own sources."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[-1] if lines else type(error).__name__
-    return text.rpartition("ERROR: ")[2][:200]
+def _named_files(header: Path) -> list[str]:
+    """Files that a MetaImage or NRRD header takes its voxels from, which may be called anything."""
+    try:
+        text = header.read_bytes()[: 1 << 20]
+    except OSError as error:
+        raise RefusedInput(str(header), expected="a readable file", found=error.strerror or "none") from error
+    match = _NAMED_FILE.search(text)
+    if match is None:
+        return []
+    value = match[1].decode("utf-8", "replace")
+    if value.upper().startswith("LIST"):
+        names = text[match.end() :].decode("utf-8", "replace").splitlines()
+        return [os.path.join(header.parent, name.strip()) for name in names if name.strip()]
+    if "%" in value:  # a numbered series, as in `slice%03d.raw 1 20 1`: every file that it could mean
+        folder, pattern = os.path.split(os.path.join(header.parent, value.split(" ")[0]))
+        if os.path.isdir(folder):
+            names = fnmatch.filter(sorted(os.listdir(folder)), re.sub(r"%\d*[a-z]", "*", pattern))
+            return [os.path.join(folder, name) for name in names]
+    return [os.path.join(header.parent, value)]

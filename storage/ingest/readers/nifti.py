@@ -17,12 +17,26 @@ from isal import igzip, isal_zlib
 from storage import geometry
 from storage.errors import RefusedInput
 from storage.ingest.readers.raw import Affine, Array, RawVolume, ReadPolicy, check_size, read_bytes
+from storage.ingest.readers.reader import FileReader
 
 READER = "nifti/1"
+PIXEL_SUFFIXES = (".img", ".img.gz")
 _EXPECTED = "a NIfTI-1 or NIfTI-2 volume"
 _gzip_file: Any = igzip.IGzipFile  # untyped
 _gzip_error: Any = isal_zlib.error
 _TO_MM = {"meter": 1e3, "mm": 1.0, "micron": 1e-3, "unknown": 1.0}
+
+
+class NiftiReader(FileReader):
+    """See `Reader`."""
+
+    def read_file(self, path: str, policy: ReadPolicy) -> RawVolume:
+        """See `read_nifti`."""
+        return read_nifti(path, policy)
+
+    def parts(self, path: str) -> list[str]:
+        """The pixel file beside a header."""
+        return [path[:-4] + end for end in PIXEL_SUFFIXES] if path.lower().endswith(".hdr") else []
 
 
 def read_nifti(path: str, policy: ReadPolicy) -> RawVolume:
@@ -33,7 +47,7 @@ def read_nifti(path: str, policy: ReadPolicy) -> RawVolume:
     """
     pixels = path
     if path.lower().endswith(".hdr"):
-        pixels = next((p for end in (".img", ".img.gz") if Path(p := path[:-4] + end).exists()), "")
+        pixels = next((p for end in PIXEL_SUFFIXES if Path(p := path[:-4] + end).exists()), "")
         if not pixels:
             raise RefusedInput(path, expected="an .img or .img.gz file beside it", found="none")
     with _Source(path) as source:

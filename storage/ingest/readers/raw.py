@@ -1,6 +1,5 @@
 """What every reader returns, and the choices a reader must be told."""
 
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -78,21 +77,6 @@ def read_bytes(path: str) -> bytes:
         raise RefusedInput(path, expected="a readable file", found=error.strerror or type(error).__name__) from error
 
 
-def file_digest(path: str) -> str:
-    """SHA-256 of a file, or of every file of a folder with its relative name, in hex."""
-    digest = hashlib.sha256()
-    root = Path(path)
-    try:
-        if root.is_dir():
-            for part in sorted(p for p in root.rglob("*") if p.is_file()):
-                digest.update(f"{part.relative_to(root).as_posix()}\0{file_digest(str(part))}\n".encode())
-            return digest.hexdigest()
-        with root.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise RefusedInput(path, expected="a readable file", found=error.strerror or type(error).__name__) from error
-
-
 def check_size(thing: str, shape: tuple[int, ...], policy: ReadPolicy) -> None:
     """Refuse empty and oversized shapes before anything of their size is allocated."""
     voxels = 1
@@ -107,3 +91,27 @@ def check_size(thing: str, shape: tuple[int, ...], policy: ReadPolicy) -> None:
             found=f"shape {shape}, {voxels:,} voxels",
             remedy="raise read.max_voxels where a task may use about 26 bytes a voxel",
         )
+
+
+def pick_series(path: str, array_CDHW: Array, policy: ReadPolicy, notes: list[str]) -> Array:
+    """Apply the policy for several volumes in one file."""
+    series = len(array_CDHW)
+    if policy.four_d == "refuse":
+        raise RefusedInput(
+            path,
+            expected="one volume",
+            found=f"a series of {series}, each of shape {array_CDHW.shape[1:]}",
+            remedy="set read.four_d to first (take the first volume) or channels (take all as channels)",
+        )
+    if policy.four_d == "first":
+        notes.append(f"first of {series} volumes")
+        return array_CDHW[:1]
+    notes.append(f"{series} volumes taken as channels")
+    return array_CDHW
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of a library's message, without the path of its own sources."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[-1] if lines else type(error).__name__
+    return text.rpartition("ERROR: ")[2][:200]

@@ -7,8 +7,10 @@ import numpy as np
 
 from storage import geometry
 from storage.errors import ConfigError, RefusedInput
-from storage.ingest.discover import SUFFIXES, IngestItem, discover, split_name
+from storage.ingest.discover import discover
+from storage.ingest.items import IngestItem
 from storage.ingest.readers.raw import Array, RawVolume, ReadPolicy
+from storage.ingest.readers.registry import format_of, format_of_suffix, split_name
 
 _EXACT = 2**53
 
@@ -23,38 +25,37 @@ def read_any(path: str, policy: ReadPolicy | None = None) -> RawVolume:
     policy = policy or ReadPolicy()
     suffix = split_name(Path(path).name)[1]
     if suffix and Path(path).exists():
-        return _checked(path, _read_one(path, SUFFIXES[suffix], policy), policy)
-    found = discover(path)
-    if len(found.items) > 1:
-        names = ", ".join(item.name for item in found.items[:4])
+        return _checked(path, format_of_suffix(suffix).reader.read((path,), policy, path), policy)
+    items = discover(path).items
+    if len(items) > 1:
+        names = ", ".join(item.name for item in items[:4])
         raise ConfigError(
             path,
             expected="one volume",
-            found=f"{len(found.items)}: {names}",
+            found=f"{len(items)}: {names}",
             remedy="ingest the folder, or name one file",
         )
-    return read_item(found.items[0], policy)
+    return read_item(items[0], policy)
 
 
 def read_item(item: IngestItem, policy: ReadPolicy) -> RawVolume:
-    """Read the image of an item; several channel files must share one grid.
+    """Read the image of an item: its series of files, or a file for each channel, which must share one grid.
 
     Raises:
         RefusedInput: names the file and what is wrong with it.
     """
-    if item.kind == "dicom":
-        from storage.ingest.readers.dicom import read_series  # pydicom costs start-up time
-
-        return _checked(item.source, read_series(item.images, policy, item.source), policy)
+    reader = format_of(item.kind).reader
+    if not item.channels:
+        return _checked(item.source, reader.read(item.images, policy, item.source), policy)
     expected = tuple(f"{number:04d}" for number in range(len(item.images)))
-    if item.channels and item.channels != expected:
+    if item.channels != expected:
         raise RefusedInput(
             item.source,
             expected=f"channels {', '.join(expected)} in file names",
             found=", ".join(item.channels),
             remedy="a channel is missing, or counted from another number: another channel would stand in its place",
         )
-    volumes = [_checked(path, _read_one(path, item.kind, policy), policy) for path in item.images]
+    volumes = [_checked(path, reader.read((path,), policy, path), policy) for path in item.images]
     first = volumes[0]
     if len(volumes) == 1:
         return first
@@ -65,12 +66,13 @@ def read_item(item: IngestItem, policy: ReadPolicy) -> RawVolume:
     return replace(first, array_CDHW=array, notes=notes)
 
 
-def read_label(path: str, policy: ReadPolicy, image: RawVolume) -> RawVolume:
-    """Read a label map: one channel of whole, non-negative numbers.
+def read_label(item: IngestItem, policy: ReadPolicy, image: RawVolume) -> RawVolume | None:
+    """Read the label map of an item, one channel of whole, non-negative numbers; None where it has none.
 
     Args:
-        image: What it labels; a DICOM segmentation lists only some planes and is laid out on the image's grid, and a
-            map inside an OME-Zarr image shares its place.
+        image: The item's image, as read. A map that has no suffix of its own is read by the image's reader: a DICOM
+            segmentation lists only some planes and is laid out on the image's grid, and a map inside an OME-Zarr image
+            shares its place.
 
     Returns:
         The volume with `array_CDHW` as uint8 where the values allow it, else int32.
@@ -78,17 +80,12 @@ def read_label(path: str, policy: ReadPolicy, image: RawVolume) -> RawVolume:
     Raises:
         RefusedInput: values that are no labels, or several channels.
     """
+    if item.label is None:
+        return None
+    path = item.label
     suffix = split_name(Path(path).name)[1]
-    if suffix:
-        raw = _read_one(path, SUFFIXES[suffix], policy)
-    elif Path(path).is_dir():
-        from storage.ingest.readers.zarr_folder import read_own_label
-
-        raw = read_own_label(path, policy, image)
-    else:
-        from storage.ingest.readers.dicom_seg import read_segmentation
-
-        return read_segmentation(path, image)
+    form = format_of_suffix(suffix) if suffix else format_of(item.kind)
+    raw = form.reader.read_label(path, policy, image)
     array = raw.array_CDHW
     if len(array) != 1:
         raise RefusedInput(path, expected="one label map", found=f"{len(array)} channels")
@@ -122,20 +119,6 @@ def check_same_grid(path: str, other: RawVolume, first: RawVolume, tolerance: fl
     apart = geometry.corner_distance(other.affine, first.affine, (shape[1], shape[2], shape[3]))
     if apart > tolerance * min(geometry.spacing_dhw(first.affine)):
         raise RefusedInput(path, expected="the affine of its other channels", found=f"corners {apart:.3g} mm apart")
-
-
-def _read_one(path: str, kind: str, policy: ReadPolicy) -> RawVolume:
-    if kind == "nifti":
-        from storage.ingest.readers.nifti import read_nifti
-
-        return read_nifti(path, policy)
-    if kind == "zarr":
-        from storage.ingest.readers.zarr_folder import read_zarr
-
-        return read_zarr(path, policy)
-    from storage.ingest.readers.itk import read_itk, read_mgz
-
-    return read_mgz(path, policy) if kind == "mgz" else read_itk(path, policy)
 
 
 def _checked(thing: str, raw: RawVolume, policy: ReadPolicy) -> RawVolume:

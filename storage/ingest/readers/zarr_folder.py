@@ -4,6 +4,8 @@ OME-Zarr says spacing and translation but no orientation: axes z, y, x are taken
 anterior and right, unless the group carries an affine as this project writes it.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,12 @@ import zarr
 
 from storage import geometry
 from storage.errors import RefusedInput
-from storage.ingest.readers.itk import pick_series
-from storage.ingest.readers.raw import Affine, Array, RawVolume, ReadPolicy, check_size
+from storage.ingest.readers.raw import Affine, Array, RawVolume, ReadPolicy, check_size, pick_series
+from storage.ingest.readers.reader import FileReader
 
 READER = f"zarr/{zarr.__version__}"
+_COMPUTED = "superpixels-"
+"""How maps begin that this project computed and lists among the labels of an image."""
 _TO_MM = {
     "meter": 1e3,
     "decimeter": 100.0,
@@ -25,6 +29,31 @@ _TO_MM = {
     "angstrom": 1e-7,
     "inch": 25.4,
 }
+
+
+class ZarrReader(FileReader):
+    """See `Reader`."""
+
+    def read_file(self, path: str, policy: ReadPolicy) -> RawVolume:
+        """See `read_zarr`."""
+        return read_zarr(path, policy)
+
+    def labels_inside(self, path: str) -> list[str]:
+        """The label maps that an OME-Zarr image lists, of version 0.5 or 0.4."""
+        for name in ("zarr.json", ".zattrs"):
+            try:
+                document = json.loads((Path(path) / "labels" / name).read_bytes())
+                attributes = document["attributes"]["ome"] if name == "zarr.json" else document
+                names = sorted(str(label) for label in attributes["labels"])
+            except (OSError, ValueError, LookupError, TypeError):
+                continue
+            return [f"{path}/labels/{name}" for name in names if not name.startswith(_COMPUTED) and ".." not in name]
+        return []
+
+    def read_label(self, path: str, policy: ReadPolicy, image: RawVolume) -> RawVolume:
+        """Read a map of its own, or one inside the image."""
+        own = not path.lower().endswith(".zarr")
+        return read_own_label(path, policy, image) if own else read_zarr(path, policy)
 
 
 def read_zarr(path: str, policy: ReadPolicy) -> RawVolume:
@@ -81,9 +110,9 @@ def read_zarr(path: str, policy: ReadPolicy) -> RawVolume:
 
 def _count_chunks(array: Any, notes: list[str]) -> None:
     """Say how much of an array no file holds: Zarr may leave out what is empty, and a copy may lose more."""
-    there, wanted = array.nchunks_initialized, array.nchunks
-    if there < wanted:
-        notes.append(f"{wanted - there} of {wanted} chunks are not stored and were read as {array.fill_value}")
+    stored, total = array.nchunks_initialized, array.nchunks
+    if stored < total:
+        notes.append(f"{total - stored} of {total} chunks are not stored and were read as {array.fill_value}")
 
 
 def read_own_label(path: str, policy: ReadPolicy, image: RawVolume) -> RawVolume:

@@ -31,13 +31,14 @@ from storage.ingest.discover import discover
 from storage.ingest.pipeline import run
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.prepare import prepare as ingest
-from storage.ingest.readers import ReadPolicy
+from storage.ingest.readers.raw import ReadPolicy
 from storage.intensity_stats import STATS_ORDER, channel_foreground, foreground_stats
-from storage.objects.protocol import open_store
+from storage.objects import open_store
 from storage.reading.verify import verify
 from storage.reading.volume_store import Crop, VolumeStore
-from storage.stream.crop_stream import CropStream, StreamSpec
-from storage.testing.stores import publish_phantoms
+from storage.stream.crop_stream import CropStream
+from storage.stream.plan import StreamSpec
+from storage.testing.phantoms import publish_phantoms
 from tests.kit.records import record
 from tests.kit.scans import disc, phantom, save_nifti
 

@@ -17,9 +17,10 @@ from jobs.tracking import bundles as bundling
 from ssl_core.downstream.finetune import Start, build_segmenter
 from storage.errors import CorruptChunk, TomoscaleError
 from storage.format.manifest import Manifest
-from storage.objects.protocol import open_store
+from storage.objects import open_store
 from storage.reading.volume_store import VolumeStore
-from storage.stream.crop_stream import CropStream, StreamSpec
+from storage.stream.crop_stream import CropStream
+from storage.stream.plan import StreamSpec
 from storage.testing.streams import rows
 from tests.kit.phantoms import write_phantoms
 from tests.kit.pretraining import config, train

@@ -11,8 +11,9 @@ from jobs.labelled import Subjects, draw, value_names
 from ssl_core.config import parse
 from storage.errors import ConfigError, RefusedInput
 from storage.format.manifest import Manifest
+from storage.format.volume import Membership, Provenance, Volume
 from storage.format.volume_writer import write_volume
-from storage.objects.protocol import open_store
+from storage.objects import open_store
 
 Maker = Callable[..., Manifest]
 
@@ -29,13 +30,14 @@ def manifest() -> Manifest:
                 write_volume(
                     store,
                     f"s{i:02d}{visit}",
-                    values,
-                    spacing_mm=(1.0, 1.0, 1.0),
-                    affine=np.eye(4),
-                    labels={} if i in (8, 9) else {"label": (values[0] > 30).astype(np.uint8)},
-                    subject=f"s{i:02d}",
-                    split="test" if i >= 10 else "train",
-                    source=f"s{i:02d}{visit}",
+                    Volume(
+                        values,
+                        spacing_mm=(1.0, 1.0, 1.0),
+                        affine=np.eye(4),
+                        labels={} if i in (8, 9) else {"label": (values[0] > 30).astype(np.uint8)},
+                    ),
+                    membership=Membership(subject=f"s{i:02d}", split="test" if i >= 10 else "train"),
+                    provenance=Provenance(source=f"s{i:02d}{visit}"),
                 )
             )
     return Manifest.from_records(records, {"name": "t"})

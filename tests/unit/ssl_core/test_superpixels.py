@@ -11,9 +11,10 @@ from sklearn.metrics import adjusted_rand_score
 from ssl_core.superpixels.segment import felzenszwalb_nd, of_volume, superpixels
 from ssl_core.superpixels.settings import Superpixels
 from storage.errors import RefusedInput
-from storage.format.manifest import VolumeRecord
+from storage.format.records import VolumeRecord
+from storage.format.volume import Volume
 from storage.format.volume_writer import write_volume
-from storage.objects.protocol import MemoryStore
+from storage.objects.memory import MemoryStore
 
 
 def phantom(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -99,7 +100,11 @@ def test_images_that_would_be_misread_are_refused(image: np.ndarray) -> None:
 
 def record(low: float, high: float) -> VolumeRecord:
     image = np.zeros((1, 2, 4, 4), np.int16)
-    made = write_volume(MemoryStore("memory://superpixels"), "v", image, spacing_mm=(1, 1, 1), affine=np.eye(4))
+    made = write_volume(
+        MemoryStore("memory://superpixels"),
+        "v",
+        Volume(image, spacing_mm=(1, 1, 1), affine=np.eye(4)),
+    )
     return replace(made, scale=2.0, offset=-10.0, stats=({"p0_5": low, "p99_5": high},))
 
 

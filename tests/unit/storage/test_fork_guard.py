@@ -4,13 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from storage.testing.stores import publish_phantoms
+from storage.testing.phantoms import publish_phantoms
 from tests.kit.httpserver import served
 
 # A process of its own, since a fork of this one would carry the tests' threads into its end.
 _SCRIPT = """
 import os, signal, sys
-from storage.objects.protocol import open_store
+from storage.objects import open_store
 from storage.errors import StoreError
 from storage.stream.crop_stream import CropStream, StreamSpec
 from storage.reading.volume_store import Crop, VolumeStore

@@ -1,9 +1,7 @@
-import http.server
 import json
 import threading
 import time
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ import pytest
 from jobs.bench import measure
 from jobs.bench.storage import data, loader, reads
 from jobs.bench.storage.peers import PEERS, Peer, Reader
-from jobs.bench.storage.proxy import delayed
 from jobs.bench.storage.torch_peers import TORCH_PEERS, TORCH_WRITERS
 from storage.errors import ConfigError, StoreError
 
@@ -194,52 +191,6 @@ def test_a_table_shows_spreads_and_gaps() -> None:
     assert len({len(line) for line in lines}) == 1
 
 
-@pytest.fixture
-def server() -> Iterator[str]:
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", "1000")
-            self.end_headers()
-            self.wfile.write(b"x" * 1000)
-
-        def log_message(self, format: str, *args: Any) -> None: ...
-
-    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=web.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{web.server_port}"
-    web.shutdown()
-    web.server_close()
-    thread.join()
-
-
-def _get(url: str) -> float:
-    began = time.perf_counter()
-    with urllib.request.urlopen(url, timeout=120) as answer:
-        assert answer.read() == b"x" * 1000
-    return time.perf_counter() - began
-
-
-def test_the_proxy_delays_and_counts_each_request(server: str) -> None:
-    with delayed(server, 50) as proxy:
-        assert proxy.counts() == (0, 0)
-        assert min(_get(proxy.endpoint) for _ in range(3)) >= 0.05
-        requests, answered = proxy.counts()
-        assert requests == 3
-        assert 3000 < answered < 4500
-        endpoint = proxy.endpoint
-    with pytest.raises(OSError, match="refused"):
-        _get(endpoint)
-
-
-def test_the_proxy_refuses_what_it_cannot_look_into() -> None:
-    with pytest.raises(ConfigError, match="plain http"), delayed("https://example.org", 5):
-        pass
-
-
 def test_the_loader_run_reports_wait_throughput_and_memory(phantoms: data.DataSet, tmp_path: Path) -> None:
     size = loader.Size(2, (40, 48, 56), 4, 4, 80, (0,), (10, 3000), step_s=0.02)
     before = threading.active_count()
@@ -290,7 +241,7 @@ def test_real_volumes_are_read_canonical(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_an_s3_run_counts_requests_and_leaves_nothing_behind(
     phantoms: data.DataSet, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from storage.objects.protocol import open_store
+    from storage.objects import open_store
     from tests.kit.s3server import S3Server
 
     server = S3Server()

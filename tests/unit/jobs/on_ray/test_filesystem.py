@@ -6,7 +6,7 @@ import pytest
 
 from jobs.on_ray.filesystem import storage_for
 from storage.errors import ConfigError
-from storage.objects.protocol import open_store
+from storage.objects import open_store
 
 
 def test_a_url_of_a_folder_is_read_as_the_stores_read_it(tmp_path: Path) -> None:

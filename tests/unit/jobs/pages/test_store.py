@@ -13,7 +13,7 @@ from jobs.pages import store as store_page
 from jobs.pages.pictures import thumbnail
 from storage.format.manifest import Manifest
 from storage.reading.volume_store import VolumeStore
-from storage.testing.stores import publish_phantoms
+from storage.testing.phantoms import publish_phantoms
 from tests.kit.phantoms import write_phantoms
 
 

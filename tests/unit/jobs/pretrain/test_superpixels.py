@@ -25,7 +25,7 @@ from ssl_core.views.make import make_views
 from storage.errors import ConfigError
 from storage.format.manifest import Manifest
 from storage.ingest import derived_maps as derive
-from storage.objects.protocol import open_store
+from storage.objects import open_store
 from storage.reading.volume_store import VolumeStore
 from storage.stream.crop_stream import CropStream
 from tests.kit.phantoms import write_phantoms

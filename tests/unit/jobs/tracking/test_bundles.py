@@ -15,8 +15,9 @@ from ssl_core.portable import Predictor
 from ssl_core.views.intensity import IntensityPolicy
 from storage.errors import ConfigError
 from storage.format.manifest import Manifest
+from storage.format.volume import Membership, Provenance, Volume
 from storage.format.volume_writer import write_volume
-from storage.objects.protocol import open_store
+from storage.objects import open_store
 from tests.kit.phantoms import write_phantoms
 from tests.kit.pretraining import config, train
 
@@ -71,13 +72,14 @@ def test_a_class_that_the_training_volumes_lack_is_scored_all_the_same(tmp_path:
     rare = write_volume(
         open_store(url),
         "rare",
-        np.random.default_rng(0).integers(0, 200, (1, 20, 24, 22)).astype(np.int16),
-        spacing_mm=(1.0, 1.0, 1.0),
-        affine=np.eye(4),
-        labels={"labels": label},
-        subject="rare",
-        split="test",
-        source="rare",
+        Volume(
+            np.random.default_rng(0).integers(0, 200, (1, 20, 24, 22)).astype(np.int16),
+            spacing_mm=(1.0, 1.0, 1.0),
+            affine=np.eye(4),
+            labels={"labels": label},
+        ),
+        membership=Membership(subject="rare", split="test"),
+        provenance=Provenance(source="rare"),
     )
     Manifest.from_records([*records, rare], {"name": "phantoms"}).write(open_store(url))
     network = build_segmenter("unet", {"channels": [4, 8], "strides": [2], "norm": "instance"}, 2, 0, None)

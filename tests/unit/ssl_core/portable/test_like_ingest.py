@@ -13,7 +13,7 @@ from ssl_core.portable.nifti import read_nifti
 from storage.ingest.discover import discover
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.prepare import prepare
-from storage.ingest.readers import ReadPolicy
+from storage.ingest.readers.raw import ReadPolicy
 from storage.intensity_stats import STATS_ORDER, channel_foreground
 
 

@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.errors import ConfigError, CorruptChunk, NotFound
-from storage.format.manifest import POINTER, LabelRecord, Manifest, manifest_key
-from storage.objects.protocol import ByteStore, MemoryStore, open_store
+from storage.format.manifest import POINTER, Manifest, manifest_key
+from storage.format.records import LabelRecord
+from storage.objects import ByteStore, open_store
+from storage.objects.memory import MemoryStore
 from tests.kit.records import record
 
 

@@ -13,9 +13,10 @@ from ome_zarr_models.v05.image_label import ImageLabel
 from storage.format.layout import Layout
 from storage.format.manifest import Manifest
 from storage.format.records import VolumeRecord
+from storage.format.volume import Volume
 from storage.format.volume_writer import write_derived, write_volume
-from storage.objects.protocol import open_store
-from storage.testing.stores import phantom, phantom_label
+from storage.objects import open_store
+from storage.testing.phantoms import phantom, phantom_label
 
 LAYOUT = Layout((8, 8, 8), (16, 24, 16))
 TURNED = np.array([[0.8, -0.6, 0, -70], [0.6, 0.8, 0, -40], [0, 0, 2.5, 12], [0, 0, 0, 1.0]])
@@ -27,7 +28,12 @@ def publish(folder: Path, affine: np.ndarray, labelled: bool) -> VolumeRecord:
     store, image = open_store(str(folder)), phantom((21, 40, 19), channels=2)
     spacing = tuple(np.linalg.norm(affine[:3, :3], axis=0)[::-1].tolist())
     labels = {"tissue": phantom_label(image)} if labelled else None
-    record = write_volume(store, "v", image, spacing_mm=spacing, affine=affine, labels=labels, layout=LAYOUT)
+    record = write_volume(
+        store,
+        "v",
+        Volume(image, spacing_mm=spacing, affine=affine, labels=labels),
+        layout=LAYOUT,
+    )
     if labelled:
         write_derived(store, record, "regions-1", phantom_label(image).astype(np.int32) + 7, "test")
     Manifest.from_records([record]).write(store)

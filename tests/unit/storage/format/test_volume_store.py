@@ -22,10 +22,13 @@ from storage.format.codecs import Chain, DamagedError, default_codecs
 from storage.format.layout import Layout, choose_layout
 from storage.format.manifest import Manifest
 from storage.format.shard_index import build_index
+from storage.format.volume import Volume
+from storage.format.volume_writer import write_volume
 from storage.format.zarr_metadata import array_document, group_document, parse_array
-from storage.objects.protocol import ByteStore, FileStore, open_store
-from storage.reading.volume_store import Crop, VolumeStore, padding_values, write_volume
-from storage.testing.stores import phantom, phantom_label, publish_phantoms
+from storage.objects import ByteStore, open_store
+from storage.objects.local import FileStore
+from storage.reading.volume_store import Crop, VolumeStore, padding_values
+from storage.testing.phantoms import phantom, phantom_label, publish_phantoms
 
 SHAPES = [(35, 50, 36), (70, 41, 90), (9, 64, 64)]
 SMALL = Layout((16, 16, 16), (32, 48, 32))
@@ -79,7 +82,7 @@ def test_any_crop_equals_numpy_slicing_with_padding(
 def test_every_type_comes_back_bit_for_bit(dtype: str) -> None:
     url = f"memory://{uuid.uuid4().hex}"
     array = np.random.default_rng(1).integers(0, 100, (1, 20, 17, 33)).astype(dtype)
-    record = write_volume(open_store(url), "v", array, spacing_mm=(1, 1, 1), affine=AFFINE)
+    record = write_volume(open_store(url), "v", Volume(array, spacing_mm=(1, 1, 1), affine=AFFINE))
     Manifest.from_records([record]).write(open_store(url))
     with VolumeStore(url) as store:
         found = store.read_volume("v")
@@ -166,7 +169,7 @@ def test_what_stock_zarr_writes_in_this_layout_is_read(tmp_path: Path, options: 
     array = phantom((40, 50, 20), seed=3)
     url = tmp_path.as_uri()
     store = open_store(url)
-    record = write_volume(store, "v", array, spacing_mm=(1, 1, 1), affine=AFFINE)
+    record = write_volume(store, "v", Volume(array, spacing_mm=(1, 1, 1), affine=AFFINE))
     written = zarr.create_array(
         str(tmp_path / "volumes" / "v" / "0"),
         shape=array.shape,
@@ -210,7 +213,7 @@ def test_unknown_metadata_are_a_clear_error(change: Callable[[dict[str, Any]], A
 
     url = f"memory://{uuid.uuid4().hex}"
     store = open_store(url)
-    record = write_volume(store, "v", phantom((8, 8, 8)), spacing_mm=(1, 1, 1), affine=AFFINE)
+    record = write_volume(store, "v", Volume(phantom((8, 8, 8)), spacing_mm=(1, 1, 1), affine=AFFINE))
     document = json.loads(store.get("volumes/v/0/zarr.json"))
     change(document)
     store.put("volumes/v/0/zarr.json", json.dumps(document).encode())
@@ -354,7 +357,7 @@ def test_a_chunk_that_is_not_stored_is_an_error_and_not_fill(tmp_path: Path) -> 
 
     array = phantom((40, 40, 40))
     store = open_store(tmp_path.as_uri())
-    record = write_volume(store, "v", array, spacing_mm=(1, 1, 1), affine=AFFINE)
+    record = write_volume(store, "v", Volume(array, spacing_mm=(1, 1, 1), affine=AFFINE))
     written = zarr.create_array(
         str(tmp_path / "volumes/v/0"),
         shape=array.shape,
@@ -430,8 +433,10 @@ def test_what_the_format_does_not_hold_is_refused_and_nothing_written(
         "spacing_mm": (1, 1, 1),
         "affine": AFFINE,
     }
+    fields = {**good, **change}
+    volume_id = fields.pop("volume_id")
     with pytest.raises(error):
-        write_volume(store, **{**good, **change})
+        write_volume(store, volume_id, Volume(**fields))
     assert list(store.list()) == []
 
 

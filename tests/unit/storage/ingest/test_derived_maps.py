@@ -19,16 +19,19 @@ import zarr
 
 from storage.errors import ConfigError, NotFound, RefusedInput, StoreError
 from storage.format.layout import Layout
-from storage.format.manifest import DerivedRecord, LabelRecord, Manifest, VolumeRecord, fingerprint_of
+from storage.format.manifest import Manifest, fingerprint_of
+from storage.format.records import DerivedRecord, LabelRecord, VolumeRecord
+from storage.format.volume import Volume
 from storage.format.volume_writer import write_volume
 from storage.ingest import derived_maps as derive
 from storage.ingest.pipeline import map_serial
 from storage.ingest.pipeline import run as ingest
 from storage.ingest.policy import IngestPolicy
-from storage.objects.protocol import open_store
+from storage.objects import open_store
 from storage.reading.verify import verify
 from storage.reading.volume_store import Crop, VolumeStore
-from storage.stream.crop_stream import CropStream, StreamSpec
+from storage.stream.crop_stream import CropStream
+from storage.stream.plan import StreamSpec
 from tests.kit.phantoms import write_phantoms
 from tests.kit.scans import folder, phantom, save_nifti
 
@@ -129,7 +132,12 @@ def test_volumes_with_none_and_with_several_labels_and_several_shards() -> None:
         image = random.integers(0, 500, (2, *shape)).astype(np.int16)
         layout = Layout((8, 8, 8), (16, 16, 16))
         records.append(
-            write_volume(store, f"v{i}", image, spacing_mm=(5, 1, 1), affine=np.eye(4), labels=labels, layout=layout)
+            write_volume(
+                store,
+                f"v{i}",
+                Volume(image, spacing_mm=(5, 1, 1), affine=np.eye(4), labels=labels),
+                layout=layout,
+            )
         )
     Manifest.from_records(records).write(store)
     make(url)

@@ -10,9 +10,11 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MediaStorageDirectoryStorage, generate_uid
 
 from storage.errors import ConfigError, RefusedInput
-from storage.ingest.discover import discover, split_name
-from storage.ingest.readers import ReadPolicy, read_item, read_label
+from storage.ingest.discover import discover
 from storage.ingest.readers.dicom_series import header
+from storage.ingest.readers.raw import ReadPolicy
+from storage.ingest.readers.read import read_item, read_label
+from storage.ingest.readers.registry import split_name
 from tests.kit.scans import disc, phantom, save_dicom, save_nifti, segmentation, slices
 
 
@@ -275,7 +277,7 @@ def test_a_segmentation_as_label_map_is_no_image(tmp_path):
     (item,) = discover(tmp_path).items
     assert item.label is not None
     with pytest.raises(RefusedInput, match="label map one"):
-        read_label(item.label, ReadPolicy(), read_item(item, ReadPolicy()))
+        read_label(item, ReadPolicy(), read_item(item, ReadPolicy()))
 
 
 def test_a_segmentation_without_its_series_is_an_orphan(tmp_path):

@@ -19,10 +19,11 @@ from storage.ingest import pipeline as ingest
 from storage.ingest.pipeline import map_serial, map_threads, run
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.prepare import quantise
-from storage.ingest.readers import ReadPolicy
+from storage.ingest.readers.raw import ReadPolicy
 from storage.intensity_stats import foreground_stats
-from storage.objects import fsync as settle
-from storage.objects.protocol import FileStore, open_store
+from storage.objects import fsync as sync
+from storage.objects import open_store
+from storage.objects.local import FileStore
 from storage.reading.volume_store import VolumeStore
 from tests.kit.scans import disc, folder, phantom, save_nifti
 
@@ -150,10 +151,10 @@ def test_a_full_disk_is_one_clear_error_and_publishes_nothing(src, dst, monkeypa
 def test_everything_is_on_the_disk_before_it_is_published(src, dst, monkeypatch):
     """Objects one by one where another machine writes them, all at once where this one does."""
     events = []
-    fsync, syncfs = os.fsync, settle._syncfs
+    fsync, syncfs = os.fsync, sync._syncfs
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
-    monkeypatch.setattr(settle, "_syncfs", lambda fd: (events.append(set(on_disk(dst))), syncfs(fd)))
-    monkeypatch.setattr(settle, "_kind", lambda device: "ext4")
+    monkeypatch.setattr(sync, "_syncfs", lambda fd: (events.append(set(on_disk(dst))), syncfs(fd)))
+    monkeypatch.setattr(sync, "_kind", lambda device: "ext4")
     run(str(src), dst, HALVES)
     at_once, *later = events
     assert at_once == {key for key in on_disk(dst) if key.startswith("volumes/")} | {
@@ -166,7 +167,7 @@ def test_everything_is_on_the_disk_before_it_is_published(src, dst, monkeypatch)
     assert sum(f"{Path(urlsplit(other).path)}/volumes/" in str(event) for event in events) == 4 * 7
     assert [event for event in events if isinstance(event, set)] == [set(on_disk(dst))], "of earlier runs"
     events.clear()
-    monkeypatch.setattr(settle, "_kind", lambda device: "fuse.sshfs")
+    monkeypatch.setattr(sync, "_kind", lambda device: "fuse.sshfs")
     run(str(src), f"{dst}-3", HALVES)
     assert len(events) == 4 * 9 + 2, "each object, its claim, its record"
 
@@ -175,8 +176,8 @@ def test_a_disk_that_fails_at_the_end_publishes_nothing(src, dst, monkeypatch):
     def failing(fd):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(settle, "_syncfs", failing)
-    monkeypatch.setattr(settle, "_kind", lambda device: "ext4")
+    monkeypatch.setattr(sync, "_syncfs", failing)
+    monkeypatch.setattr(sync, "_kind", lambda device: "ext4")
     with pytest.raises(StoreError, match="Input/output error"):
         run(str(src), dst, HALVES)
     with pytest.raises(NotFound):
@@ -187,8 +188,8 @@ def test_what_a_power_failure_took_of_an_unpublished_run_is_written_again(src, d
     def cut(fd):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(settle, "_syncfs", cut)
-    monkeypatch.setattr(settle, "_kind", lambda device: "ext4")
+    monkeypatch.setattr(sync, "_syncfs", cut)
+    monkeypatch.setattr(sync, "_kind", lambda device: "ext4")
     with pytest.raises(KeyboardInterrupt):
         run(str(src), dst, HALVES)
     monkeypatch.undo()

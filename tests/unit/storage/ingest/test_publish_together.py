@@ -11,12 +11,15 @@ import pytest
 
 from storage.errors import CorruptChunk, RefusedInput, StoreError
 from storage.format.manifest import POINTER, Manifest, manifest_key, update
+from storage.format.volume import Provenance, Volume
 from storage.format.volume_writer import write_volume
 from storage.ingest import derived_maps as derive
 from storage.ingest.claims import Sidecar, claim, side_key
-from storage.ingest.pipeline import publish, run
+from storage.ingest.pipeline import run
 from storage.ingest.policy import IngestPolicy
-from storage.objects.protocol import ByteStore, MemoryStore, open_store
+from storage.ingest.publish import publish
+from storage.objects import ByteStore, open_store
+from storage.objects.memory import MemoryStore
 from storage.reading.verify import verify
 from storage.reading.volume_store import VolumeStore
 from tests.kit.publishers import appended, together
@@ -119,9 +122,9 @@ def test_a_claim_holds_an_id_for_one_version() -> None:
     assert other.volume_id.startswith("x-")
     assert claim(store, "x", "digest-1", "1-p") == first, "a killed run goes on under its id"
     assert claim(store, "x", "digest-2", "1-p") == other
-    array = phantom()[None]
-    volume = {"spacing_mm": (1, 1, 1), "affine": np.eye(4), "source_sha256": "digest-1", "policy": "1-p"}
-    replace(first, record=write_volume(store, "x", array, **volume)).save(store)
+    volume = Volume(phantom()[None], spacing_mm=(1, 1, 1), affine=np.eye(4))
+    provenance = Provenance(source_sha256="digest-1", policy="1-p")
+    replace(first, record=write_volume(store, "x", volume, provenance=provenance)).save(store)
     assert claim(store, "x", "digest-1", "1-p").record is not None
     store.delete(side_key("x"))  # as after publishing
     assert claim(store, "x", "digest-3", "1-p").volume_id != "x"

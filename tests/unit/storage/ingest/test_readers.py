@@ -17,13 +17,15 @@ from hypothesis import strategies as st
 
 from storage import geometry
 from storage.errors import ConfigError, RefusedInput
+from storage.format.volume import Volume
 from storage.format.volume_writer import write_derived, write_volume
-from storage.ingest.claims import source_digest, source_state
 from storage.ingest.discover import discover
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.prepare import prepare
-from storage.ingest.readers import ReadPolicy, read_any, read_item, read_label
-from storage.objects.protocol import open_store
+from storage.ingest.readers.raw import ReadPolicy
+from storage.ingest.readers.read import read_any, read_item, read_label
+from storage.ingest.source_digest import source_digest, source_state
+from storage.objects import open_store
 from tests.kit.scans import disc, folder, phantom, save_dicom, save_nifti, segmentation, slices
 
 AFFINE = np.array([[-1.5, 0, 0, 30], [0, 0, 2.0, -10], [0, 1.25, 0, 5], [0, 0, 0, 1.0]])
@@ -108,11 +110,13 @@ def test_zarr_arrays_and_images(tmp_path):
 
 def test_what_this_project_stores_is_read_back_with_its_values(tmp_path):
     from storage.format.volume_writer import write_volume
-    from storage.objects.protocol import open_store
+    from storage.objects import open_store
 
     stored = phantom()[None]
     write_volume(
-        open_store(str(tmp_path)), "v.zarr", stored, spacing_mm=(1, 1.5, 2), affine=AFFINE, scale=0.5, offset=10
+        open_store(str(tmp_path)),
+        "v.zarr",
+        Volume(stored, spacing_mm=(1, 1.5, 2), affine=AFFINE, scale=0.5, offset=10),
     )
     raw = read_any(str(tmp_path / "volumes" / "v.zarr"))
     np.testing.assert_allclose(raw.array_CDHW, stored * 0.5 + 10)
@@ -167,14 +171,22 @@ def test_a_label_inside_an_ome_zarr_image_is_its_label(tmp_path, turned):
         affine[:3, :3] = np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1]]) @ affine[:3, :3]
     affine[:3, 3] = (5, 6, 7)
     store, image, labels = open_store(str(tmp_path)), phantom()[None], {"organs": disc()}
-    record = write_volume(store, "v.zarr", image, spacing_mm=(1, 1.5, 2), affine=affine, labels=labels)
+    record = write_volume(
+        store,
+        "v.zarr",
+        Volume(image, spacing_mm=(1, 1.5, 2), affine=affine, labels=labels),
+    )
     write_derived(store, record, "superpixels-1-abc", disc().astype(np.int32) + 5, "test")
     found = discover(tmp_path / "volumes")
     (item,) = found.items
     assert found.orphans == ()
     ready = prepare(item, IngestPolicy())
     np.testing.assert_array_equal(ready.label_DHW, disc())
-    write_volume(store, "v.zarr", image, spacing_mm=(1, 1.5, 2), affine=affine, labels={**labels, "more": disc()})
+    write_volume(
+        store,
+        "v.zarr",
+        Volume(image, spacing_mm=(1, 1.5, 2), affine=affine, labels={**labels, "more": disc()}),
+    )
     found = discover(tmp_path / "volumes")
     assert found.items[0].label is None
     assert "more, organs: none of them is used" in str(found.orphans[0])
@@ -368,6 +380,15 @@ def test_the_space_of_a_nrrd_is_followed_or_said_to_be_unknown(tmp_path):
     assert read_any(str(nrrd(tmp_path / "e.nrrd", LPS, phantom()))).notes == []
 
 
+@pytest.mark.parametrize("at", [*range(4, 20, 4)])
+def test_an_mgh_without_voxels_along_an_axis_is_refused(tmp_path, at):
+    path = save_mgz(tmp_path / "a.mgh", phantom((4, 5, 6)), AFFINE)
+    data = bytearray(path.read_bytes())
+    data[at : at + 4] = bytes(4)
+    path.write_bytes(data)
+    assert "non-zero" in refusal(path).found
+
+
 def test_an_mgz_without_geometry_says_so(tmp_path):
     path = save_mgz(tmp_path / "a.mgz", phantom(), AFFINE)
     assert read_any(str(path)).notes == []
@@ -478,7 +499,7 @@ def test_labels_are_whole_numbers_on_their_images_grid(tmp_path):
     folder(tmp_path, 1)
     item = discover(tmp_path).items[0]
     image = read_item(item, ReadPolicy())
-    assert read_label(str(item.label), ReadPolicy(), image).array_CDHW.dtype == np.uint8
+    assert read_label(item, ReadPolicy(), image).array_CDHW.dtype == np.uint8
     path = tmp_path / "labels" / "case_00.nii.gz"
 
     def refused(array: np.ndarray, affine: np.ndarray | None = None) -> str:
@@ -564,7 +585,7 @@ def test_read_any_takes_one_volume(tmp_path):
 
 def save_ome_zarr(path: Path, array_DHW: np.ndarray, affine: np.ndarray) -> Path:
     store = open_store(str(path))
-    write_volume(store, "v", array_DHW[None], spacing_mm=(1.25, 2.0, 1.5), affine=affine)
+    write_volume(store, "v", Volume(array_DHW[None], spacing_mm=(1.25, 2.0, 1.5), affine=affine))
     (path / "volumes" / "v").rename(path.with_suffix(".made"))
     shutil.rmtree(path)
     path.with_suffix(".made").rename(path)

@@ -13,7 +13,9 @@ from storage.errors import RefusedInput
 from storage.ingest.discover import discover
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.prepare import prepare
-from storage.ingest.readers import RawVolume, ReadPolicy, dicom, read_any, read_item
+from storage.ingest.readers import dicom
+from storage.ingest.readers.raw import RawVolume, ReadPolicy
+from storage.ingest.readers.read import read_any, read_item
 from tests.kit.scans import disc, phantom, save_dicom, segmentation, slices
 
 ARRAY = phantom((8, 12, 10)) + np.int16(1000)

@@ -17,13 +17,15 @@ import pytest
 
 from storage.errors import ConfigError, NotFound, NotOffered, StoreError
 from storage.format.layout import Layout
+from storage.objects import ByteStore, join, open_store
 from storage.objects.any_fsspec import FsspecStore
-from storage.objects.protocol import ByteStore, FileStore, join, open_store
+from storage.objects.local import FileStore
 from storage.objects.retry import RetryPolicy
 from storage.objects.s3_http import ObjectStore
 from storage.reading.verify import verify
 from storage.reading.volume_store import VolumeStore
-from storage.testing.stores import ReadOnlyContract, StoreContract, publish_phantoms
+from storage.testing.phantoms import publish_phantoms
+from storage.testing.stores import ReadOnlyContract, StoreContract
 from tests.kit.httpserver import served
 
 
@@ -190,7 +192,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error_and_not_empty(tmp_path: Path
 def test_a_lock_held_by_a_stopped_process_is_an_error_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = FileStore(tmp_path)
     store.put("latest", b"1")
-    monkeypatch.setattr("storage.objects.protocol._LOCK_WAIT", RetryPolicy(0.5, 0.1))
+    monkeypatch.setattr("storage.objects.local._LOCK_WAIT", RetryPolicy(0.5, 0.1))
     with (tmp_path / ".put-lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(StoreError, match=r"latest.*another process is writing it"):

@@ -23,10 +23,10 @@ import pytest
 from storage.errors import ConfigError, NotFound
 from storage.format.layout import Layout
 from storage.format.manifest import Manifest
-from storage.objects.protocol import open_store
+from storage.objects import open_store
 from storage.reading.node_cache import NodeCache, Slab
 from storage.reading.volume_store import Crop, VolumeStore
-from storage.testing.stores import publish_phantoms
+from storage.testing.phantoms import publish_phantoms
 
 N = 1000
 

@@ -9,10 +9,11 @@ import pytest
 from storage.errors import NotFound
 from storage.format.layout import Layout
 from storage.format.manifest import Manifest
-from storage.objects.protocol import ByteStore, open_store
+from storage.format.volume import Volume
+from storage.format.volume_writer import write_volume
+from storage.objects import ByteStore, open_store
 from storage.reading.verify import verify
-from storage.reading.volume_store import write_volume
-from storage.testing.stores import phantom, publish_phantoms
+from storage.testing.phantoms import phantom, publish_phantoms
 
 LAYOUT = Layout((16, 16, 16), (32, 32, 32))
 
@@ -67,7 +68,12 @@ def test_each_damaged_object_is_named(store: ByteStore, array: str, damage: Call
 
 def test_valid_shards_of_another_content_are_found_by_the_digest(store: ByteStore) -> None:
     other = open_store(f"memory://{uuid.uuid4().hex}")
-    write_volume(other, "x", phantom((40, 40, 40), seed=77), spacing_mm=(1, 1, 1), affine=np.eye(4), layout=LAYOUT)
+    write_volume(
+        other,
+        "x",
+        Volume(phantom((40, 40, 40), seed=77), spacing_mm=(1, 1, 1), affine=np.eye(4)),
+        layout=LAYOUT,
+    )
     store.put("volumes/phantom-000/0/c/0/0/0/0", other.get("volumes/x/0/c/0/0/0/0"))
     (problem,) = verify(store.url).problems
     assert problem.volume_id == "phantom-000"
@@ -120,7 +126,11 @@ def test_metadata_of_another_array_are_found(store: ByteStore) -> None:
 
 
 def test_volumes_outside_the_manifest_are_listed_and_no_problem(store: ByteStore) -> None:
-    write_volume(store, "stray", phantom((9, 9, 9)), spacing_mm=(1, 1, 1), affine=np.eye(4))
+    write_volume(
+        store,
+        "stray",
+        Volume(phantom((9, 9, 9)), spacing_mm=(1, 1, 1), affine=np.eye(4)),
+    )
     report = verify(store.url)
     assert report.ok
     assert report.strangers == ("stray",)

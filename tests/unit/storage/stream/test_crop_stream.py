@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from storage.errors import ConfigError, CorruptChunk, StoreError
-from storage.format.manifest import LabelRecord, Manifest, VolumeRecord
-from storage.format.records import without_places
+from storage.format.manifest import Manifest
+from storage.format.records import LabelRecord, VolumeRecord, without_places
 from storage.intensity_stats import STATS_ORDER
 from storage.reading.volume_store import Crop
-from storage.stream.crop_stream import CropStream, StreamSpec
-from storage.stream.plan import Plan, select
+from storage.stream.crop_stream import CropStream
+from storage.stream.plan import Plan, StreamSpec, select
 from storage.stream.read_ahead import ClosedError
 from storage.testing.streams import Jittery, StreamContract, rows
 

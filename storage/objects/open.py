@@ -1,0 +1,68 @@
+"""Which backend a URL means: the only file that knows all of them."""
+
+import re
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from storage.errors import ConfigError
+from storage.objects.local import FileStore
+from storage.objects.memory import MemoryStore
+from storage.objects.protocol import ByteStore
+from storage.objects.retry import RetryPolicy
+
+
+def open_store(url: str, policy: RetryPolicy | None = None) -> ByteStore:
+    """Open `s3://`, `file://` (or a plain path), `memory://`, `http(s)://` (read-only) or another fsspec URL.
+
+    Credentials and endpoints come from the ordinary AWS environment, never from the URL.
+
+    Raises:
+        ConfigError: the URL is malformed, carries credentials, or names an unknown scheme.
+    """
+    policy = policy or RetryPolicy.from_environment()
+    refuse_credentials(url)
+    if "://" not in url:
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/|(s3|file|memory|https?):", url):  # silently a folder of that odd name
+            raise ConfigError(url, expected="two slashes behind the scheme, as in s3://bucket", found="fewer")
+        return FileStore(Path(url))
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise ConfigError(url, expected="a URL", found=str(error)) from error
+    if parts.scheme in ("file", "memory", "s3", "http", "https") and (parts.query or parts.fragment):
+        # It would be left out, and two URLs would mean one place.
+        raise ConfigError(
+            url, expected="a URL without ? and #", found="one of them", remedy="in file:// write %3F, %23"
+        )
+    if parts.scheme == "file":
+        if parts.netloc not in ("", "localhost"):
+            raise ConfigError(url, expected="file:///absolute/path", found=f"host {parts.netloc!r}")
+        return FileStore(Path(unquote(parts.path)))
+    if parts.scheme == "memory":
+        return MemoryStore(url)
+    if parts.scheme == "s3":
+        from storage.objects.s3_http import open_s3  # imported when used: obstore and botocore cost start-up time
+
+        return open_s3(url, policy)
+    if parts.scheme in ("http", "https"):
+        from storage.objects.s3_http import open_http
+
+        return open_http(url, policy)
+    from storage.objects.any_fsspec import FsspecStore
+
+    return FsspecStore(url, policy)
+
+
+def refuse_credentials(url: str) -> None:
+    """Refuse `scheme://user:password@...`, wherever in the URL, without repeating it.
+
+    A secret may hold slashes: but for URLs that may have a port and a path, every `@` behind a colon counts.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    for scheme, rest in re.findall(r"([A-Za-z0-9+.-]+):/+(.*?)(?=::|$)", url, re.DOTALL):
+        ported = scheme.lower() in ("http", "https", "file", "memory")
+        if "@" in rest.partition("/")[0] or (not ported and ":" in rest.partition("@")[0] and "@" in rest):
+            clean = f"{scheme}://{rest.rpartition('@')[2]}"
+            raise ConfigError(clean, expected="a URL without credentials", found="a user or password in it")
