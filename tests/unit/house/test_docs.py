@@ -22,7 +22,7 @@ from ssl_core.config import Config, load, resolved
 from ssl_core.downstream.finetune import FinetuneConfig
 from ssl_core.methods.base import Crops, method_names
 from ssl_core.superpixels.settings import Superpixels
-from ssl_core.testing.method import MethodContract
+from ssl_core.testing.method_contract import MethodContract
 from ssl_core.testing.views import DEGENERATE
 from ssl_core.train.engine import EngineConfig
 from ssl_core.views.intensity import IntensityPolicy
