@@ -18,12 +18,12 @@ from ssl_core.methods.base import (
     level_for,
     register,
     spread,
+    tiny_settings,
     train_only,
 )
 from ssl_core.methods.parts.masking import block_mask
 from ssl_core.methods.parts.points import sample_features, shared_points
 from ssl_core.networks.backbone import Backbone
-from ssl_core.networks.batch_norm import bind
 from ssl_core.networks.ema import follow, short_run_momentum, target_of
 from ssl_core.networks.heads import Norm, PixelHead, head
 from ssl_core.views.types import View, ViewBatch, ViewSpec
@@ -55,6 +55,8 @@ class Aligned(nn.Module):
 
     class Config(MethodConfig):
         """Settings of the aligned method; all weights are our choice where no source is named."""
+
+        TINY = tiny_settings(block=4, hidden=16, out=8)
 
         crops: Crops = Field(
             default=Crops(scale=(1.0, 1.4), flip=(0.0, 0.0, 0.5), min_overlap=0.3, intensity="none"),
@@ -100,8 +102,8 @@ class Aligned(nn.Module):
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__()
         self.config, self.backbone = config, backbone
-        wanted = config.feature_levels or (None,)
-        self.compared = [level_for(backbone, config.crops.size_DHW, level) for level in wanted]
+        levels = config.feature_levels or (None,)
+        self.compared = [level_for(backbone, config.crops.size_DHW, level) for level in levels]
         self.deepest = len(backbone.levels) - 1 if config.w_restore else max(self.compared)
         if config.w_restore:
             train_only(backbone, backbone.encoder_keys() + backbone.decoder_keys())
@@ -123,7 +125,6 @@ class Aligned(nn.Module):
 
     def forward(self, views: ViewBatch, ctx: StepContext) -> LossTerms:
         """Terms `restoration` and `consistency`; monitors the spread of the compared features and shared points."""
-        bind(self, ctx.collectives)
         config, pair = self.config, views.roles["global"][:2]  # a composition may show more
         masks = [self._mask(view, views, ctx, v) for v, view in enumerate(pair)]
         maps: list[list[Tensor]] = []
@@ -152,10 +153,6 @@ class Aligned(nn.Module):
         follow(self.target_backbone, self.backbone, momentum)
         follow(self.target_projectors, self.projectors, momentum)
 
-    def encoder(self) -> Backbone:
-        """The online backbone."""
-        return self.backbone
-
     def _mask(self, view: View, views: ViewBatch, ctx: StepContext, v: int) -> Tensor:
         if not self.config.ratio:
             return torch.zeros_like(view.valid_B1DHW, dtype=torch.bool)
@@ -174,17 +171,17 @@ class Aligned(nn.Module):
         self, pair: tuple[View, ...], maps: list[list[Tensor]], ctx: StepContext, shape_B3: Tensor
     ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            target = [encode(self.target_backbone, view, ctx, max(self.compared)) for view in pair]
+            target_maps = [encode(self.target_backbone, view, ctx, max(self.compared)) for view in pair]
         losses, shares = [], []
         for slot, i in enumerate(self.compared):
             level = self.backbone.levels[i]
-            said = [self.predictors[slot](self.projectors[slot](m[i])) for m in maps]
+            predictions = [self.predictors[slot](self.projectors[slot](m[i])) for m in maps]
             with torch.no_grad():
-                wanted = [self.target_projectors[slot](m[i]) for m in target]
-            d, h, w = said[0].shape[2:]
+                targets = [self.target_projectors[slot](m[i]) for m in target_maps]
+            d, h, w = predictions[0].shape[2:]
             *points, shared = shared_points(pair[0], pair[1], (int(d), int(h), int(w)), shape_B3)
-            q = [sample_features(f, level, p) for f, p in zip(said, points, strict=True)]
-            z = [sample_features(f, level, p) for f, p in zip(wanted, points, strict=True)]
+            q = [sample_features(f, level, p) for f, p in zip(predictions, points, strict=True)]
+            z = [sample_features(f, level, p) for f, p in zip(targets, points, strict=True)]
             mask = shared & q[0][1] & q[1][1]
             losses += [masked_mean(distance(q[a][0], z[b][0]), mask) for a, b in permutations(range(2))]
             shares.append(mask.to(losses[0].dtype).mean())

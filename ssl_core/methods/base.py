@@ -1,18 +1,20 @@
 """The one contract of every self-supervised method.
 
-A method is one file: a frozen config, the views it wants, named loss terms, what happens after a step, and the encoder
-to export. Randomness and collectives come in through the `StepContext`, so that a method runs on one CPU in a test
-and cannot forget to gather.
+A method is one file: a frozen config, the views it wants, named loss terms, and, where it needs them, what happens
+after a step and which encoder is exported. Randomness and collectives come in through the `StepContext`, so that a
+method runs on one CPU in a test and cannot forget to gather. Whoever runs it on several ranks binds its batch norms to
+them, as the engine does.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, cast, runtime_checkable
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ssl_core.config import Config
+from ssl_core.config import Config, parse
 from ssl_core.distributed import Collectives, Single
 from ssl_core.networks.backbone import Backbone
 from ssl_core.views.types import RoleSpec, View, ViewBatch, ViewSpec
@@ -20,7 +22,22 @@ from storage.errors import ConfigError
 
 
 class MethodConfig(Config):
-    """Base of a method's settings. Every field carries a description that names its source or says "our choice"."""
+    """Base of a method's settings. Every field carries a description that names its source or says "our choice".
+
+    Attributes:
+        TINY: Settings that make a step take milliseconds, such as small crops and narrow heads; tests run with them.
+    """
+
+    TINY: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+
+    @classmethod
+    def tiny(cls) -> Self:
+        """The defaults with `TINY` in their place.
+
+        Raises:
+            ConfigError: `TINY` does not fit the fields.
+        """
+        return parse(cls, dict(cls.TINY), f"TINY of {cls.__qualname__}")
 
     @model_validator(mode="before")
     @classmethod
@@ -34,6 +51,11 @@ class MethodConfig(Config):
             if isinstance(default, Config) and isinstance(data[key], dict):
                 merged[key] = default.model_dump() | data[key]
         return merged
+
+
+def tiny_settings(**settings: Any) -> Mapping[str, Any]:
+    """Crops of 16^3 voxels and these settings, for `MethodConfig.TINY`."""
+    return MappingProxyType({"crops": {"size_DHW": (16, 16, 16)}} | settings)
 
 
 _SOURCE = "source: the group's line, else our choice"
@@ -130,9 +152,12 @@ class LossTerms:
 class Method(Protocol):
     """An `nn.Module` with these members; built as `Kind(config, backbone)`.
 
-    Contract (see `ssl_core.testing.method.MethodContract`): finite loss for a batch of one and more; every trainable
-    parameter gets a gradient and no target parameter does; permuting the batch leaves the loss unchanged; two ranks
-    give the gradients of one; a resumed run is bitwise equal; the encoder loads into the stock network completely.
+    `register` gives a class that does not define them an empty `after_step` and an `encoder` that is its `backbone`.
+
+    Contract (see `ssl_core.testing.method_contract.MethodContract`): finite loss for a batch of one and more; every
+    trainable parameter gets a gradient and no target parameter does; permuting the batch leaves the loss unchanged;
+    two ranks give the gradients of one; a resumed run is bitwise equal; the encoder loads into the stock network
+    completely.
     """
 
     Config: ClassVar[type[MethodConfig]]
@@ -196,26 +221,23 @@ def with_memo(ctx: StepContext) -> StepContext:
 
 def train_only(backbone: Backbone, keys: Iterable[str]) -> None:
     """Let gradients reach these names of `backbone.net` and no others, so that unused weights are left as they are."""
-    wanted = set(keys)
+    trained = set(keys)
     for name, parameter in backbone.net.named_parameters():
-        parameter.requires_grad_(name in wanted)
+        parameter.requires_grad_(name in trained)
 
 
-def level_for(backbone: Backbone, size_DHW: tuple[int, int, int], wanted: int | None, positions: int = 6) -> int:
-    """The wanted encoder level, or the deepest with at least `positions` features along H and W; at worst the finest.
+def level_for(backbone: Backbone, size_DHW: tuple[int, int, int], level: int | None, positions: int = 6) -> int:
+    """The level that is set, else the deepest with at least `positions` features along H and W; at worst the finest.
 
     Raises:
         ConfigError: the backbone has no such level.
     """
-    if wanted is not None:
-        if not 0 <= wanted < len(backbone.levels):
-            raise ConfigError("feature_level", expected=f"0 to {len(backbone.levels) - 1}", found=str(wanted))
-        return wanted
-    enough = [
-        i
-        for i, level in enumerate(backbone.levels)
-        if min(size_DHW[1] // level.stride_DHW[1], size_DHW[2] // level.stride_DHW[2]) >= positions
-    ]
+    if level is not None:
+        if not 0 <= level < len(backbone.levels):
+            raise ConfigError("feature_level", expected=f"0 to {len(backbone.levels) - 1}", found=str(level))
+        return level
+    strides = [candidate.stride_DHW for candidate in backbone.levels]
+    enough = [i for i, s in enumerate(strides) if min(size_DHW[1] // s[1], size_DHW[2] // s[2]) >= positions]
     return enough[-1] if enough else 0
 
 
@@ -229,12 +251,30 @@ M = TypeVar("M", bound=type[nn.Module])
 _REGISTRY: dict[str, type[nn.Module]] = {}
 
 
+def _after_step(self: nn.Module, ctx: StepContext) -> None:
+    """Nothing follows a step."""
+
+
+def _encoder(self: nn.Module) -> Backbone:
+    """The trained backbone."""
+    return cast(Backbone, self.backbone)
+
+
 def register(name: str) -> Callable[[M], M]:
-    """Class decorator: makes a method known under `name`, with its nested `Config`."""
+    """Class decorator: makes a method known under `name`, with its nested `Config`.
+
+    A class without an `after_step` gets one that does nothing; one without an `encoder` exports its `backbone`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
 
     def add(kind: M) -> M:
         if name in _REGISTRY:
             raise ValueError(f"method {name!r} is registered twice")
+        for member, default in (("after_step", _after_step), ("encoder", _encoder)):
+            if not hasattr(kind, member):
+                setattr(kind, member, default)
         _REGISTRY[name] = kind
         return kind
 
@@ -256,6 +296,6 @@ def method_class(name: str) -> Any:
         scratch = (
             "without pre-training there is no job: `none` is a start in tune and finetune" if name == "none" else ""
         )
-        known = "one of " + ", ".join(method_names())
-        raise ConfigError(f"method {name!r}", expected=known, found=repr(name), remedy=scratch)
+        names = "one of " + ", ".join(method_names())
+        raise ConfigError(f"method {name!r}", expected=names, found=repr(name), remedy=scratch)
     return _REGISTRY[name]

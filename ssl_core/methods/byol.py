@@ -13,10 +13,10 @@ from ssl_core.methods.base import (
     encode,
     register,
     spread,
+    tiny_settings,
     train_only,
 )
 from ssl_core.networks.backbone import Backbone
-from ssl_core.networks.batch_norm import bind
 from ssl_core.networks.ema import follow, short_run_momentum, target_of
 from ssl_core.networks.heads import Norm, head
 from ssl_core.views.types import ViewBatch, ViewSpec
@@ -41,6 +41,8 @@ class BYOL(nn.Module):
 
     class Config(MethodConfig):
         """Settings of BYOL."""
+
+        TINY = tiny_settings(hidden=16, out=8)
 
         crops: Crops = Field(default=Crops(min_overlap=0.3), description="Views; overlap our choice")
         hidden: int = Field(default=1024, ge=1, description="Hidden width of the heads; our choice (BYOL: 4096)")
@@ -68,13 +70,12 @@ class BYOL(nn.Module):
 
     def forward(self, views: ViewBatch, ctx: StepContext) -> LossTerms:
         """Term `prediction`; monitors the spread of the deepest features."""
-        bind(self, ctx.collectives)
         pair = views.roles["global"][:2]  # a composition may show more
         maps = [encode(self.backbone, view, ctx)[-1] for view in pair]
         with torch.no_grad():
-            wanted = [self.target_projector(_pool(encode(self.target_backbone, v, ctx)[-1])) for v in pair]
-        said = [self.predictor(self.projector(_pool(m))) for m in maps]
-        loss = distance(said[0], wanted[1]).mean() + distance(said[1], wanted[0]).mean()
+            targets = [self.target_projector(_pool(encode(self.target_backbone, v, ctx)[-1])) for v in pair]
+        predictions = [self.predictor(self.projector(_pool(m))) for m in maps]
+        loss = distance(predictions[0], targets[1]).mean() + distance(predictions[1], targets[0]).mean()
         return LossTerms({"prediction": loss}, {"feature_std": spread(maps[0])})
 
     def after_step(self, ctx: StepContext) -> None:
@@ -82,10 +83,6 @@ class BYOL(nn.Module):
         momentum = short_run_momentum(ctx.step, ctx.max_steps, self.config.ema_start)
         follow(self.target_backbone, self.backbone, momentum)
         follow(self.target_projector, self.projector, momentum)
-
-    def encoder(self) -> Backbone:
-        """The online backbone."""
-        return self.backbone
 
 
 def _pool(feature_BCDHW: Tensor) -> Tensor:

@@ -8,7 +8,16 @@ from torch import Tensor, nn
 
 from ssl_core.config import Config as Settings
 from ssl_core.config import parse
-from ssl_core.methods.base import Crops, LossTerms, MethodConfig, StepContext, method_class, register, with_memo
+from ssl_core.methods.base import (
+    Crops,
+    LossTerms,
+    MethodConfig,
+    StepContext,
+    method_class,
+    register,
+    tiny_settings,
+    with_memo,
+)
 from ssl_core.networks.backbone import Backbone
 from ssl_core.views.types import RoleSpec, ViewBatch, ViewSpec
 from storage.errors import ConfigError
@@ -43,6 +52,13 @@ class Compose(nn.Module):
 
     class Config(MethodConfig):
         """Settings of a composition."""
+
+        TINY = tiny_settings(
+            parts=[
+                {"name": "models_genesis"},
+                {"name": "pgl", "weight": 0.5, "settings": {"hidden": 16, "out": 8}},
+            ]
+        )
 
         crops: Crops = Field(
             default=Crops(min_overlap=0.3), description="Views of all parts that have `crops`; our choice"
@@ -87,19 +103,15 @@ class Compose(nn.Module):
         monitors: dict[str, Tensor] = {}
         for i, (part, method) in enumerate(zip(self.config.parts, self.parts, strict=True)):
             label = part.name if [p.name for p in self.config.parts].count(part.name) == 1 else f"{part.name}_{i}"
-            said = method(views, ctx)
-            terms |= {f"{label}/{name}": part.weight * term for name, term in said.terms.items()}
-            monitors |= {f"{label}/{name}": value for name, value in said.monitors.items()}
+            losses = method(views, ctx)
+            terms |= {f"{label}/{name}": part.weight * term for name, term in losses.terms.items()}
+            monitors |= {f"{label}/{name}": value for name, value in losses.monitors.items()}
         return LossTerms(terms, monitors)
 
     def after_step(self, ctx: StepContext) -> None:
         """What each part does."""
         for part in self.parts:
             part.after_step(ctx)  # type: ignore[operator]
-
-    def encoder(self) -> Backbone:
-        """The shared backbone."""
-        return self.backbone
 
 
 def part_config(config: Compose.Config, part: Part) -> Any:
@@ -123,9 +135,9 @@ def merge(specs: list[ViewSpec]) -> ViewSpec:
             if role.name not in roles:
                 roles[role.name] = role
                 continue
-            mine = roles[role.name]
-            count, clean = max(mine.count, role.count), mine.keep_clean or role.keep_clean
-            both = [replace(r, count=count, keep_clean=clean) for r in (mine, role)]
+            other = roles[role.name]
+            count, clean = max(other.count, role.count), other.keep_clean or role.keep_clean
+            both = [replace(r, count=count, keep_clean=clean) for r in (other, role)]
             if both[0] != both[1]:
                 raise ConfigError(f"view role {role.name!r}", expected=str(both[0]), found=str(both[1]))
             roles[role.name] = both[0]

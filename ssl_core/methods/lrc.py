@@ -18,12 +18,12 @@ from ssl_core.methods.base import (
     method_class,
     register,
     spread,
+    tiny_settings,
     train_only,
     with_memo,
 )
 from ssl_core.methods.parts.region_pixels import map_at, region_pixels
 from ssl_core.networks.backbone import Backbone
-from ssl_core.networks.batch_norm import bind
 from ssl_core.networks.heads import Norm, head, head_at
 from ssl_core.superpixels.settings import Superpixels
 from ssl_core.views.types import View, ViewBatch, ViewSpec
@@ -59,6 +59,8 @@ class LRC(nn.Module):
 
     class Config(MethodConfig):
         """Settings of the LRC-style method."""
+
+        TINY = tiny_settings(hidden=16, out=8, regions=4, pixels=4, base_settings={"hidden": 16, "out": 8, "queue": 8})
 
         crops: Crops = Field(default=Crops(min_overlap=0.3), description="Views; our choice")
         base: Literal["mocov2", "byol", "simclr", "supervised"] = Field(
@@ -107,11 +109,10 @@ class LRC(nn.Module):
         """The base's terms and `region`; monitors also the regions drawn from a view and the embeddings' spread."""
         ctx = with_memo(ctx)
         terms = self.base(views, ctx)
-        bind(self, ctx.collectives)
-        shown = views.roles["global"]
-        maps = [decode(self.backbone, view, ctx)[-1] for view in shown]
+        pair = views.roles["global"]
+        maps = [decode(self.backbone, view, ctx)[-1] for view in pair]
         form = self._pixels if self.config.form == "A" else self._means
-        local, drawn, dense_std = form(shown, maps, views, ctx)
+        local, drawn, dense_std = form(pair, maps, views, ctx)
         return LossTerms(
             {**terms.terms, "region": self.config.w_local * local},
             {**terms.monitors, "regions": drawn, "dense_std": dense_std},
@@ -120,10 +121,6 @@ class LRC(nn.Module):
     def after_step(self, ctx: StepContext) -> None:
         """What the base does."""
         self.base.after_step(ctx)
-
-    def encoder(self) -> Backbone:
-        """The online backbone."""
-        return self.backbone
 
     def _draw(self, view: View, feature: Tensor, views: ViewBatch, ctx: StepContext, v: int) -> tuple[Tensor, ...]:
         ids = self._ids(view, feature)
@@ -136,10 +133,10 @@ class LRC(nn.Module):
         return map_at(self.level, view.maps[self.config.superpixels.name], (int(d), int(h), int(w))).flatten(1)
 
     def _pixels(
-        self, shown: tuple[View, ...], maps: list[Tensor], views: ViewBatch, ctx: StepContext
+        self, pair: tuple[View, ...], maps: list[Tensor], views: ViewBatch, ctx: StepContext
     ) -> tuple[Tensor, Tensor, Tensor]:
         losses, counts, spreads = [], [], []
-        for v, (view, feature) in enumerate(zip(shown, maps, strict=True)):
+        for v, (view, feature) in enumerate(zip(pair, maps, strict=True)):
             _, index_BRK, region_BR, valid_BR = self._draw(view, feature, views, ctx, v)
             # The head's hidden map at full resolution would cost several times the decoder.
             picked_BNE = head_at(self.dense, feature, index_BRK.flatten(1))
@@ -157,11 +154,11 @@ class LRC(nn.Module):
         return torch.stack(losses).mean(), torch.stack(counts).mean(), spreads[0]
 
     def _means(
-        self, shown: tuple[View, ...], maps: list[Tensor], views: ViewBatch, ctx: StepContext
+        self, pair: tuple[View, ...], maps: list[Tensor], views: ViewBatch, ctx: StepContext
     ) -> tuple[Tensor, Tensor, Tensor]:
         dense = [self.dense(feature) for feature in maps]
-        ids, _, region_BR, valid_BR = self._draw(shown[0], dense[0], views, ctx, 0)
-        other_ids = self._ids(shown[1], dense[1])
+        ids, _, region_BR, valid_BR = self._draw(pair[0], dense[0], views, ctx, 0)
+        other_ids = self._ids(pair[1], dense[1])
         v, seen_v = region_means(unit(dense[0], 1).flatten(2), ids, region_BR)
         u, seen_u = region_means(unit(dense[1], 1).flatten(2), other_ids, region_BR)
         valid = valid_BR & seen_v & seen_u

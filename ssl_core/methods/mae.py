@@ -12,11 +12,11 @@ from ssl_core.methods.base import (
     StepContext,
     register,
     spread,
+    tiny_settings,
     train_only,
 )
 from ssl_core.methods.parts.masking import block_mask
 from ssl_core.networks.backbone import Backbone
-from ssl_core.networks.batch_norm import bind
 from ssl_core.networks.heads import PixelHead
 from ssl_core.views.types import ViewBatch, ViewSpec
 
@@ -39,6 +39,8 @@ class MAE(nn.Module):
 
     class Config(MethodConfig):
         """Settings of MAE."""
+
+        TINY = tiny_settings(block=4)
 
         crops: Crops = Field(default=Crops(intensity="none"), description="The view; no intensity changes, as nnssl")
         ratio: float = Field(default=0.75, gt=0, lt=1, description="Share of blocks hidden; nnssl's 75 %")
@@ -64,17 +66,9 @@ class MAE(nn.Module):
 
     def forward(self, views: ViewBatch, ctx: StepContext) -> LossTerms:
         """Term `restoration`; monitors the spread of the deepest features."""
-        bind(self, ctx.collectives)
         view = views.roles["global"][0]
         hidden = block_mask(ctx.seed, views.sample_B, view.size_DHW, self.config.block, self.config.ratio, "mae")
         maps = self.backbone.features(torch.where(hidden, 0.0, view.image_BCDHW))
         output = self.restore(self.backbone.decode(maps)[-1])
         loss = restoration(output, view.image_BCDHW, hidden * view.valid_B1DHW, self.config.loss)
         return LossTerms({"restoration": loss}, {"feature_std": spread(maps[-1])})
-
-    def after_step(self, ctx: StepContext) -> None:
-        """Nothing follows a step."""
-
-    def encoder(self) -> Backbone:
-        """The trained backbone."""
-        return self.backbone

@@ -16,10 +16,10 @@ from ssl_core.methods.base import (
     encode,
     register,
     spread,
+    tiny_settings,
     train_only,
 )
 from ssl_core.networks.backbone import Backbone
-from ssl_core.networks.batch_norm import bind
 from ssl_core.networks.ema import follow, target_of
 from ssl_core.networks.heads import Norm, head
 from ssl_core.views.types import ViewBatch, ViewSpec
@@ -50,6 +50,8 @@ class MoCoV2(nn.Module):
 
     class Config(MethodConfig):
         """Settings of MoCo v2."""
+
+        TINY = tiny_settings(hidden=16, out=8, queue=8)
 
         crops: Crops = Field(
             default=Crops(min_overlap=0.3),
@@ -104,7 +106,6 @@ class MoCoV2(nn.Module):
         """Term `contrast`; monitors the positives' cosine, the share of queries that are nearer to their positive than
         to any negative, and the spread of the deepest features.
         """
-        bind(self, ctx.collectives)
         first, second = views.roles["global"][:2]  # a composition may show more
         maps = encode(self.backbone, first, ctx)
         query = self.projector(self._pooled(maps))
@@ -135,13 +136,9 @@ class MoCoV2(nn.Module):
         follow(self.target_backbone, self.backbone, momentum)
         follow(self.target_projector, self.projector, momentum)
 
-    def encoder(self) -> Backbone:
-        """The online backbone."""
-        return self.backbone
-
     def _pooled(self, maps: list[Tensor]) -> Tensor:
-        chosen = maps if self.config.pool == "all" else maps[-1:]
-        return torch.cat([m.mean((2, 3, 4)) for m in chosen], dim=1)
+        pooled = maps if self.config.pool == "all" else maps[-1:]
+        return torch.cat([m.mean((2, 3, 4)) for m in pooled], dim=1)
 
 
 @torch.no_grad()

@@ -13,10 +13,10 @@ from ssl_core.methods.base import (
     encode,
     register,
     spread,
+    tiny_settings,
     train_only,
 )
 from ssl_core.networks.backbone import Backbone
-from ssl_core.networks.batch_norm import bind
 from ssl_core.networks.heads import PixelHead
 from ssl_core.views.types import ViewBatch, ViewSpec
 
@@ -39,6 +39,8 @@ class ModelsGenesis(nn.Module):
     class Config(MethodConfig):
         """Settings of Models Genesis."""
 
+        TINY = tiny_settings()
+
         crops: Crops = Field(
             default=Crops(intensity="genesis"),
             description="The view; curve 0.9, shuffle 0.5, painting 0.9 as nnssl; flips our choice (nnssl: 0.4)",
@@ -57,16 +59,8 @@ class ModelsGenesis(nn.Module):
 
     def forward(self, views: ViewBatch, ctx: StepContext) -> LossTerms:
         """Term `restoration`; monitors the spread of the deepest features."""
-        bind(self, ctx.collectives)
         view = views.roles["global"][0]
         maps = encode(self.backbone, view, ctx)
         output = self.restore(self.backbone.decode(maps)[-1])
         loss = restoration(output, clean_of(view), view.valid_B1DHW)
         return LossTerms({"restoration": loss}, {"feature_std": spread(maps[-1])})
-
-    def after_step(self, ctx: StepContext) -> None:
-        """Nothing follows a step."""
-
-    def encoder(self) -> Backbone:
-        """The trained backbone."""
-        return self.backbone

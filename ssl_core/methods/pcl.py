@@ -13,10 +13,10 @@ from ssl_core.methods.base import (
     encode,
     register,
     spread,
+    tiny_settings,
     train_only,
 )
 from ssl_core.networks.backbone import Backbone
-from ssl_core.networks.batch_norm import bind
 from ssl_core.networks.heads import Norm, head
 from ssl_core.views.types import View, ViewBatch, ViewSpec
 
@@ -49,8 +49,8 @@ def position_contrast(
     key_length = gather(length_B).repeat(len(views))
     joined = b * ctx.collectives.world
     source = torch.arange(joined, device=keys.device).repeat(len(views))
-    here = ctx.collectives.rank * b + torch.arange(b, device=keys.device)
-    itself = torch.cat([here + v * joined for v in range(len(views))])
+    own = ctx.collectives.rank * b + torch.arange(b, device=keys.device)
+    itself = torch.cat([own + v * joined for v in range(len(views))])
     close = near(torch.cat(centres), length_B.repeat(len(views)), key_centre, key_length, threshold)
     # Views of one sample are positives of each other however their boxes were placed.
     positive = close | (source[itself][:, None] == source[None, :])
@@ -84,6 +84,8 @@ class PCL(nn.Module):
     class Config(MethodConfig):
         """Settings of PCL."""
 
+        TINY = tiny_settings(hidden=16, out=8)
+
         crops: Crops = Field(
             default=Crops(flip=(0.0, 0.5, 0.5)),
             description="Views; mirrored in-plane as in the code, which also turns, scales and deforms two of three and"
@@ -109,7 +111,6 @@ class PCL(nn.Module):
 
     def forward(self, views: ViewBatch, ctx: StepContext) -> LossTerms:
         """Term `position`; monitors positives of an anchor and the spread of the deepest features."""
-        bind(self, ctx.collectives)
         config, pair = self.config, views.roles["slice"]
         maps = [encode(self.backbone, view, ctx)[-1] for view in pair]
         embedded = [self.projector(m.mean((2, 3, 4))) for m in maps]
@@ -117,10 +118,3 @@ class PCL(nn.Module):
             embedded, pair, views, ctx, config.threshold, config.temperature, config.denominator
         )
         return LossTerms({"position": loss}, {"positives": positives, "feature_std": spread(maps[0])})
-
-    def after_step(self, ctx: StepContext) -> None:
-        """Nothing follows a step."""
-
-    def encoder(self) -> Backbone:
-        """The trained backbone."""
-        return self.backbone

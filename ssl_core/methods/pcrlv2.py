@@ -19,10 +19,11 @@ from ssl_core.methods.base import (
     clean_of,
     register,
     spread,
+    tiny_settings,
     train_only,
 )
 from ssl_core.networks.backbone import Backbone, Level
-from ssl_core.networks.batch_norm import GlobalBatchNorm, bind
+from ssl_core.networks.batch_norm import GlobalBatchNorm
 from ssl_core.networks.heads import PixelHead, head
 from ssl_core.views.augment.draws import uniforms
 from ssl_core.views.types import View, ViewBatch, ViewSpec
@@ -86,6 +87,8 @@ class PCRLv2(nn.Module):
     class Config(MethodConfig):
         """Settings of PCRLv2."""
 
+        TINY = tiny_settings(local={"size_DHW": (8, 8, 8)})
+
         crops: Crops = Field(
             default=Crops(
                 size_DHW=(32, 64, 64),
@@ -144,17 +147,16 @@ class PCRLv2(nn.Module):
 
     def forward(self, views: ViewBatch, ctx: StepContext) -> LossTerms:
         """Terms `restoration`, `mid`, `siamese` and `local`; monitors the spread of the finest embedding."""
-        bind(self, ctx.collectives)
         first, second = views.roles["global"][:2]  # a composition may show more
         maps = [self._decode(view.image_BCDHW) for view in (first, second)]
         embedded = [[h(m) for h, m in zip(self.heads, ms, strict=True)] for ms in maps]
         target = _target(first) if self.config.target == "view_range" else clean_of(first)
         output = torch.sigmoid(self.restore(maps[0][-1]))
         # The mid-level restoration uses the level of the global comparison.
-        chosen = self._weights(ctx, 0)
+        weights = self._weights(ctx, 0)
         mids = [
             weight * restoration(_restored(h, m), target, first.valid_B1DHW)
-            for h, m, weight in zip(self.heads, maps[0], chosen, strict=True)
+            for h, m, weight in zip(self.heads, maps[0], weights, strict=True)
             if weight
         ]
         crops = views.roles["local"]
@@ -168,17 +170,10 @@ class PCRLv2(nn.Module):
         terms = {
             "restoration": restoration(output, target, first.valid_B1DHW),
             "mid": mid_weight(ctx.step / max(ctx.max_steps, 1)) * torch.stack(mids).sum(),
-            "siamese": _compare(embedded[0], embedded[1], chosen),
+            "siamese": _compare(embedded[0], embedded[1], weights),
             "local": torch.stack(comparisons).mean(),
         }
         return LossTerms(terms, {"feature_std": spread(embedded[0][-1][0][:, :, None])})
-
-    def after_step(self, ctx: StepContext) -> None:
-        """Nothing follows a step."""
-
-    def encoder(self) -> Backbone:
-        """The trained backbone."""
-        return self.backbone
 
     def _decode(self, image: Tensor) -> list[Tensor]:
         return self.backbone.decode(self.backbone.features(image), skips=False)[-len(self.heads) :]

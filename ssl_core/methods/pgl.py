@@ -14,11 +14,11 @@ from ssl_core.methods.base import (
     level_for,
     register,
     spread,
+    tiny_settings,
     train_only,
 )
 from ssl_core.methods.parts.points import sample_features, shared_points
 from ssl_core.networks.backbone import Backbone
-from ssl_core.networks.batch_norm import bind
 from ssl_core.networks.ema import follow, short_run_momentum, target_of
 from ssl_core.networks.heads import Norm, head
 from ssl_core.views.types import View, ViewBatch, ViewSpec
@@ -50,6 +50,8 @@ class PGL(nn.Module):
 
     class Config(MethodConfig):
         """Settings of PGL."""
+
+        TINY = tiny_settings(hidden=16, out=8)
 
         crops: Crops = Field(
             default=Crops(scale=(1.1, 1.4), min_overlap=0.1),
@@ -94,7 +96,6 @@ class PGL(nn.Module):
 
     def forward(self, views: ViewBatch, ctx: StepContext) -> LossTerms:
         """Term `local`, and `global` when weighted; monitors the share of points compared and the feature spread."""
-        bind(self, ctx.collectives)
         config, pair = self.config, views.roles["global"][:2]  # a composition may show more
         upto = None if config.w_global else self.level
         online = [encode(self.backbone, view, ctx, upto) for view in pair]
@@ -114,21 +115,17 @@ class PGL(nn.Module):
         if self.config.w_global:
             follow(self.target_global_projector, self.global_projector, momentum)
 
-    def encoder(self) -> Backbone:
-        """The online backbone."""
-        return self.backbone
-
     def _local(
         self, pair: tuple[View, ...], online: list[list[Tensor]], target: list[list[Tensor]], shape_B3: Tensor
     ) -> tuple[Tensor, Tensor]:
         level = self.backbone.levels[self.level]
         predicted = [self.predictor(self.projector(maps[self.level])) for maps in online]
         with torch.no_grad():
-            wanted = [self.target_projector(maps[self.level]) for maps in target]
+            targets = [self.target_projector(maps[self.level]) for maps in target]
         d, h, w = predicted[0].shape[2:]
         points = shared_points(pair[0], pair[1], (int(d), int(h), int(w)), shape_B3)
         q = [sample_features(f, level, p) for f, p in zip(predicted, points[:2], strict=True)]
-        z = [sample_features(f, level, p) for f, p in zip(wanted, points[:2], strict=True)]
+        z = [sample_features(f, level, p) for f, p in zip(targets, points[:2], strict=True)]
         mask = points[2] & q[0][1] & q[1][1]
         forth = masked_mean(distance(q[0][0], z[1][0]), mask)
         back = masked_mean(distance(q[1][0], z[0][0]), mask)

@@ -15,10 +15,10 @@ from ssl_core.methods.base import (
     StepContext,
     encode,
     register,
+    tiny_settings,
     train_only,
 )
 from ssl_core.networks.backbone import Backbone
-from ssl_core.networks.batch_norm import bind
 from ssl_core.networks.heads import Norm, head
 from ssl_core.views.types import ViewBatch, ViewSpec
 
@@ -44,6 +44,8 @@ class SimCLR(nn.Module):
     class Config(MethodConfig):
         """Settings of SimCLR."""
 
+        TINY = tiny_settings(hidden=16, out=8)
+
         crops: Crops = Field(
             default=Crops(min_overlap=0.3), description="Views; overlap our choice (nnssl: half along each axis)"
         )
@@ -64,8 +66,8 @@ class SimCLR(nn.Module):
         self.config, self.backbone = config, backbone
         every = config.pool == "all"  # skips may have layers that the deepest level does not see
         train_only(backbone, backbone.encoder_keys() if every else backbone.level_keys(len(backbone.levels) - 1))
-        chosen = backbone.levels if every else backbone.levels[-1:]
-        widths = [sum(level.channels for level in chosen), *[config.hidden] * (config.layers - 1), config.out]
+        pooled = backbone.levels if every else backbone.levels[-1:]
+        widths = [sum(level.channels for level in pooled), *[config.hidden] * (config.layers - 1), config.out]
         self.projector = head(widths, norm=config.norm)
 
     @classmethod
@@ -75,26 +77,18 @@ class SimCLR(nn.Module):
 
     def forward(self, views: ViewBatch, ctx: StepContext) -> LossTerms:
         """Term `contrast`; monitors the mean cosine of positives and negatives."""
-        bind(self, ctx.collectives)
         local = [self._embed(encode(self.backbone, view, ctx)) for view in views.roles["global"][:2]]
         world, rank, b = ctx.collectives.world, ctx.collectives.rank, len(views)
         keys = torch.cat([ctx.collectives.gather(z) for z in local])
-        here = rank * b + torch.arange(b, device=keys.device)
-        itself = torch.cat([here, here + world * b])
-        positive = torch.cat([here + world * b, here])
+        own = rank * b + torch.arange(b, device=keys.device)
+        itself = torch.cat([own, own + world * b])
+        positive = torch.cat([own + world * b, own])
         loss = nt_xent(torch.cat(local), keys, positive, itself, self.config.temperature)
         return LossTerms({"contrast": loss}, _similarities(local))
 
-    def after_step(self, ctx: StepContext) -> None:
-        """Nothing follows a step."""
-
-    def encoder(self) -> Backbone:
-        """The trained backbone."""
-        return self.backbone
-
     def _embed(self, maps: list[Tensor]) -> Tensor:
-        chosen = maps if self.config.pool == "all" else maps[-1:]
-        embedded: Tensor = self.projector(torch.cat([m.mean((2, 3, 4)) for m in chosen], dim=1))
+        pooled = maps if self.config.pool == "all" else maps[-1:]
+        embedded: Tensor = self.projector(torch.cat([m.mean((2, 3, 4)) for m in pooled], dim=1))
         return embedded
 
 

@@ -15,11 +15,11 @@ from ssl_core.methods.base import (
     level_for,
     register,
     spread,
+    tiny_settings,
     train_only,
 )
 from ssl_core.methods.pcl import position_contrast
 from ssl_core.networks.backbone import Backbone
-from ssl_core.networks.batch_norm import bind
 from ssl_core.networks.heads import Norm, head
 from ssl_core.views.types import View, ViewBatch, ViewSpec
 
@@ -48,6 +48,8 @@ class SSAL(nn.Module):
 
     class Config(MethodConfig):
         """Settings of the SSAL-style method."""
+
+        TINY = tiny_settings(hidden=16, out=8, window=2)
 
         crops: Crops = Field(
             default=Crops(flip=(0.0, 0.5, 0.5)), description="Views; the same transform for both, our choice"
@@ -88,14 +90,13 @@ class SSAL(nn.Module):
 
     def forward(self, views: ViewBatch, ctx: StepContext) -> LossTerms:
         """Terms `align` and `position`; monitors the spread of the aligned features and positives of an anchor."""
-        bind(self, ctx.collectives)
         config, pair = self.config, views.roles["slice"]
         maps = [encode(self.backbone, view, ctx) for view in pair]
         dense = [self.embed(m[self.level]) for m in maps]
         size = [int(n) for n in dense[0].shape[2:]]
         window = config.window or max(size)
-        seen = [_seen(view, size) for view in pair]
-        forth, back = (windowed_alignment(dense[i], dense[1 - i], window, seen[i], seen[1 - i]) for i in range(2))
+        visible = [_visible(view, size) for view in pair]
+        forth, back = (windowed_alignment(dense[i], dense[1 - i], window, visible[i], visible[1 - i]) for i in range(2))
         near_B = self._near(pair, views).to(forth.dtype)
         align = ((forth + back) / 2 * near_B).mean()
         pooled = [self.projector(m[-1].mean((2, 3, 4))) for m in maps]
@@ -107,13 +108,6 @@ class SSAL(nn.Module):
             {"feature_std": spread(dense[0]), "positives": positives},
         )
 
-    def after_step(self, ctx: StepContext) -> None:
-        """Nothing follows a step."""
-
-    def encoder(self) -> Backbone:
-        """The trained backbone."""
-        return self.backbone
-
     def _near(self, pair: tuple[View, ...], views: ViewBatch) -> Tensor:
         gap_mm = (pair[0].position_B3 - pair[1].position_B3)[:, 0].abs() * views.shape_B3[:, 0] * views.spacing_B3[:, 0]
         # A hair of slack: a gap of exactly the limit counts, whatever rounding says.
@@ -124,6 +118,6 @@ class SSAL(nn.Module):
         )
 
 
-def _seen(view: View, size: list[int]) -> Tensor:
+def _visible(view: View, size: list[int]) -> Tensor:
     """Positions of a map whose cell shows at least some of the volume, (B, d, h, w)."""
     return nn.functional.adaptive_max_pool3d(view.valid_B1DHW, size)[:, 0] > 0

@@ -12,12 +12,12 @@ from ssl_core.methods.base import (
     encode,
     register,
     spread,
+    tiny_settings,
     train_only,
     with_memo,
 )
 from ssl_core.methods.parts.region_pixels import map_at
 from ssl_core.networks.backbone import Backbone
-from ssl_core.networks.batch_norm import bind
 from ssl_core.views.types import ViewBatch, ViewSpec
 
 
@@ -42,6 +42,8 @@ class Supervised(nn.Module):
 
     class Config(MethodConfig):
         """Settings of supervised pre-training."""
+
+        TINY = tiny_settings(values=(223, 322))
 
         crops: Crops = Field(default=Crops(), description="Views; our choice")
         views: int = Field(default=1, ge=1, description="Views of a sample; our choice (2 for LRC's form B)")
@@ -75,27 +77,19 @@ class Supervised(nn.Module):
 
     def forward(self, views: ViewBatch, ctx: StepContext) -> LossTerms:
         """Term `segmentation`; monitors the voxels classified as the label says and the spread of the features."""
-        bind(self, ctx.collectives)
         ctx = with_memo(ctx)
-        shown = views.roles["global"][: self.config.views]  # a composition may show more
+        crops = views.roles["global"][: self.config.views]  # a composition may show more
         losses, right = [], []
-        for view in shown:
+        for view in crops:
             logits = self.classifier(decode(self.backbone, view, ctx)[-1])
             d, h, w = logits.shape[2:]
-            wanted = self._classes(map_at(self.level, view.maps[self.config.label], (int(d), int(h), int(w))))
+            classes = self._classes(map_at(self.level, view.maps[self.config.label], (int(d), int(h), int(w))))
             exact = logits.float() if logits.dtype.itemsize < 4 else logits  # a sum of 16-bit shares loses voxels
-            losses.append(self.loss(exact, wanted[:, None]))
-            right.append((logits.detach().argmax(1) == wanted).double().mean())
-        deepest = encode(self.backbone, shown[0], ctx)[-1]
+            losses.append(self.loss(exact, classes[:, None]))
+            right.append((logits.detach().argmax(1) == classes).double().mean())
+        deepest = encode(self.backbone, crops[0], ctx)[-1]
         monitors = {"accuracy": stack(right).mean(), "feature_std": spread(deepest)}
         return LossTerms({"segmentation": stack(losses).mean()}, monitors)
-
-    def after_step(self, ctx: StepContext) -> None:
-        """Nothing follows a step."""
-
-    def encoder(self) -> Backbone:
-        """The trained backbone."""
-        return self.backbone
 
     def _classes(self, label_BDHW: Tensor) -> Tensor:
         """Label values as classes 0, 1, ... in the order of `values`."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ssl_core.methods.parts import counter_random as hashed
+from ssl_core.methods.parts import counter_random
 
 
 def block_mask(
@@ -17,7 +17,7 @@ def block_mask(
     grid = [-(-n // block) for n in size_DHW]
     count = grid[0] * grid[1] * grid[2]
     hidden = min(max(round(ratio * count), 1), max(count - 1, 1))
-    order = hashed.uniforms(seed, sample_B, purpose, count).argsort(dim=1, stable=True)
+    order = counter_random.uniforms(seed, sample_B, purpose, count).argsort(dim=1, stable=True)
     flat = torch.zeros(order.shape, dtype=torch.bool, device=order.device).scatter_(1, order[:, :hidden], True)
     mask = flat.view(-1, 1, *grid)
     for axis, n in enumerate(size_DHW):

@@ -108,10 +108,10 @@ def to_view(view: View, points_BM3: Tensor) -> Tensor:
     flat_BM3 = (points_BM3 - shift_B3[:, None]) @ inverse_B33.transpose(1, 2)
     if view.elastic is None:
         return flat_BM3
-    found = flat_BM3
+    points = flat_BM3
     for _ in range(INVERSE_STEPS):
-        found = flat_BM3 - elastic.displacement(view.elastic.control_B3abc, found, view.elastic.spacing_vox)
-    return found
+        points = flat_BM3 - elastic.displacement(view.elastic.control_B3abc, points, view.elastic.spacing_vox)
+    return points
 
 
 def to_volume(view: View, points_BM3: Tensor) -> Tensor:

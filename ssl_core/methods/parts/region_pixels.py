@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ssl_core.methods.parts import counter_random as hashed
+from ssl_core.methods.parts import counter_random
 from ssl_core.networks.backbone import Level
 
 
@@ -42,14 +42,14 @@ def region_pixels(
     # Unusable positions form a region of their own that is never drawn.
     unusable = region_BM.amax(1, keepdim=True) + 1
     label_BM = torch.where(usable_BM, region_BM, unusable)
-    shuffled = hashed.uniforms(seed, sample_B, "pixels", m).argsort(dim=1, stable=True)
+    shuffled = counter_random.uniforms(seed, sample_B, "pixels", m).argsort(dim=1, stable=True)
     grouped = label_BM.gather(1, shuffled).sort(dim=1, stable=True)
     order_BM, sorted_BM = shuffled.gather(1, grouped.indices), grouped.values
     end_BM = torch.searchsorted(sorted_BM, sorted_BM, right=True)
     first_BM = torch.searchsorted(sorted_BM, sorted_BM, right=False)
     place = torch.arange(m, device=region_BM.device).expand(b, m)
     start_BM = (first_BM == place) & (end_BM - first_BM >= pixels) & (sorted_BM != unusable)
-    luck_BM = torch.where(start_BM, hashed.of(sorted_BM, sample_B, seed, "regions"), -1.0)
+    luck_BM = torch.where(start_BM, counter_random.of(sorted_BM, sample_B, seed, "regions"), -1.0)
     best = luck_BM.topk(regions, dim=1)
     valid_BR = best.values > 0
     within = (best.indices[:, :, None] + torch.arange(pixels, device=region_BM.device)).clamp_max(m - 1)

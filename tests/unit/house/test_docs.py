@@ -20,7 +20,7 @@ from jobs import configs
 from jobs.cli import main as cli
 from ssl_core.config import Config, load, resolved
 from ssl_core.methods.base import method_names
-from ssl_core.testing.method import MethodContract
+from ssl_core.testing.method_contract import MethodContract
 from ssl_core.testing.views import DEGENERATE
 from storage.errors import ConfigError
 

@@ -1,6 +1,6 @@
 """The GPU path on a device that is not there: what would mix devices there, and what would make the host wait.
 
-A step of each method is in the contract, `ssl_core.testing.method.MethodContract`.
+A step of each method is in the contract, `ssl_core.testing.method_contract.MethodContract`.
 """
 
 from collections.abc import Callable

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_core.methods.parts import counter_random as hashed
+from ssl_core.methods.parts import counter_random
 from ssl_core.methods.parts.masking import block_mask
 from ssl_core.methods.parts.region_pixels import map_at, region_pixels
 from ssl_core.networks.backbone import Level
@@ -163,16 +163,16 @@ def test_each_seed_sample_and_purpose_has_a_mask_of_its_own_in_any_batch() -> No
 
 
 def test_draws_depend_on_seed_sample_and_purpose_and_not_on_the_batch() -> None:
-    every = hashed.uniforms(1, torch.arange(6), "a", 5)
-    assert torch.equal(every[3:5], hashed.uniforms(1, torch.tensor([3, 4]), "a", 5))
-    assert not torch.equal(every, hashed.uniforms(2, torch.arange(6), "a", 5))
-    assert not torch.equal(every, hashed.uniforms(1, torch.arange(6), "b", 5))
-    far = hashed.uniforms(1, torch.tensor([7 + (1 << 40)]), "a", 5)
-    assert not torch.equal(far, hashed.uniforms(1, torch.tensor([7]), "a", 5))
+    every = counter_random.uniforms(1, torch.arange(6), "a", 5)
+    assert torch.equal(every[3:5], counter_random.uniforms(1, torch.tensor([3, 4]), "a", 5))
+    assert not torch.equal(every, counter_random.uniforms(2, torch.arange(6), "a", 5))
+    assert not torch.equal(every, counter_random.uniforms(1, torch.arange(6), "b", 5))
+    far = counter_random.uniforms(1, torch.tensor([7 + (1 << 40)]), "a", 5)
+    assert not torch.equal(far, counter_random.uniforms(1, torch.tensor([7]), "a", 5))
 
 
 def test_draws_are_uniform_and_uncorrelated() -> None:
-    u = hashed.uniforms(0, torch.arange(400), "a", 250)
+    u = counter_random.uniforms(0, torch.arange(400), "a", 250)
     assert float(u.mean()) == pytest.approx(0.5, abs=3 * math.sqrt(1 / 12 / u.numel()))
     counts = torch.histc(u, 20, 0, 1)
     expected = u.numel() / 20
