@@ -1,6 +1,5 @@
 """What every benchmark shares: spreads, the machine's facts, tables, and the S3 environment."""
 
-import json
 import os
 import platform
 import statistics
@@ -61,19 +60,12 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def save(result: Mapping[str, Any], out: Path | None) -> None:
-    """Write the result as JSON where a path is given."""
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
 @contextmanager
 def s3_environment(endpoint: str | None) -> Iterator[None]:
     """The AWS environment of this process with `endpoint` and plain static keys, which every client understands."""
     access = resolve("the benchmark's S3 store")
     keys = access.credential()
-    wanted = {
+    environment = {
         "AWS_ACCESS_KEY_ID": keys["access_key_id"],
         "AWS_SECRET_ACCESS_KEY": keys["secret_access_key"],
         "AWS_SESSION_TOKEN": keys["token"],
@@ -81,9 +73,9 @@ def s3_environment(endpoint: str | None) -> Iterator[None]:
         "AWS_DEFAULT_REGION": access.region,
         "AWS_ENDPOINT_URL_S3": endpoint,
     }
-    before = {name: os.environ.get(name) for name in wanted}
+    before = {name: os.environ.get(name) for name in environment}
     try:
-        _set(wanted)
+        _set(environment)
         yield
     finally:
         _set(before)
@@ -105,16 +97,16 @@ def s3_endpoint() -> str | None:
     return resolve("the benchmark's S3 store").endpoint
 
 
-def chosen(names: Sequence[str] | None, known: Sequence[str]) -> list[str]:
-    """The peers asked for, or all.
+def select(names: Sequence[str] | None, available: Sequence[str]) -> list[str]:
+    """The peers that are named, or all.
 
     Raises:
-        ConfigError: an unknown name; lists the known ones.
+        ConfigError: an unknown name; lists the available ones.
     """
     for name in names or ():
-        if name not in known:
-            raise ConfigError(f"peer {name!r}", expected=f"one of {', '.join(known)}", found=name)
-    return [name for name in known if names is None or name in names]
+        if name not in available:
+            raise ConfigError(f"peer {name!r}", expected=f"one of {', '.join(available)}", found=name)
+    return [name for name in available if names is None or name in names]
 
 
 def _set(values: Mapping[str, str | None]) -> None:

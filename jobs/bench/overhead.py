@@ -11,13 +11,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jobs import submit
 from jobs.configs import PretrainConfig
 from jobs.demo import presets
+from jobs.output import table
 from jobs.tracking import runs as tracking
 from ssl_core.config import dump_yaml, parse
 
@@ -44,13 +45,14 @@ def bench_overhead(
             began = time.monotonic()
             points = _ray(address, config, say) if kind == "ray" else _torchrun(config)
             late = [metrics for step, _, metrics in points if step > 5 and "time/step_s" in metrics]
-            found = {
+            figures = {
                 "step_s": statistics.median(m["time/step_s"] for m in late),
                 "wait_share": statistics.median(m["time/wait_share"] for m in late),
                 "whole_s": time.monotonic() - began,
             }
-            results[kind].append(found)
-            say(f"round {index + 1}/{rounds} {kind}: step {found['step_s']:.3f} s, data wait {found['wait_share']:.2%}")
+            results[kind].append(figures)
+            line = f"step {figures['step_s']:.3f} s, data wait {figures['wait_share']:.2%}"
+            say(f"round {index + 1}/{rounds} {kind}: {line}")
     ratios = [a["step_s"] / b["step_s"] for a, b in zip(results["ray"], results["torchrun"], strict=True)]
     return {
         "rounds": results,
@@ -58,6 +60,14 @@ def bench_overhead(
         "ratios": ratios,
         "wait_share_median": statistics.median(r["wait_share"] for r in results["ray"]),
     }
+
+
+def format_overhead(result: Mapping[str, Any]) -> str:
+    """The rounds as a table, and the medians."""
+    pairs = zip(result["rounds"]["ray"], result["rounds"]["torchrun"], result["ratios"], strict=True)
+    rows = [(i + 1, a["step_s"], b["step_s"], ratio, 100 * a["wait_share"]) for i, (a, b, ratio) in enumerate(pairs)]
+    text = table(("round", "Ray Train step s", "torchrun step s", "ratio", "data wait %"), rows)
+    return f"{text}\nmedian ratio {result['ratio_median']:.3f}, median data wait {result['wait_share_median']:.2%}"
 
 
 def _ray(address: str, config: PretrainConfig, say: Callable[[str], None]) -> list[list[Any]]:

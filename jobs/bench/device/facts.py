@@ -14,7 +14,7 @@ _VERSIONS = ("torch", "monai", "lightly", "kornia", "numpy", "dynamic-network-ar
 def machine(devices: Iterable[torch.device] = ()) -> dict[str, Any]:
     """JSON-able; see `jobs.bench.measure.machine`, and torch's threads, accelerators and what is compared."""
     facts = measure.machine()
-    facts["versions"] = {name: found for name in _VERSIONS if (found := version(name)) is not None}
+    facts["versions"] = {name: text for name in _VERSIONS if (text := version(name)) is not None}
     facts["threads"] = torch.get_num_threads()
     facts["capability"] = torch.backends.cpu.get_cpu_capability()
     facts["accelerators"] = [torch.cuda.get_device_name(d) for d in devices if d.type == "cuda"]

@@ -63,7 +63,9 @@ def nnssl_table(result: Mapping[str, Any]) -> str:
         f"ours, {r.device}, {r.variant}: {r.batch} crops in 2 views, {2 * r.samples_per_s:.2f} views/s" for r in rows
     ]
     for p in result["nnssl"]["published"]:
-        held = f", {p['gb']} GB" if p["gb"] else ""
+        memory = f", {p['gb']} GB" if p["gb"] else ""
         shape = f"{p['samples']} images x {p['crops']} crops"
-        lines.append(f"nnssl, {result['nnssl']['hardware']}: {shape} in 2 views, {p['views_per_s']:.0f} views/s{held}")
+        lines.append(
+            f"nnssl, {result['nnssl']['hardware']}: {shape} in 2 views, {p['views_per_s']:.0f} views/s{memory}"
+        )
     return "\n".join([table(rows), "", *lines, result["nnssl"]["note"] + "."])

@@ -86,13 +86,13 @@ def _rates(result: Result, _: str) -> str:
 
 
 def _views_share(result: Result, _: str) -> str:
-    found = {row["method"]: 100 * row["shares"]["views"] for row in result["rows"]}
-    most = max(found, key=lambda name: found[name])
-    return f"Views take {min(found.values()):.1f} to {found[most]:.1f} % of a step here; the most in `{most}`."
+    shares = {row["method"]: 100 * row["shares"]["views"] for row in result["rows"]}
+    most = max(shares, key=lambda name: shares[name])
+    return f"Views take {min(shares.values()):.1f} to {shares[most]:.1f} % of a step here; the most in `{most}`."
 
 
 def _nnssl(result: Result, _: str) -> str:
-    theirs, hardware = result["nnssl"]["published"], result["nnssl"]["hardware"]
+    published, hardware = result["nnssl"]["published"], result["nnssl"]["hardware"]
     rows = [
         {"whose": f"tomoscale, {r['variant']}", "where": r["device"], "step": f"{r['batch']} crops"}
         | {"views": 2 * r["samples_per_s"], "memory": f"{(r['state_mib'] + r['step_mib']) / 1024:.1f} GiB"}
@@ -101,7 +101,7 @@ def _nnssl(result: Result, _: str) -> str:
     rows += [
         {"whose": "nnssl, published", "where": hardware, "step": f"{p['samples']} images x {p['crops']} crops"}
         | {"views": p["views_per_s"], "memory": f"{p['gb']} GB" if p["gb"] else None}
-        for p in theirs
+        for p in published
     ]
     columns = {"whose": "whose", "where": "on", "step": "step", "views": "views/s", "memory": "memory"}
     return table(rows, columns) + f"\n\n{result['nnssl']['note'][0].upper()}{result['nnssl']['note'][1:]}."

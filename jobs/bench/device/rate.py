@@ -79,6 +79,6 @@ def step_operations(method: nn.Module, views: ViewBatch) -> float:
     counter = FlopCounterMode(display=False)
     with counter:
         terms: LossTerms = method(views, StepContext(0, 1))
-        terms.total.backward()
+        torch.autograd.backward(terms.total)
     method.zero_grad(set_to_none=True)
     return float(counter.get_total_flops())

@@ -142,8 +142,10 @@ def crops(spec: ViewSpec, batch: int, seed: int = 0) -> Iterator[HostBatch]:
 def stored(url: str, spec: ViewSpec, batch: int) -> Iterator[HostBatch]:
     """Batches that a store streams, read ahead as in a job."""
     with VolumeStore(url) as store:
-        wanted = StreamSpec(seed=0, global_batch=batch, crop_DHW=spec.host_size_DHW, crops_per_visit=2, maps=spec.maps)
-        with CropStream(store, wanted) as stream:
+        stream_spec = StreamSpec(
+            seed=0, global_batch=batch, crop_DHW=spec.host_size_DHW, crops_per_visit=2, maps=spec.maps
+        )
+        with CropStream(store, stream_spec) as stream:
             yield from stream
 
 
@@ -184,13 +186,13 @@ def measure(
         ConfigError: unknown names, or sizes that the backbone refuses.
     """
     device = torch.device(device)
-    settings = {"steps": warmup + 2 * steps + 1, "warmup_steps": 0, "log_every": 10**9} | _known(
+    settings = {"steps": warmup + 2 * steps + 1, "warmup_steps": 0, "log_every": 10**9} | _entry(
         VARIANTS, "variant", variant
     )
-    made = _method(method, backbone, size_DHW, backbones)
-    spec = type(made).view_spec(made.config)
+    model = _method(method, backbone, size_DHW, backbones)
+    spec = type(model).view_spec(model.config)
     engine = Engine(
-        made,
+        model,
         parse(EngineConfig, settings | dict(engine_settings or {}), "bench engine"),
         collectives=current(),
         device=device,
@@ -205,7 +207,7 @@ def measure(
     times = [seconds(lambda: engine.step(views_of(next(batches))), device) for _ in range(steps)]
     parts = [_parts(engine, batches, views_of) for _ in range(steps)]
     sums = {name: sum(p[name] for p in parts) for name in PARTS}
-    held = peak_of(lambda: engine.step(views_of(next(batches))), device)
+    peak = peak_of(lambda: engine.step(views_of(next(batches))), device)
     middle = statistics.median(times)
     return Row(
         method=method,
@@ -219,7 +221,7 @@ def measure(
         samples_per_s=batch / middle,
         step_s=(middle, float(np.quantile(times, 0.95))),
         state_mib=_bytes_of(engine) / 2**20,
-        step_mib=held / 2**20,
+        step_mib=peak / 2**20,
         shares={name: value / sum(sums.values()) for name, value in sums.items()},
         gflop=operations / 1e9,
         rate_gflops=rate / 1e9,
@@ -236,7 +238,7 @@ def _bytes_of(engine: Engine) -> int:
 
 def _method(method: str, backbone: str, size_DHW: Triple, backbones: Backbones) -> Any:
     kind = method_class(method)
-    name, arguments = _known(backbones, "backbone", backbone)
+    name, arguments = _entry(backbones, "backbone", backbone)
     torch.manual_seed(0)
     network = build(name, **arguments)
     # Of the views only the size is the benchmark's; the smallest that the network can be trained on for local crops.
@@ -246,7 +248,7 @@ def _method(method: str, backbone: str, size_DHW: Triple, backbones: Backbones) 
     return kind(parse(kind.Config, data, f"bench {method}"), network)
 
 
-def _known(table: Mapping[str, Any], what: str, name: str) -> Any:
+def _entry(table: Mapping[str, Any], what: str, name: str) -> Any:
     if name not in table:
         raise ConfigError(f"{what} {name!r}", expected="one of " + ", ".join(table), found=repr(name))
     return table[name]
@@ -256,7 +258,7 @@ def _parts(
     engine: Engine, batches: Iterator[HostBatch], views_of: Callable[[HostBatch], ViewBatch]
 ) -> dict[str, float]:
     """Seconds of one step by part, the device waited for at each border."""
-    found = dict.fromkeys(PARTS, 0.0)
+    spent = dict.fromkeys(PARTS, 0.0)
     last = [0.0]
 
     def close(part: str) -> Callable[..., None]:
@@ -265,7 +267,7 @@ def _parts(
         def hook(*_: Any) -> None:
             wait(engine.device)
             now = time.perf_counter()
-            found[part] += now - last[0]
+            spent[part] += now - last[0]
             last[0] = now
 
         return hook
@@ -287,7 +289,7 @@ def _parts(
         close("views")()
         engine.step(views)
         close("update")()
-    return found
+    return spent
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -361,15 +363,15 @@ def bench_step(
 
 
 def _operations(method: str, backbone: str, size_DHW: Triple, batch: int, device: torch.device) -> float:
-    made = _method(method, backbone, size_DHW, BACKBONES).to(device)
-    spec = type(made).view_spec(made.config)
+    model = _method(method, backbone, size_DHW, BACKBONES).to(device)
+    spec = type(model).view_spec(model.config)
     host = next(crops(spec, batch))
     views = make_views(host, spec, seed=0, policy=POLICY, device=device, maps=host.maps_BDHW)
-    return step_operations(made, views)
+    return step_operations(model, views)
 
 
 def _rate(rates: dict[str, float], device: torch.device, variant: str, more: Mapping[str, Any]) -> float:
-    settings = parse(EngineConfig, _known(VARIANTS, "variant", variant) | dict(more), "bench engine")
+    settings = parse(EngineConfig, _entry(VARIANTS, "variant", variant) | dict(more), "bench engine")
     precision = resolve_precision(settings.precision, device)
     key = f"{device} {precision}"
     if key not in rates:

@@ -25,12 +25,13 @@ import numpy as np
 import torch
 
 import ssl_core.methods  # noqa: F401  registers them
+from jobs.bench.learning.arms import FULL, NORMS, Arm, Size, arms, config_of, queue_of, spec_of
 from jobs.bench.learning.rows import RANDOM, Run, ablations, summary
 from jobs.bench.learning.voxel_probe import Case, evaluate, fit, load_case
 from jobs.bench.measure import machine
 from ssl_core.config import parse, resolved
 from ssl_core.downstream.finetune import label_values
-from ssl_core.methods.base import LossTerms, StepContext, method_class, method_names
+from ssl_core.methods.base import LossTerms, StepContext, method_class
 from ssl_core.monitor.collapse import CollapseWarning, probe
 from ssl_core.networks.pyramid import Pyramid
 from ssl_core.networks.registry import build
@@ -39,7 +40,7 @@ from ssl_core.superpixels.settings import Superpixels
 from ssl_core.train.engine import Engine, EngineConfig
 from ssl_core.views.intensity import IntensityPolicy
 from ssl_core.views.make import make_views
-from ssl_core.views.types import ViewBatch, ViewSpec
+from ssl_core.views.types import ViewBatch
 from storage.datasets import simulated as cohort
 from storage.errors import ConfigError
 from storage.ingest import derived_maps as derive
@@ -55,60 +56,7 @@ FIXED_BATCHES = 16
 FIXED_SEED = 10**6
 """Added to the seed of the crops, so that those of the fixed views are not those of the steps."""
 
-BASES = ("mocov2", "byol", "simclr")
-ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
-    "aligned": {"restoration": {"w_consistency": 0.0}, "consistency": {"w_restore": 0.0}},
-}
-"""Rows beside a method's own, such as `aligned:restoration`: what is left when a part is taken out."""
-
 POLICY = IntensityPolicy.model_validate({})
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much is done.
-
-    Attributes:
-        view_DHW: Voxels of a view.
-        batch: Samples of a step.
-        steps: Optimizer steps of a run.
-        seeds: Of weights, crops and views, by number.
-        fitted: Labelled subjects that the read-out is fitted on.
-        scored: Subjects that it is scored on, at most.
-        filters: Channels of the DynUNet's levels, each after the first at half the resolution.
-        lr: Peak learning rate.
-        norm: Of the network, a key of `NORMS`.
-    """
-
-    view_DHW: tuple[int, int, int] = (16, 24, 24)
-    batch: int = 4
-    steps: int = 100
-    seeds: tuple[int, ...] = (0, 1, 2)
-    fitted: int = 12
-    scored: int = 32
-    filters: tuple[int, ...] = (8, 16, 32, 64)
-    lr: float = 2e-3
-    norm: str = "instance"
-
-
-NORMS: dict[str, Any] = {
-    "instance": ("INSTANCE", {"affine": True}),
-    "batch": ("BATCH", {"affine": True}),
-    "group": ("GROUP", {"num_groups": 4, "affine": True}),
-}
-"""As MONAI's DynUNet is told them; instance norm is its default."""
-
-FULL = Size()
-QUICK = Size(steps=20, seeds=(0,), fitted=6, scored=12)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A row of the table: a method with settings."""
-
-    name: str
-    method: str
-    settings: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -120,30 +68,6 @@ class Data:
     fitted: list[Case]
     scored: dict[str, Case]
     classes: int
-
-
-def arms(methods: Sequence[str], size: Size, overrides: Mapping[str, Any] | None = None) -> list[Arm]:
-    """A row for each method at this size; `lrc` has one for each global method it is added to, and see `ABLATIONS`.
-
-    Args:
-        methods: Registered names, or names of rows such as `lrc+byol` and `aligned:restoration`; all when empty.
-        size: Gives what does not fit a small run otherwise: views, blocks, widths of heads, the queue.
-        overrides: Settings on top, for all rows.
-
-    Raises:
-        ConfigError: unknown names or settings.
-    """
-    found = []
-    for row in _rows(methods):
-        name, _, part = row.partition(":")
-        method, _, base = name.partition("+")
-        settings = _small(method, size)
-        if base:
-            settings |= {"base": base, "base_settings": _small(base, size, views=False)}
-        settings |= ABLATIONS[method][part] if part else {}
-        found.append(Arm(row, method, _merge(settings, overrides or {})))
-        parse(method_class(method).Config, found[-1].settings, f"settings of {row}")
-    return found
 
 
 def bench_learn(
@@ -166,17 +90,17 @@ def bench_learn(
     Returns:
         JSON-able: `machine`, `data`, `size`, `rows` (see `summary`), `ablations`, and `runs` by row.
     """
-    wanted = arms(methods, size, overrides)
+    compared = arms(methods, size, overrides)
     began = time.monotonic()
-    kinds = {s for arm in wanted for s in _spec(arm).superpixels}
+    kinds = {s for arm in compared for s in spec_of(arm).superpixels}
     with dataset(size, part, say, kinds) as data:
-        runs: dict[str, list[Run]] = {RANDOM: [], **{arm.name: [] for arm in wanted}}
+        runs: dict[str, list[Run]] = {RANDOM: [], **{arm.name: [] for arm in compared}}
         for seed in size.seeds:
-            for arm in (None, *wanted):
+            for arm in (None, *compared):
                 run = one_run(arm, data, size, seed)
                 runs[RANDOM if arm is None else arm.name].append(run)
                 say(_line(RANDOM if arm is None else arm.name, run))
-        rows = [summary(name, found, runs[RANDOM]) for name, found in runs.items()]
+        rows = [summary(name, seeds, runs[RANDOM]) for name, seeds in runs.items()]
         facts = {
             "name": data.store.manifest.dataset.get("name", ""),
             "simulated": data.simulated,
@@ -189,11 +113,11 @@ def bench_learn(
         "machine": machine() | {"torch": torch.__version__, "threads": torch.get_num_threads()},
         "data": facts,
         "size": asdict(size),
-        "settings": {arm.name: resolved(_config(arm)) for arm in wanted},
+        "settings": {arm.name: resolved(config_of(arm)) for arm in compared},
         "seconds": round(time.monotonic() - began, 1),
         "rows": rows,
         "ablations": ablations(runs),
-        "runs": {name: [asdict(run) for run in found] for name, found in runs.items()},
+        "runs": {name: [asdict(run) for run in seeds] for name, seeds in runs.items()},
     }
 
 
@@ -217,17 +141,17 @@ def one_run(arm: Arm | None, data: Data, size: Size, seed: int) -> Run:
     dice = {case: round(value, 5) for case, value in zip(data.scored, scored, strict=True)}
     if arm is None or course is None:
         return Run(seed, None, {}, {}, None, None, False, dice, None)
-    losses, seen, fixed, seconds = course
-    filled = -(-_queue(arm) // size.batch)
+    losses, spread, fixed, seconds = course
+    filled = -(-queue_of(arm) // size.batch)
     ends = {name: _ends([step[name] for step in losses], filled) for name in losses[0]}
     return Run(
         seed=seed,
         loss=ends.pop("loss"),
         terms={name.removeprefix("loss/"): pair for name, pair in ends.items()},
         fixed=fixed,
-        rank=seen["probe/effective_rank"],
-        std=seen["probe/feature_std"],
-        collapsed=bool(seen["probe/collapsed"]),
+        rank=spread["probe/effective_rank"],
+        std=spread["probe/feature_std"],
+        collapsed=bool(spread["probe/collapsed"]),
         dice=dice,
         steps_per_s=size.steps / seconds,
     )
@@ -243,19 +167,19 @@ def dataset(
     if folder is None or not folder.is_dir():
         folder = cohort.ensure()
         say("no $TOMOSCALE_DATASETS/msd_hippocampus: SIMULATED subjects made from one head; figures are of them alone")
-    with tempfile.TemporaryDirectory(prefix="tomoscale-learn-") as held:
-        url = (Path(held) / folder.name).as_uri()
+    with tempfile.TemporaryDirectory(prefix="tomoscale-learn-") as scratch:
+        url = (Path(scratch) / folder.name).as_uri()
         manifest = ingest.run(str(folder), url).manifest
         for kind in superpixels:
             compute = partial(of_volume, settings=kind)
             manifest = derive.run(url, kind.name, compute, made=str(resolved(kind))).manifest
         with VolumeStore(url, manifest) as store:
             train = manifest.select(split="train", labelled=LABEL)
-            chosen = np.random.Generator(np.random.Philox(key=0)).permutation(train)[: size.fitted].tolist()
+            fitted = np.random.Generator(np.random.Philox(key=0)).permutation(train)[: size.fitted].tolist()
             scored = manifest.select(split=part, labelled=LABEL)[: size.scored].tolist()
             if not scored:
                 raise ConfigError(f"split {part!r}", expected="labelled volumes", found="none")
-            values = label_values(store, chosen, LABEL)
+            values = label_values(store, fitted, LABEL)
             multiple = network(size).multiple_DHW()
 
             def case(index: int) -> Case:
@@ -264,7 +188,7 @@ def dataset(
             yield Data(
                 store=store,
                 simulated=bool(manifest.dataset.get("simulated")),
-                fitted=[case(i) for i in chosen],
+                fitted=[case(i) for i in fitted],
                 scored={manifest.record(i).volume_id: case(i) for i in scored},
                 classes=len(values) + 1,
             )
@@ -274,7 +198,7 @@ def _pretrain(
     arm: Arm, backbone: Pyramid, data: Data, size: Size, seed: int
 ) -> tuple[list[dict[str, float]], dict[str, float], dict[str, tuple[float, float]], float]:
     """Losses of every step, the probe's figures at the end, those on fixed views before and after, and seconds."""
-    config, kind = _config(arm), method_class(arm.method)
+    config, kind = config_of(arm), method_class(arm.method)
     settings: dict[str, Any] = {
         "steps": size.steps,
         "warmup_steps": size.steps // 20,
@@ -284,7 +208,7 @@ def _pretrain(
     }
     settings |= {"channels_last": True, "precision": "fp32"}  # this layout takes two thirds of the time on a CPU
     engine = Engine(kind(config, backbone), parse(EngineConfig, settings))
-    spec = _spec(arm)
+    spec = spec_of(arm)
     stream = StreamSpec(
         seed=seed,
         global_batch=size.batch,
@@ -297,7 +221,7 @@ def _pretrain(
     def views_of(host: HostBatch) -> ViewBatch:
         return make_views(host, spec, seed=seed, policy=POLICY, maps=host.maps_BDHW)
 
-    filling = -(-_queue(arm) // size.batch)
+    filling = -(-queue_of(arm) // size.batch)
     with CropStream(data.store, replace(stream, seed=seed + FIXED_SEED), prefetch=2, threads=1) as batches:
         fixed = [views_of(next(batches)) for _ in range(filling + FIXED_BATCHES)]
     before = on_fixed_views(engine, fixed, filling)
@@ -306,16 +230,16 @@ def _pretrain(
     with CropStream(data.store, stream, prefetch=2, threads=1) as batches:
         for _ in range(size.steps):
             views = views_of(next(batches))
-            said = engine.step(views)
-            losses.append({name: value for name, value in said.items() if name.partition("/")[0] == "loss"})
+            metrics = engine.step(views)
+            losses.append({name: value for name, value in metrics.items() if name.partition("/")[0] == "loss"})
     seconds = time.perf_counter() - began
     if views is None:
         raise ConfigError("steps", expected="at least 1", found="0")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CollapseWarning)  # the row says so
-        seen = probe(engine, views)
+        spread = probe(engine, views)
     after = on_fixed_views(engine, fixed, filling)
-    return losses, seen, {name: (before[name], after[name]) for name in before}, seconds
+    return losses, spread, {name: (before[name], after[name]) for name in before}, seconds
 
 
 @torch.no_grad()
@@ -342,67 +266,12 @@ def on_fixed_views(engine: Engine, views: Sequence[ViewBatch], filling: int) -> 
         if number < filling:
             method.after_step(ctx)
             continue
-        found = {"loss": terms.total}
-        found |= {f"loss/{name}": value for name, value in terms.terms.items()}
-        found |= {f"monitor/{name}": value for name, value in terms.monitors.items()}
-        for name, value in found.items():
+        values = {"loss": terms.total}
+        values |= {f"loss/{name}": value for name, value in terms.terms.items()}
+        values |= {f"monitor/{name}": value for name, value in terms.monitors.items()}
+        for name, value in values.items():
             sums.setdefault(name, []).append(float(value))
-    return {name: statistics.fmean(values) for name, values in sums.items()}
-
-
-def _rows(names: Sequence[str]) -> list[str]:
-    """The rows that names stand for; ablations only where they are named, or nothing is."""
-    known = {method: [f"lrc+{b}" for b in BASES] if method == "lrc" else [method] for method in method_names()}
-    parts = {f"{method}:{part}": [f"{method}:{part}"] for method, found in ABLATIONS.items() for part in found}
-    every = known | {row: [row] for row in known["lrc"]} | parts
-    for name in names:
-        if name not in every:
-            raise ConfigError(f"method {name!r}", expected="one of " + ", ".join(every), found=repr(name))
-    return [row for name in names or [*known, *parts] for row in every[name]]
-
-
-def _small(method: str, size: Size, *, views: bool = True) -> dict[str, Any]:
-    """What a method has to be told at this size; everything else stays at its defaults."""
-    fields = method_class(method).Config.model_fields
-    fitting: dict[str, Any] = {"hidden": 128, "queue": 128, "block": 8, "locals": 2, "values": (1, 2)}
-    if method == "lrc":
-        fitting |= {"hidden": 32, "out": 32}  # its head is at full resolution
-    if views:
-        side = min(size.view_DHW)
-        fitting |= {"crops": {"size_DHW": size.view_DHW}, "local": {"size_DHW": (side,) * 3}}
-    found: dict[str, Any] = {}
-    for key in fields.keys() & fitting.keys():
-        value = fitting[key]
-        default = fields[key].get_default(call_default_factory=True)
-        found[key] = resolved(default) | value if isinstance(value, dict) else value
-    if "parts" in fields:
-        parts = fields["parts"].get_default(call_default_factory=True)
-        found["parts"] = [resolved(p) | {"settings": _small(p.name, size, views=False) | p.settings} for p in parts]
-    return found
-
-
-def _merge(settings: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with others on top, group by group."""
-    merged = dict(settings)
-    for key, value in overrides.items():
-        deeper = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if deeper else value
-    return merged
-
-
-def _config(arm: Arm) -> Any:
-    return parse(method_class(arm.method).Config, arm.settings, f"settings of {arm.name}")
-
-
-def _spec(arm: Arm) -> ViewSpec:
-    spec: ViewSpec = method_class(arm.method).view_spec(_config(arm))
-    return spec
-
-
-def _queue(arm: Arm) -> int:
-    """Entries of the method's queue, or of its base's; 0 without one."""
-    settings = arm.settings | arm.settings.get("base_settings", {})
-    return int(settings.get("queue", 0))
+    return {name: statistics.fmean(figures) for name, figures in sums.items()}
 
 
 def _ends(values: Sequence[float], after: int = 0) -> tuple[float, float]:
@@ -413,8 +282,8 @@ def _ends(values: Sequence[float], after: int = 0) -> tuple[float, float]:
 
 
 def _line(name: str, run: Run) -> str:
-    found = f"{name}, seed {run.seed}: probe Dice {statistics.fmean(run.dice.values()):.4f}"
+    line = f"{name}, seed {run.seed}: probe Dice {statistics.fmean(run.dice.values()):.4f}"
     if run.loss is None:
-        return found
+        return line
     before, after = run.fixed["loss"]
-    return f"{found}, loss {before:.4f} to {after:.4f}, rank {run.rank:.1f}, {run.steps_per_s:.2f} steps/s"
+    return f"{line}, loss {before:.4f} to {after:.4f}, rank {run.rank:.1f}, {run.steps_per_s:.2f} steps/s"

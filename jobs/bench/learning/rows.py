@@ -56,13 +56,13 @@ def joined(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     runs: dict[str, list[Run]] = {name: [] for name in first["runs"]}
     for number, result in enumerate(results, 1):
         for part in ("data", "settings", "size"):
-            mine, other = (
+            expected, actual = (
                 json.dumps({k: v for k, v in r[part].items() if k != "seeds"}, sort_keys=True) for r in (first, result)
             )
-            if mine != other:
+            if actual != expected:
                 raise ConfigError(f"result {number}: {part}", expected="what the first has", found="something else")
-        for name, found in result["runs"].items():
-            runs[name] += [Run(**run) for run in found]
+        for name, entries in result["runs"].items():
+            runs[name] += [Run(**run) for run in entries]
     seeds = [run.seed for run in runs[RANDOM]]
     if len(set(seeds)) != len(seeds):
         raise ConfigError("seeds of the results", expected="each once", found=str(seeds))
@@ -71,9 +71,9 @@ def joined(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "machine": [result["machine"] for result in results],
         "size": {**first["size"], "seeds": seeds},
         "seconds": sum(result["seconds"] for result in results),
-        "rows": [summary(name, found, runs[RANDOM]) for name, found in runs.items()],
+        "rows": [summary(name, entries, runs[RANDOM]) for name, entries in runs.items()],
         "ablations": ablations(runs),
-        "runs": {name: [asdict(run) for run in found] for name, found in runs.items()},
+        "runs": {name: [asdict(run) for run in entries] for name, entries in runs.items()},
     }
 
 
@@ -148,11 +148,12 @@ def format_learn(result: Mapping[str, Any]) -> str:
     return "\n".join([table(rows, columns), "", what + ".", *words, *result["ablations"]])
 
 
-def _paired(a: str, ours: Sequence[Run], b: str, theirs: Sequence[Run]) -> Paired:
+def _paired(a: str, runs_a: Sequence[Run], b: str, runs_b: Sequence[Run]) -> Paired:
     """Over subjects, each the mean over its seeds."""
-    mine, other = _by_subject(ours), _by_subject(theirs)
-    cases = sorted(mine)
-    return compare(np.array([mine[c] for c in cases]), np.array([other[c] for c in cases]), a=a, b=b, seeds=len(ours))
+    dice_a, dice_b = _by_subject(runs_a), _by_subject(runs_b)
+    cases = sorted(dice_a)
+    values_a, values_b = (np.array([dice[case] for case in cases]) for dice in (dice_a, dice_b))
+    return compare(values_a, values_b, a=a, b=b, seeds=len(runs_a))
 
 
 def _by_subject(runs: Sequence[Run]) -> dict[str, float]:
@@ -160,5 +161,9 @@ def _by_subject(runs: Sequence[Run]) -> dict[str, float]:
 
 
 def _failed(row: Mapping[str, Any]) -> list[str]:
-    said = {"falls": "a falling loss", "no_collapse": "free of collapse", "beats_random": "better than random features"}
-    return [words for key, words in said.items() if row.get(key) is False]
+    words = {
+        "falls": "a falling loss",
+        "no_collapse": "free of collapse",
+        "beats_random": "better than random features",
+    }
+    return [text for key, text in words.items() if row.get(key) is False]

@@ -104,7 +104,7 @@ def fit(backbone: Backbone, cases: Sequence[Case], classes: int) -> VoxelProbe:
     """
     features, truth, weight = _voxels(backbone, cases)
     x_NC, y_N, w_N = torch.cat(features).double(), torch.cat(truth), torch.cat(weight).double()
-    missing = set(range(classes)) - set(y_N.unique().tolist())
+    missing = set(range(classes)) - set(y_N.tolist())
     if missing:
         raise ConfigError("probe's labelled cases", expected=f"classes 0 to {classes - 1}", found=f"no {min(missing)}")
     w_N = w_N / w_N.sum()
@@ -114,10 +114,10 @@ def fit(backbone: Backbone, cases: Sequence[Case], classes: int) -> VoxelProbe:
     scaled_KC = table_KC[:, :-1] / spread_C
     bias_K = (table_KC[:, -1] - scaled_KC @ mean_C).float()
     widths = [level.channels for level in backbone.levels]
-    plain = VoxelProbe(tuple(part.float() for part in scaled_KC.split(widths, dim=1)), bias_K)
-    found = [_decisions(scores(backbone, plain, case)) for case in cases]
+    plain = VoxelProbe(tuple(part.float() for part in torch.split(scaled_KC, widths, dim=1)), bias_K)
+    decisions = [_decisions(scores(backbone, plain, case)) for case in cases]
     means = [
-        np.mean([_mean_dice(d, case, offset, classes) for d, case in zip(found, cases, strict=True)]).item()
+        np.mean([_mean_dice(d, case, offset, classes) for d, case in zip(decisions, cases, strict=True)]).item()
         for offset in OFFSETS
     ]
     return VoxelProbe(plain.weights, bias_K, OFFSETS[int(np.argmax(means))])
@@ -150,8 +150,8 @@ def _decisions(scores_KDHW: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
 
 def _mean_dice(decisions: tuple[NDArray[Any], NDArray[Any]], case: Case, offset: float, classes: int) -> float:
     best_DHW, margin_DHW = decisions
-    found = np.where(margin_DHW > -offset, best_DHW, 0)
-    return float(np.mean([dice(found == k, case.class_DHW == k) for k in range(1, classes)]))
+    predicted_DHW = np.where(margin_DHW > -offset, best_DHW, 0)
+    return float(np.mean([dice(predicted_DHW == k, case.class_DHW == k) for k in range(1, classes)]))
 
 
 @torch.no_grad()
@@ -164,8 +164,10 @@ def _voxels(backbone: Backbone, cases: Sequence[Case]) -> tuple[list[Tensor], li
         for k in np.unique(case.class_DHW).tolist():
             places = np.argwhere(case.class_DHW == k)
             count = min(len(places), FOREGROUND if k else BACKGROUND)
-            chosen = _centres(places[generator.choice(len(places), count, replace=False)])
-            sampled = [sample_features(m, level, chosen)[0][0] for m, level in zip(maps, backbone.levels, strict=True)]
+            points_1M3 = _centres(places[generator.choice(len(places), count, replace=False)])
+            sampled = [
+                sample_features(m, level, points_1M3)[0][0] for m, level in zip(maps, backbone.levels, strict=True)
+            ]
             features.append(torch.cat(sampled, dim=1))
             truth.append(torch.full((count,), k))
             weight.append(torch.full((count,), len(places) / count))
@@ -179,14 +181,14 @@ def _centres(places_M3: NDArray[Any]) -> Tensor:
 def _regress(x_NC: Tensor, y_N: Tensor, w_N: Tensor, classes: int) -> Tensor:
     """Weights and bias, (K, C + 1), of the least weighted cross-entropy with a ridge on the weights."""
     table = torch.zeros(classes, x_NC.shape[1] + 1, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([table], max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+    optimizer: Any = torch.optim.LBFGS([table], max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
         logits_NK = x_NC @ table[:, :-1].T + table[:, -1]
         value = (w_N * functional.cross_entropy(logits_NK, y_N, reduction="none")).sum()
         value = value + 0.5 * PENALTY * table[:, :-1].square().sum()
-        value.backward()
+        torch.autograd.backward(value)
         return value
 
     optimizer.step(loss)

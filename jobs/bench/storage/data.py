@@ -66,16 +66,16 @@ def real(limit: int) -> list[DataSet]:
     root = os.environ.get("TOMOSCALE_DATASETS", "")
     if not root or not limit:
         return []
-    found = []
+    sets = []
     mr = {
         p.name.removesuffix(".nii.gz"): _nifti(p) for p in sorted(Path(root).glob("chaos_t2/images/*.nii.gz"))[:limit]
     }
     if mr:
-        found.append(_fitting("abdominal MR (CHAOS T2)", (24, 96, 96), mr))
+        sets.append(_fitting("abdominal MR (CHAOS T2)", (24, 96, 96), mr))
     slices = sorted(p for p in Path(root).glob("formats/dicom_ct_chest/**/*") if p.is_file())
     if slices:
-        found.append(_fitting("chest CT (LIDC)", (48, 96, 96), {"chest": _dicom(slices)}))
-    return found
+        sets.append(_fitting("chest CT (LIDC)", (48, 96, 96), {"chest": _dicom(slices)}))
+    return sets
 
 
 def _fitting(name: str, crop: Triple, volumes: dict[str, Volume]) -> DataSet:

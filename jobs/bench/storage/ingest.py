@@ -98,7 +98,6 @@ class Files:
 
 def bench_ingest(
     quick: bool = False,
-    out: Path | None = None,
     *,
     tools: Sequence[Tool] = (),
     size: Size | None = None,
@@ -108,7 +107,6 @@ def bench_ingest(
 
     Args:
         quick: A run of about three minutes; else one of about ten.
-        out: JSON file to write.
         tools: Peers.
         size: Amounts other than those of `quick`.
         progress: Told what is measured next.
@@ -144,7 +142,7 @@ def bench_ingest(
         row["mb_per_s"] = measure.spread(rates)
         row["mb_per_cpu_s"] = measure.spread([row["raw_mb"] / cpu_s for cpu_s in row["cpu_s"]])
         row["volumes_per_s"] = row["volumes"] / statistics.median(row["seconds"])
-    result = {
+    return {
         "name": "ingest",
         "machine": facts,
         "size": asdict(size),
@@ -152,8 +150,6 @@ def bench_ingest(
         "ratios": _ratios(list(rows.values())),
         "took_s": round(time.perf_counter() - began, 1),
     }
-    measure.save(result, out)
-    return result
 
 
 def format_ingest(result: Mapping[str, Any]) -> str:
@@ -179,16 +175,16 @@ def _row(key: tuple[Any, ...], tool: Tool, files: Files) -> dict[str, Any]:
 def _ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Ours over each peer, round by round."""
     out = []
-    ours = {(r["data"], r["spacing"], r["cores"]): r for r in rows if r["tool"] == OURS}
+    own = {(r["data"], r["spacing"], r["cores"]): r for r in rows if r["tool"] == OURS}
     for row in rows:
         if row["tool"] == OURS:
             continue
-        mine = ours[row["data"], row["spacing"], row["cores"]]
+        baseline = own[row["data"], row["spacing"], row["cores"]]
         for key, unit in (("seconds", "MB/s"), ("cpu_s", "MB a CPU second")):
-            found = measure.spread([b / a for a, b in zip(mine[key], row[key], strict=True)])
+            ratio = measure.spread([b / a for a, b in zip(baseline[key], row[key], strict=True)])
             what = f"{unit}, {row['spacing']}, {row['cores']} cores: ours / {row['tool']}"
-            met = "yes" if found["median"] >= 1 else "no"
-            out.append({"data": row["data"], "what": what, "value": found, "target": 1.0, "met": met})
+            met = "yes" if ratio["median"] >= 1 else "no"
+            out.append({"data": row["data"], "what": what, "value": ratio, "target": 1.0, "met": met})
     return out
 
 
@@ -203,8 +199,8 @@ def _run(tool: Tool, files: Files, spacing: float | None, cores: int, folder: Pa
                 command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
             )
         try:
-            said = json.loads(done.stdout.strip().splitlines()[-1])
-            took, cpu_s = float(said["seconds"]), float(said["cpu_s"])
+            report = json.loads(done.stdout.strip().splitlines()[-1])
+            took, cpu_s = float(report["seconds"]), float(report["cpu_s"])
         except (IndexError, KeyError, TypeError, ValueError) as error:
             words = " ".join((done.stderr or done.stdout).split())[-500:]
             raise StoreError(f"bench ingest: {tool.name}", expected="a result", found=words or "no output") from error
@@ -228,16 +224,16 @@ def _phantoms(size: Size, folder: Path) -> Files:
 def _real(limit: int) -> list[Files]:
     """Real volumes of the folder that $TOMOSCALE_DATASETS names, those that are there."""
     root = os.environ.get("TOMOSCALE_DATASETS", "")
-    found = []
-    known = (
+    sets = []
+    folders = (
         ("hippocampus MR 36x50x35", "msd_hippocampus/images", 1.25),
         ("abdominal MR 256x256x36", "chaos_t2/images", 1.5),
     )
-    for name, folder, spacing in known:
+    for name, folder, spacing in folders:
         paths = tuple(sorted(Path(root).glob(f"{folder}/*.nii.gz")))[:limit] if root else ()
         if paths:
-            found.append(Files(name, paths, spacing, sum(_voxel_bytes(path) for path in paths)))
-    return found
+            sets.append(Files(name, paths, spacing, sum(_voxel_bytes(path) for path in paths)))
+    return sets
 
 
 def _voxel_bytes(path: Path) -> int:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,7 +64,6 @@ FULL = Size((192, 256, 256), real=6, edges=(16, 24, 32, 40, 48, 64), repeats=5, 
 
 def bench_layout(
     quick: bool = False,
-    out: Path | None = None,
     *,
     size: Size | None = None,
     progress: Callable[[str], None] | None = None,
@@ -74,7 +72,6 @@ def bench_layout(
 
     Args:
         quick: A run of about a minute.
-        out: JSON file to write.
         size: Amounts other than those of `quick`.
         progress: Told what is measured next.
     """
@@ -95,15 +92,13 @@ def bench_layout(
                     rows.append({"data": one.name} | _measure(pieces, chunk, one.crop_DHW, codec, size.repeats, edge))
     finally:
         blosc.use_threads = before
-    result = {
+    return {
         "name": "layout",
         "machine": facts,
         "size": asdict(size),
         "rows": rows,
         "took_s": round(time.perf_counter() - began, 1),
     }
-    measure.save(result, out)
-    return result
 
 
 def format_layout(result: Mapping[str, Any]) -> str:

@@ -80,7 +80,6 @@ FULL = Size(8, (256, 320, 320), 300, 60, 10_000, (0, 20), (1_000, 1_000_000))
 def bench_loader(
     quick: bool = False,
     s3_url: str | None = None,
-    out: Path | None = None,
     *,
     size: Size | None = None,
     data: DataSet | None = None,
@@ -91,7 +90,6 @@ def bench_loader(
     Args:
         quick: A run of about two minutes; else one of about ten.
         s3_url: Where to put the volumes meanwhile; endpoint and credentials come from the AWS environment.
-        out: JSON file to write.
         size: Amounts other than those of `quick`.
         data: Volumes other than phantoms.
         progress: Told what is measured next.
@@ -132,7 +130,7 @@ def bench_loader(
     say("manifests")
     manifests = [_manifest(n) for n in size.manifests]
     slope = slope_mib(memory)
-    result = {
+    return {
         "name": "loader",
         "machine": facts,
         "size": asdict(size),
@@ -144,8 +142,6 @@ def bench_loader(
         "targets": _targets(rows, slope, manifests),
         "took_s": round(time.perf_counter() - began, 1),
     }
-    measure.save(result, out)
-    return result
 
 
 def format_loader(result: Mapping[str, Any]) -> str:
@@ -180,19 +176,19 @@ def slope_mib(memory: Sequence[Mapping[str, float]]) -> float:
 def _targets(
     rows: Sequence[Mapping[str, Any]], slope: float, manifests: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    found: list[tuple[str, float, float]] = []
+    figures: list[tuple[str, float, float]] = []
     for row in rows:
         where = f"{row['where']} +{row['delay_ms']:g} ms, {row['crops_per_visit']} crops a visit"
-        found.append((f"data wait, {where}, %", row["wait_percent"], WAIT_PERCENT))
-    found.append(("resident memory over 1000 crops, MiB", slope, SLOPE_MIB))
+        figures.append((f"data wait, {where}, %", row["wait_percent"], WAIT_PERCENT))
+    figures.append(("resident memory over 1000 crops, MiB", slope, SLOPE_MIB))
     small, large = manifests[0], manifests[-1]
-    found.append((f"open a manifest of {large['volumes']:,}, s", large["open_s"], OPEN_S))
+    figures.append((f"open a manifest of {large['volumes']:,}, s", large["open_s"], OPEN_S))
     times = f"{large['volumes']:,} / {small['volumes']:,} volumes"
-    found.append((f"order of the first batch, {times}", large["order_ms"] / small["order_ms"], 1.0))
-    found.append((f"its crops with their facts, {times}", large["plan_ms"] / small["plan_ms"], 1.0))
+    figures.append((f"order of the first batch, {times}", large["order_ms"] / small["order_ms"], 1.0))
+    figures.append((f"its crops with their facts, {times}", large["plan_ms"] / small["plan_ms"], 1.0))
     return [
         {"what": what, "value": value, "target": f"at most {limit:g}", "met": "yes" if value <= limit else "no"}
-        for what, value, limit in found
+        for what, value, limit in figures
     ]
 
 

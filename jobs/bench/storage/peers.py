@@ -32,13 +32,14 @@ at every crop; more would hold a good part of these small data sets, which it co
 """
 
 Voxels = npt.NDArray[Any]
-Want = tuple[str, Triple]
+CropStart = tuple[str, Triple]
+"""A volume's name and the first voxel of a crop of it."""
 
 
 class Reader(Protocol):
-    """An open reader. One that chooses its own crops has their list in `taken`."""
+    """An open reader. One that chooses its own crops has their list in `drawn`."""
 
-    def read(self, wants: Sequence[Want]) -> list[Voxels]:
+    def read(self, starts: Sequence[CropStart]) -> list[Voxels]:
         """Crops (D, H, W) in the order asked, copied to memory of their own."""
 
     def close(self) -> None:
@@ -78,8 +79,8 @@ class _Ours:
     def __init__(self, url: str, crop: Triple, cache: NodeCache | None = None) -> None:
         self._store, self._crop = VolumeStore(url, cache=cache, threads=IN_FLIGHT), crop
 
-    def read(self, wants: Sequence[Want]) -> list[Voxels]:
-        return [found[0] for found in self._store.read_many([Crop(n, s, self._crop) for n, s in wants])]
+    def read(self, starts: Sequence[CropStart]) -> list[Voxels]:
+        return [voxels[0] for voxels in self._store.read_many([Crop(n, s, self._crop) for n, s in starts])]
 
     def close(self) -> None:
         self._store.close()
@@ -101,10 +102,10 @@ class _Indexed:
         self._open: dict[str, Any] = {}
         self._pool = ThreadPoolExecutor(in_flight) if in_flight > 1 else None
 
-    def read(self, wants: Sequence[Want]) -> list[Voxels]:
+    def read(self, starts: Sequence[CropStart]) -> list[Voxels]:
         if self._pool is None:
-            return [self._one(want) for want in wants]
-        return list(self._pool.map(self._one, wants))
+            return [self._one(start) for start in starts]
+        return list(self._pool.map(self._one, starts))
 
     def close(self) -> None:
         if self._pool is not None:
@@ -112,8 +113,8 @@ class _Indexed:
         self._open.clear()
         self._closer()
 
-    def _one(self, want: Want) -> Voxels:
-        name, start = want
+    def _one(self, crop: CropStart) -> Voxels:
+        name, start = crop
         array = self._open.get(name)
         if array is None:
             array = self._opener(name)
@@ -134,11 +135,11 @@ class _TensorStore:
         self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
         self._open: dict[str, Any] = {}
 
-    def read(self, wants: Sequence[Want]) -> list[Voxels]:
-        new = {name: self._start(name) for name, _ in wants if name not in self._open}
+    def read(self, starts: Sequence[CropStart]) -> list[Voxels]:
+        new = {name: self._start(name) for name, _ in starts if name not in self._open}
         self._open.update({name: future.result() for name, future in new.items()})
         futures = []
-        for name, start in wants:
+        for name, start in starts:
             box = tuple(slice(a, a + s) for a, s in zip(start, self._crop, strict=True))
             array = self._open[name]
             futures.append((array[(0, *box)] if array.ndim == 4 else array[box]).read())

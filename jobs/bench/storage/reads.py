@@ -24,7 +24,7 @@ import numpy as np
 from jobs.bench import measure
 from jobs.bench.storage import data as bench_data
 from jobs.bench.storage.data import WRITERS, DataSet, Layouts, Writer
-from jobs.bench.storage.peers import PEERS, Peer, Reader, Want
+from jobs.bench.storage.peers import PEERS, CropStart, Peer, Reader
 from storage.errors import StoreError
 from storage.objects import join
 from storage.testing.fault_proxy import ProxyProcess, delayed
@@ -100,9 +100,8 @@ def bench_reads(
     quick: bool = False,
     peers: Sequence[str] | None = None,
     s3_url: str | None = None,
-    out: Path | None = None,
     *,
-    known: Sequence[Peer] = PEERS,
+    available: Sequence[Peer] = PEERS,
     writers: Mapping[str, tuple[Writer, str]] = WRITERS,
     size: Size | None = None,
     data: Sequence[DataSet] | None = None,
@@ -112,11 +111,10 @@ def bench_reads(
 
     Args:
         quick: A run of about two and a half minutes; else one of about 25.
-        peers: Names among `known`; all by default. One whose package is missing becomes a row that says so.
+        peers: Names among `available`; all by default. One whose package is missing becomes a row that says so.
         s3_url: Where to put the volumes meanwhile; endpoint and credentials come from the AWS environment. Without it
             only local reads are measured.
-        out: JSON file to write.
-        known: Readers there are.
+        available: Readers there are.
         writers: Layout name to its writer and the package it needs.
         size: Amounts other than those of `quick`.
         data: Volumes other than phantoms (and those of $TOMOSCALE_DATASETS in a full run).
@@ -128,8 +126,8 @@ def bench_reads(
     """
     size = size or (QUICK if quick else FULL)
     say = progress or (lambda _: None)
-    names = measure.chosen(peers, [peer.name for peer in known])
-    wanted = [peer for peer in known if peer.name in names]
+    names = measure.select(peers, [peer.name for peer in available])
+    compared = [peer for peer in available if peer.name in names]
     began = time.perf_counter()
     facts = measure.machine()
     sets = (
@@ -147,14 +145,14 @@ def bench_reads(
             at = Layouts(one, Path(folder) / "layouts", url, writers)
             stack.callback(at.remove)
             run = _Run(at, size, Path(folder), say)
-            usable = run.verified([p for p in wanted if s3_url is not None or p.where == "local"], skipped)
+            usable = run.verified([p for p in compared if s3_url is not None or p.where == "local"], skipped)
             # Data sets share the time that is left equally.
             left = began + size.budget_s - time.perf_counter()
             rows += run.all(usable, skipped, time.perf_counter() + left / (len(sets) - n))
             sizes[one.name] = {layout: at.size(layout) for layout in sorted({p.layout for p in usable})}
     if s3_url is None:
-        skipped.update({p.name: "no s3:// URL was given" for p in wanted if p.where != "local"})
-    result = {
+        skipped.update({p.name: "no s3:// URL was given" for p in compared if p.where != "local"})
+    return {
         "name": "reads",
         "machine": facts,
         "size": asdict(size),
@@ -172,8 +170,6 @@ def bench_reads(
         "skipped": skipped,
         "took_s": round(time.perf_counter() - began, 1),
     }
-    measure.save(result, out)
-    return result
 
 
 def format_reads(result: Mapping[str, Any]) -> str:
@@ -197,9 +193,9 @@ def ratios(rows: Sequence[_Row]) -> list[dict[str, Any]]:
     def add(data: str, what: str, one: _Row | None, other: _Row | None, target: float, key: str = "rates") -> None:
         if one is None or other is None or not getattr(one, key) or not getattr(other, key):
             return
-        found = measure.spread([a / b for a, b in zip(getattr(one, key), getattr(other, key), strict=True)])
-        met = found["median"] <= target if key == "requests" else found["median"] >= target
-        out.append({"data": data, "what": what, "value": found, "target": target, "met": "yes" if met else "no"})
+        ratio = measure.spread([a / b for a, b in zip(getattr(one, key), getattr(other, key), strict=True)])
+        met = ratio["median"] <= target if key == "requests" else ratio["median"] >= target
+        out.append({"data": data, "what": what, "value": ratio, "target": target, "met": "yes" if met else "no"})
 
     for data in dict.fromkeys(row.data for row in rows):
         for delay in sorted({row.delay_ms for row in rows if row.where == "s3" and row.data == data}):
@@ -207,10 +203,10 @@ def ratios(rows: Sequence[_Row]) -> list[dict[str, Any]]:
             s3fs_target = 20.0 if delay >= 20 else 10.0
             slow = find(data, "zarr + s3fs", 1, "cold", delay)
             for flight in (1, 8):
-                ours = find(data, "tomoscale", flight, "cold", delay)
-                add(data, f"{where}: ours {flight} in flight / zarr + s3fs one at a time", ours, slow, s3fs_target)
+                own = find(data, "tomoscale", flight, "cold", delay)
+                add(data, f"{where}: ours {flight} in flight / zarr + s3fs one at a time", own, slow, s3fs_target)
                 peer = find(data, "tensorstore", flight, "cold", delay)
-                add(data, f"{where}: ours / tensorstore, {flight} in flight", ours, peer, 1.0)
+                add(data, f"{where}: ours / tensorstore, {flight} in flight", own, peer, 1.0)
             one = find(data, "tomoscale", 1, "cold", delay)
             add(data, f"{where}: requests a crop, ours / zarr + s3fs", one, slow, 0.2, "requests")
         for flight in (1, 8):
@@ -237,13 +233,13 @@ class _Run:
                 skipped[peer.name] = f"{why}: {peer.install}"
                 continue
             self._say(f"{self._at.data.name}: check {peer.name}")
-            wants = self._at.data.crops(4, seed=999)
+            starts = self._at.data.crops(4, seed=999)
             for in_flight in peer.in_flight:
                 with self._reader(peer, in_flight) as reader:
-                    crops = reader.read(wants)
-                    asked = getattr(reader, "taken", wants) if peer.own_crops else wants
-                    for (name, start), found in zip(asked, crops, strict=True):
-                        if found.dtype != np.int16 or not np.array_equal(found, self._at.data.cut(name, start)):
+                    crops = reader.read(starts)
+                    places = getattr(reader, "drawn", starts) if peer.own_crops else starts
+                    for (name, start), voxels in zip(places, crops, strict=True):
+                        if voxels.dtype != np.int16 or not np.array_equal(voxels, self._at.data.cut(name, start)):
                             raise StoreError(
                                 f"{peer.name}: crop {start} of {name}", expected="the voxels that were written"
                             )
@@ -283,28 +279,28 @@ class _Run:
                 yield proxy
 
     def _round(self, peer: Peer, k: int, delay: float, proxy: ProxyProcess | None) -> None:
-        first, *wants = self._at.data.crops(self._size.crops + 1, seed=k)
+        first, *starts = self._at.data.crops(self._size.crops + 1, seed=k)
         for in_flight in peer.in_flight:
             if peer.where == "local" and in_flight != peer.in_flight[0]:
                 self._at.forget_pages(peer.layout)
             with self._reader(peer, in_flight) as reader:
                 reader.read([first])
-                known = wants
+                cached = starts
                 for state in peer.states:
                     if state == "cold" or peer.where != "s3":
                         row = self._row(peer, in_flight, state, delay)
-                        done = self._pass(reader, wants if state == "cold" else known, row, proxy)
+                        done = self._pass(reader, starts if state == "cold" else cached, row, proxy)
                         if state == "cold" and peer.where == "cache":
-                            reader.read(wants[done:])
+                            reader.read(starts[done:])
                         elif state == "cold":
-                            known = wants[:done]
+                            cached = starts[:done]
 
-    def _pass(self, reader: Reader, wants: Sequence[Want], row: _Row, proxy: ProxyProcess | None) -> int:
+    def _pass(self, reader: Reader, starts: Sequence[CropStart], row: _Row, proxy: ProxyProcess | None) -> int:
         """How many crops were read until the time was up."""
         before = proxy.counts() if proxy else (0, 0)
         done, cpu, began = 0, time.process_time(), time.perf_counter()
-        while done < len(wants) and (not done or time.perf_counter() - began < self._size.cap_s):
-            done += len(reader.read(wants[done : done + row.in_flight]))
+        while done < len(starts) and (not done or time.perf_counter() - began < self._size.cap_s):
+            done += len(reader.read(starts[done : done + row.in_flight]))
         took, cpu = time.perf_counter() - began, time.process_time() - cpu
         row.rates.append(done / took)
         row.cpu_ms.append(1000 * cpu / done)

@@ -22,7 +22,7 @@ from monai.transforms.utility.array import EnsureChannelFirst
 from monai.transforms.utility.dictionary import EnsureChannelFirstd
 
 from jobs.bench.storage.data import DataSet, Layouts, Triple, Writer, write_nifti
-from jobs.bench.storage.peers import Peer, Reader, Voxels, Want
+from jobs.bench.storage.peers import CropStart, Peer, Reader, Voxels
 
 # Every LoadImage warns of a GPU decoder of DICOM that is absent; these readers read NIfTI.
 logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
@@ -38,9 +38,9 @@ class _Monai:
     def __init__(self, load: Callable[[str], Any], crop: Triple) -> None:
         self._load, self._crop = load, crop
 
-    def read(self, wants: Sequence[Want]) -> list[Voxels]:
+    def read(self, starts: Sequence[CropStart]) -> list[Voxels]:
         out: list[Voxels] = []
-        for name, start in wants:
+        for name, start in starts:
             stop = [a + s for a, s in zip(start, self._crop, strict=True)]
             cut: Any = SpatialCrop(roi_start=start[::-1], roi_end=stop[::-1])(self._load(name))
             # A copy, as collating a batch makes one: a crop alone is a view.
@@ -99,7 +99,7 @@ def write_persistent(data: DataSet, folder: Path) -> None:
 
 
 class _Queue:
-    """torchio's queue in this process. It draws its own crops, which `taken` names."""
+    """torchio's queue in this process. It draws its own crops, which `drawn` names."""
 
     def __init__(self, at: Layouts) -> None:
         tio: Any = importlib.import_module("torchio")
@@ -111,14 +111,14 @@ class _Queue:
         torch.manual_seed(0)
         queue = tio.Queue(tio.SubjectsDataset(subjects), CROPS_PER_LOAD, CROPS_PER_LOAD, sampler)
         self._queue = queue
-        self.taken: list[Want] = []
+        self.drawn: list[CropStart] = []
 
-    def read(self, wants: Sequence[Want]) -> list[Voxels]:
+    def read(self, starts: Sequence[CropStart]) -> list[Voxels]:
         out: list[Voxels] = []
-        for k in range(len(wants)):
+        for k in range(len(starts)):
             patch = self._queue[k]
             w, h, d = (int(n) for n in patch[self._tio.LOCATION][:3])
-            self.taken.append((str(patch["name"]), (d, h, w)))
+            self.drawn.append((str(patch["name"]), (d, h, w)))
             out.append(np.array(patch["image"].data[0].numpy(), order="C").transpose(2, 1, 0))
         return out
 
@@ -139,9 +139,9 @@ class _Streaming:
         self._places = {name: i for i, name in enumerate(at.data.volumes)}
         self._crop = at.data.crop_DHW
 
-    def read(self, wants: Sequence[Want]) -> list[Voxels]:
+    def read(self, starts: Sequence[CropStart]) -> list[Voxels]:
         out: list[Voxels] = []
-        for name, start in wants:
+        for name, start in starts:
             image = self._dataset[self._places[name]]["image"]
             box = tuple(slice(a, a + s) for a, s in zip(start, self._crop, strict=True))
             out.append(np.array(image[box], order="C"))

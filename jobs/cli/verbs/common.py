@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from cluster import services, stack
@@ -26,18 +25,6 @@ def add_state(parser: argparse.ArgumentParser) -> None:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """The `--json` option of reading verbs."""
     parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """Type of an option: a whole number from `least` on, or to `most`."""
-
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
-            bounds = f"from {least} on" if most is None else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bounds}")
-        return int(text)
-
-    return number
 
 
 def use_stack(arguments: argparse.Namespace) -> None:

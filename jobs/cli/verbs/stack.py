@@ -5,7 +5,8 @@ import shlex
 import sys
 
 from cluster import doctor, services, stack
-from jobs.cli.verbs.common import add_json, add_state, state_dir, use_stack, whole
+from jobs.cli.verbs.common import add_json, add_state, state_dir, use_stack
+from jobs.options import whole
 from jobs.output import emit, table
 
 

@@ -22,11 +22,11 @@ def _no_real_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TOMOSCALE_DATASETS", raising=False)
 
 
-def test_an_ingest_run_measures_each_spacing_in_a_process_of_its_own(tmp_path: Path) -> None:
+def test_an_ingest_run_measures_each_spacing_in_a_process_of_its_own() -> None:
     said: list[str] = []
     size = replace(SMALL, rounds=3, budget_s=0)  # of which one is always done
-    result = ingest.bench_ingest(out=tmp_path / "ingest.json", size=size, progress=said.append)
-    assert json.loads((tmp_path / "ingest.json").read_text()) == json.loads(json.dumps(result))
+    result = ingest.bench_ingest(size=size, progress=said.append)
+    assert json.loads(json.dumps(result))["rows"]
     assert [(r["tool"], r["spacing"], r["cores"], r["volumes"]) for r in result["rows"]] == [
         ("tomoscale", "as found", 1, 2),
         ("tomoscale", "to 1 mm", 1, 2),
@@ -74,9 +74,9 @@ def test_both_sides_ingest_the_same_files(tmp_path: Path) -> None:
     assert len(list((tmp_path / "monai").glob("*.pt"))) == 2
 
 
-def test_the_layout_study_finds_the_chosen_layout_and_its_costs(tmp_path: Path) -> None:
+def test_the_layout_study_finds_the_chosen_layout_and_its_costs() -> None:
     size = layouts.Size((64, 64, 64), real=0, edges=(32,), repeats=1, most_chunks=8)
-    result = layouts.bench_layout(out=tmp_path / "layout.json", size=size)
+    result = layouts.bench_layout(size=size)
     (chosen,) = [row for row in result["rows"] if row["chosen"]]
     assert chosen["codec"] == "lz4 5, bit shuffle"
     assert chosen["chunk"] == "32x32x32"

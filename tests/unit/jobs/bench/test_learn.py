@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from jobs.bench.learning import learn, voxel_probe
+from jobs.bench.learning import arms, learn, voxel_probe
 from jobs.bench.learning import rows as learn_rows
 from jobs.bench.learning.voxel_probe import Case
 from jobs.cli import main as cli
@@ -27,7 +27,7 @@ from ssl_core.train.engine import Engine, EngineConfig
 from storage.datasets import simulated as cohort
 from storage.errors import ConfigError
 
-TINY = learn.Size(view_DHW=(16, 16, 16), batch=2, steps=2, seeds=(0,), fitted=3, scored=2, filters=(4, 8, 8), lr=1e-9)
+TINY = arms.Size(view_DHW=(16, 16, 16), batch=2, steps=2, seeds=(0,), fitted=3, scored=2, filters=(4, 8, 8), lr=1e-9)
 
 
 @pytest.fixture(scope="module")
@@ -96,23 +96,23 @@ def test_a_class_that_is_in_no_case_is_refused(network: learn.Pyramid) -> None:
 
 
 def test_every_method_has_a_row_and_lrc_one_for_each_base() -> None:
-    rows = [arm.name for arm in learn.arms([], learn.FULL)]
+    rows = [arm.name for arm in arms.arms([], arms.FULL)]
     assert {re.split("[+:]", name)[0] for name in rows} == set(method_names())
     assert {"aligned", "aligned:restoration", "aligned:consistency"} <= set(rows)
-    (part,) = learn.arms(["aligned:restoration"], learn.FULL)
+    (part,) = arms.arms(["aligned:restoration"], arms.FULL)
     assert (part.method, part.settings["w_consistency"]) == ("aligned", 0.0)
     assert {"lrc+mocov2", "lrc+byol", "lrc+simclr"} <= set(rows)
-    (arm,) = learn.arms(["aligned"], learn.FULL, {"crops": {"min_overlap": 0.5}, "ratio": 0.5})
-    assert arm.settings["crops"]["size_DHW"] == learn.FULL.view_DHW
+    (arm,) = arms.arms(["aligned"], arms.FULL, {"crops": {"min_overlap": 0.5}, "ratio": 0.5})
+    assert arm.settings["crops"]["size_DHW"] == arms.FULL.view_DHW
     assert (arm.settings["crops"]["min_overlap"], arm.settings["ratio"]) == (0.5, 0.5)
     for wrong in ("pgl+byol", "none_such", "aligned:nothing"):
         with pytest.raises(ConfigError, match="none_such|byol|nothing"):
-            learn.arms([wrong], learn.FULL)
+            arms.arms([wrong], arms.FULL)
     with pytest.raises(ConfigError, match="did you mean 'ratio'"):
-        learn.arms(["mae"], learn.FULL, {"rato": 0.5})
+        arms.arms(["mae"], arms.FULL, {"rato": 0.5})
 
 
-@pytest.mark.parametrize("norm", learn.NORMS)
+@pytest.mark.parametrize("norm", arms.NORMS)
 def test_the_network_has_the_norms_that_were_asked_for(norm: str) -> None:
     kinds = {"instance": torch.nn.InstanceNorm3d, "batch": GlobalBatchNorm, "group": torch.nn.GroupNorm}
     found = {type(layer) for layer in learn.network(replace(TINY, norm=norm)).modules()}
@@ -163,7 +163,7 @@ def test_losses_are_compared_once_the_queue_is_full() -> None:
     assert learn._ends(values) == (0.0, 2.0)
     assert learn._ends(values, after=10) == (4.5, 2.0)
     assert learn._ends(values, after=99) == (2.0, 2.0)
-    queues = {arm.name: learn._queue(arm) for arm in learn.arms(["mocov2", "lrc", "mae"], learn.FULL)}
+    queues = {arm.name: arms.queue_of(arm) for arm in arms.arms(["mocov2", "lrc", "mae"], arms.FULL)}
     assert queues == {"mocov2": 128, "lrc+mocov2": 128, "lrc+byol": 0, "lrc+simclr": 0, "mae": 0}
 
 
@@ -241,7 +241,7 @@ def test_the_verb_writes_what_it_prints(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TOMOSCALE_DATASETS", str(folder))
-    monkeypatch.setattr(learn, "QUICK", TINY)
+    monkeypatch.setattr(arms, "QUICK", TINY)
     out = tmp_path / "learn.json"
     asked = ["bench", "learn", "--quick", "--methods", "aligned", "--part", "val", "--first-seed", "7"]
     asked += ["--out", str(out)]

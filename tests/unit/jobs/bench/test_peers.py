@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.bench.device import losses, views
+from jobs.bench.device import loss_cases, view_cases
 from jobs.bench.device.losses import bench_losses, format_losses
 from jobs.bench.device.views import bench_views, format_views
 
@@ -32,7 +32,7 @@ def test_every_loss_agrees_with_its_equation(loss_rows: list[dict[str, Any]]) ->
         if row["ms"] is None:
             assert row["note"].startswith("not measured"), row
             continue
-        exact = row["peer"] == losses.OURS and "bf16" not in row["inputs"]
+        exact = row["peer"] == loss_cases.OURS and "bf16" not in row["inputs"]
         assert row["value_error"] < (3e-6 if exact else 1e-2), row
         assert row["gradient_error"] < (5e-6 if exact else 5e-2), row
         assert row["peak_mib"] > 0
@@ -54,10 +54,10 @@ def test_a_library_that_is_absent_is_said_to_be(monkeypatch: pytest.MonkeyPatch)
         return None if name in ("lightly", "kornia") else find(name, *rest)
 
     monkeypatch.setattr(importlib.util, "find_spec", without)
-    byol = next(case for case in losses.cases(quick=True) if "BYOL" in case.name)
+    byol = next(case for case in loss_cases.cases(quick=True) if "BYOL" in case.name)
     assert byol.peers == {"lightly": None}
     assert "pip install --no-deps lightly" in byol.notes["lightly"]
-    flip = next(case for case in views.cases(1, 16, torch.device("cpu")) if case.name == "crop and flip")
+    flip = next(case for case in view_cases.cases(1, 16, torch.device("cpu")) if case.name == "crop and flip")
     assert flip.peers["kornia"] is None
     assert "tomoscale[bench]" in flip.notes["kornia"]
 
@@ -72,5 +72,7 @@ def test_views_show_what_other_libraries_show(view_rows: list[dict[str, Any]]) -
 
 
 def test_every_operation_says_what_is_used(view_rows: list[dict[str, Any]]) -> None:
-    assert all(row["choice"] and row["crops_per_s"]["median"] > 0 for row in view_rows if row["whose"] == views.OURS)
+    assert all(
+        row["choice"] and row["crops_per_s"]["median"] > 0 for row in view_rows if row["whose"] == view_cases.OURS
+    )
     assert len({row["case"] for row in view_rows}) == 13

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from jobs.bench.__main__ import main
 from jobs.bench.device import nnssl, rate
-from jobs.bench.device.__main__ import main
 from jobs.bench.device.rate import convolution_rate, step_operations
 from jobs.bench.device.step import PARTS, VARIANTS, _method, bench_step, crops, measure, stored
 from ssl_core.methods.base import LossTerms, method_class
