@@ -1,22 +1,13 @@
 """Which labelled subjects train, which steer the search and which are only ever tested."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from jobs.configs import LabelledConfig
+from ssl_core.downstream.finetune import Subjects
 from storage.errors import RefusedInput
 from storage.format.manifest import Manifest
-
-
-@dataclass(frozen=True)
-class Subjects:
-    """Manifest indices by use; no subject appears in two of them."""
-
-    train: tuple[int, ...]
-    inner: tuple[int, ...]
-    test: tuple[int, ...]
 
 
 def draw(manifest: Manifest, config: LabelledConfig) -> Subjects:
@@ -38,8 +29,8 @@ def draw(manifest: Manifest, config: LabelledConfig) -> Subjects:
             remedy="lower labelled.subjects or ingest more labelled volumes",
         )
     order = np.random.Generator(np.random.Philox(key=config.subjects_seed)).permutation(len(names))
-    chosen = [names[i] for i in order[: config.subjects]]
-    inner, train = chosen[: config.inner], chosen[config.inner :]
+    drawn = [names[i] for i in order[: config.subjects]]
+    inner, train = drawn[: config.inner], drawn[config.inner :]
     test = manifest.select(split="test", labelled=config.label).tolist()
     if not test:
         raise RefusedInput(
@@ -58,8 +49,8 @@ def draw(manifest: Manifest, config: LabelledConfig) -> Subjects:
 
 def value_names(manifest: Manifest, label: str, values: Sequence[int]) -> dict[int, str]:
     """A name for each value: that of the data set's own description where it has one for each, all different."""
-    known = manifest.dataset.get("labels") or {}
-    names = [str(known.get(str(value), "")).strip() for value in values]
+    described = manifest.dataset.get("labels") or {}
+    names = [str(described.get(str(value), "")).strip() for value in values]
     if not all(names) or len(set(names)) < len(names):
         names = [f"{label}-{value}" for value in values]
     return dict(zip(values, names, strict=True))

@@ -9,29 +9,33 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from jobs import driver as entry
+from jobs import driver
 from jobs.configs import SearchSpace, TuneConfig
+from jobs.finetune import train_from
 from jobs.output import last_line
+from jobs.pinning import pinned
+from jobs.tracking import runs as tracking
 from ssl_core.config import parse, resolved
+from ssl_core.downstream.records import from_fields
+from ssl_core.downstream.search import SearchResult, Trial, TrialSettings
 from storage.errors import StackError
 
+# Ray Tune is imported in functions: it reads `_RAY` from the environment, and a wrong configuration need not wait.
 METRIC = "inner_dice"
 _RAY = {
     "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0 the older reporter is silent; the newer one is not
     # Ray would take Ctrl-C for the end of the search, and half of one would be reported as the whole.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
-_SEARCHED = ("encoder", *SearchSpace.model_fields)
 
 
 def trial(settings: dict[str, Any], payload: dict[str, Any]) -> None:
     """One trial: fine-tune with `settings`, reporting each epoch."""
     from ray import tune
-
-    from jobs.finetune import train_once
 
     config = parse(TuneConfig, payload["config"])
     name = tune.get_context().get_trial_name()
@@ -41,24 +45,22 @@ def trial(settings: dict[str, Any], payload: dict[str, Any]) -> None:
         tune.report({"epoch": epoch, **metrics})
 
     changes = {key: settings[key] for key in SearchSpace.model_fields}
-    train_once(
+    train_from(
+        settings["encoder"],
         config.labelled,
         config.finetune.model_copy(update=changes),
-        start=settings["encoder"],
         seed=config.seed,
-        on_epoch=on_epoch,
         like=next(uri for uri in config.encoders if uri != "none"),
+        on_epoch=on_epoch,
         gpu=config.gpus_per_trial > 0,
     )
 
 
 def main(argv: Sequence[str]) -> int:
     """Driver: search, log trials to MLflow as child runs, write `result.json`."""
-    config = entry.load(TuneConfig, argv, "jobs.tune")
+    config = driver.load(TuneConfig, argv, "jobs.tune")
     os.environ.update(_RAY)
     from jobs.on_ray.session import connect
-    from jobs.pinning import pinned
-    from jobs.tracking import runs as tracking
 
     connect()
     api = tracking.client()
@@ -69,16 +71,17 @@ def main(argv: Sequence[str]) -> int:
     )
     began = time.monotonic()
     try:
-        trials = _trials(config, search(config))
-        _log(api, config, run_id, trials)
-        summary = _summarise(config, trials)
-        api.set_tag(run_id, "tomoscale.best", json.dumps(summary["best"]))
-        entry.write_result(config.runs, config.name, {**summary, "run_id": run_id, "seconds": time.monotonic() - began})
+        trials = trials_of(config, search(config))
+        for item in trials:
+            _log_trial(api, config, run_id, item)
+        result = searched(config, trials, run_id=run_id, seconds=time.monotonic() - began)
+        api.set_tag(run_id, "tomoscale.best", json.dumps(asdict(result.best)))
+        driver.write_result(config.runs, config.name, result.to_json())
     except BaseException as error:
-        entry.end_failed(api, run_id, error)
+        driver.end_failed(api, run_id, error)
         raise
-    entry.end_run(api, run_id, "FINISHED")
-    print(f"best: {summary['chosen']}", flush=True)
+    driver.end_run(api, run_id, "FINISHED")
+    print(f"best: {result.chosen}", flush=True)
     return 0
 
 
@@ -91,7 +94,7 @@ def search(config: TuneConfig) -> Any:
     from jobs.on_ray.failures import end_trials_at_final_errors
     from jobs.on_ray.filesystem import storage_for
 
-    entry.quiet()  # again, as Optuna has only now set its loggers
+    driver.quiet()  # again, as Optuna has only now set its loggers
     end_trials_at_final_errors()
     path, filesystem = storage_for(config.runs)
     place = f"{path}/{config.name}"
@@ -138,77 +141,71 @@ def search(config: TuneConfig) -> Any:
     return tuner.fit()
 
 
-def _trials(config: TuneConfig, results: Any) -> list[dict[str, Any]]:
-    """What each trial was and came to, in the order of their creation."""
+def trials_of(config: TuneConfig, results: Iterable[Any]) -> tuple[Trial, ...]:
+    """What each of Ray Tune's results was and came to, in the order of creation."""
     trials = []
     for number, result in enumerate(results):
         frame = result.metrics_dataframe
-        scores = _last_attempt(frame) if frame is not None and METRIC in frame else []
+        scores = _last_attempt(frame) if frame is not None and METRIC in frame else ()
         trials.append(
-            {
-                "trial": number,
-                **{key: result.config[key] for key in _SEARCHED},
-                "epochs": len(scores),
-                "scores": scores,
-                "last": scores[-1] if scores else None,
-                "stopped_early": bool(scores) and len(scores) < config.finetune.epochs and result.error is None,
-                "status": "error" if result.error is not None else "done",
-                "error": None if result.error is None else last_line(result.error),
-            }
+            Trial(
+                trial=number,
+                settings=from_fields(TrialSettings, result.config),
+                scores=scores,
+                stopped_early=bool(scores) and len(scores) < config.finetune.epochs and result.error is None,
+                error=None if result.error is None else last_line(result.error),
+            )
         )
-    return trials
+    return tuple(trials)
 
 
-def _summarise(config: TuneConfig, trials: list[dict[str, Any]]) -> dict[str, Any]:
+def searched(config: TuneConfig, trials: tuple[Trial, ...], *, run_id: str, seconds: float) -> SearchResult:
     """The trials and what is chosen of them.
 
     Raises:
         StackError: no trial came to a result.
     """
     # Settings that have failed would fail again, however well they began.
-    finished = [t for t in trials if t["last"] is not None and t["status"] == "done"]
+    finished = [t for t in trials if t.scores and t.error is None]
     if not finished:
         raise StackError(
             f"search {config.name}",
             expected="at least one trial with a metric",
-            found=next((t["error"] for t in trials if t["error"]), "no metric"),
+            found=next((t.error for t in trials if t.error), "no metric"),
             remedy="the log above names each trial's error; the same name tries the failed ones again",
         )
     # The last epoch, not the best one: a training of the same length is what will be run with these settings.
-    complete = [t for t in finished if not t["stopped_early"]] or finished
-    best = max(complete, key=lambda t: t["last"])
-    chosen = {key: best[key] for key in _SEARCHED}
-    text = f"trial {best['trial']}, lr {best['lr']:.2e}, encoder lr x {best['encoder_lr_scale']:g}"
-    text += f", inner Dice {best['last']:.3f}"
-    return {"trials": trials, "best": chosen, "chosen": text, "epochs": config.finetune.epochs}
+    complete = [t for t in finished if not t.stopped_early] or finished
+    best = max(complete, key=lambda t: t.scores[-1])
+    words = f"trial {best.trial}, lr {best.settings.lr:.2e}, encoder lr x {best.settings.encoder_lr_scale:g}"
+    words += f", inner Dice {best.scores[-1]:.3f}"
+    return SearchResult(trials, best.settings, words, config.finetune.epochs, run_id, seconds)
 
 
-def _last_attempt(frame: Any) -> list[float]:
+def _last_attempt(frame: Any) -> tuple[float, ...]:
     """The metric by epoch; a trial that began again after a death has reported its first epochs twice."""
     epochs = frame["epoch"].tolist()
     began = max(row for row, epoch in enumerate(epochs) if epoch == min(epochs))
-    return [float(score) for score in frame[METRIC].tolist()[began:]]
+    return tuple(float(score) for score in frame[METRIC].tolist()[began:])
 
 
-def _log(api: Any, config: TuneConfig, run_id: str, trials: list[dict[str, Any]]) -> None:
-    from jobs.tracking import runs as tracking
-
-    for item in trials:
-        if item["error"]:
-            print(f"trial {item['trial']} failed: {item['error']}", flush=True)
-        child = tracking.open_run(
-            api,
-            config.experiment,
-            f"{config.name}-{item['trial']}",
-            "trial",
-            params={key: item[key] for key in _SEARCHED},
-            tags={"tomoscale.stopped_early": str(item["stopped_early"])},
-            parent=run_id,
-        )
-        points = [tracking.point(i + 1, {METRIC: score}) for i, score in enumerate(item["scores"])]
-        tracking.backfill(api, child, points)
-        entry.end_run(api, child, "FINISHED" if item["status"] == "done" else "FAILED")
+def _log_trial(api: Any, config: TuneConfig, run_id: str, item: Trial) -> None:
+    """A child run with the metric of each epoch."""
+    if item.error:
+        print(f"trial {item.trial} failed: {item.error}", flush=True)
+    child = tracking.open_run(
+        api,
+        config.experiment,
+        f"{config.name}-{item.trial}",
+        "trial",
+        params=asdict(item.settings),
+        tags={"tomoscale.stopped_early": str(item.stopped_early)},
+        parent=run_id,
+    )
+    points = [tracking.point(epoch, {METRIC: score}) for epoch, score in enumerate(item.scores, 1)]
+    tracking.backfill(api, child, points)
+    driver.end_run(api, child, "FINISHED" if item.error is None else "FAILED")
 
 
 if __name__ == "__main__":
-    sys.exit(entry.guarded(main))
+    sys.exit(driver.guarded(main))

@@ -3,6 +3,7 @@
 import json
 import math
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -11,9 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from jobs.configs import FinetuneJobConfig, PretrainConfig
+from jobs.tracking import models as registry
 from jobs.tracking.runs import Point
 from ssl_core.bundle import BundleFacts, stored_spacing, write_bundle
 from ssl_core.config import digest
+from ssl_core.downstream.finetune import TrainedSegmenter
+from ssl_core.downstream.scores import CaseScore
 from ssl_core.methods.base import method_class
 from ssl_core.networks import build
 from ssl_core.networks.weights import load_exact
@@ -63,10 +67,10 @@ def write_encoder(config: PretrainConfig, directory: Path, target: Path, *, run_
     }
     last = Point.from_json(meta["journal"][-1]).metrics
     manifest = Manifest.open(config.data, meta["fingerprint"])
-    seen = (record for record in manifest.records() if record.split == config.stream.split)
+    records = (record for record in manifest.records() if record.split == config.stream.split)
     notes: tuple[str, ...] = ()
     try:
-        spacing_mm, interpolation = stored_spacing(seen)
+        spacing_mm, interpolation = stored_spacing(records)
     except ConfigError as error:  # no reason to lose the encoder
         spacing_mm, interpolation = None, "linear"
         notes = (f"Some of its training volumes were resampled; their spacings differ: {error.found}.",)
@@ -88,18 +92,24 @@ def write_encoder(config: PretrainConfig, directory: Path, target: Path, *, run_
 
 
 def write_segmenter(
-    config: FinetuneJobConfig, trained: Any, target: Path, *, run_id: str, cases: list[dict[str, Any]], parent: str
+    config: FinetuneJobConfig,
+    trained: TrainedSegmenter,
+    target: Path,
+    *,
+    run_id: str,
+    cases: Sequence[CaseScore],
+    parent: str,
 ) -> Path:
-    """Bundle of a fine-tuned segmenter."""
+    """Bundle of a fine-tuned segmenter, with its Dice of each test subject for promotions to compare."""
     manifest = trained.store.manifest
-    mean = sum(c["dice"] for c in cases) / len(cases)
-    subjects = sorted({c["subject"] for c in cases})
+    mean = sum(c.scores.dice for c in cases) / len(cases)
+    subjects = sorted({c.subject for c in cases})
     used = (*trained.subjects.train, *trained.subjects.inner)
     spacing_mm, interpolation = stored_spacing(manifest.record(i) for i in used)
     facts = BundleFacts(
         name=config.model or config.name,
         patch_DHW=config.finetune.patch_DHW,
-        intensity=trained.encoder.intensity,
+        intensity=trained.intensity,
         labels=((0, "background"), *trained.labels.items()),
         lineage={
             "parent": parent,
@@ -116,7 +126,7 @@ def write_segmenter(
         evaluation={
             "split": f"{manifest.fingerprint} test, {config.labelled.label} {' '.join(map(str, trained.labels))}",
             "measure": "Dice",
-            "cases": {s: fmean(c["dice"] for c in cases if c["subject"] == s) for s in subjects},
+            "cases": {s: fmean(c.scores.dice for c in cases if c.subject == s) for s in subjects},
         },
         notes=(
             f"Fine-tuned on {len(trained.subjects.train)} labelled volumes, tested on {len(trained.subjects.test)}.",
@@ -158,8 +168,6 @@ def pull_encoder(uri: str) -> EncoderBundle:
     Raises:
         ConfigError: no URI was given.
     """
-    from jobs.tracking import models as registry
-
     if not uri or uri == "none":
         raise ConfigError(
             "encoder",

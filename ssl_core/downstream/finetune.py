@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_core.config import Config
-from ssl_core.downstream.scores import Scores, dice, score_case
+from ssl_core.downstream.scores import CaseScore, dice, score_case
 from ssl_core.networks.backbone import Backbone
 from ssl_core.networks.registry import build
 from ssl_core.networks.weights import load_exact
@@ -69,6 +69,44 @@ class Start:
 
     name: str
     weights: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """Manifest indices of labelled volumes by use; no subject appears in two of them.
+
+    Attributes:
+        train: What the weights are learned from.
+        inner: What steers the search.
+        test: What is only ever tested.
+    """
+
+    train: tuple[int, ...]
+    inner: tuple[int, ...]
+    test: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TrainedSegmenter:
+    """A trained segmenter and everything that scoring and bundling it takes.
+
+    Attributes:
+        network: With `len(labels) + 1` output channels.
+        store: Where its volumes are; whoever asked for the training closes it.
+        subjects: Volumes by use.
+        labels: Label value to name, in the order of the classes 1, 2, ...
+        intensity: Policy of its encoder.
+        history: Metrics of each epoch.
+        device: Where it was trained.
+    """
+
+    network: Backbone
+    store: VolumeStore
+    subjects: Subjects
+    labels: Mapping[int, str]
+    intensity: IntensityPolicy
+    history: tuple[Mapping[str, float], ...]
+    device: torch.device
 
 
 def build_segmenter(name: str, arguments: Mapping[str, Any], classes: int, seed: int, start: Start | None) -> Backbone:
@@ -222,12 +260,12 @@ def mean_dice(
     device: torch.device,
 ) -> float:
     """Mean Dice over volumes and labels."""
-    found = []
+    scores = []
     for index in indices:
         mask = predict_volume(network, store, index, labels=labels, policy=policy, window=window, device=device)
         truth = store.read_volume(store.manifest.record(index).volume_id, label=label)[0]
-        found += [dice(mask == value, truth == value) for value in labels]
-    return float(np.mean(found))
+        scores += [dice(mask == value, truth == value) for value in labels]
+    return float(np.mean(scores))
 
 
 def score_volumes(
@@ -241,16 +279,15 @@ def score_volumes(
     window: tuple[int, int, int],
     tolerance_mm: float,
     device: torch.device,
-) -> Iterator[tuple[int, dict[str, Scores]]]:
-    """Scores of each volume by label name."""
+) -> Iterator[CaseScore]:
+    """Scores of each label of each volume, volumes as listed, labels in the order of `labels`."""
     for index in indices:
         record = store.manifest.record(index)
         mask = predict_volume(network, store, index, labels=labels, policy=policy, window=window, device=device)
         truth = store.read_volume(record.volume_id, label=label)[0]
-        yield (
-            index,
-            score_case(mask, truth, labels=labels, spacing_mm=record.spacing_mm, tolerance_mm=tolerance_mm),
-        )
+        scores = score_case(mask, truth, labels=labels, spacing_mm=record.spacing_mm, tolerance_mm=tolerance_mm)
+        for name, of_label in scores.items():
+            yield CaseScore(record.volume_id, record.subject, name, of_label)
 
 
 def label_values(store: VolumeStore, indices: Sequence[int], label: str) -> tuple[int, ...]:
@@ -259,10 +296,10 @@ def label_values(store: VolumeStore, indices: Sequence[int], label: str) -> tupl
     Raises:
         ConfigError: there is none.
     """
-    found = sorted({v for i in indices for v in store.manifest.record(i).label(label).values if v != 0})
-    if not found:
+    values = sorted({v for i in indices for v in store.manifest.record(i).label(label).values if v != 0})
+    if not values:
         raise ConfigError(f"label {label!r}", expected="at least one value besides 0", found="none")
-    return tuple(found)
+    return tuple(values)
 
 
 def _mean_finite(losses: Sequence[Tensor], first: int) -> float:
@@ -290,11 +327,11 @@ def _classes(map_BDHW: Tensor, labels: Mapping[int, str]) -> Tensor:
 
 def _optimizer(network: Backbone, config: FinetuneConfig, pretrained: bool) -> torch.optim.Optimizer:
     encoder = set(network.encoder_keys())
-    named = dict(network.net.named_parameters())
+    parameters = dict(network.net.named_parameters())
     scale = config.encoder_lr_scale if pretrained else 1.0
     groups = [
-        {"params": [p for n, p in named.items() if n in encoder], "lr": config.lr * scale},
-        {"params": [p for n, p in named.items() if n not in encoder], "lr": config.lr},
+        {"params": [p for n, p in parameters.items() if n in encoder], "lr": config.lr * scale},
+        {"params": [p for n, p in parameters.items() if n not in encoder], "lr": config.lr},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, weight_decay=config.weight_decay)
 

@@ -107,8 +107,8 @@ def mean_over_seeds(values: dict[tuple[str, int], float]) -> dict[str, float]:
 
 
 def _rank_biserial(d_N: NDArray[np.float64]) -> float:
-    kept = d_N[d_N != 0]
-    if not kept.size:
+    nonzero = d_N[d_N != 0]
+    if not nonzero.size:
         return 0.0
-    ranks = scipy_stats.rankdata(np.abs(kept))
-    return float((ranks * np.sign(kept)).sum() / ranks.sum())
+    ranks = scipy_stats.rankdata(np.abs(nonzero))
+    return float((ranks * np.sign(nonzero)).sum() / ranks.sum())

@@ -4,6 +4,7 @@ import argparse
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,13 @@ def _list(arguments: argparse.Namespace) -> int:
     from jobs.tracking import models as registry
 
     use_stack(arguments)
-    found = registry.list_models()
+    versions = registry.list_models()
     rows = [
-        (v.name, v.version, v.tags.get("tomoscale.kind", "-"), ", ".join(v.aliases), _date(v.created_ms)) for v in found
+        (v.name, v.version, v.tags.get("tomoscale.kind", "-"), ", ".join(v.aliases), _date(v.created_ms))
+        for v in versions
     ]
     text = table(("model", "version", "kind", "aliases", "registered"), rows) if rows else "no models yet"
-    emit([_plain(v) for v in found], arguments.json, text)
+    emit([_plain(v) for v in versions], arguments.json, text)
     return 0
 
 
@@ -68,9 +70,9 @@ def _show(arguments: argparse.Namespace) -> int:
     from jobs.tracking import models as registry
 
     use_stack(arguments)
-    found = _plain(registry.resolve(arguments.model))
-    shown = found | {"aliases": ", ".join(found["aliases"]) or "-"}
-    emit(found, arguments.json, "\n".join(f"{k}: {v}" for k, v in shown.items()))
+    facts = _plain(registry.resolve(arguments.model))
+    lines = facts | {"aliases": ", ".join(facts["aliases"]) or "-"}
+    emit(facts, arguments.json, "\n".join(f"{k}: {v}" for k, v in lines.items()))
     return 0
 
 
@@ -92,7 +94,7 @@ def _pull(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from ssl_core.downstream.scores import score_case
+    from ssl_core.downstream.scores import METRICS, CaseScore, mean_scores, score_case
     from storage.format.manifest import Manifest
     from storage.reading.volume_store import VolumeStore
 
@@ -113,7 +115,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             found="none",
             remedy="`tomoscale data show URL` lists splits and labels",
         )
-    cases: list[dict[str, Any]] = []
+    cases: list[CaseScore] = []
     with tempfile.TemporaryDirectory(prefix="tomoscale-model-") as folder:
         predictor = _predictor(arguments.model, Path(folder))
         names = {value: name for value, name in predictor.plan.labels if value != 0}
@@ -128,26 +130,19 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             scores = score_case(
                 mask, truth, labels=names, spacing_mm=record.spacing_mm, tolerance_mm=arguments.tolerance_mm
             )
-            for label, s in scores.items():
-                cases.append(
-                    {"volume_id": record.volume_id, "label": label, "dice": s.dice, "hd95_mm": s.hd95_mm, "nsd": s.nsd}
-                )
+            cases += [CaseScore(record.volume_id, record.subject, label, s) for label, s in scores.items()]
             bar.update(done)
         store.close()
-    rows = [(c["volume_id"], c["label"], c["dice"], c["hd95_mm"], c["nsd"]) for c in cases]
-    means = [
-        (
-            "mean",
-            name,
-            *(sum(c[k] for c in cases if c["label"] == name) / len(indices) for k in ("dice", "hd95_mm", "nsd")),
-        )
-        for name in names.values()
-    ]
-    split = f"{manifest.fingerprint} {arguments.split}"
+    groups = [("mean", label, mean_scores([c for c in cases if c.label == label])) for label in names.values()]
+    rows = [(c.volume_id, c.label, c.scores) for c in cases] + groups
+    header = ("case", "label", *(metric.heading(arguments.tolerance_mm) for metric in METRICS))
     emit(
-        {"split": split, "cases": cases},
+        {
+            "split": f"{manifest.fingerprint} {arguments.split}",
+            "cases": [{"volume_id": c.volume_id, "label": c.label, **asdict(c.scores)} for c in cases],
+        },
         arguments.json,
-        table(("case", "label", "Dice", "HD95 mm", "NSD"), [*rows, *means]),
+        table(header, [(case, label, *(scores.of(metric) for metric in METRICS)) for case, label, scores in rows]),
     )
     return 0
 

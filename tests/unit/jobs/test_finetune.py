@@ -2,19 +2,22 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from jobs.configs import FinetuneJobConfig
-from jobs.finetune import device_for, summarise
+from jobs.finetune import compared, device_for
 from jobs.tracking.bundles import write_segmenter
 from ssl_core.config import parse
-from ssl_core.downstream.finetune import build_segmenter
+from ssl_core.downstream.comparison import ONE_START, Comparison, Training
+from ssl_core.downstream.finetune import Subjects, TrainedSegmenter, build_segmenter
+from ssl_core.downstream.scores import CaseScore
 from ssl_core.views.intensity import IntensityPolicy
-from storage.errors import ConfigError
+from storage.errors import ConfigError, RefusedInput
+from storage.reading.volume_store import VolumeStore
 from tests.kit.phantoms import write_phantoms
+from tests.kit.scores import scores
 
 
 def test_a_training_takes_a_gpu_only_when_it_asked_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,51 +34,90 @@ def test_scores_that_promotions_compare_are_of_subjects_and_name_what_was_segmen
     manifest = write_phantoms(url, 4)
     labelled = {"data": url, "label": "organs", "subjects": 2, "inner": 1}
     job = {"name": "n", "starts": {"a": "models:/e/1"}, "labelled": labelled, "finetune": {"patch_DHW": [16, 16, 16]}}
-    trained = SimpleNamespace(
-        store=SimpleNamespace(manifest=manifest),
-        subjects=SimpleNamespace(train=(0,), inner=(1,), test=(2, 3)),
-        encoder=SimpleNamespace(intensity=IntensityPolicy()),
-        labels={1: "liver", 3: "spleen"},
-        network=build_segmenter("unet", {"channels": [8, 16], "strides": [2], "norm": "instance"}, 3, 0, None),
-    )
-    scores = {("s1", "v1"): 0.2, ("s1", "v2"): 0.4, ("s2", "v3"): 0.9}
-    cases = [
-        {"subject": subject, "volume_id": volume, "label": label, "dice": dice}
-        for (subject, volume), dice in scores.items()
-        for label in trained.labels.values()
-    ]
-    bundle = write_segmenter(
-        parse(FinetuneJobConfig, job),
-        trained,
-        tmp_path / "bundle",
-        run_id="r",
-        cases=cases,
-        parent="models:/e/1",
-    )
-    found = json.loads((bundle / "evaluation.json").read_text())
-    assert found["cases"] == pytest.approx({"s1": 0.3, "s2": 0.9})
-    assert found["split"] == f"{manifest.fingerprint} test, organs 1 3"
+    with VolumeStore(url, manifest) as store:
+        trained = TrainedSegmenter(
+            network=build_segmenter("unet", {"channels": [8, 16], "strides": [2], "norm": "instance"}, 3, 0, None),
+            store=store,
+            subjects=Subjects(train=(0,), inner=(1,), test=(2, 3)),
+            labels={1: "liver", 3: "spleen"},
+            intensity=IntensityPolicy(),
+            history=(),
+            device=torch.device("cpu"),
+        )
+        by_volume = {("s1", "v1"): 0.2, ("s1", "v2"): 0.4, ("s2", "v3"): 0.9}
+        cases = [
+            CaseScore(volume, subject, label, scores(dice=dice))
+            for (subject, volume), dice in by_volume.items()
+            for label in trained.labels.values()
+        ]
+        target = tmp_path / "bundle"
+        config = parse(FinetuneJobConfig, job)
+        bundle = write_segmenter(config, trained, target, run_id="r", cases=cases, parent="models:/e/1")
+    evaluation = json.loads((bundle / "evaluation.json").read_text())
+    assert evaluation["cases"] == pytest.approx({"s1": 0.3, "s2": 0.9})
+    assert evaluation["split"] == f"{manifest.fingerprint} test, organs 1 3"
+
+
+JOB = {
+    "name": "n",
+    "starts": {"pre": "models:/e/1", "none": "none"},
+    "seeds": [3, 1],
+    "labelled": {"data": "memory://x"},
+}
+# Two volumes of subject 0, which must not count twice.
+VOLUMES = [("s0", "v0a"), ("s0", "v0b"), *((f"s{i}", f"v{i}") for i in range(1, 7))]
+
+
+def training(start: str, seed: int) -> Training:
+    gain = {("pre", 3): 0.2, ("pre", 1): 0.4}.get((start, seed), 0.0)
+    cases = [CaseScore(v, s, "l", scores(dice=0.5 + (gain if v != "v0b" else -gain))) for s, v in VOLUMES]
+    version = "7" if (start, seed) == ("pre", 3) else None
+    return Training(start, seed, ({"loss": 1.0, "inner_dice": 0.5},), tuple(cases), version, 1.0)
+
+
+def comparison(**changes: object) -> Comparison:
+    config = parse(FinetuneJobConfig, JOB | changes)
+    ended = [training(start, seed) for start in reversed(config.starts) for seed in reversed(config.seeds)]
+    return compared(config, ended, run_id="r", seconds=2.0)
 
 
 def test_the_test_pairs_subjects_whatever_ended_first() -> None:
-    job = {"name": "n", "starts": {"pre": "models:/e/1", "none": "none"}, "seeds": [3, 1]}
-    config = parse(FinetuneJobConfig, job | {"labelled": {"data": "memory://x"}})
-    # Two volumes of subject 0, which must not count twice.
-    volumes = [("s0", "v0a"), ("s0", "v0b"), *((f"s{i}", f"v{i}") for i in range(1, 7))]
+    result = comparison().to_json()
+    assert result["test"]["n"] == 7
+    assert result["test"]["difference"] == pytest.approx(6 * 0.3 / 7)
+    assert [(r["start"], r["seed"]) for r in result["runs"]] == [("pre", 3), ("pre", 1), ("none", 3), ("none", 1)]
+    assert result["cases"][0]["start"] == "pre"
+    assert [(r["start"], r["cases"], r["seeds"]) for r in result["rows"]] == [("pre", 8, 2), ("none", 8, 2)]
+    assert result["version"] == "7"
 
-    def result(start: str, seed: int) -> dict[str, object]:
-        gain = {("pre", 3): 0.2, ("pre", 1): 0.4}.get((start, seed), 0.0)
-        rows = [
-            {"start": start, "seed": seed, "volume_id": v, "subject": s, "label": "l", "hd95_mm": 1.0, "nsd": 1.0}
-            | {"dice": 0.5 + (gain if v != "v0b" else -gain)}
-            for s, v in volumes
-        ]
-        return {"start": start, "seed": seed, "cases": rows, "version": None, "history": [], "seconds": 1.0}
 
-    ended = [result(*pair) for pair in (("none", 1), ("none", 3), ("pre", 1), ("pre", 3))]
-    found = summarise(config, ended)
-    assert found["test"]["n"] == 7
-    assert found["test"]["difference"] == pytest.approx(6 * 0.3 / 7)
-    assert [(r["start"], r["seed"]) for r in found["runs"]] == [("pre", 3), ("pre", 1), ("none", 3), ("none", 1)]
-    assert found["cases"][0]["start"] == "pre"
-    assert [(r["start"], r["cases"]) for r in found["rows"]] == [("pre", 8), ("none", 8)]
+def test_a_result_has_the_keys_that_it_always_had() -> None:
+    """They are read by the demo, by scripts of users, and by a job that goes on under its name."""
+    result = comparison().to_json()
+    assert list(result) == [
+        "rows", "cases", "test", "model", "version", "registered_start", "nsd_tolerance_mm", "runs",
+        "run_id", "seconds",
+    ]  # fmt: skip
+    case = ["start", "seed", "volume_id", "subject", "label", "dice", "hd95_mm", "nsd"]
+    assert list(result["cases"][0])[: len(case)] == case
+    row = ["start", "label", "seeds", "cases", "dice_mean", "dice_sd", "hd95_mean", "hd95_sd", "nsd_mean", "nsd_sd"]
+    assert list(result["rows"][0])[: len(row)] == row
+    assert list(result["runs"][0]) == ["start", "seed", "history", "seconds"]
+    assert list(training("pre", 3).to_json()) == ["start", "seed", "history", "cases", "version", "seconds"]
+    alone = comparison(starts={"pre": "models:/e/1"}).to_json()
+    assert alone["test"] == {"statement": ONE_START}
+
+
+@pytest.mark.parametrize("changes", [{}, {"starts": {"pre": "models:/e/1"}}])
+def test_what_is_written_is_read_back(changes: dict[str, object]) -> None:
+    result = comparison(**changes)
+    data = json.loads(json.dumps(result.to_json()))
+    again = Comparison.from_json(data)
+    assert again.to_json() == result.to_json()
+    assert (again.rows, again.test, again.statement) == (result.rows, result.test, result.statement)
+    one = training("pre", 3)
+    stored = json.loads(json.dumps(one.to_json()))
+    assert Training.from_json(stored) == one
+    del stored["cases"][0]["nsd"]
+    with pytest.raises(RefusedInput, match="no nsd"):
+        Training.from_json(stored)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from jobs.configs import LabelledConfig
-from jobs.labelled import Subjects, draw, value_names
+from jobs.labelled import draw, value_names
 from ssl_core.config import parse
+from ssl_core.downstream.finetune import Subjects
 from storage.errors import ConfigError, RefusedInput
 from storage.format.manifest import Manifest
 from storage.format.volume import Membership, Provenance, Volume

@@ -1,6 +1,8 @@
 """What a search makes of its trials."""
 
+import json
 import signal
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +11,9 @@ import pytest
 from ray.tune.tune import _setup_signal_catching
 
 from jobs import tune
-from jobs.configs import TuneConfig
+from jobs.configs import SearchSpace, TuneConfig
 from ssl_core.config import parse
+from ssl_core.downstream.search import SearchResult, TrialSettings
 from storage.errors import StackError
 
 CONFIG = parse(
@@ -27,7 +30,15 @@ def trial(scores: list[float], error: Exception | None = None, epochs: list[int]
 
 
 def summary(*results: Any) -> dict[str, Any]:
-    return tune._summarise(CONFIG, tune._trials(CONFIG, results))
+    """As another job reads it: through JSON and back."""
+    result = tune.searched(CONFIG, tune.trials_of(CONFIG, results), run_id="r", seconds=1.0)
+    data: dict[str, Any] = json.loads(json.dumps(result.to_json()))
+    assert SearchResult.from_json(data) == result
+    return data
+
+
+def test_a_trials_settings_are_the_dimensions_of_the_search() -> None:
+    assert {f.name for f in fields(TrialSettings)} == {"encoder", *SearchSpace.model_fields}
 
 
 def test_the_best_complete_trial_is_chosen_by_its_last_epoch() -> None:

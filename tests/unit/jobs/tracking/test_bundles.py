@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jobs.configs import LabelledConfig
-from jobs.finetune import train_once
+from jobs.finetune import train_from
 from jobs.tracking import bundles as bundling
 from ssl_core.bundle import BundleFacts, stored_spacing, write_bundle
 from ssl_core.downstream.finetune import FinetuneConfig, build_segmenter
@@ -85,10 +85,10 @@ def test_a_class_that_the_training_volumes_lack_is_scored_all_the_same(tmp_path:
     network = build_segmenter("unet", {"channels": [4, 8], "strides": [2], "norm": "instance"}, 2, 0, None)
     facts = BundleFacts("encoder", (16, 16, 16), IntensityPolicy())
     encoder = write_bundle(tmp_path / "encoder", "encoder", network, facts)
-    trained = train_once(
+    trained = train_from(
+        "none",
         LabelledConfig(data=url, label="labels", subjects=3, inner=1),
         FinetuneConfig(epochs=1, steps_per_epoch=1, batch=2, patch_DHW=(16, 16, 16), warmup_steps=0),
-        start="none",
         seed=0,
         like=str(encoder),
     )

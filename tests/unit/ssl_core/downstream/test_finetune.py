@@ -102,14 +102,15 @@ def test_it_learns_to_find_the_ball(store: VolumeStore) -> None:
     assert [e for e, _ in heard] == [1, 2, 3]
     assert history[-1]["loss"] < history[0]["loss"]
     assert history[-1]["inner_dice"] > 0.8
-    scores = dict(
+    cases = list(
         score_volumes(
             network, store, (3, 7), label="labels", labels=LABELS, policy=POLICY, window=(16, 16, 16),
             tolerance_mm=1.0, device=CPU,
         )
     )  # fmt: skip
-    assert set(scores) == {3, 7}
-    assert all(s["ball"].dice > 0.7 and s["ball"].hd95_mm < 5 for s in scores.values())
+    records = [store.manifest.record(i) for i in (3, 7)]
+    assert [(c.volume_id, c.subject, c.label) for c in cases] == [(r.volume_id, r.subject, "ball") for r in records]
+    assert all(c.scores.dice > 0.7 and c.scores.hd95_mm < 5 for c in cases)
 
 
 def test_a_bundle_predicts_what_was_scored(store: VolumeStore, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Dice, HD95 and NSD against pairwise distances written out, closed forms, and MONAI."""
 
+import math
+from dataclasses import fields
 from itertools import product
 
 import numpy as np
@@ -7,8 +9,9 @@ import pytest
 import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
 
-from ssl_core.downstream.scores import Scores, dice, score_case
+from ssl_core.downstream.scores import METRICS, CaseScore, Scores, dice, mean_scores, score_case, sd_scores
 from storage.errors import ConfigError
+from tests.kit.scores import scores
 
 SPACING = (7.7, 1.25, 0.8)
 
@@ -24,26 +27,26 @@ def _blob(rng: np.random.Generator, shape: tuple[int, ...] = (8, 9, 10)) -> np.n
 
 def _surface(mask: np.ndarray) -> np.ndarray:
     """Voxels of the mask with a face neighbour that is not in it, one by one."""
-    found = []
+    surface = []
     for voxel in np.argwhere(mask):
         for axis, step in product(range(3), (-1, 1)):
             other = voxel.copy()
             other[axis] += step
             inside = all(0 <= o < n for o, n in zip(other, mask.shape, strict=True))
             if not inside or not mask[tuple(other)]:
-                found.append(voxel)
+                surface.append(voxel)
                 break
-    return np.array(found)
+    return np.array(surface)
 
 
-def _brute(a: np.ndarray, b: np.ndarray, spacing: tuple[float, ...], tolerance: float) -> Scores:
-    """All pairs of surface voxels."""
+def _brute(a: np.ndarray, b: np.ndarray, spacing: tuple[float, ...], tolerance: float) -> tuple[float, float, float]:
+    """Dice, HD95 and NSD of all pairs of surface voxels."""
     p, q = _surface(a) * spacing, _surface(b) * spacing
     gap = np.sqrt(((p[:, None] - q[None]) ** 2).sum(-1))
-    there, back = gap.min(1), gap.min(0)
-    near = (there <= tolerance).sum() + (back <= tolerance).sum()
-    far = max(np.quantile(there, 0.95), np.quantile(back, 0.95))
-    return Scores(2 * (a & b).sum() / (a.sum() + b.sum()), far, near / (len(there) + len(back)))
+    to_b, to_a = gap.min(1), gap.min(0)
+    near = (to_b <= tolerance).sum() + (to_a <= tolerance).sum()
+    far = max(np.quantile(to_b, 0.95), np.quantile(to_a, 0.95))
+    return 2 * (a & b).sum() / (a.sum() + b.sum()), far, near / (len(to_b) + len(to_a))
 
 
 def _one(a: np.ndarray, b: np.ndarray, spacing: tuple[float, float, float], tolerance: float) -> Scores:
@@ -59,23 +62,23 @@ def test_scores_are_those_of_all_pairs(seed: int, spacing: tuple[float, float, f
     a, b = _blob(rng), _blob(rng)
     if not a.any() or not b.any():
         pytest.fail("the test's own masks are empty")
-    found, wanted = _one(a, b, spacing, 1.7), _brute(a, b, spacing, 1.7)
-    assert found.dice == pytest.approx(wanted.dice, abs=1e-12)
-    assert found.hd95_mm == pytest.approx(wanted.hd95_mm, rel=1e-9)
-    assert found.nsd == pytest.approx(wanted.nsd, abs=1e-12)
+    result, (overlap, far, near) = _one(a, b, spacing, 1.7), _brute(a, b, spacing, 1.7)
+    assert result.dice == pytest.approx(overlap, abs=1e-12)
+    assert result.hd95_mm == pytest.approx(far, rel=1e-9)
+    assert result.nsd == pytest.approx(near, abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_scores_are_monais(seed: int) -> None:
     rng = np.random.default_rng(100 + seed)
     a, b = _blob(rng, (10, 20, 24)), _blob(rng, (10, 20, 24))
-    found = _one(a, b, SPACING, 2.0)
+    result = _one(a, b, SPACING, 2.0)
     x, y = (torch.from_numpy(np.pad(m, 1)[None, None].astype(np.float32)) for m in (a, b))
     far = compute_hausdorff_distance(x, y, include_background=True, percentile=95, spacing=list(SPACING))
     near = compute_surface_dice(x, y, [2.0], include_background=True, spacing=list(SPACING))
-    assert found.dice == pytest.approx(compute_dice(x, y, include_background=True).item(), abs=1e-6)
-    assert found.hd95_mm == pytest.approx(far.item(), rel=1e-5)
-    assert found.nsd == pytest.approx(near.item(), abs=1e-6)
+    assert result.dice == pytest.approx(compute_dice(x, y, include_background=True).item(), abs=1e-6)
+    assert result.hd95_mm == pytest.approx(far.item(), rel=1e-5)
+    assert result.nsd == pytest.approx(near.item(), abs=1e-6)
 
 
 def test_a_shift_is_measured_in_mm_of_its_axis() -> None:
@@ -83,18 +86,18 @@ def test_a_shift_is_measured_in_mm_of_its_axis() -> None:
     cube[4:8, 4:8, 4:8] = True
     for axis, size in enumerate(SPACING):
         moved = np.roll(cube, 1, axis)
-        found = _one(moved, cube, SPACING, size)
-        assert found.hd95_mm == pytest.approx(size)
-        assert found.nsd == 1.0
-        assert found.dice == pytest.approx(0.75)
+        result = _one(moved, cube, SPACING, size)
+        assert result.hd95_mm == pytest.approx(size)
+        assert result.nsd == 1.0
+        assert result.dice == pytest.approx(0.75)
         assert _one(moved, cube, SPACING, 0.99 * size).nsd < 1
 
 
 def test_perfect_empty_and_swapped() -> None:
     rng = np.random.default_rng(0)
     a, b, none = _blob(rng), _blob(rng), np.zeros((8, 9, 10), bool)
-    assert _one(a, a, SPACING, 0.1) == Scores(1.0, 0.0, 1.0)
-    assert _one(none, none, SPACING, 1.0) == Scores(1.0, 0.0, 1.0)
+    for result in (_one(a, a, SPACING, 0.1), _one(none, none, SPACING, 1.0)):
+        assert (result.dice, result.hd95_mm, result.nsd) == (1.0, 0.0, 1.0)
     diagonal = np.linalg.norm(np.multiply((8, 9, 10), SPACING))
     for pair in ((a, none), (none, a)):
         worst = _one(*pair, SPACING, 1.0)
@@ -107,7 +110,32 @@ def test_perfect_empty_and_swapped() -> None:
 def test_each_label_has_its_own_scores() -> None:
     truth = np.zeros((6, 6, 6), int)
     truth[1:3], truth[3:5] = 1, 7
-    found = score_case(np.where(truth == 1, 1, 0), truth, labels={1: "a", 7: "b", 9: "c"}, spacing_mm=(1, 1, 1))
-    assert [found[name].dice for name in "abc"] == [1.0, 0.0, 1.0]
+    by_label = score_case(np.where(truth == 1, 1, 0), truth, labels={1: "a", 7: "b", 9: "c"}, spacing_mm=(1, 1, 1))
+    assert [by_label[name].dice for name in "abc"] == [1.0, 0.0, 1.0]
     with pytest.raises(ConfigError, match="shape"):
         score_case(truth[1:], truth, labels={1: "a"}, spacing_mm=(1, 1, 1))
+
+
+def test_every_field_is_a_metric_with_a_heading_and_a_mean() -> None:
+    assert [metric.name for metric in METRICS] == [field.name for field in fields(Scores)]
+    headings = [metric.heading(1.5) for metric in METRICS]
+    assert headings[:3] == ["Dice", "HD95 (mm)", "NSD (1.5 mm)"]
+    assert len(set(headings)) == len(headings)
+    cases = [CaseScore(f"v{d}", "s", "l", scores(dice=d)) for d in (0.2, 0.4)]
+    assert mean_scores(cases).dice == pytest.approx(0.3)
+    assert sd_scores(cases).dice == pytest.approx(0.1)
+    assert sd_scores(cases).nsd == 0.0
+
+
+def test_empty_masks_leave_every_metric_finite() -> None:
+    """Every case stays in every mean."""
+    full, none = np.ones((3, 4, 5), bool), np.zeros((3, 4, 5), bool)
+    for a, b in product((full, none), repeat=2):
+        result = _one(a, b, SPACING, 1.0)
+        assert all(math.isfinite(result.of(metric)) for metric in METRICS)
+
+
+def test_a_case_is_one_flat_object_and_comes_back() -> None:
+    case = CaseScore("v", "s", "liver", scores(dice=0.5))
+    assert list(case.to_json())[:6] == ["volume_id", "subject", "label", "dice", "hd95_mm", "nsd"]
+    assert CaseScore.from_json(case.to_json()) == case

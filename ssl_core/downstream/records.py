@@ -1,0 +1,31 @@
+"""Frozen dataclasses of a result, read back from JSON by the names of their fields."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from storage.errors import RefusedInput
+
+R = TypeVar("R")
+
+
+def from_fields(kind: type[R], data: Mapping[str, Any]) -> R:
+    """A `kind` from the entries of `data` that bear its fields' names; other entries are left out.
+
+    Args:
+        kind: A dataclass.
+        data: As read from JSON; lists become tuples.
+
+    Raises:
+        RefusedInput: a field has no entry.
+    """
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    missing = [name for name in names if name not in data]
+    if missing:
+        raise RefusedInput(
+            f"result, {kind.__name__}",
+            expected=f"the fields {', '.join(names)}",
+            found=f"no {', '.join(missing)}",
+            remedy="it was written by another version: run that job again under another name",
+        )
+    return kind(**{name: tuple(v) if isinstance(v := data[name], list) else v for name in names})
