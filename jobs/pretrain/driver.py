@@ -19,9 +19,9 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from jobs.configs import PretrainConfig
 from jobs.driver import end_failed, end_run, load
 from jobs.ingest import ensure_data
-from jobs.on_ray.elastic import share_evenly
 from jobs.on_ray.failures import FINAL, StopOnFinalErrors
 from jobs.on_ray.filesystem import storage_for
+from jobs.on_ray.patches import patch_ray_to_share_evenly
 from jobs.on_ray.session import connect
 from jobs.output import last_line
 from jobs.pinning import as_started, note_start
@@ -86,7 +86,7 @@ def fit(config: PretrainConfig, run_id: str) -> Any:
             StackError that carries the last line of the cause.
     """
 
-    share_evenly(config.stream.global_batch, config.stream.lanes)
+    patch_ray_to_share_evenly(config.stream.global_batch, config.stream.lanes)
     path, filesystem = storage_for(config.runs)
     need = config.cluster
     workers: Any = need.workers if need.min_workers is None else (need.min_workers, need.workers)
