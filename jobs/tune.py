@@ -91,11 +91,11 @@ def search(config: TuneConfig) -> Any:
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
-    from jobs.on_ray.failures import end_trials_at_final_errors
     from jobs.on_ray.filesystem import storage_for
+    from jobs.on_ray.patches import patch_tune_to_stop_at_final_errors
 
     driver.quiet()  # again, as Optuna has only now set its loggers
-    end_trials_at_final_errors()
+    patch_tune_to_stop_at_final_errors()
     path, filesystem = storage_for(config.runs)
     place = f"{path}/{config.name}"
     function = tune.with_resources(

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from ray.exceptions import RayTaskError
 from ray.train import UserCallback
 from ray.train.v2.api.exceptions import ControllerError
 
@@ -37,21 +36,3 @@ class StopOnFinalErrors(UserCallback):
         for _, error in sorted(worker_exceptions.items()):
             if isinstance(error, FINAL):
                 raise ControllerError(error)
-
-
-def end_trials_at_final_errors() -> None:
-    """Let a final error use up all tries of its trial, in this process from now on.
-
-    Ray Tune counts every error of a trial's function alike and has no hook before it decides to try again.
-    """
-    from ray.tune.experiment.trial import Trial
-
-    ray_counts = Trial._handle_ray_task_error
-
-    def count(trial: Any, error: RayTaskError) -> None:
-        ray_counts(trial, error)
-        if isinstance(error.cause, FINAL):
-            facts = trial.run_metadata
-            facts.num_failures = max(facts.num_failures, trial.max_failures + 1)
-
-    Trial._handle_ray_task_error = count

@@ -5,7 +5,6 @@ checkpoint), of the driver (submit again) or of the store (writes are retried fo
 again).
 """
 
-import json
 import signal
 import tempfile
 import time
@@ -20,21 +19,20 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from jobs.configs import PretrainConfig
 from jobs.driver import end_failed, end_run, load
 from jobs.ingest import ensure_data
-from jobs.on_ray.elastic import share_evenly
 from jobs.on_ray.failures import FINAL, StopOnFinalErrors
 from jobs.on_ray.filesystem import storage_for
+from jobs.on_ray.patches import patch_ray_to_share_evenly
 from jobs.on_ray.session import connect
 from jobs.output import last_line
+from jobs.pinning import as_started, note_start
 from jobs.pretrain.inputs import open_manifest
-from jobs.pretrain.loop import JOURNAL, collectives_backend, config_digest, identity
+from jobs.pretrain.loop import JOURNAL, collectives_backend
 from jobs.pretrain.worker import train_loop
 from jobs.superpixels import ensure_superpixels
 from jobs.tracking import bundles, models, runs
 from ssl_core.config import resolved
 from ssl_core.train import checkpoint
-from storage.errors import NotFound, StackError, TomoscaleError
-from storage.format.manifest import Manifest
-from storage.objects import join, open_store
+from storage.errors import StackError, TomoscaleError
 
 _CONTROLLER_TRIES = 5
 
@@ -78,37 +76,6 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def as_started(config: PretrainConfig) -> PretrainConfig:
-    """The configuration, with the manifest that the job of this name and these settings was first started with.
-
-    A store that has a newer manifest by the time a job goes on, such as one with super-pixels, does not stop it. With
-    other settings nothing is filled in, and the checkpoint refuses them.
-    """
-    if config.fingerprint is not None:
-        return config
-    try:
-        note = json.loads(open_store(join(config.runs, config.name)).get(_start(config)))
-    except NotFound:
-        return config
-    return config.model_copy(update={"fingerprint": note["fingerprint"]})
-
-
-def note_start(config: PretrainConfig, manifest: Manifest) -> None:
-    """Keep below `<runs>/<name>/starts` what `as_started` looks for; what the first start noted stays.
-
-    Each choice of settings has a file of its own, so that a job sent with wrong ones, which its checkpoint refuses,
-    does not take the manifest of the right ones away.
-    """
-
-    note = json.dumps(identity(config, manifest)).encode()
-    open_store(join(config.runs, config.name)).put(_start(config), note, if_absent=True)
-
-
-def _start(config: PretrainConfig) -> str:
-
-    return f"starts/{config_digest(config)}.json"
-
-
 def fit(config: PretrainConfig, run_id: str) -> Any:
     """Train with Ray Train until done; returns the last checkpoint.
 
@@ -119,7 +86,7 @@ def fit(config: PretrainConfig, run_id: str) -> Any:
             StackError that carries the last line of the cause.
     """
 
-    share_evenly(config.stream.global_batch, config.stream.lanes)
+    patch_ray_to_share_evenly(config.stream.global_batch, config.stream.lanes)
     path, filesystem = storage_for(config.runs)
     need = config.cluster
     workers: Any = need.workers if need.min_workers is None else (need.min_workers, need.workers)

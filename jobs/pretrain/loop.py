@@ -15,36 +15,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs.configs import ClusterConfig, PretrainConfig, ProbeConfig, changed
+from jobs.configs import PretrainConfig
+from jobs.pinning import SETTINGS, identity, require_same
 from jobs.pretrain.inputs import open_manifest, stream_spec, view_spec
 from jobs.pretrain.label_probe import LabelProbe
 from jobs.tracking.runs import Point, point
-from ssl_core.config import digest, resolved
+from ssl_core.config import resolved
 from ssl_core.distributed import Collectives, current
 from ssl_core.methods.base import method_class
 from ssl_core.networks.registry import build
 from ssl_core.train import checkpoint
-from ssl_core.train.engine import Engine, EngineConfig, fit
+from ssl_core.train.engine import Engine, fit
 from ssl_core.views.make import make_views
 from ssl_core.views.types import ViewBatch
-from storage.errors import ConfigError
-from storage.format.manifest import Manifest
 from storage.reading.node_cache import NodeCache
 from storage.reading.volume_store import VolumeStore
 from storage.stream.crop_stream import CropStream, HostBatch
 
-JOURNAL, SETTINGS = "journal", "settings"
-# What may change under a name. How often to log or save, of `engine`, may too; it says so itself.
-_FREE: dict[str, Any] = {
-    "probe": ProbeConfig(),
-    "runs": "",
-    "experiment": "",
-    "cluster": ClusterConfig(),
-    "name": "n",
-    "source": None,
-    "model": None,
-    "fingerprint": None,
-}
+JOURNAL = "journal"
 
 
 @dataclass
@@ -92,52 +80,6 @@ def collectives_backend(*, gpu: bool) -> str:
     return "cpu:gloo,cuda:nccl" if gpu else "gloo"
 
 
-def identity(config: PretrainConfig, manifest: Manifest) -> dict[str, str]:
-    """What a checkpoint must agree with to be resumed: everything that changes the result."""
-    return {"config_digest": config_digest(config), "fingerprint": manifest.fingerprint}
-
-
-def config_digest(config: PretrainConfig) -> str:
-    """Names the settings that change the result; which manifest is not among them."""
-    kept = config.model_copy(update={**_FREE, "engine": EngineConfig()})
-    return f"{digest(kept)}-{config.engine.digest()}"
-
-
-def require_same(config: PretrainConfig, manifest: Manifest, meta: dict[str, Any]) -> None:
-    """Refuse to go on from a checkpoint of other settings or other data.
-
-    Raises:
-        ConfigError: names what is other than it was.
-    """
-    who = identity(config, manifest)
-    try:
-        checkpoint.require_same(meta, **who)
-    except ConfigError as error:
-        before = meta.get(SETTINGS, {})
-        lines = changed(config, before, _FREE)
-        found = [line for key, line in lines.items() if not _is_free(config.engine, before, key)]
-        remedy = "choose another name for other settings"
-        if (other := meta["fingerprint"]) != who["fingerprint"]:
-            found.append(f"manifest {who['fingerprint']} (was {other})")
-            remedy += f"; fingerprint={other} goes on with the data that it had"
-        raise ConfigError(
-            f"job {config.name!r}",
-            expected="the settings and the data that its checkpoint was made with",
-            found=", ".join(found) or error.found,
-            remedy=remedy,
-        ) from error
-
-
-def _is_free(engine: EngineConfig, before: dict[str, Any], key: str) -> bool:
-    """Whether a setting of the engine changes nothing that its digest names."""
-    group, _, name = key.partition(".")
-    if group != "engine" or name not in before[group]:
-        return False
-    value = before[group][name]
-    as_it_was = {name: tuple(value) if isinstance(value, list) else value}
-    return engine.model_copy(update=as_it_was).digest() == engine.digest()
-
-
 def build_engine(config: PretrainConfig, device: torch.device) -> Engine:
     """Network, method and optimizer, initialised from the seed alone."""
     torch.manual_seed(config.engine.seed)
@@ -163,7 +105,7 @@ def run(
     """
     collectives = current()
     manifest = open_manifest(config)
-    who = identity(config, manifest)
+    what = identity(config, manifest)
     engine = build_engine(config, device)
     record, journal = SampleRecord(), list[Point]()
     if restore is not None:
@@ -221,7 +163,7 @@ def run(
             hooks.publish(step, None, hooks.last)
             return
         facts = {
-            **who,
+            **what,
             "step": step,
             "stream": {"seed": spec.seed, "next": step * spec.global_batch},
             "samples": record.value,

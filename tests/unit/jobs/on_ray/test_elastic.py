@@ -6,20 +6,21 @@ import pytest
 from ray.train import ScalingConfig
 from ray.train.v2.api import data_parallel_trainer
 
-from jobs.on_ray import elastic
+from jobs.on_ray.elastic import EvenShares
+from jobs.on_ray.patches import CREATE_SCALING_POLICY, patch_ray_to_share_evenly
 from storage.errors import ConfigError
 from storage.stream.order import check
 
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_parallel_trainer, "create_scaling_policy", elastic._ray_makes)
+    monkeypatch.setattr(data_parallel_trainer, "create_scaling_policy", CREATE_SCALING_POLICY.original())
 
 
-def policy(low: int, high: int, global_batch: int, lanes: int) -> elastic.EvenShares:
-    elastic.share_evenly(global_batch, lanes)
+def policy(low: int, high: int, global_batch: int, lanes: int) -> EvenShares:
+    patch_ray_to_share_evenly(global_batch, lanes)
     made = data_parallel_trainer.create_scaling_policy(ScalingConfig(num_workers=(low, high)))
-    assert isinstance(made, elastic.EvenShares)
+    assert isinstance(made, EvenShares)
     return made
 
 
@@ -44,6 +45,6 @@ def test_the_policy_reaches_the_controller() -> None:
 
 
 def test_a_fixed_number_of_workers_is_left_to_ray() -> None:
-    elastic.share_evenly(8, 64)
+    patch_ray_to_share_evenly(8, 64)
     made = data_parallel_trainer.create_scaling_policy(ScalingConfig(num_workers=2))
-    assert not isinstance(made, elastic.EvenShares)
+    assert not isinstance(made, EvenShares)

@@ -4,7 +4,7 @@ import pytest
 from ray.exceptions import RayTaskError
 from ray.tune.experiment.trial import Trial
 
-from jobs.on_ray import failures
+from jobs.on_ray.patches import HANDLE_TASK_ERROR, patch_tune_to_stop_at_final_errors
 from ssl_core.train.engine import NonFiniteError
 from storage.errors import ConfigError, StoreError
 
@@ -22,8 +22,8 @@ from storage.errors import ConfigError, StoreError
 def test_a_trial_is_tried_again_only_where_that_can_help(
     cause: Exception, tries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trial, "_handle_ray_task_error", Trial._handle_ray_task_error)  # put back afterwards
-    failures.end_trials_at_final_errors()
+    monkeypatch.setattr(Trial, "_handle_ray_task_error", HANDLE_TASK_ERROR.original())  # put back afterwards
+    patch_tune_to_stop_at_final_errors()
     trial = Trial("train", stub=True, max_failures=2)
     found = 0
     while found == 0 or trial.should_recover():

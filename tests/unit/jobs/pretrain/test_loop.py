@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from jobs.configs import PretrainConfig, ProbeConfig
+from jobs.pinning import identity
 from jobs.pretrain import label_probe, loop
 from jobs.pretrain.inputs import open_manifest
 from jobs.pretrain.label_probe import LabelProbe, read_labelled
-from jobs.pretrain.loop import Hooks, build_engine, identity, run
+from jobs.pretrain.loop import Hooks, build_engine, run
 from jobs.tracking import bundles as bundling
 from jobs.tracking.runs import Point
 from ssl_core.config import parse

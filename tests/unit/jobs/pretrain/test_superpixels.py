@@ -13,9 +13,9 @@ import torch
 
 from jobs.cli import main as cli
 from jobs.configs import PretrainConfig
-from jobs.pretrain.driver import as_started, note_start
+from jobs.pinning import as_started, identity, note_start
 from jobs.pretrain.inputs import open_manifest, stream_spec
-from jobs.pretrain.loop import Hooks, identity, run
+from jobs.pretrain.loop import Hooks, run
 from jobs.superpixels import compute, ensure_superpixels
 from ssl_core.config import parse
 from ssl_core.methods.base import method_class
