@@ -1,8 +1,8 @@
 """Batch norm over the global batch, on any device and in any float type.
 
 `torch.nn.SyncBatchNorm` refuses CPU tensors and finds its process group by itself. This one reads statistics through
-the `Collectives` that a method's forward pass binds, so one rank on a joined batch and several ranks on its parts
-normalise alike, on gloo and NCCL, and equal `torch.nn.BatchNorm` on one rank.
+the `Collectives` that the engine binds, so one rank on a joined batch and several ranks on its parts normalise alike,
+on gloo and NCCL, and equal `torch.nn.BatchNorm` on one rank.
 """
 
 import torch
@@ -104,7 +104,10 @@ class GlobalBatchNorm(nn.Module):
 
 
 def bind(module: nn.Module, collectives: Collectives) -> None:
-    """Make every `GlobalBatchNorm` in `module` take its statistics through `collectives`."""
+    """Make every `GlobalBatchNorm` in `module` take its statistics through `collectives`.
+
+    The engine does it for the method it trains; whoever trains one without an engine does it too.
+    """
     for part in module.modules():
         if isinstance(part, GlobalBatchNorm) and part.collectives is not collectives:
             part.collectives = collectives

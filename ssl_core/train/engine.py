@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ssl_core.config import Config, digest
 from ssl_core.distributed import Collectives, Single
 from ssl_core.methods.base import LossTerms, Method, StepContext
-from ssl_core.networks import recompute
+from ssl_core.networks import batch_norm, recompute
 from ssl_core.train import determinism
 from ssl_core.train.gradients import FlatGradients, Verdict
 from ssl_core.train.optim import NamedOptimizer
@@ -104,7 +104,8 @@ class Engine:
     Args:
         method: An `nn.Module` that meets `ssl_core.methods.base.Method`; moved to `device` in place.
         config: Settings.
-        collectives: `ssl_core.distributed.current()` in a job. Rank 0's initial weights go to all ranks.
+        collectives: `ssl_core.distributed.current()` in a job. Rank 0's initial weights go to all ranks, and each
+            `GlobalBatchNorm` of the method normalises over all ranks.
         device: Where to train.
 
     Attributes:
@@ -134,6 +135,7 @@ class Engine:
             if parameter.dim() == 5:
                 parameter.data = parameter.data.contiguous(**layout)
         method.train()
+        batch_norm.bind(method, self.collectives)
         named = {n: p for n, p in method.named_parameters() if p.requires_grad}
         if not named:
             raise ConfigError("method", expected="trainable parameters", found="none")

@@ -37,7 +37,7 @@ def engine(config: EngineConfig, **settings: Any) -> Engine:
 
 
 def train_exact(folder: Path) -> None:
-    trained = engine(EXACT, contrast=True)
+    trained = engine(EXACT, contrast=True, global_norm=True)
     logged = [trained.step(mine(step, torch.float64)) for step in range(STEPS)]
     assert_equal_on_all_ranks(trained)
     if dist.get_rank() == 0:
@@ -129,7 +129,7 @@ def test_gradients_are_not_off_by_the_world_size(exact: Path) -> None:
 
 def test_two_ranks_are_one_on_the_joined_batch(exact: Path) -> None:
     state, meta = checkpoint.load(exact)
-    alone = Engine(Toy(seed=0, contrast=True), EXACT)
+    alone = Engine(Toy(seed=0, contrast=True, global_norm=True), EXACT)
     logged = [alone.step(joined(step)) for step in range(STEPS)]
     for one, two in zip(logged, meta["logged"], strict=True):
         assert one == pytest.approx(two, rel=1e-10)
@@ -142,7 +142,7 @@ def test_two_ranks_are_one_on_the_joined_batch(exact: Path) -> None:
 
 
 def test_a_checkpoint_of_two_ranks_loads_on_one(exact: Path) -> None:
-    alone = Engine(Toy(contrast=True), EXACT)
+    alone = Engine(Toy(contrast=True, global_norm=True), EXACT)
     alone.load_state_dict(checkpoint.load(exact)[0])
     assert alone.step_done == STEPS
 

@@ -1,11 +1,13 @@
 """A method small enough to follow by hand, for tests of what surrounds methods."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ssl_core.methods.base import LossTerms, MethodConfig, StepContext
+from ssl_core.networks.batch_norm import GlobalBatchNorm
 from ssl_core.views.types import RoleSpec, View, ViewBatch, ViewSpec
 
 SIZE = (8, 8, 8)
@@ -15,15 +17,25 @@ class Toy(nn.Module):
     """Predicts the view's mean; has what real methods have: a frozen average of the network, a queue, dropout.
 
     With `contrast` a term compares each sample with all samples of all ranks, so it needs gradients to cross ranks.
+    `norm` puts a batch norm into the network, `global_norm` the one over all ranks, which the engine must bind.
     """
 
     Config = MethodConfig
 
-    def __init__(self, *, dropout: float = 0.0, norm: bool = False, contrast: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        dropout: float = 0.0,
+        norm: bool = False,
+        global_norm: bool = False,
+        contrast: bool = False,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.online = self._network(dropout, norm)
-        self.average = self._network(0.0, norm)
+        norms = [GlobalBatchNorm] if global_norm else [nn.BatchNorm3d] if norm else []
+        self.online = self._network(dropout, norms)
+        self.average = self._network(0.0, norms)
         self.average.load_state_dict(self.online.state_dict())
         self.average.requires_grad_(False)
         self.contrast = contrast
@@ -33,8 +45,8 @@ class Toy(nn.Module):
         self.recent_B = torch.zeros(0)
 
     @staticmethod
-    def _network(dropout: float, norm: bool) -> nn.Sequential:
-        middle = [nn.BatchNorm3d(4)] if norm else []
+    def _network(dropout: float, norms: Sequence[Callable[[int], nn.Module]]) -> nn.Sequential:
+        middle = [norm(4) for norm in norms]
         return nn.Sequential(
             nn.Conv3d(1, 4, 3), *middle, nn.Tanh(), nn.Dropout(dropout), nn.Conv3d(4, 3, 3, stride=2), nn.Flatten(2)
         )
