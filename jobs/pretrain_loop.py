@@ -26,6 +26,7 @@ from ssl_core.networks.registry import build
 from ssl_core.train import checkpoint
 from ssl_core.train.engine import Engine, EngineConfig, fit
 from ssl_core.views.make import make_views
+from ssl_core.views.placement_size import host_size
 from ssl_core.views.types import ViewBatch, ViewSpec
 from storage.errors import ConfigError
 from storage.format.manifest import Manifest
@@ -170,7 +171,7 @@ def stream_spec(config: PretrainConfig) -> StreamSpec:
     return StreamSpec(
         seed=config.engine.seed,
         global_batch=config.stream.global_batch,
-        crop_DHW=views.host_size_DHW,
+        crop_DHW=host_size(views),
         lanes=config.stream.lanes,
         crops_per_visit=config.stream.crops_per_visit,
         split=config.stream.split,

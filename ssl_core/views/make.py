@@ -55,7 +55,7 @@ def make_views(
     The result of a sample depends on (seed, its global index, its crop, the spec) only: not on the batch it is in.
 
     Args:
-        batch: Crops of at least `spec.host_size_DHW` voxels in the stored dtype.
+        batch: Crops of at least `host_size(spec)` voxels in the stored dtype.
         spec: The method's views.
         seed: Seed of the run.
         policy: Intensity normalisation.

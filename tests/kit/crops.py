@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from ssl_core.views.intensity import IntensityPolicy
+from ssl_core.views.placement_size import host_size
 
 AS_STORED = IntensityPolicy(kind="none")
 
@@ -35,7 +36,7 @@ def starts(count, host_DHW, shape_DHW, seed=0):
 
 def coordinates(spec, count, shape_DHW=(80, 90, 100), seed=0, first=0, spacing=(1.0, 1.0, 1.0), dtype=np.float64):
     """Crops whose three channels are the volume edge coordinates of the voxel centres."""
-    host = spec.host_size_DHW
+    host = host_size(spec)
     start = starts(count, host, shape_DHW, seed)
     axes = [start[:, i, None] + np.arange(host[i]) + 0.5 for i in range(3)]
     image = np.stack([
@@ -48,7 +49,7 @@ def coordinates(spec, count, shape_DHW=(80, 90, 100), seed=0, first=0, spacing=(
 
 def noise(spec, count, shape_DHW=(80, 90, 100), seed=0, first=0, channels=1):
     """Crops of random int16, with a random label."""
-    host = spec.host_size_DHW
+    host = host_size(spec)
     rng = np.random.default_rng(seed)
     image = rng.integers(-50, 120, (count, channels, *host)).astype(np.int16)
     label = rng.integers(0, 9, (count, *host)).astype(np.uint8)

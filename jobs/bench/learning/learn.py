@@ -39,6 +39,7 @@ from ssl_core.superpixels.settings import Superpixels
 from ssl_core.train.engine import Engine, EngineConfig
 from ssl_core.views.intensity import IntensityPolicy
 from ssl_core.views.make import make_views
+from ssl_core.views.placement_size import host_size
 from ssl_core.views.types import ViewBatch, ViewSpec
 from storage.datasets import simulated as cohort
 from storage.errors import ConfigError
@@ -287,7 +288,7 @@ def _pretrain(
     stream = StreamSpec(
         seed=seed,
         global_batch=size.batch,
-        crop_DHW=spec.host_size_DHW,
+        crop_DHW=host_size(spec),
         lanes=size.batch,
         crops_per_visit=2,
         maps=spec.maps,

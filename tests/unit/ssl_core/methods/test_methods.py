@@ -29,6 +29,7 @@ from ssl_core.testing.method import (
 )
 from ssl_core.testing.views import synthetic_views, take
 from ssl_core.views import placement
+from ssl_core.views.placement_size import host_size
 from ssl_core.views.types import View, ViewBatch, ViewSpec
 from storage.errors import ConfigError
 
@@ -195,7 +196,7 @@ def test_views_of_pgl_share_no_sliver() -> None:
     """Ten percent of overlap may lie in a thin slab; the host crop keeps it at a sixth of a view along every axis."""
     kind = method_class("pgl")
     spec = kind.view_spec(kind.Config())
-    count, host = 4000, spec.host_size_DHW
+    count, host = 4000, host_size(spec)
     made = placement.draw(
         spec,
         seed=0,
