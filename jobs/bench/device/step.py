@@ -198,7 +198,7 @@ def measure(
     batches = source(spec) if source is not None else crops(spec, batch)
 
     def views_of(host: HostBatch) -> ViewBatch:
-        return make_views(host, spec, seed=0, policy=POLICY, device=device, dtype=engine.dtype, maps=host.maps_BDHW)
+        return make_views(host, spec, seed=0, policy=POLICY, device=device, dtype=engine.dtype)
 
     for _ in range(warmup):
         engine.step(views_of(next(batches)))
@@ -364,7 +364,7 @@ def _operations(method: str, backbone: str, size_DHW: Triple, batch: int, device
     made = _method(method, backbone, size_DHW, BACKBONES).to(device)
     spec = type(made).view_spec(made.config)
     host = next(crops(spec, batch))
-    views = make_views(host, spec, seed=0, policy=POLICY, device=device, maps=host.maps_BDHW)
+    views = make_views(host, spec, seed=0, policy=POLICY, device=device)
     return step_operations(made, views)
 
 

@@ -295,7 +295,7 @@ def _pretrain(
     )
 
     def views_of(host: HostBatch) -> ViewBatch:
-        return make_views(host, spec, seed=seed, policy=POLICY, maps=host.maps_BDHW)
+        return make_views(host, spec, seed=seed, policy=POLICY)
 
     filling = -(-_queue(arm) // size.batch)
     with CropStream(data.store, replace(stream, seed=seed + FIXED_SEED), prefetch=2, threads=1) as batches:

@@ -29,8 +29,8 @@ def made(name: str) -> tuple[torch.nn.Module, ViewBatch]:
     host = crops.noise(spec, 4, seed=1)
     random = np.random.default_rng(0)
     blocks = random.random((4, *host_size(spec))).astype(np.float32)
-    maps = {m: np.stack([superpixels(b, "slices", scale=1e3) for b in blocks]) for m in spec.maps}
-    views = make_views(host, spec, seed=0, policy=crops.AS_STORED, maps=maps)
+    host.maps_BDHW = {m: np.stack([superpixels(b, "slices", scale=1e3) for b in blocks]) for m in spec.maps}
+    views = make_views(host, spec, seed=0, policy=crops.AS_STORED)
     torch.manual_seed(0)
     return kind(config, build("basic_unet", spatial_dims=2, features=(4, 4, 8, 8, 8, 4))).train(), views
 

@@ -23,10 +23,10 @@ def test_it_trains_on_views_made_of_crops(name: str) -> None:
         config = parse(kind.Config, resolved(config) | {"local": settings["local"] | {"size_DHW": (32, 32, 32)}})
     spec = kind.view_spec(config)
     host = crops.noise(spec, 2, seed=1)
-    maps = {
+    host.maps_BDHW = {
         m: np.arange(host.label_BDHW.size, dtype=np.int32).reshape(host.label_BDHW.shape) // 64 + 1 for m in spec.maps
     }
-    views = make_views(host, spec, seed=0, policy=crops.AS_STORED, maps=maps)
+    views = make_views(host, spec, seed=0, policy=crops.AS_STORED)
     torch.manual_seed(0)
     method = kind(config, build("basic_unet", features=(4, 4, 8, 8, 8, 4))).train()
     losses = train(method, views, range(2), torch.optim.SGD(trained(method), lr=1e-3))

@@ -17,8 +17,8 @@ AT_ONCE = RoleSpec(
 )
 
 
-def _make(batch, spec, dtype=torch.float32, policy=AS_STORED, seed=0, **more):
-    return make_views(batch, spec, seed=seed, policy=policy, dtype=dtype, **more)
+def _make(batch, spec, dtype=torch.float32, policy=AS_STORED, seed=0):
+    return make_views(batch, spec, seed=seed, policy=policy, dtype=dtype)
 
 
 def _centres(view):
@@ -91,7 +91,8 @@ def test_large_ids_survive():
     spec = ViewSpec((PAIR,), maps=("regions",))
     batch = noise(spec, 2)
     ids = np.random.default_rng(0).integers(2**24, 2**31 - 1, batch.label_BDHW.shape).astype(np.int32)
-    views = _make(batch, spec, maps={"regions": ids})
+    batch.maps_BDHW = {"regions": ids}
+    views = _make(batch, spec)
     assert set(views.roles["pair"][0].maps["regions"].unique().tolist()) <= set(ids.ravel().tolist())
 
 
