@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ssl_core.config import Config
 from ssl_core.portable import preprocess
-from ssl_core.to_device import upload
+from ssl_core.to_device import to_device
 from storage.errors import ConfigError
 from storage.intensity_stats import STATS_ORDER
 
@@ -71,7 +71,7 @@ def normalise(
         table[2:, b, c] = preprocess.constants(
             settings, dict(zip(STATS_ORDER, map(float, stats_BCS[b, c]), strict=True))
         )
-    columns = upload(table, image_BCDHW.device, dtype)[..., None, None, None]
+    columns = to_device(table, image_BCDHW.device, dtype)[..., None, None, None]
     scale, offset, low, high, centre, spread = columns
     return ((image_BCDHW.to(dtype) * scale + offset).clip(low, high) - centre) / spread
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ssl_core.to_device import upload
+from ssl_core.to_device import to_device
 from ssl_core.views import placement
 from ssl_core.views.augment import elastic, presets, spatial
 from ssl_core.views.intensity import IntensityPolicy, normalise
@@ -54,14 +54,14 @@ def make_views(
         shape_B3=shape_B3,
         spacing_B3=batch.spacing_B3,
     )
-    stored = upload(batch.image_BCDHW, device)
+    stored = to_device(batch.image_BCDHW, device)
     host = normalise(stored, batch.scale_B, batch.offset_B, batch.stats_BCS, policy, work)
-    host_maps = {name: upload(array, device) for name, array in _maps(batch, spec).items()}
-    shape_on_device = upload(shape_B3, device)
+    host_maps = {name: to_device(array, device) for name, array in _maps(batch, spec).items()}
+    shape_on_device = to_device(shape_B3, device)
     roles: dict[str, tuple[View, ...]] = {}
     for role in spec.roles:
         affine, size = placed[role.name], role.size_DHW
-        to_volume = upload(affine, device)
+        to_volume = to_device(affine, device)
         position = spatial.positions(affine, batch.start_B3, size, device)
         deformed: list[Elastic | None] = [None] * role.count
         if role.elastic_vox > 0:
@@ -91,16 +91,16 @@ def make_views(
         )
     return ViewBatch(
         roles=roles,
-        volume_B=upload(np.asarray(batch.volume_B, np.int64), device),
-        sample_B=upload(sample_B, device),
-        spacing_B3=upload(np.asarray(batch.spacing_B3, np.float64), device),
+        volume_B=to_device(np.asarray(batch.volume_B, np.int64), device),
+        sample_B=to_device(sample_B, device),
+        spacing_B3=to_device(np.asarray(batch.spacing_B3, np.float64), device),
         shape_B3=shape_on_device,
     )
 
 
 def _elastic(role: RoleSpec, view: int, seed: int, sample_B: NDArray[np.int64], device: torch.device) -> Elastic:
     control = elastic.draw(role.elastic_vox, role.size_DHW, seed=seed, sample_B=sample_B, purpose=(role.name, view))
-    return Elastic(upload(control, device), elastic.spacing_vox(role.elastic_vox))
+    return Elastic(to_device(control, device), elastic.spacing_vox(role.elastic_vox))
 
 
 def _maps(batch: HostBatch, spec: ViewSpec) -> dict[str, NDArray[Any]]:
