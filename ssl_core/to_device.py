@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-def upload(array: NDArray[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def to_device(array: NDArray[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """A host array on a device, in its own type or in `dtype`.
 
     From pinned memory the copy is queued like a kernel. The pinned block may be given up at once, since torch uses it

@@ -333,7 +333,7 @@ def _views_picture(pre: PretrainConfig) -> tuple[bytes, str]:
     store = VolumeStore(pre.data, manifest)
     with CropStream(store, stream_spec(pre)) as stream:
         batch = next(iter(stream))
-    views = make_views(batch, spec, seed=pre.engine.seed, policy=pre.intensity, maps=batch.maps_BDHW)
+    views = make_views(batch, spec, seed=pre.engine.seed, policy=pre.intensity)
     store.close()
     first, second = views.roles["global"][:2]
     record = manifest.record(int(batch.volume_B[0]))

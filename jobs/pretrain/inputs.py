@@ -2,6 +2,7 @@
 
 from jobs.configs import PretrainConfig
 from ssl_core.methods.base import method_class
+from ssl_core.views.placement_size import host_size
 from ssl_core.views.types import ViewSpec
 from storage.errors import ConfigError
 from storage.format.manifest import Manifest
@@ -39,7 +40,7 @@ def stream_spec(config: PretrainConfig) -> StreamSpec:
     return StreamSpec(
         seed=config.engine.seed,
         global_batch=config.stream.global_batch,
-        crop_DHW=views.host_size_DHW,
+        crop_DHW=host_size(views),
         lanes=config.stream.lanes,
         crops_per_visit=config.stream.crops_per_visit,
         split=config.stream.split,

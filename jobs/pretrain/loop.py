@@ -142,7 +142,6 @@ def run(
                 policy=config.intensity,
                 device=device,
                 dtype=engine.dtype,
-                maps=batch.maps_BDHW,
             )
             yield views, batch.wait_s
 

@@ -26,6 +26,7 @@ from ssl_core.train.engine import NonFiniteError
 from ssl_core.train.schedule import warmup_cosine
 from ssl_core.views.intensity import IntensityPolicy, normalise_array
 from ssl_core.views.make import make_views
+from ssl_core.views.placement_size import host_size
 from ssl_core.views.types import RoleSpec, ViewSpec
 from storage.errors import ConfigError
 from storage.reading.volume_store import VolumeStore
@@ -177,7 +178,7 @@ def train_segmenter(
     spec = StreamSpec(
         seed=seed,
         global_batch=config.batch,
-        crop_DHW=views.host_size_DHW,
+        crop_DHW=host_size(views),
         lanes=config.batch,
         crops_per_visit=1,
         indices=tuple(train),

@@ -1,7 +1,7 @@
 """`preprocess.json`: from the values of a canonical volume to what the network was trained on."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from .intensity_stats import STATS_ORDER, channel_foreground
 
 AXES = "DHW, D inferior to superior, H posterior to anterior, W left to right"
 LEAST_SPREAD = 1e-30
+"""Of a channel that is not constant; in the middle of what float32 holds. An ADC map in m^2/s has one of 1e-9."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,14 @@ class Preprocess:
         }
 
 
-def constants(policy: dict[str, Any], stats: dict[str, float]) -> tuple[float, float, float, float]:
+def constants(policy: Mapping[str, Any], stats: Mapping[str, float]) -> tuple[float, float, float, float]:
     """`(low, high, centre, spread)` of y = (clip(x, low, high) - centre) / spread for one channel.
 
-    The same rules as `ssl_core.views.intensity.constants`, which training uses; a test holds the two together.
+    Training and prediction both take them from here. `spread` is never 0.
+
+    Args:
+        policy: Fields of `ssl_core.views.intensity.IntensityPolicy`.
+        stats: The channel's foreground statistics.
 
     Raises:
         ValueError: an unknown policy.
@@ -99,6 +104,7 @@ def constants(policy: dict[str, Any], stats: dict[str, float]) -> tuple[float, f
         low, high, centre, spread = -inf, inf, stats["mean"], stats["std"]
     else:
         raise ValueError(f"intensity policy {kind!r}")
+    # A constant channel becomes 0 everywhere instead of rounding noise divided by nothing.
     return low, high, centre, spread if spread > max(1e-7 * abs(centre), LEAST_SPREAD) else 1.0
 
 
@@ -132,13 +138,13 @@ def prepare(
     channels = values_CDHW.shape[0]
     if stats is not None and len(stats) != channels:
         raise RefusedInput("statistics", expected=f"{channels}, one of each channel", found=str(len(stats)))
-    given = values_CDHW
+    stored_CDHW = values_CDHW
     if plan.spacing_mm is not None:
         values_CDHW, _ = resample(values_CDHW, affine, plan.spacing_mm, plan.interpolation)
     # Larger voxels average noise away: statistics of the finer grid are not those that training saw.
-    found = stats if stats is not None and values_CDHW is given else channel_foreground(values_CDHW)[1]
+    channel_stats = stats if stats is not None and values_CDHW is stored_CDHW else channel_foreground(values_CDHW)[1]
     image, air = np.empty(values_CDHW.shape, np.float32), np.empty(channels, np.float32)
-    for c, channel in enumerate(found):
+    for c, channel in enumerate(channel_stats):
         table = constants(plan.intensity, channel)
         image[c], air[c] = apply(values_CDHW[c], table), apply(np.array(channel["min"]), table)
     return image, air

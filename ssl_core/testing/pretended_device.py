@@ -235,7 +235,7 @@ class _Mode(TorchDispatchMode):
         # Only bytes as they are go from or to pinned memory; all else passes through ordinary memory.
         queued = free and _pinned(host) and dtype == source.dtype and source.is_contiguous()
         if not queued:
-            self._wait("upload" if there else "download")
+            self._wait("copy to the device" if there else "copy to the host")
         return there
 
     def _checks(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> None:
@@ -246,7 +246,7 @@ class _Mode(TorchDispatchMode):
             if stranger.dim() or not scalars:
                 raise RuntimeError(f"{name}: expected all tensors on one device, found {DEVICE} and {stranger.device}")
         if len(tensors) > len(strangers) and any(not isinstance(x, OnDevice) for x in indices):
-            self._wait("upload of an index")
+            self._wait("copy of an index to the device")
         if func.namespace == "c10d" and not all(x.is_contiguous() for x in tensors):
             raise RuntimeError(f"{name}: NCCL takes contiguous tensors only")
         masks = any(x.dtype in (torch.bool, torch.uint8) for x in indices)

@@ -1,8 +1,8 @@
 """Intensity normalisation: stored values to network input, by a policy that is chosen at read time.
 
 Every policy is one formula, y = (clip(x, low, high) - centre) / spread, with constants from the policy or from the
-volume's recorded foreground statistics, so that training and prediction cannot drift apart. Each channel has its own
-statistics and so its own constants; those of a policy (`ct`) hold for every channel.
+volume's recorded foreground statistics. The constants are those of prediction, `ssl_core.portable.preprocess`. Each
+channel has its own statistics and so its own constants; those of a policy (`ct`) hold for every channel.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,10 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_core.config import Config
-from ssl_core.to_device import upload
+from ssl_core.portable import preprocess
+from ssl_core.to_device import to_device
 from storage.errors import ConfigError
 from storage.intensity_stats import STATS_ORDER
-
-LEAST_SPREAD = 1e-30
-"""Of a channel that is not constant; in the middle of what float32 holds. An ADC map in m^2/s has one of 1e-9."""
 
 
 class IntensityPolicy(Config):
@@ -36,28 +34,6 @@ class IntensityPolicy(Config):
     high: float = Field(325.0, description="ct: upper end of the window, HU (PGL's clip, second-hand)")
     mean: float = Field(-158.58, description="ct: subtracted, HU (lung CT fingerprint, second-hand)")
     std: float = Field(324.70, description="ct: divided by, HU (lung CT fingerprint, second-hand)")
-
-
-def constants(policy: IntensityPolicy, stats: Mapping[str, float]) -> tuple[float, float, float, float]:
-    """`(low, high, centre, spread)` of a channel with these foreground statistics; `spread` is never 0."""
-    inf = float("inf")
-    if policy.kind == "none":
-        return -inf, inf, 0.0, 1.0
-    if policy.kind == "ct":
-        return policy.low, policy.high, policy.mean, policy.std
-    if policy.kind == "unit":
-        low, high, centre, spread = stats["p0_5"], stats["p99_5"], stats["p0_5"], stats["p99_5"] - stats["p0_5"]
-    else:
-        low, high, centre, spread = -inf, inf, stats["mean"], stats["std"]
-        if policy.kind == "percentile":
-            low, high = stats["p0_5"], stats["p99_5"]
-    # A constant channel becomes 0 everywhere instead of rounding noise divided by nothing.
-    return low, high, centre, spread if spread > max(1e-7 * abs(centre), LEAST_SPREAD) else 1.0
-
-
-def apply(values: Any, low: Any, high: Any, centre: Any, spread: Any) -> Any:
-    """The formula, on a NumPy array or a tensor of values (after scale and offset)."""
-    return (values.clip(low, high) - centre) / spread
 
 
 def normalise(
@@ -85,16 +61,19 @@ def normalise(
         ConfigError: statistics of another number of samples or channels, which would broadcast.
     """
     batch, channels = image_BCDHW.shape[:2]
-    wanted = (batch, channels, len(STATS_ORDER))
-    if stats_BCS.shape != wanted:
-        raise ConfigError("stats_BCS", expected=f"shape {wanted}, a row a channel", found=str(stats_BCS.shape))
+    shape = (batch, channels, len(STATS_ORDER))
+    if stats_BCS.shape != shape:
+        raise ConfigError("stats_BCS", expected=f"shape {shape}, a row a channel", found=str(stats_BCS.shape))
+    settings = policy.model_dump()
     table = np.empty((6, batch, channels))
     table[0], table[1] = np.asarray(scale_B)[:, None], np.asarray(offset_B)[:, None]
     for b, c in np.ndindex(batch, channels):
-        table[2:, b, c] = constants(policy, dict(zip(STATS_ORDER, map(float, stats_BCS[b, c]), strict=True)))
-    columns = upload(table, image_BCDHW.device, dtype)[..., None, None, None]
+        table[2:, b, c] = preprocess.constants(
+            settings, dict(zip(STATS_ORDER, map(float, stats_BCS[b, c]), strict=True))
+        )
+    columns = to_device(table, image_BCDHW.device, dtype)[..., None, None, None]
     scale, offset, low, high, centre, spread = columns
-    return apply(image_BCDHW.to(dtype) * scale + offset, low, high, centre, spread)
+    return ((image_BCDHW.to(dtype) * scale + offset).clip(low, high) - centre) / spread
 
 
 def normalise_array(
@@ -112,7 +91,8 @@ def normalise_array(
     """
     if len(stats) != len(values_C):
         raise ConfigError("statistics", expected=f"{len(values_C)}, one of each channel", found=str(len(stats)))
+    settings = policy.model_dump()
     out = np.empty(values_C.shape, np.float32)
     for c, channel in enumerate(stats):
-        out[c] = apply(values_C[c].astype(np.float32), *(np.float32(x) for x in constants(policy, channel)))
+        out[c] = preprocess.apply(values_C[c], preprocess.constants(settings, channel))
     return out

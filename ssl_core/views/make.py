@@ -1,68 +1,41 @@
 """From host crops to views, on the training device: the one place where pixels and geometry are made together."""
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ssl_core.to_device import upload
+from ssl_core.to_device import to_device
 from ssl_core.views import placement
 from ssl_core.views.augment import elastic, presets, spatial
 from ssl_core.views.intensity import IntensityPolicy, normalise
 from ssl_core.views.types import Elastic, RoleSpec, View, ViewBatch, ViewSpec, centre_of
 from storage.errors import ConfigError
-
-
-class HostCrops(Protocol):
-    """What `make_views` reads of a `storage.stream.crop_stream.HostBatch`; all arrays are NumPy."""
-
-    @property
-    def image_BCDHW(self) -> NDArray[Any]: ...  # noqa: D102
-    @property
-    def label_BDHW(self) -> NDArray[Any] | None: ...  # noqa: D102
-    @property
-    def start_B3(self) -> NDArray[np.int64]: ...  # noqa: D102
-    @property
-    def volume_B(self) -> NDArray[np.int64]: ...  # noqa: D102
-    @property
-    def sample_B(self) -> NDArray[np.int64]: ...  # noqa: D102
-    @property
-    def scale_B(self) -> NDArray[np.float32]: ...  # noqa: D102
-    @property
-    def offset_B(self) -> NDArray[np.float32]: ...  # noqa: D102
-    @property
-    def shape_B3(self) -> NDArray[Any]: ...  # noqa: D102
-    @property
-    def spacing_B3(self) -> NDArray[np.float64]: ...  # noqa: D102
-    @property
-    def stats_BCS(self) -> NDArray[np.float32]: ...  # noqa: D102
+from storage.stream.crop_stream import HostBatch
 
 
 def make_views(
-    batch: HostCrops,
+    batch: HostBatch,
     spec: ViewSpec,
     *,
     seed: int,
     policy: IntensityPolicy,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    maps: Mapping[str, NDArray[Any]] | None = None,
 ) -> ViewBatch:
     """Cut, resample and augment every view that `spec` asks for.
 
     The result of a sample depends on (seed, its global index, its crop, the spec) only: not on the batch it is in.
 
     Args:
-        batch: Crops of at least `spec.host_size_DHW` voxels in the stored dtype.
+        batch: Crops of at least `host_size(spec)` voxels in the stored dtype, with the maps of the spec. A single map
+            in `spec.maps` that it lacks is its label.
         spec: The method's views.
         seed: Seed of the run.
         policy: Intensity normalisation.
         device: Where views are made and stay.
         dtype: Dtype of the images. Work is done in float64 for float64 and in float32 otherwise.
-        maps: Integer maps (B, D, H, W) of the crops by name. A single map in `spec.maps` is by default the label that
-            the stream carries.
 
     Raises:
         ConfigError: the crop is too small, a map is missing, or roles contradict each other.
@@ -81,14 +54,14 @@ def make_views(
         shape_B3=shape_B3,
         spacing_B3=batch.spacing_B3,
     )
-    stored = upload(batch.image_BCDHW, device)
+    stored = to_device(batch.image_BCDHW, device)
     host = normalise(stored, batch.scale_B, batch.offset_B, batch.stats_BCS, policy, work)
-    host_maps = {name: upload(array, device) for name, array in _maps(batch, spec, maps).items()}
-    shape_on_device = upload(shape_B3, device)
+    host_maps = {name: to_device(array, device) for name, array in _maps(batch, spec).items()}
+    shape_on_device = to_device(shape_B3, device)
     roles: dict[str, tuple[View, ...]] = {}
     for role in spec.roles:
         affine, size = placed[role.name], role.size_DHW
-        to_volume = upload(affine, device)
+        to_volume = to_device(affine, device)
         position = spatial.positions(affine, batch.start_B3, size, device)
         deformed: list[Elastic | None] = [None] * role.count
         if role.elastic_vox > 0:
@@ -118,25 +91,25 @@ def make_views(
         )
     return ViewBatch(
         roles=roles,
-        volume_B=upload(np.asarray(batch.volume_B, np.int64), device),
-        sample_B=upload(sample_B, device),
-        spacing_B3=upload(np.asarray(batch.spacing_B3, np.float64), device),
+        volume_B=to_device(np.asarray(batch.volume_B, np.int64), device),
+        sample_B=to_device(sample_B, device),
+        spacing_B3=to_device(np.asarray(batch.spacing_B3, np.float64), device),
         shape_B3=shape_on_device,
     )
 
 
 def _elastic(role: RoleSpec, view: int, seed: int, sample_B: NDArray[np.int64], device: torch.device) -> Elastic:
     control = elastic.draw(role.elastic_vox, role.size_DHW, seed=seed, sample_B=sample_B, purpose=(role.name, view))
-    return Elastic(upload(control, device), elastic.spacing_vox(role.elastic_vox))
+    return Elastic(to_device(control, device), elastic.spacing_vox(role.elastic_vox))
 
 
-def _maps(batch: HostCrops, spec: ViewSpec, maps: Mapping[str, NDArray[Any]] | None) -> dict[str, NDArray[Any]]:
-    found = dict(maps or {})
-    if len(spec.maps) == 1 and spec.maps[0] not in found and batch.label_BDHW is not None:
-        found[spec.maps[0]] = batch.label_BDHW
-    missing = [name for name in spec.maps if name not in found]
+def _maps(batch: HostBatch, spec: ViewSpec) -> dict[str, NDArray[Any]]:
+    arrays = dict(batch.maps_BDHW)
+    if len(spec.maps) == 1 and spec.maps[0] not in arrays and batch.label_BDHW is not None:
+        arrays[spec.maps[0]] = batch.label_BDHW
+    missing = [name for name in spec.maps if name not in arrays]
     if missing:
         raise ConfigError(
-            f"map {missing[0]!r}", expected="a label of that name in the stream", found=", ".join(found) or "none"
+            f"map {missing[0]!r}", expected="a label of that name in the stream", found=", ".join(arrays) or "none"
         )
-    return {name: found[name] for name in spec.maps}
+    return {name: arrays[name] for name in spec.maps}

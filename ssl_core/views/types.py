@@ -138,19 +138,12 @@ class ViewSpec:
     `maps` are names of maps in the store: labels, or maps that were computed, such as super-pixels. `superpixels` says
     how those among them are made that a job may compute itself, each under its settings' `name`.
 
-    `host_size_DHW` is the crop that the stream must read so that every view of a sample lies inside it.
+    `ssl_core.views.placement_size.host_size` says how large a crop the stream must read for it.
     """
 
     roles: tuple[RoleSpec, ...]
     maps: tuple[str, ...] = ()
     superpixels: tuple[Superpixels, ...] = ()
-
-    @property
-    def host_size_DHW(self) -> tuple[int, int, int]:
-        """Smallest crop that holds every view at its largest scale and least overlap, in volume voxels."""
-        from ssl_core.views.placement import host_size
-
-        return host_size(self)
 
 
 def centre_of(to_volume_B34: Tensor, size_DHW: tuple[int, int, int]) -> Tensor:

@@ -1,17 +1,19 @@
 """Host batches made in memory, for tests of views."""
 
-from types import SimpleNamespace
+from dataclasses import fields, replace
 
 import numpy as np
 
 from ssl_core.views.intensity import IntensityPolicy
+from ssl_core.views.placement_size import host_size
+from storage.stream.crop_stream import HostBatch
 
 AS_STORED = IntensityPolicy(kind="none")
 
 
 def batch_of(image_BCDHW, start_B3, shape_DHW, *, label_BDHW=None, spacing=(1.0, 1.0, 1.0), first=0):
     count = len(image_BCDHW)
-    return SimpleNamespace(
+    return HostBatch(
         image_BCDHW=image_BCDHW,
         label_BDHW=label_BDHW,
         start_B3=np.asarray(start_B3, np.int64),
@@ -19,10 +21,9 @@ def batch_of(image_BCDHW, start_B3, shape_DHW, *, label_BDHW=None, spacing=(1.0,
         sample_B=np.arange(first, first + count, dtype=np.int64),
         scale_B=np.ones(count, np.float32),
         offset_B=np.zeros(count, np.float32),
-        shape_B3=np.tile(np.asarray(shape_DHW, np.int64), (count, 1)),
+        shape_B3=np.tile(np.asarray(shape_DHW, np.float64), (count, 1)),
         spacing_B3=np.tile(np.asarray(spacing, np.float64), (count, 1)),
         stats_BCS=np.tile(np.array([0, 100, 40, 20, 1, 99], np.float32), (*image_BCDHW.shape[:2], 1)),
-        wait_s=0.0,
     )
 
 
@@ -35,7 +36,7 @@ def starts(count, host_DHW, shape_DHW, seed=0):
 
 def coordinates(spec, count, shape_DHW=(80, 90, 100), seed=0, first=0, spacing=(1.0, 1.0, 1.0), dtype=np.float64):
     """Crops whose three channels are the volume edge coordinates of the voxel centres."""
-    host = spec.host_size_DHW
+    host = host_size(spec)
     start = starts(count, host, shape_DHW, seed)
     axes = [start[:, i, None] + np.arange(host[i]) + 0.5 for i in range(3)]
     image = np.stack([
@@ -48,7 +49,7 @@ def coordinates(spec, count, shape_DHW=(80, 90, 100), seed=0, first=0, spacing=(
 
 def noise(spec, count, shape_DHW=(80, 90, 100), seed=0, first=0, channels=1):
     """Crops of random int16, with a random label."""
-    host = spec.host_size_DHW
+    host = host_size(spec)
     rng = np.random.default_rng(seed)
     image = rng.integers(-50, 120, (count, channels, *host)).astype(np.int16)
     label = rng.integers(0, 9, (count, *host)).astype(np.uint8)
@@ -57,6 +58,6 @@ def noise(spec, count, shape_DHW=(80, 90, 100), seed=0, first=0, channels=1):
 
 def part(batch, rows):
     """The samples `rows` of a batch."""
-    return SimpleNamespace(**{
-        key: value[rows] if isinstance(value, np.ndarray) else value for key, value in vars(batch).items()
-    })  # fmt: skip
+    arrays = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    cut = {name: array[rows] for name, array in arrays.items() if isinstance(array, np.ndarray)}
+    return replace(batch, **cut, maps_BDHW={name: ids[rows] for name, ids in batch.maps_BDHW.items()})

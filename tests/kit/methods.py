@@ -13,6 +13,7 @@ from ssl_core.superpixels.segment import superpixels
 from ssl_core.testing.method import context, tiny_config, tiny_method, train, trained
 from ssl_core.testing.views import synthetic_views
 from ssl_core.views.make import make_views
+from ssl_core.views.placement_size import host_size
 from ssl_core.views.types import ViewBatch
 from tests.kit import crops
 
@@ -48,7 +49,7 @@ def on_slices(name: str, **settings: Any) -> tuple[torch.nn.Module, ViewBatch]:
     spec = kind.view_spec(config)
     host = crops.noise(spec, 4, seed=1)
     random = np.random.default_rng(0)
-    blocks = random.random((4, *spec.host_size_DHW)).astype(np.float32)
+    blocks = random.random((4, *host_size(spec))).astype(np.float32)
     maps = {m: np.stack([superpixels(b, "slices", scale=1e3) for b in blocks]) for m in spec.maps}
     views = make_views(host, spec, seed=0, policy=crops.AS_STORED, maps=maps)
     torch.manual_seed(0)

@@ -32,6 +32,7 @@ from ssl_core.testing.memory import peak_of
 from ssl_core.train.engine import Engine, EngineConfig, resolve_precision
 from ssl_core.views.intensity import IntensityPolicy
 from ssl_core.views.make import make_views
+from ssl_core.views.placement_size import host_size
 from ssl_core.views.types import ViewBatch, ViewSpec
 from storage.errors import ConfigError
 from storage.reading.volume_store import VolumeStore
@@ -115,7 +116,7 @@ def crops(spec: ViewSpec, batch: int, seed: int = 0) -> Iterator[HostBatch]:
     Maps hold blocks of 8 voxels a side.
     """
     rng = np.random.default_rng(seed)
-    host = spec.host_size_DHW
+    host = host_size(spec)
     coarse = rng.normal(0, 300, (batch, 1, *(n // 8 + 1 for n in host)))
     smooth = coarse.repeat(8, 2).repeat(8, 3).repeat(8, 4)[:, :, : host[0], : host[1], : host[2]]
     image = (smooth + rng.normal(0, 30, smooth.shape)).astype(np.int16)
@@ -143,7 +144,7 @@ def stored(url: str, spec: ViewSpec, batch: int) -> Iterator[HostBatch]:
     """Batches that a store streams, read ahead as in a job."""
     with VolumeStore(url) as store:
         stream_spec = StreamSpec(
-            seed=0, global_batch=batch, crop_DHW=spec.host_size_DHW, crops_per_visit=2, maps=spec.maps
+            seed=0, global_batch=batch, crop_DHW=host_size(spec), crops_per_visit=2, maps=spec.maps
         )
         with CropStream(store, stream_spec) as stream:
             yield from stream
@@ -200,7 +201,7 @@ def measure(
     batches = source(spec) if source is not None else crops(spec, batch)
 
     def views_of(host: HostBatch) -> ViewBatch:
-        return make_views(host, spec, seed=0, policy=POLICY, device=device, dtype=engine.dtype, maps=host.maps_BDHW)
+        return make_views(host, spec, seed=0, policy=POLICY, device=device, dtype=engine.dtype)
 
     for _ in range(warmup):
         engine.step(views_of(next(batches)))
@@ -366,7 +367,7 @@ def _operations(method: str, backbone: str, size_DHW: Triple, batch: int, device
     model = _method(method, backbone, size_DHW, BACKBONES).to(device)
     spec = type(model).view_spec(model.config)
     host = next(crops(spec, batch))
-    views = make_views(host, spec, seed=0, policy=POLICY, device=device, maps=host.maps_BDHW)
+    views = make_views(host, spec, seed=0, policy=POLICY, device=device)
     return step_operations(model, views)
 
 

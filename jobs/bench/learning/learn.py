@@ -40,6 +40,7 @@ from ssl_core.superpixels.settings import Superpixels
 from ssl_core.train.engine import Engine, EngineConfig
 from ssl_core.views.intensity import IntensityPolicy
 from ssl_core.views.make import make_views
+from ssl_core.views.placement_size import host_size
 from ssl_core.views.types import ViewBatch
 from storage.datasets import simulated as cohort
 from storage.errors import ConfigError
@@ -212,14 +213,14 @@ def _pretrain(
     stream = StreamSpec(
         seed=seed,
         global_batch=size.batch,
-        crop_DHW=spec.host_size_DHW,
+        crop_DHW=host_size(spec),
         lanes=size.batch,
         crops_per_visit=2,
         maps=spec.maps,
     )
 
     def views_of(host: HostBatch) -> ViewBatch:
-        return make_views(host, spec, seed=seed, policy=POLICY, maps=host.maps_BDHW)
+        return make_views(host, spec, seed=seed, policy=POLICY)
 
     filling = -(-queue_of(arm) // size.batch)
     with CropStream(data.store, replace(stream, seed=seed + FIXED_SEED), prefetch=2, threads=1) as batches:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ssl_core.to_device import upload
+from ssl_core.to_device import to_device
 
 F64 = NDArray[np.float64]
 
@@ -64,7 +64,7 @@ def curve(x_NCDHW: Tensor, table_NK: F64) -> Tensor:
     """Map the range rescaled to [0, 1] through a table of K equally spaced values, linearly in between."""
     unit, low, span = to_unit(x_NCDHW)
     last = table_NK.shape[1] - 1
-    table = upload(table_NK, unit.device, unit.dtype)
+    table = to_device(table_NK, unit.device, unit.dtype)
     place = unit.mul_(last).flatten(1)
     index = place.to(torch.int64).clamp_(max=last - 1)
     left, right = table.gather(1, index), table.gather(1, index + 1)
@@ -93,7 +93,7 @@ def standardise(x_NCDHW: Tensor) -> Tensor:
 
 def column(values_N: F64, like: Tensor) -> Tensor:
     """Parameters (N,) as (N, 1, 1, 1, 1), on the device and in the dtype of `like`."""
-    return upload(values_N, like.device, like.dtype).reshape(-1, 1, 1, 1, 1)
+    return to_device(values_N, like.device, like.dtype).reshape(-1, 1, 1, 1, 1)
 
 
 def extremes(x_NCDHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,4 +114,4 @@ def _gaussian(size: int, sigma_N: F64, like: Tensor) -> Tensor:
     distance = np.abs(np.arange(size)[:, None] - np.arange(size)[None, :])
     scaled = distance / np.maximum(sigma_N, 1e-3)[:, None, None]
     weight = np.where(scaled <= 4, np.exp(-0.5 * scaled**2), 0.0)
-    return upload(weight / weight.sum(2, keepdims=True), like.device, like.dtype)
+    return to_device(weight / weight.sum(2, keepdims=True), like.device, like.dtype)

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ssl_core.to_device import upload
+from ssl_core.to_device import to_device
 from ssl_core.views.augment.intensity import extremes
 
 F64 = NDArray[np.float64]
@@ -50,11 +50,11 @@ def paint(
     for axis, count in enumerate(size):
         at = np.arange(count)
         covered = (at >= low_NK3[:, :, axis, None]) & (at < high_NK3[:, :, axis, None])
-        axes.append(upload(covered, x_NCDHW.device))
+        axes.append(to_device(covered, x_NCDHW.device))
     # How many windows hold a voxel, as one product: a loop over windows passes over the whole view for each.
     in_dh = (axes[0][..., :, None] & axes[1][..., None, :]).flatten(2).to(x_NCDHW.dtype)
     covering = in_dh.transpose(1, 2) @ axes[2].to(x_NCDHW.dtype)
-    painted = (covering > 0.5).reshape(n, *size) ^ upload(outer_N, x_NCDHW.device)[:, None, None, None]
+    painted = (covering > 0.5).reshape(n, *size) ^ to_device(outer_N, x_NCDHW.device)[:, None, None, None]
     low, high = extremes(x_NCDHW)
     noise = torch.empty_like(x_NCDHW)
     for row, generator in zip(noise, generators, strict=True):

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ssl_core.to_device import upload
+from ssl_core.to_device import to_device
 from ssl_core.views.augment import draws, intensity
 from ssl_core.views.augment import paint as regions
 from storage.errors import ConfigError
@@ -134,7 +134,7 @@ def augment(clean_VBCDHW: Tensor, name: str, *, seed: int, sample_B: NDArray[np.
         if len(rows) == count * batch:
             x = KINDS[op.kind](x, value, u[:, 2:], make)
             continue
-        index = upload(rows, x.device)
+        index = to_device(rows, x.device)
         changed = KINDS[op.kind](x[index], value, u[rows, 2:], make)
         x = (x.clone() if x is clean else x).index_copy_(0, index, changed)
     return x.reshape(clean_VBCDHW.shape)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from ssl_core.to_device import upload
+from ssl_core.to_device import to_device
 
 F64 = NDArray[np.float64]
 Size = tuple[int, int, int]
@@ -26,7 +26,7 @@ def positions(to_volume_VB34: F64, start_B3: NDArray[np.int64], size_DHW: Size, 
     centres = [torch.arange(n, dtype=torch.float64, device=device) + 0.5 for n in size_DHW]
     axes = [centres[0][:, None, None], centres[1][:, None], centres[2]]
     shift_VB3 = to_volume_VB34[..., 3] - start_B3
-    table = upload(np.concatenate([to_volume_VB34[..., :3], shift_VB3[..., None]], axis=3), device)
+    table = to_device(np.concatenate([to_volume_VB34[..., :3], shift_VB3[..., None]], axis=3), device)
     table = table[..., None, None, None]
     found = []
     for row in range(3):
@@ -148,7 +148,7 @@ def nearest(map_BDHW: Tensor, position: list[Tensor], size_DHW: Size) -> Tensor:
 
 def inside(position: list[Tensor], start_B3: NDArray[np.int64], shape_B3: F64, size_DHW: Size) -> Tensor:
     """Whether each position lies in the volume, (V, B, D, H, W) bool."""
-    bounds = upload(np.stack([0.0 - start_B3, shape_B3 - start_B3]), position[0].device)
+    bounds = to_device(np.stack([0.0 - start_B3, shape_B3 - start_B3]), position[0].device)
     low, high = bounds[..., None, None, None]
     tests = [(x >= low[:, axis]) & (x < high[:, axis]) for axis, x in enumerate(position)]
     both = tests[0] & (tests[1] & tests[2])

@@ -21,6 +21,7 @@ from ssl_core.portable import Predictor
 from ssl_core.portable.preprocess import Preprocess, prepare
 from ssl_core.views.intensity import IntensityPolicy, normalise, normalise_array
 from ssl_core.views.make import make_views
+from ssl_core.views.placement_size import host_size
 from ssl_core.views.types import RoleSpec, ViewSpec
 from storage.errors import ConfigError, CorruptChunk, RefusedInput
 from storage.format import manifest as manifest_module
@@ -91,7 +92,7 @@ def test_ingest_measures_each_channel(store: VolumeStore) -> None:
 @pytest.mark.parametrize("kind", BY_STATS)
 def test_views_of_both_channels_are_equal(store: VolumeStore, kind: str) -> None:
     spec = ViewSpec((RoleSpec("a", 2, WINDOW, scale=(0.9, 1.2), intensity="none"),))
-    wanted = StreamSpec(seed=0, global_batch=4, crop_DHW=spec.host_size_DHW, lanes=4, split="")
+    wanted = StreamSpec(seed=0, global_batch=4, crop_DHW=host_size(spec), lanes=4, split="")
     with CropStream(store, wanted) as stream:
         batch = next(stream)
     assert batch.stats_BCS.shape == (4, 2, len(STATS_ORDER))

@@ -204,7 +204,7 @@ def test_views_carry_the_map_of_the_voxels_that_they_show(data: str) -> None:
     views = method_class("lrc").view_spec(job.method_config)
     with VolumeStore(data, open_manifest(job)) as store, CropStream(store, stream_spec(job)) as stream:
         batch = next(stream)
-    made = make_views(batch, views, seed=0, policy=job.intensity, maps=batch.maps_BDHW)
+    made = make_views(batch, views, seed=0, policy=job.intensity)
     for view in made.roles["global"]:
         inside = view.valid_B1DHW[:, 0] > 0
         assert inside.float().mean() > 0.5

@@ -8,6 +8,7 @@ from torch import nn
 from ssl_core.methods.base import method_class
 from ssl_core.testing.method import assert_targets_follow, context, tiny_method, trained
 from ssl_core.views import placement
+from ssl_core.views.placement_size import host_size
 from ssl_core.views.types import ViewBatch
 from tests.kit.method_formulas import (
     aligned_distance,
@@ -106,7 +107,7 @@ def test_views_share_no_sliver() -> None:
     """Ten percent of overlap may lie in a thin slab; the host crop keeps it at a sixth of a view along every axis."""
     kind = method_class("pgl")
     spec = kind.view_spec(kind.Config())
-    count, host = 4000, spec.host_size_DHW
+    count, host = 4000, host_size(spec)
     made = placement.draw(
         spec,
         seed=0,

@@ -10,6 +10,7 @@ from ssl_core.methods.parts.points import _gathered, sample_features, shared_poi
 from ssl_core.networks.backbone import Level
 from ssl_core.views.augment import elastic
 from ssl_core.views.make import make_views
+from ssl_core.views.placement_size import host_size
 from ssl_core.views.types import RoleSpec, View, ViewSpec
 from tests.kit.crops import AS_STORED, coordinates
 from tests.oracles import alignment as oracle
@@ -100,7 +101,7 @@ def test_coordinate_volumes_coincide(role):
         seen_b, in_b = sample_features(b.image_BCDHW, IDENTITY, points_b)
         place = to_volume(a, points_a)
         low = torch.from_numpy(batch.start_B3)[:, None] + 1.5
-        high = low + torch.tensor(spec.host_size_DHW) - 3
+        high = low + torch.tensor(host_size(spec)) - 3
         keep = valid & in_a & in_b & ((place > low) & (place < high)).all(-1)
         assert keep.any(1).float().mean() > 0.95
         assert keep.float().mean() > 0.3

@@ -14,10 +14,10 @@ from ssl_core.portable.preprocess import apply as portable_apply
 from ssl_core.portable.preprocess import constants as portable_constants
 from ssl_core.portable.safetensors import read_safetensors
 from ssl_core.portable.windows import padded, slide, slide_features
-from ssl_core.views.intensity import IntensityPolicy, constants, normalise_array
+from ssl_core.views.intensity import IntensityPolicy, normalise, normalise_array
 from storage.errors import ConfigError, RefusedInput
 from storage.geometry import canonicalise, resample
-from storage.intensity_stats import foreground_stats
+from storage.intensity_stats import STATS_ORDER, foreground_stats
 from tests.kit.bundles import encoder, facts, network, scan, segmenter
 
 __all__ = ["encoder", "segmenter"]  # fixtures
@@ -29,9 +29,11 @@ def test_intensities_are_those_of_training(kind: str) -> None:
     policy = IntensityPolicy(kind=kind)  # type: ignore[arg-type]
     for values in (rng.gamma(2, 100, (6, 7, 8)), np.full((3, 3, 3), 5.0), rng.normal(-500, 300, (6, 7, 8))):
         stats = foreground_stats(values)
-        assert portable_constants(policy.model_dump(), stats) == constants(policy, stats)
-        table = portable_constants(policy.model_dump(), stats)
-        assert np.array_equal(portable_apply(values, table), normalise_array(values[None], (stats,), policy)[0])
+        predicted = portable_apply(values, portable_constants(policy.model_dump(), stats))
+        assert np.array_equal(predicted, normalise_array(values[None], (stats,), policy)[0])
+        row_BCS = np.array([[[stats[key] for key in STATS_ORDER]]])
+        trained = normalise(torch.from_numpy(values)[None, None], np.ones(1), np.zeros(1), row_BCS, policy)
+        assert np.array_equal(predicted, trained[0, 0].numpy())
 
 
 def test_prediction_is_the_network_on_the_canonical_volume(tmp_path: Path, segmenter: Path) -> None:

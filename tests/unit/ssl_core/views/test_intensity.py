@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from ssl_core.config import parse
-from ssl_core.views.intensity import IntensityPolicy, constants, normalise, normalise_array
+from ssl_core.portable.preprocess import constants
+from ssl_core.views.intensity import IntensityPolicy, normalise, normalise_array
 from storage.errors import ConfigError
 from storage.intensity_stats import STATS_ORDER, foreground_stats
 
@@ -56,4 +57,9 @@ def test_unit_stays_in_the_unit_interval_and_unknown_kinds_are_refused():
 
 
 def test_constants_of_the_ct_window_come_from_the_policy():
-    assert constants(IntensityPolicy(kind="ct", low=-200, high=200, mean=0, std=200), {}) == (-200, 200, 0, 200)
+    assert constants(IntensityPolicy(kind="ct", low=-200, high=200, mean=0, std=200).model_dump(), {}) == (
+        -200,
+        200,
+        0,
+        200,
+    )

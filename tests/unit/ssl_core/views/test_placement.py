@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
 
-from ssl_core.views import placement
+from ssl_core.views import box_forms
+from ssl_core.views.box_forms import concentric
 from ssl_core.views.boxes import Boxes, iou, overlap_less
-from ssl_core.views.placement import concentric, draw, host_size
+from ssl_core.views.placement import draw
+from ssl_core.views.placement_size import host_size
 from ssl_core.views.types import RoleSpec, ViewSpec
 from storage.errors import ConfigError
 
@@ -53,7 +55,7 @@ def test_boxes_lie_in_the_host_crop_and_in_the_volume(roles):
     for role in roles:
         assert maps[role.name].shape == (role.count, N, 3, 4)
         low, high = _box(maps[role.name], role.size_DHW)
-        margin = placement._margin(role)
+        margin = box_forms.elastic_margin(role)
         assert (low >= start + margin - 1e-9).all()
         assert (high <= start + host - margin + 1e-9).all()
     # A crop that hangs over the border by less than the room it gives: boxes stay in the volume.
@@ -109,7 +111,7 @@ def test_iou_of_rotated_boxes_against_counting(tilt):
         pair = []
         for _ in range(2):
             sides, angles = rng.uniform(0.7, 1.4, (1, 3)), rng.uniform(-1, 1, (1, 3)) * [1, tilt, tilt]
-            linear = placement._linear(sides, angles, spacing)
+            linear = box_forms.linear_map(sides, angles, spacing)
             pair.append(Boxes(role.size_DHW, linear, rng.uniform(0, 6, (1, 3))))
         low = np.minimum(pair[0].low_B3, pair[1].low_B3)[0]
         high = np.maximum(*(box.low_B3 + box.extent_B3 for box in pair))[0]
@@ -128,7 +130,7 @@ def test_less_overlap_is_seen_without_working_all_out(tilt):
     pair = []
     for size in ((6, 20, 12), (8, 8, 8)):
         angles = rng.uniform(-1, 1, (400, 3)) * [1, tilt, tilt]
-        linear = placement._linear(rng.uniform(0.7, 1.4, (400, 3)), angles, np.ones((400, 3)))
+        linear = box_forms.linear_map(rng.uniform(0.7, 1.4, (400, 3)), angles, np.ones((400, 3)))
         pair.append(Boxes(size, linear, rng.uniform(0, 16, (400, 3))))
     exact = iou(*pair)
     assert (exact == 0).any()
@@ -185,13 +187,13 @@ def test_tilt_turns_about_every_axis_rigidly_in_mm():
     metric = np.diag(spacing) @ linear @ np.diag(1 / spacing)
     scale = np.cbrt(np.linalg.det(metric))
     assert np.allclose(np.swapaxes(metric, 1, 2) @ metric, scale[:, None, None] ** 2 * np.eye(3))
-    angles = np.rad2deg(placement._angles(metric / scale[:, None, None]))
+    angles = np.rad2deg(box_forms.angles_of(metric / scale[:, None, None]))
     assert (np.abs(angles).max(0) <= [25, 15, 15]).all()
     assert (angles.max(0) > [22, 13, 13]).all()
     assert (angles.min(0) < [-22, -13, -13]).all()
     # One angle at a time: the axis it is named after stays where it is.
     for axis in range(3):
-        turn = placement._rotation(np.deg2rad(20.0) * np.eye(3)[axis : axis + 1])[0]
+        turn = box_forms.rotation(np.deg2rad(20.0) * np.eye(3)[axis : axis + 1])[0]
         assert np.array_equal(turn[axis], np.eye(3)[axis])
         assert turn[axis - 2, axis - 2] == pytest.approx(np.cos(np.deg2rad(20)))
     # Slices far apart: what does not fit keeps its rotation about D, and the draws without tilt are as they were.
@@ -261,7 +263,7 @@ def test_shared_transform_and_union():
 
 def test_host_size_closed_forms():
     def size(*roles):
-        return ViewSpec(roles).host_size_DHW
+        return host_size(ViewSpec(roles))
 
     assert size(RoleSpec("a", 1, (8, 10, 12))) == (8, 10, 12)
     assert size(RoleSpec("a", 1, (8, 10, 12), scale=(0.5, 1.5))) == (8, 15, 18)
@@ -314,6 +316,6 @@ def test_concentric_box_matches_an_anchor_of_its_own_shape():
     free, spacing = np.full((1, 3), 100.0), np.array([[2.0, 0.9, 1.1]])
     turned = RoleSpec("a", 1, PGL.size_DHW, scale=(0.8, 1.3), rotate_degrees=30, tilt_degrees=20)
     for role, angles in ((PGL, [[0.0, 0.0, 0.0]]), (turned, [[-0.4, 0.2, -0.3]])):
-        linear = placement._linear(np.array([[1.0, 0.9, 0.9]]), np.array(angles), spacing)
+        linear = box_forms.linear_map(np.array([[1.0, 0.9, 0.9]]), np.array(angles), spacing)
         anchor = Boxes(role.size_DHW, linear, np.array([[3.0, 4.5, 7.25]]))
         assert iou(concentric(role, anchor, -free, free, spacing), anchor)[0] == pytest.approx(1.0, abs=1e-9)

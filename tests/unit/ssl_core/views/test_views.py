@@ -6,6 +6,7 @@ from ssl_core.methods.parts import points as align
 from ssl_core.views.augment import spatial
 from ssl_core.views.intensity import IntensityPolicy
 from ssl_core.views.make import make_views
+from ssl_core.views.placement_size import host_size
 from ssl_core.views.types import RoleSpec, ViewSpec, centre_of
 from storage.errors import ConfigError
 from tests.kit.crops import AS_STORED, batch_of, coordinates, noise, part
@@ -16,8 +17,8 @@ AT_ONCE = RoleSpec(
 )
 
 
-def _make(batch, spec, dtype=torch.float32, policy=AS_STORED, seed=0, **more):
-    return make_views(batch, spec, seed=seed, policy=policy, dtype=dtype, **more)
+def _make(batch, spec, dtype=torch.float32, policy=AS_STORED, seed=0):
+    return make_views(batch, spec, seed=seed, policy=policy, dtype=dtype)
 
 
 def _centres(view):
@@ -32,7 +33,7 @@ def test_every_voxel_shows_the_place_that_the_geometry_says(dtype, tolerance):
     spec = ViewSpec(tuple(RoleSpec(**{**vars(r), "intensity": "none"}) for r in (*EVERYTHING.roles, AT_ONCE, TILTED)))
     batch = coordinates(spec, 10, spacing=(3.0, 1.2, 0.9))
     low = torch.from_numpy(batch.start_B3)[:, None] + 0.5
-    high = low + torch.tensor(spec.host_size_DHW) - 1
+    high = low + torch.tensor(host_size(spec)) - 1
     views = _make(batch, spec, dtype)
     for view in (v for role in views.roles.values() for v in role):
         seen = view.image_BCDHW.flatten(2).transpose(1, 2).double()
@@ -53,7 +54,7 @@ def test_padding_is_marked_where_the_volume_is_smaller_than_the_view():
     spec = ViewSpec((PAIR, RoleSpec(**{**vars(TURNED), "scale": (1.0, 1.4)})))
     shape = (10, 13, 17)
     batch = coordinates(spec, 8, shape_DHW=shape)
-    batch.start_B3 = np.tile((np.array(shape) - spec.host_size_DHW) // 2, (8, 1))
+    batch.start_B3 = np.tile((np.array(shape) - host_size(spec)) // 2, (8, 1))
     views = _make(batch, spec)
     for view in (v for role in views.roles.values() for v in role):
         place = align.to_volume(view, _centres(view))
@@ -68,7 +69,7 @@ def test_maps_show_the_voxel_that_holds_the_place():
     views = _make(batch, EVERYTHING)
     for view in (v for role in views.roles.values() for v in role):
         places = align.to_volume(view, _centres(view)).numpy() - batch.start_B3[:, None]
-        index = np.clip(np.floor(places), 0, np.array(EVERYTHING.host_size_DHW) - 1).astype(int)
+        index = np.clip(np.floor(places), 0, np.array(host_size(EVERYTHING)) - 1).astype(int)
         for b in range(6):
             expected = batch.label_BDHW[b][tuple(index[b].T)]
             assert view.maps["label"].dtype == torch.int64
@@ -90,7 +91,8 @@ def test_large_ids_survive():
     spec = ViewSpec((PAIR,), maps=("regions",))
     batch = noise(spec, 2)
     ids = np.random.default_rng(0).integers(2**24, 2**31 - 1, batch.label_BDHW.shape).astype(np.int32)
-    views = _make(batch, spec, maps={"regions": ids})
+    batch.maps_BDHW = {"regions": ids}
+    views = _make(batch, spec)
     assert set(views.roles["pair"][0].maps["regions"].unique().tolist()) <= set(ids.ravel().tolist())
 
 
@@ -197,7 +199,7 @@ def test_identity_of_the_batch_and_dtype():
 def test_constant_crops_stay_finite(value):
     for preset in ("light", "strong", "genesis", "pcrlv2"):
         spec = ViewSpec((RoleSpec("a", 2, (8, 9, 10), scale=(0.8, 1.2), intensity=preset),))
-        image = np.full((8, 1, *spec.host_size_DHW), value, np.int16)
+        image = np.full((8, 1, *host_size(spec)), value, np.int16)
         batch = batch_of(image, np.zeros((8, 3)), (20, 20, 20))
         batch.stats_BCS = np.tile(np.array([value] * 3 + [0] + [value] * 2, np.float32), (8, 1, 1))
         for view in _make(batch, spec, policy=IntensityPolicy()).roles["a"]:
