@@ -55,6 +55,7 @@ ROOMS: dict[str, dict[str, str]] = {
     },
     "jobs": {
         "output": "",
+        "options": "",
         "on_ray": "",
         "configs": "",
         "submit": "",
@@ -70,7 +71,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "finetune": "configs output on_ray tracking driver labelled pinning",
         "tune": "configs output on_ray tracking driver labelled pinning finetune",
         "demo": "configs output submit tracking pages driver ingest labelled pretrain",
-        "bench": "configs output submit tracking demo",
+        "bench": "configs options output submit tracking demo",
         "cli": "*",
     },
     "cluster": {},
