@@ -48,7 +48,7 @@ def compute(data: str, settings: Superpixels, *, say: Callable[[str], None] = pr
         data,
         settings.name,
         partial(of_volume, settings=settings),
-        made=described(settings),
+        recipe=described(settings),
         mapper=ray_map if ray.is_initialized() else map_threads,
         progress=progress,
     )

@@ -75,19 +75,23 @@ def foreground(values: Values) -> tuple[Mask, dict[str, float]]:
         if counts[first].any():
             lowest, counts = lowest + int(first[0]), counts[first]
         return mask, _counted_stats(lowest, counts)
-    known = _finite(values).reshape(-1)
-    ordered = known.copy() if known.size <= _SMALL else None
+    finite = _finite(values).reshape(-1)
+    ordered = finite.copy() if finite.size <= _SMALL else None
     if ordered is not None:
         ordered.sort()
-    mask = _mask(values, _percentiles(known, ordered))
-    kept = values[mask]
+    mask = _mask(values, _percentiles(finite, ordered))
+    inside = values[mask]
     if ordered is not None:
-        ordered = ordered[-kept.size :]  # the foreground are the greatest of the finite values
-    mean = float(kept.mean(dtype=np.float64))
-    apart = np.subtract(kept, mean, dtype=np.float64)
-    std = float(np.sqrt(apart @ apart / kept.size))
+        ordered = ordered[-inside.size :]  # the foreground are the greatest of the finite values
+    mean = float(inside.mean(dtype=np.float64))
+    apart = np.subtract(inside, mean, dtype=np.float64)
+    std = float(np.sqrt(apart @ apart / inside.size))
     return mask, dict(
-        zip(STATS_ORDER, (float(kept.min()), float(kept.max()), mean, std, *_percentiles(kept, ordered)), strict=True)
+        zip(
+            STATS_ORDER,
+            (float(inside.min()), float(inside.max()), mean, std, *_percentiles(inside, ordered)),
+            strict=True,
+        )
     )
 
 
@@ -102,9 +106,9 @@ def channel_foreground(values_CDHW: Values) -> tuple[Mask, tuple[dict[str, float
     union: Mask | None = None
     stats: list[dict[str, float]] = []
     for channel in values_CDHW:
-        mask, found = foreground(channel)
-        stats.append(found)
-        if found["min"] == found["max"] and mask.all():
+        mask, channel_stats = foreground(channel)
+        stats.append(channel_stats)
+        if channel_stats["min"] == channel_stats["max"] and mask.all():
             continue
         union = mask if union is None else np.logical_or(union, mask, out=union)
     return np.ones(values_CDHW.shape[1:], bool) if union is None else union, tuple(stats)
@@ -112,10 +116,10 @@ def channel_foreground(values_CDHW: Values) -> tuple[Mask, tuple[dict[str, float
 
 def _finite(values: Values) -> Values:
     finite = np.isfinite(values)
-    known = values if finite.all() else values[finite]
-    if known.size == 0:
+    numbers = values if finite.all() else values[finite]
+    if numbers.size == 0:
         raise ValueError("no finite value")
-    return known
+    return numbers
 
 
 def _threshold(bounds: tuple[float, float]) -> float:
@@ -151,8 +155,8 @@ def _percentiles(values: Values, ordered: Values | None = None) -> tuple[float, 
             return _ranked(flat, k)
         return float(ordered[k]), float(ordered[min(k + 1, ordered.size - 1)])
 
-    found = [_blend(share, flat.size, ranked) for share in SHARES]
-    return found[0], found[1]
+    low, high = (_blend(share, flat.size, ranked) for share in SHARES)
+    return low, high
 
 
 def _blend(share: float, size: int, ranked: Callable[[int], tuple[float, float]]) -> float:
@@ -176,8 +180,8 @@ def _ranked(flat: Values, k: int) -> tuple[float, float]:
     if rest < 0 or rest + 1 >= near.size:  # the values lie in an order that the sample missed
         near, rest = flat, k
     last = min(rest + 1, near.size - 1)
-    found = np.partition(near, [rest, last])
-    return float(found[rest]), float(found[last])
+    partitioned = np.partition(near, [rest, last])
+    return float(partitioned[rest]), float(partitioned[last])
 
 
 def _counts(values: Values) -> tuple[int, npt.NDArray[np.int64]] | None:
@@ -204,8 +208,8 @@ def _ranks(lowest: int, counts: npt.NDArray[np.int64]) -> tuple[float, float]:
         a, b = np.searchsorted(upto, [k, min(k + 1, size - 1)], side="right")
         return float(lowest + int(a)), float(lowest + int(b))
 
-    found = [_blend(share, size, ranked) for share in SHARES]
-    return found[0], found[1]
+    low, high = (_blend(share, size, ranked) for share in SHARES)
+    return low, high
 
 
 def _counted_stats(lowest: int, counts: npt.NDArray[np.int64]) -> dict[str, float]:

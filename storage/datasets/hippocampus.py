@@ -151,7 +151,7 @@ def _digests(path: Path) -> dict[str, str]:
 
 def _unpack(archive: Path, path: Path, origin: dict[str, str]) -> None:
     """Images and labels of the archive into a new folder, renamed to `path` when complete."""
-    made = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         facts: dict[str, Any] = {}
         room = LARGEST_UNPACKED
@@ -167,22 +167,22 @@ def _unpack(archive: Path, path: Path, origin: dict[str, str]) -> None:
                 if parts[-1] == _MARKER:
                     facts = json.loads(source.read())
                 elif len(parts) >= 2 and parts[-2] in _KEPT:
-                    folder = made / _KEPT[parts[-2]]
+                    folder = temporary / _KEPT[parts[-2]]
                     folder.mkdir(exist_ok=True)
                     with (folder / parts[-1]).open("wb") as file:
                         shutil.copyfileobj(source, file)
-        if not (made / "images").is_dir():
+        if not (temporary / "images").is_dir():
             raise StoreError(str(archive), expected="a folder imagesTr in the archive", found="none")
         facts["origin"] = {**origin, "digest_checked": "md5, as published by MONAI 1.6; sha256 recorded, not checked"}
-        (made / _MARKER).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        made.chmod(0o755)
+        (temporary / _MARKER).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        temporary.chmod(0o755)
         if path.exists():
             path.rmdir()  # empty, as checked
-        made.rename(path)
+        temporary.rename(path)
     except (tarfile.TarError, ValueError, EOFError) as error:
         raise StoreError(str(archive), expected="a readable tar archive", found=str(error)[:200]) from error
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _is_ours(path: Path, md5: str) -> bool:

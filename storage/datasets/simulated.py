@@ -61,38 +61,38 @@ def ensure(folder: str | os.PathLike[str] | None = None, subjects: int = 40, see
     if not 1 <= subjects <= 9999:
         raise ConfigError("subjects", expected="1 to 9999", found=str(subjects))
     path = Path(folder).expanduser() if folder is not None else _cache() / f"cohort-{VERSION}-{subjects}-{seed}"
-    wanted = description(subjects, seed)
-    if _marker(path) == wanted:
+    facts = description(subjects, seed)
+    if _marker(path) == facts:
         return path
     if path.exists() and (not path.is_dir() or any(path.iterdir())) and not (path / _MARKER).exists():
         raise ConfigError(str(path), expected="an empty or new folder", found="other files in it")
     template, labels, to_index = _sources()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
         try:
             for name in ("images", "labels"):
-                (made / name).mkdir()
+                (temporary / name).mkdir()
 
             def make(number: int) -> None:
                 image, label = subject(template, labels, to_index, seed, number)
                 for kind, array in (("images", image), ("labels", label)):
-                    nib.save(_nifti(array), made / kind / f"simulated_{number + 1:03d}.nii.gz")
+                    nib.save(_nifti(array), temporary / kind / f"simulated_{number + 1:03d}.nii.gz")
 
             with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
                 list(pool.map(make, range(subjects)))
-            (made / "README.txt").write_text(f"{wanted['description']}\n\n{wanted['reference']}\n", encoding="utf-8")
-            (made / _MARKER).write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-            made.chmod(0o755)
+            (temporary / "README.txt").write_text(f"{facts['description']}\n\n{facts['reference']}\n", encoding="utf-8")
+            (temporary / _MARKER).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            temporary.chmod(0o755)
             if path.exists():
                 shutil.rmtree(path)
             try:
-                made.rename(path)
+                temporary.rename(path)
             except OSError:
-                if _marker(path) != wanted:  # otherwise another process was faster, with the same files
+                if _marker(path) != facts:  # otherwise another process was faster, with the same files
                     raise
         finally:
-            shutil.rmtree(made, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise StoreError(
             str(path), expected="a writable folder with room for 10 MB", found=error.strerror or str(error)

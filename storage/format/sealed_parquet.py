@@ -119,8 +119,8 @@ class SealedParquet:
             raise self._corrupt("a footer that does not match its seal")
         return block
 
-    def _corrupt(self, found: str) -> CorruptChunk:
-        return CorruptChunk(self._thing, expected="the file that was written", found=found)
+    def _corrupt(self, damage: str) -> CorruptChunk:
+        return CorruptChunk(self._thing, expected="the file that was written", found=damage)
 
 
 def _group_starts(metadata: Any) -> list[int]:

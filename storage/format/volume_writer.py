@@ -129,7 +129,7 @@ def write_volume(
     )
 
 
-def write_derived(store: ByteStore, record: VolumeRecord, name: str, map_DHW: Array, made: str) -> DerivedRecord:
+def write_derived(store: ByteStore, record: VolumeRecord, name: str, map_DHW: Array, recipe: str) -> DerivedRecord:
     """Write a map beside the labels of a published volume and return its facts; the image is not touched.
 
     It exists for readers once a manifest names it. Writing the same map again writes the same bytes.
@@ -138,7 +138,7 @@ def write_derived(store: ByteStore, record: VolumeRecord, name: str, map_DHW: Ar
         record: The volume.
         name: Of the map; not that of a label.
         map_DHW: int32, of the image's shape.
-        made: What made it, as text.
+        recipe: What made it, as text.
 
     Raises:
         ConfigError: the name is a label's, or none that a key may have.
@@ -154,7 +154,7 @@ def write_derived(store: ByteStore, record: VolumeRecord, name: str, map_DHW: Ar
     layout = Layout(record.chunk_DHW, record.shard_DHW)
     _write_label(store, root, name, map_DHW, layout, record.spacing_mm, record.affine)
     _list_labels(store, f"{root}/labels/zarr.json", {*record.map_names(), name})
-    return DerivedRecord(name, made, region_count(map_DHW), content_sha256(map_DHW[None]))
+    return DerivedRecord(name, recipe, region_count(map_DHW), content_sha256(map_DHW[None]))
 
 
 def _list_labels(store: ByteStore, key: str, names: set[str]) -> None:

@@ -140,14 +140,14 @@ def parse_array(document: bytes, thing: str) -> ArrayMeta:
         type_name, codecs = data["data_type"], data["codecs"]
         encoding = data["chunk_key_encoding"]
         separator = (encoding.get("configuration") or {}).get("separator", "/")
-        known = data["zarr_format"] == 3 and data["node_type"] == "array"
+        is_array = data["zarr_format"] == 3 and data["node_type"] == "array"
         regular = data["chunk_grid"]["name"] == "regular" and encoding["name"] == "default" and separator == "/"
         names = [str(c["name"]) for c in codecs]
     except MALFORMED as error:
         raise CorruptChunk(
             thing, expected="Zarr v3 array metadata", found=f"{type(error).__name__}: {str(error)[:200]}"
         ) from error
-    if not known:
+    if not is_array:
         raise CorruptChunk(thing, expected="Zarr v3 array metadata", found="a group or another version")
     if type_name not in DTYPES:
         raise StoreError(thing, expected=f"a data type among {', '.join(DTYPES)}", found=str(type_name))
@@ -164,8 +164,8 @@ def parse_array(document: bytes, thing: str) -> ArrayMeta:
         chunk = tuple(int(n) for n in settings["chunk_shape"])
         inner, index_at_end = settings["codecs"], settings.get("index_location", "end") == "end"
     except MALFORMED as error:
-        found = f"{type(error).__name__}: {str(error)[:200]}"
-        raise CorruptChunk(thing, expected="the settings of sharding_indexed", found=found) from error
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise CorruptChunk(thing, expected="the settings of sharding_indexed", found=reason) from error
     if index not in (["bytes"], ["bytes", "crc32c"]):
         raise StoreError(thing, expected="index codecs bytes, or bytes and crc32c", found=str(index))
     if len({len(shape), len(shard), len(chunk)}) != 1 or any(
@@ -177,8 +177,8 @@ def parse_array(document: bytes, thing: str) -> ArrayMeta:
     except UnknownCodecError as error:
         raise StoreError(thing, expected="codecs this reader knows", found=str(error)) from error
     except MALFORMED as error:
-        found = f"{type(error).__name__}: {str(error)[:200]}"
-        raise CorruptChunk(thing, expected="a list of codecs", found=found) from error
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise CorruptChunk(thing, expected="a list of codecs", found=reason) from error
     return ArrayMeta(shape, shard, chunk, chain, index_at_end, len(index) == 2)
 
 

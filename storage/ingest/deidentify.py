@@ -72,15 +72,15 @@ def allowed_facts(dataset: Any) -> dict[str, str]:
             continue
         if abs(value) < 1e6:
             facts[keyword] = f"{value:g}"
-    for keyword, known in CODES.items():
+    for keyword, codes in CODES.items():
         value_ = dataset.get(keyword)
         parts = (
             [value_] if isinstance(value_, str) else value_ if isinstance(value_, (list, tuple)) else list(value_ or ())
         )
-        kept = [str(part).strip().upper() for part in parts]
-        kept = [part for part in kept if part in known]
-        if kept:
-            facts[keyword] = "/".join(kept)
+        listed = [str(part).strip().upper() for part in parts]
+        listed = [part for part in listed if part in codes]
+        if listed:
+            facts[keyword] = "/".join(listed)
     return facts
 
 
@@ -109,9 +109,9 @@ def load_salt(store_url: str, environment: Mapping[str, str] | None = None, *, u
     text = env.get("TOMOSCALE_SALT", "")
     if text:
         return Pseudonyms(_long_enough("TOMOSCALE_SALT", text.encode()))
-    named = env.get("TOMOSCALE_SALT_FILE", "")
-    path = Path(named).expanduser() if named else _state_folder(env) / f"{_name_of(store_url)}.salt"
-    if named or path.exists():
+    salt_file = env.get("TOMOSCALE_SALT_FILE", "")
+    path = Path(salt_file).expanduser() if salt_file else _state_folder(env) / f"{_name_of(store_url)}.salt"
+    if salt_file or path.exists():
         try:
             return Pseudonyms(_long_enough(str(path), path.read_bytes().strip()))
         except OSError as error:

@@ -41,18 +41,18 @@ class DeriveWork:
     store_url: str
     record: VolumeRecord
     name: str
-    made: str
+    recipe: str
     compute: Compute
 
 
 @dataclass(frozen=True, slots=True)
 class DeriveOutcome:
-    """The facts of one volume's map, and whether an earlier run had made it."""
+    """The facts of one volume's map, and whether it is an earlier run's."""
 
     volume_id: str
     content_sha256: str
     derived: DerivedRecord
-    found: bool
+    reused: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def run(
     name: str,
     compute: Compute,
     *,
-    made: str,
+    recipe: str,
     mapper: Mapper = map_threads,
     progress: Callable[[int, int], None] | None = None,
 ) -> DeriveReport:
@@ -106,7 +106,7 @@ def run(
         url: The store.
         name: Of the map; has to change whenever `compute` would give something else.
         compute: See `Compute`.
-        made: What made it, as text for readers.
+        recipe: What made it, as text for readers.
         mapper: How tasks are run.
         progress: Called after each volume with volumes done and in all, in the calling thread.
 
@@ -121,11 +121,11 @@ def run(
         raise ConfigError("name of a map", expected="letters, digits, dots, hyphens and underscores", found=repr(name))
     store = open_store(url)
     manifest = Manifest.open(store)
-    works = [DeriveWork(url, manifest.record(i), name, made, compute) for i in lacking(manifest, name)]
+    works = [DeriveWork(url, manifest.record(i), name, recipe, compute) for i in lacking(manifest, name)]
     for record in manifest.records():
         if name in (label.name for label in record.labels):
-            taken = f"a label of that name in volume {record.volume_id}"
-            raise ConfigError(f"map {name!r}", expected="a name that no label has", found=taken)
+            conflict = f"a label of that name in volume {record.volume_id}"
+            raise ConfigError(f"map {name!r}", expected="a name that no label has", found=conflict)
     if not works:
         return DeriveReport(manifest, name, 0, 0, len(manifest), (), time.monotonic() - started)
     _check_writable(store, name)
@@ -135,12 +135,12 @@ def run(
         if progress is not None:
             progress(len(outcomes), len(works))
     published, absent = publish(store, name, outcomes)
-    found = sum(o.found for o in outcomes)
+    reused = sum(o.reused for o in outcomes)
     return DeriveReport(
         published,
         name,
-        len(outcomes) - found,
-        found,
+        len(outcomes) - reused,
+        reused,
         len(manifest) - len(works),
         absent,
         time.monotonic() - started,
@@ -157,9 +157,9 @@ def derive_work(work: DeriveWork) -> DeriveOutcome:
     store, record = open_store(work.store_url), work.record
     note = f"{NOTES}/{work.name}/{record.volume_id}.json"
     with suppress(NotFound, ValueError, KeyError, TypeError):  # a note that cannot be read costs only the work
-        kept = json.loads(store.get(note))
-        if kept["content_sha256"] == record.content_sha256:
-            return DeriveOutcome(record.volume_id, record.content_sha256, DerivedRecord(**kept["derived"]), True)
+        content = json.loads(store.get(note))
+        if content["content_sha256"] == record.content_sha256:
+            return DeriveOutcome(record.volume_id, record.content_sha256, DerivedRecord(**content["derived"]), True)
     with VolumeStore(work.store_url, Manifest.from_records([record]), threads=READ_THREADS) as volumes:
         stored_CDHW = volumes.read_volume(record.volume_id)
     try:
@@ -167,9 +167,9 @@ def derive_work(work: DeriveWork) -> DeriveOutcome:
     except RefusedInput as error:
         thing = f"volume {record.volume_id}: {error.thing}"
         raise RefusedInput(thing, expected=error.expected, found=error.found, remedy=error.remedy) from error
-    derived = write_derived(store, record, work.name, map_DHW, work.made)
-    kept = {"content_sha256": record.content_sha256, "derived": asdict(derived)}
-    store.put(note, json.dumps(kept).encode())
+    derived = write_derived(store, record, work.name, map_DHW, work.recipe)
+    content = {"content_sha256": record.content_sha256, "derived": asdict(derived)}
+    store.put(note, json.dumps(content).encode())
     return DeriveOutcome(record.volume_id, record.content_sha256, derived, False)
 
 
@@ -181,7 +181,7 @@ def publish(store: ByteStore, name: str, outcomes: Iterable[DeriveOutcome]) -> t
     Returns:
         The manifest, and the volumes in it that have no map of that name.
     """
-    made = {(o.volume_id, o.content_sha256): o.derived for o in outcomes}
+    derived_of = {(o.volume_id, o.content_sha256): o.derived for o in outcomes}
     absent: list[str] = []
 
     def with_maps(latest: Manifest | None) -> Manifest:
@@ -190,7 +190,7 @@ def publish(store: ByteStore, name: str, outcomes: Iterable[DeriveOutcome]) -> t
         records = []
         absent.clear()
         for record in latest.records():
-            derived = made.get((record.volume_id, record.content_sha256))
+            derived = derived_of.get((record.volume_id, record.content_sha256))
             if derived is not None:
                 others = [other for other in record.derived if other.name != name]
                 record = replace(record, derived=tuple(sorted([*others, derived], key=lambda d: d.name)))

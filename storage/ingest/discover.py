@@ -111,12 +111,12 @@ def _walk(root: Path) -> Iterable[Path]:
             remedy="make it readable, or give the folder that holds the scans alone",
         ) from error
 
-    for here, folders, names in os.walk(root, onerror=failed, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and not _is_loop(Path(here, f)))
+    for folder_path, folders, names in os.walk(root, onerror=failed, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and not _is_loop(Path(folder_path, f)))
         for folder in [f for f in folders if is_volume_folder(f)]:
             folders.remove(folder)
-            yield Path(here, folder)
-        yield from (Path(here, name) for name in sorted(names) if not name.startswith("."))
+            yield Path(folder_path, folder)
+        yield from (Path(folder_path, name) for name in sorted(names) if not name.startswith("."))
 
 
 def _is_loop(folder: Path) -> bool:

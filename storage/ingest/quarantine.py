@@ -43,15 +43,15 @@ def write_quarantine(store: ByteStore, refused: Sequence[Quarantined], stale: Co
     """List the refusals of a run; `stale` are the sources of which earlier lines are out of date. Others stay."""
     new = {q.stored: json.dumps({"source": q.stored, "reason": q.reason}, sort_keys=True) for q in refused}
     for _ in range(_TRIES):
-        seen, lines = read_quarantine(store)
-        kept = {source: line for source, line in lines.items() if source not in stale} | new
-        data = "".join(f"{kept[source]}\n" for source in sorted(kept)).encode()
-        if data == (seen or b""):
+        current, lines = read_quarantine(store)
+        remaining = {source: line for source, line in lines.items() if source not in stale} | new
+        data = "".join(f"{remaining[source]}\n" for source in sorted(remaining)).encode()
+        if data == (current or b""):
             return
-        if not kept:
+        if not remaining:
             store.delete(QUARANTINE)
             return
-        if store.swap(QUARANTINE, data, seen):
+        if store.swap(QUARANTINE, data, current):
             return
     raise StoreError(
         f"{store.url}/{QUARANTINE}", expected="to be written", found=f"that other jobs wrote it first, {_TRIES} times"

@@ -42,22 +42,22 @@ def assign(
     out: dict[str, str] = {}
     free: dict[str, float] = {}
     for root, subjects in groups.items():
-        held = sorted({published[s] for s in subjects if published.get(s)})
-        if len(held) > 1:
+        group_splits = sorted({published[s] for s in subjects if published.get(s)})
+        if len(group_splits) > 1:
             raise RefusedInput(
                 f"subjects {', '.join(sorted(subjects)[:4])}",
                 expected="subjects with equal volumes in one split",
-                found=f"published in {' and '.join(held)}",
+                found=f"published in {' and '.join(group_splits)}",
                 remedy="remove the duplicate, or publish to a new store with a new seed",
             )
-        if held:
-            out.update(dict.fromkeys(subjects, held[0]))
+        if group_splits:
+            out.update(dict.fromkeys(subjects, group_splits[0]))
         else:
             free[root] = position(root, seed)
-    chosen = {root: _split_at(at, fractions) for root, at in free.items()}
-    taken = set(out.values())
-    _fill_empty(chosen, free, fractions, taken)
-    for root, split in chosen.items():
+    split_of = {root: _split_at(at, fractions) for root, at in free.items()}
+    published_splits = set(out.values())
+    _fill_empty(split_of, free, fractions, published_splits)
+    for root, split in split_of.items():
         out.update(dict.fromkeys(groups[root], split))
     return out
 
@@ -95,16 +95,18 @@ def _split_at(at: float, fractions: Sequence[float]) -> str:
     return next(s for s, share in reversed(list(zip(SPLITS, fractions, strict=True))) if share > 0)
 
 
-def _fill_empty(chosen: dict[str, str], at: Mapping[str, float], fractions: Sequence[float], taken: set[str]) -> None:
+def _fill_empty(
+    split_of: dict[str, str], at: Mapping[str, float], fractions: Sequence[float], published_splits: set[str]
+) -> None:
     """Move the nearest subject into each wanted split that got none, from one that has others or matters less."""
     edges = [sum(fractions[:i]) for i in range(len(fractions) + 1)]
     for i in sorted(range(len(SPLITS)), key=lambda i: -fractions[i]):
         split = SPLITS[i]
-        if fractions[i] <= 0 or split in taken or split in chosen.values():
+        if fractions[i] <= 0 or split in published_splits or split in split_of.values():
             continue
-        counts = {s: sum(v == s for v in chosen.values()) + (s in taken) for s in SPLITS}
+        counts = {s: sum(v == s for v in split_of.values()) + (s in published_splits) for s in SPLITS}
         share = dict(zip(SPLITS, fractions, strict=True))
-        movable = [root for root, s in chosen.items() if counts[s] > 1 or share[s] < fractions[i]]
+        movable = [root for root, s in split_of.items() if counts[s] > 1 or share[s] < fractions[i]]
         if movable:
             middle = (edges[i] + edges[i + 1]) / 2
-            chosen[min(movable, key=lambda root: (abs(at[root] - middle), root))] = split
+            split_of[min(movable, key=lambda root: (abs(at[root] - middle), root))] = split

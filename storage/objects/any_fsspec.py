@@ -50,8 +50,8 @@ class FsspecStore:
             except TomoscaleError:
                 raise
             except Exception as error:  # each file system has errors of its own, and none of them knows the key
-                found = f"{type(error).__name__}: {str(error)[:200]}"
-                raise StoreError(thing, expected="an answer", found=found) from error
+                reason = f"{type(error).__name__}: {str(error)[:200]}"
+                raise StoreError(thing, expected="an answer", found=reason) from error
 
         return retry(once, self._policy, thing)
 
@@ -91,13 +91,13 @@ class FsspecStore:
         self._call(key, attempt)
         return True
 
-    def swap(self, key: str, data: bytes, seen: bytes | None) -> bool:
+    def swap(self, key: str, data: bytes, expected: bytes | None) -> bool:
         """See `ByteStore`. It looks before it writes, which two writers can slip through."""
         try:
             current: bytes | None = self.get(key)
         except NotFound:
             current = None
-        return current == seen and self.put(key, data)
+        return current == expected and self.put(key, data)
 
     def head(self, key: str) -> int:
         """See `ByteStore`."""

@@ -50,7 +50,7 @@ def resolve(thing: str = "s3") -> Access:
 
     session = botocore.session.get_session()
     try:
-        found = session.get_credentials()
+        credentials = session.get_credentials()
         region = session.get_config_variable("region") or os.environ.get("AWS_REGION") or "us-east-1"
         profile = session.get_scoped_config()
         services = session.full_config.get("services", {}).get(profile.get("services", ""), {})
@@ -61,7 +61,7 @@ def resolve(thing: str = "s3") -> Access:
             found=str(error),
             remedy="check AWS_PROFILE, AWS_CONFIG_FILE and AWS_SHARED_CREDENTIALS_FILE",
         ) from error
-    if found is None:
+    if credentials is None:
         raise ConfigError(
             thing,
             expected="credentials in the AWS environment",
@@ -76,12 +76,12 @@ def resolve(thing: str = "s3") -> Access:
     )
 
     def credential() -> Credential:
-        frozen = found.get_frozen_credentials()
+        frozen = credentials.get_frozen_credentials()
         return {
             "access_key_id": frozen.access_key,
             "secret_access_key": frozen.secret_key,
             "token": frozen.token,
-            "expires_at": getattr(found, "_expiry_time", None),
+            "expires_at": getattr(credentials, "_expiry_time", None),
         }
 
     return Access(str(endpoint).rstrip("/") if endpoint else None, str(region), credential)

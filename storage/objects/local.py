@@ -125,16 +125,16 @@ class FileStore:
                 with suppress(OSError):
                     os.unlink(temporary)
 
-    def swap(self, key: str, data: bytes, seen: bytes | None) -> bool:
+    def swap(self, key: str, data: bytes, expected: bytes | None) -> bool:
         """See `ByteStore`. Writers exclude each other by a lock that ends with its process."""
-        if seen is None:
+        if expected is None:
             return self.put(key, data, if_absent=True)
         with self._locked(key):
             try:
                 current = self.get(key)
             except NotFound:
                 return False
-            return current == seen and self.put(key, data)
+            return current == expected and self.put(key, data)
 
     @contextmanager
     def _locked(self, key: str) -> Iterator[None]:
@@ -188,8 +188,8 @@ class FileStore:
             if not isinstance(error, (FileNotFoundError, NotADirectoryError)):  # else keys would be missing silently
                 raise StoreError(join(self.url, prefix), expected="a readable folder", found=str(error.strerror))
 
-        for here, _, names in os.walk(top, onerror=failed):
-            base = os.path.relpath(here, self.root)
+        for directory, _, names in os.walk(top, onerror=failed):
+            base = os.path.relpath(directory, self.root)
             base = "" if base == "." else base.replace(os.sep, "/") + "/"
             keys += [base + name for name in names if not name.startswith(".put-") and (base + name).startswith(prefix)]
         return iter(sorted(keys))

@@ -50,11 +50,11 @@ class MemoryStore:
             _MEMORY[full] = bytes(data)
         return True
 
-    def swap(self, key: str, data: bytes, seen: bytes | None) -> bool:
+    def swap(self, key: str, data: bytes, expected: bytes | None) -> bool:
         """See `ByteStore`."""
         full = self._prefix + check_key(key)
         with _MEMORY_LOCK:
-            if _MEMORY.get(full) != seen:
+            if _MEMORY.get(full) != expected:
                 return False
             _MEMORY[full] = bytes(data)
         return True

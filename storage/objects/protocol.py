@@ -34,8 +34,8 @@ class ByteStore(Protocol):
     def put(self, key: str, data: bytes, if_absent: bool = False) -> bool:
         """Write the object in one atomic step; False if `if_absent` and another object is there already."""
 
-    def swap(self, key: str, data: bytes, seen: bytes | None) -> bool:
-        """Replace the object if it still holds `seen` (None: if there is none); False, and nothing done, if not.
+    def swap(self, key: str, data: bytes, expected: bytes | None) -> bool:
+        """Replace the object if it still holds `expected` (None: if there is none); False, and nothing done, if not.
 
         Of several writers that saw the same, one wins. Writers that use `put` are not held back.
         """
@@ -96,5 +96,5 @@ def check_range(thing: str, start: int, stop: int) -> None:
 
 def truncated(thing: str, start: int, stop: int, size: int | None = None) -> CorruptChunk:
     """The error for an object that ends before the range does."""
-    found = "fewer" if size is None else f"an object of {size} bytes"
-    return CorruptChunk(thing, expected=f"bytes [{start}, {stop})", found=found, remedy="the object is truncated")
+    available = "fewer" if size is None else f"an object of {size} bytes"
+    return CorruptChunk(thing, expected=f"bytes [{start}, {stop})", found=available, remedy="the object is truncated")

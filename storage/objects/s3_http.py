@@ -198,9 +198,9 @@ class ObjectStore:
 
         return self._call(key, attempt)
 
-    def swap(self, key: str, data: bytes, seen: bytes | None) -> bool:
+    def swap(self, key: str, data: bytes, expected: bytes | None) -> bool:
         """See `ByteStore`. By `If-Match`, which is tried first: some servers take the header and ignore it."""
-        if seen is None:
+        if expected is None:
             return self.put(key, data, if_absent=True)
         check_key(key)
         self._writable(key)
@@ -212,9 +212,9 @@ class ObjectStore:
             nonlocal tries
             tries += 1
             answer = obstore.get(self._store, key)
-            found = bytes(answer.bytes())
-            if found != seen:
-                return tries > 1 and found == data  # after a lost answer it may be ours
+            content = bytes(answer.bytes())
+            if content != expected:
+                return tries > 1 and content == data  # after a lost answer it may be ours
             mode: Any = {"e_tag": answer.meta["e_tag"] or ""} if self._conditional else "overwrite"
             try:
                 obstore.put(self._store, key, data, use_multipart=False, mode=mode)
@@ -309,11 +309,11 @@ def _refuse_fork(thing: str) -> None:
 def _reason(error: BaseException) -> str:
     """obstore's message without its dump of nested Rust structures, and of a server's XML what it says."""
     text = str(error).split("\n\nDebug source:")[0]
-    said = [
+    parts = [
         part[1] for part in (re.search(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL) for tag in ("Code", "Message")) if part
     ]
-    if said:
-        text = text[: text.index("<")] + ": ".join(said)
+    if parts:
+        text = text[: text.index("<")] + ": ".join(parts)
     return " ".join(text.split())[:300]
 
 
@@ -324,8 +324,8 @@ _STATUS = re.compile(r"non-2xx status code: (\d{3})")
 
 def _status(error: BaseException) -> int | None:
     """The HTTP status in obstore's message; the exception has no field for it."""
-    found = _STATUS.search(str(error))
-    return int(found[1]) if found else None
+    match = _STATUS.search(str(error))
+    return int(match[1]) if match else None
 
 
 def _is_beyond(error: exceptions.BaseError) -> bool:

@@ -4,7 +4,7 @@ import math
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import product
@@ -63,7 +63,12 @@ class _Part:
     request: Request
     shard: tuple[int, ...]
     key: str
-    wanted: Sequence[Need]
+    chunks: Sequence[Need]
+
+
+def _part(request: Request, shard: tuple[int, ...], chunks: Mapping[int, Need]) -> _Part:
+    key = f"{request.source.root}/{request.source.meta.shard_key(shard)}"
+    return _Part(request, shard, key, list(chunks.values()))
 
 
 class Executor:
@@ -145,21 +150,21 @@ class Executor:
         except CorruptChunk as error:
             raise self.corrupt(source, key, f"{error.found} where {error.expected} belong") from error
 
-    def corrupt(self, source: Source, key: str, found: str) -> CorruptChunk:
+    def corrupt(self, source: Source, key: str, damage: str) -> CorruptChunk:
         """The error of a damaged object."""
         return CorruptChunk(
             f"volume {source.volume_id}: {join(self._store.url, key)}",
             expected="what was written",
-            found=found,
+            found=damage,
             remedy=REMEDY,
         )
 
     @staticmethod
     def _parts(requests: Sequence[Request]) -> list[_Part]:
         return [
-            _Part(request, shard, f"{request.source.root}/{request.source.meta.shard_key(shard)}", list(found.values()))
+            _part(request, shard, chunks)
             for request in requests
-            for shard, found in needs(request.source.meta, request.boxes).items()
+            for shard, chunks in needs(request.source.meta, request.boxes).items()
         ]
 
     def _uncached(self, requests: Sequence[Request]) -> list[_Part]:
@@ -178,17 +183,15 @@ class Executor:
             for (request, b, shard), missing in zip(group, answers, strict=True):
                 meta = request.source.meta
                 for at in missing:
-                    wanted = absent.setdefault((id(request), shard), {})
+                    chunks = absent.setdefault((id(request), shard), {})
                     number = int(np.ravel_multi_index(at, meta.grid))
                     place = (s * g + a for s, g, a in zip(shard, meta.grid, at, strict=True))
                     origin = [p * c for p, c in zip(place, meta.chunk, strict=True)]
                     part = overlap(request.boxes[b], origin, meta.chunk, meta.shape)
-                    wanted.setdefault(number, Need(number)).parts.append((b, *part))
+                    chunks.setdefault(number, Need(number)).parts.append((b, *part))
         by_id = {id(request): request for request in requests}
         return [
-            _Part(request, shard, f"{request.source.root}/{request.source.meta.shard_key(shard)}", list(found.values()))
-            for (which, shard), found in absent.items()
-            for request in (by_id[which],)
+            _part(request, shard, chunks) for (which, shard), chunks in absent.items() for request in (by_id[which],)
         ]
 
     def _copy(self, pieces: Sequence[tuple[Request, int, tuple[int, ...]]]) -> list[list[tuple[int, ...]]]:
@@ -229,14 +232,14 @@ class Executor:
             else:
                 index = self._index(source, key)
             self._indexes.put(slot, index)
-        for need in part.wanted:
+        for need in part.chunks:
             if index[need.number, 0] < 0:
                 raise self.corrupt(source, key, f"no chunk {need.number} (written with write_empty_chunks off?)")
-        ranges = merge(part.wanted, index, gap=self._gap, most=self._most)
+        ranges = merge(part.chunks, index, gap=self._gap, most=self._most)
         if whole is None:
-            return [(part, found) for found in ranges]
-        for found in ranges:
-            self._finish(part, found, whole[found.start : found.stop])
+            return [(part, span) for span in ranges]
+        for span in ranges:
+            self._finish(part, span, whole[span.start : span.stop])
         return []
 
     def _index(self, source: Source, key: str) -> Index:
@@ -284,19 +287,19 @@ class Executor:
             self._fetch(item)
 
     def _fetch(self, item: tuple[_Part, Range]) -> None:
-        part, found = item
+        part, span = item
         source, key = part.request.source, part.key
-        data = self.checked(source, key, lambda: self._store.get_range(key, found.start, found.stop))
-        self._finish(part, found, data)
+        data = self.checked(source, key, lambda: self._store.get_range(key, span.start, span.stop))
+        self._finish(part, span, data)
 
-    def _finish(self, part: _Part, found: Range, data: bytes) -> None:
+    def _finish(self, part: _Part, span: Range, data: bytes) -> None:
         """Check, decode, keep and hand out the chunks of one range."""
         source, key = part.request.source, part.key
         meta = source.meta
         slab = self._slab(source, part.shard)
         outs = part.request.outs
-        for need, start, stop in found.chunks:
-            raw = data[start - found.start : stop - found.start]
+        for need, start, stop in span.chunks:
+            raw = data[start - span.start : stop - span.start]
             try:
                 chunk = meta.chain.decode(raw, meta.chunk, self._scratch)
             except DamagedError:
@@ -338,8 +341,8 @@ class Recent(Generic[T]):
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """The entry, made where it is missing; two threads may both make it."""
-        found = self.peek(key)
-        if found is None:
-            found = make()
-            self.put(key, found)
-        return found
+        entry = self.peek(key)
+        if entry is None:
+            entry = make()
+            self.put(key, entry)
+        return entry

@@ -131,7 +131,7 @@ class NodeCache:
 
     def _scan(self) -> list[tuple[float, int, Path]]:
         """Last use, disk space and path of every file."""
-        found = []
+        entries = []
         for folder in self.path.iterdir():
             if len(folder.name) != 2:
                 continue
@@ -139,8 +139,8 @@ class NodeCache:
                 for entry in os.scandir(folder):
                     with suppress(OSError):
                         stat = entry.stat(follow_symlinks=False)
-                        found.append((stat.st_atime, stat.st_blocks * _BLOCK, Path(entry.path)))
-        return found
+                        entries.append((stat.st_atime, stat.st_blocks * _BLOCK, Path(entry.path)))
+        return entries
 
     @contextmanager
     def _room(self, size: int) -> Iterator[None]:
@@ -165,9 +165,9 @@ class NodeCache:
 
     def _evict(self, limit: int) -> None:
         """Delete slabs, longest unused first, until the rest takes at most `limit` bytes."""
-        found = sorted(self._scan())
-        used = sum(blocks for _, blocks, _ in found)
-        for when, blocks, path in found:
+        entries = sorted(self._scan())
+        used = sum(blocks for _, blocks, _ in entries)
+        for when, blocks, path in entries:
             unfinished = path.suffix != SUFFIX
             if (unfinished and time.time() - when < 3600) or (not unfinished and used <= limit):
                 continue

@@ -53,7 +53,7 @@ def needs(meta: ArrayMeta, boxes: Sequence[Box]) -> dict[tuple[int, ...], dict[i
 
     Parts of a box outside the array need nothing; a chunk wanted by several boxes appears once.
     """
-    found: dict[tuple[int, ...], dict[int, Need]] = {}
+    by_shard: dict[tuple[int, ...], dict[int, Need]] = {}
     for b, box in enumerate(boxes):
         # What depends on one axis only is worked out once an axis, not once a chunk.
         axes = [_steps(*step) for step in zip(box.start, box.stop, meta.shape, meta.chunk, meta.grid, strict=True)]
@@ -62,12 +62,12 @@ def needs(meta: ArrayMeta, boxes: Sequence[Box]) -> dict[tuple[int, ...], dict[i
             number = 0
             for place, count in zip(inner, meta.grid, strict=True):
                 number = number * count + place
-            inside = found.setdefault(shard, {})
+            inside = by_shard.setdefault(shard, {})
             need = inside.get(number)
             if need is None:
                 need = inside[number] = Need(number)
             need.parts.append((b, into, out_of))
-    return found
+    return by_shard
 
 
 def _steps(start: int, stop: int, extent: int, chunk: int, grid: int) -> list[tuple[int, int, slice, slice]]:
@@ -89,30 +89,30 @@ def shards(meta: ArrayMeta, box: Box) -> list[tuple[int, ...]]:
     return list(product(*spans))
 
 
-def merge(wanted: Iterable[Need], index: Index, *, gap: int = GAP, most: int = MOST) -> list[Range]:
+def merge(chunks: Iterable[Need], index: Index, *, gap: int = GAP, most: int = MOST) -> list[Range]:
     """Ranges of one shard that together hold exactly the wanted chunks and gaps of at most `gap` bytes between them.
 
     Args:
-        wanted: Chunks that are present in the index.
+        chunks: Chunks that are present in the index.
         index: (chunks, 2) offsets and lengths.
         gap: Two chunks this close are fetched by one request.
         most: A range is not grown beyond this many bytes.
     """
-    placed = sorted(((int(index[n.number, 0]), int(index[n.number, 1]), n) for n in wanted), key=lambda p: p[:2])
+    placed = sorted(((int(index[n.number, 0]), int(index[n.number, 1]), n) for n in chunks), key=lambda p: p[:2])
     ranges: list[Range] = []
-    held: list[tuple[Need, int, int]] = []
+    members: list[tuple[Need, int, int]] = []
     start = stop = 0
     for offset, length, need in placed:
         end = offset + length
-        if held and (offset - stop > gap or max(stop, end) - start > most):
-            ranges.append(Range(start, stop, tuple(held)))
-            held = []
-        if not held:
+        if members and (offset - stop > gap or max(stop, end) - start > most):
+            ranges.append(Range(start, stop, tuple(members)))
+            members = []
+        if not members:
             start = stop = offset
-        held.append((need, offset, end))
+        members.append((need, offset, end))
         stop = max(stop, end)
-    if held:
-        ranges.append(Range(start, stop, tuple(held)))
+    if members:
+        ranges.append(Range(start, stop, tuple(members)))
     return ranges
 
 
@@ -126,8 +126,8 @@ def plan(
 ) -> dict[tuple[int, ...], list[Range]]:
     """The ranges of every shard that the boxes need, given the shards' indexes."""
     return {
-        shard: merge(wanted.values(), indexes[shard], gap=gap, most=most)
-        for shard, wanted in needs(meta, boxes).items()
+        shard: merge(chunks.values(), indexes[shard], gap=gap, most=most)
+        for shard, chunks in needs(meta, boxes).items()
     }
 
 

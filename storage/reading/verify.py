@@ -73,15 +73,15 @@ def verify(url: str, progress: Progress | None = None, *, fingerprint: str | Non
     """
     manifest = Manifest.open(url, fingerprint)
     problems: list[Problem] = []
-    known: set[str] = set()
+    listed: set[str] = set()
     nbytes = 0
-    found = fingerprint_of(manifest.records(), manifest.dataset)
-    if found != manifest.fingerprint:
+    digest = fingerprint_of(manifest.records(), manifest.dataset)
+    if digest != manifest.fingerprint:
         key = join(url, manifest_key(manifest.fingerprint))
-        problems.append(Problem("", f"{key}: its rows have the fingerprint {found}"))
+        problems.append(Problem("", f"{key}: its rows have the fingerprint {digest}"))
     with VolumeStore(url, manifest, threads=threads) as store:
         for done, record in enumerate(manifest.records(), 1):
-            known.add(record.volume_id)
+            listed.add(record.volume_id)
             size, wrong = _volume(store, record)
             nbytes += size
             problems += [Problem(record.volume_id, what) for what in wrong]
@@ -89,7 +89,7 @@ def verify(url: str, progress: Progress | None = None, *, fingerprint: str | Non
                 progress(done, len(manifest), nbytes)
         strangers: tuple[str, ...] | None = None
         with suppress(NotOffered):
-            strangers = tuple(sorted({PurePosixPath(key).parts[1] for key in store.store.list("volumes/")} - known))
+            strangers = tuple(sorted({PurePosixPath(key).parts[1] for key in store.store.list("volumes/")} - listed))
     return Report(url, manifest.fingerprint, len(manifest), nbytes, tuple(problems), strangers)
 
 
@@ -108,7 +108,7 @@ def _volume(store: VolumeStore, record: VolumeRecord) -> tuple[int, list[str]]:
     wrong: list[str] = []
     nbytes = 0
     arrays = {}
-    derived = {found.name: found for found in record.derived}
+    derived = {facts.name: facts for facts in record.derived}
     for name in (None, *record.map_names()):
         try:
             array = store.read_volume(record.volume_id, name)
@@ -117,8 +117,8 @@ def _volume(store: VolumeStore, record: VolumeRecord) -> tuple[int, list[str]]:
             continue
         nbytes += array.nbytes
         if name in derived:
-            said = derived[name]
-            if content_sha256(array) != said.content_sha256 or region_count(array) != said.regions:
+            facts = derived[name]
+            if content_sha256(array) != facts.content_sha256 or region_count(array) != facts.regions:
                 wrong.append(f"map {name!r} does not hold what the manifest says of it")
             continue
         arrays[name] = array if name is None else array[0]

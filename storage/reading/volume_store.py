@@ -102,17 +102,17 @@ class VolumeStore:
             StoreError: the store did not answer.
         """
         records = {crop.volume_id: self._facts(crop.volume_id) for crop in crops}
-        found = self._executor.each(lambda record: self._source(record, label), list(records.values()))
-        sources = dict(zip(records, found, strict=True))
-        asked: dict[str, tuple[list[Box], list[Array]]] = {name: ([], []) for name in records}
+        located = self._executor.each(lambda record: self._source(record, label), list(records.values()))
+        sources = dict(zip(records, located, strict=True))
+        by_volume: dict[str, tuple[list[Box], list[Array]]] = {name: ([], []) for name in records}
         outs: list[Array] = []
         for crop in crops:
             box, out = _box_and_array(crop, sources[crop.volume_id].meta, records[crop.volume_id], label)
-            boxes, arrays = asked[crop.volume_id]
+            boxes, arrays = by_volume[crop.volume_id]
             boxes.append(box)
             arrays.append(out)
             outs.append(out)
-        self._executor.fill([Request(sources[name], boxes, arrays) for name, (boxes, arrays) in asked.items()])
+        self._executor.fill([Request(sources[name], boxes, arrays) for name, (boxes, arrays) in by_volume.items()])
         return [out if out.ndim == 4 else out[None] for out in outs]
 
     def read_volume(self, volume_id: str, label: str | None = None) -> Array:

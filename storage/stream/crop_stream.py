@@ -102,8 +102,8 @@ class CropStream:
         memory_bytes: int = 1 << 30,
     ) -> None:
         if start < 0 or prefetch < 1 or threads < 1:
-            found = f"start={start}, prefetch={prefetch}, threads={threads}"
-            raise ConfigError("crop stream", expected="start >= 0, prefetch >= 1, threads >= 1", found=found)
+            arguments = f"start={start}, prefetch={prefetch}, threads={threads}"
+            raise ConfigError("crop stream", expected="start >= 0, prefetch >= 1, threads >= 1", found=arguments)
         check_spec(spec, rank=rank, world=world)
         self.spec, self.rank, self.world, self.start = spec, rank, world, start
         self.indices = select(store.manifest, spec)
@@ -172,7 +172,7 @@ class CropStream:
 
 
 @dataclass(frozen=True, slots=True)
-class _Held:
+class _CutCrop:
     cut: Cut
     image_CDHW: npt.NDArray[Any]
     label_DHW: npt.NDArray[Any] | None
@@ -185,23 +185,23 @@ class _Reader:
     def __init__(self, store: CropSource, plan: Plan) -> None:
         self._store, self._plan = store, plan
 
-    def read(self, k: int) -> list[_Held]:
-        held: list[_Held] = []
+    def read(self, k: int) -> list[_CutCrop]:
+        crops: list[_CutCrop] = []
         call: list[Cut] = []
         for group in self._plan.reads(k):
             if call and len(call) + len(group) > CROPS_PER_CALL:
-                held += self._call(call)
+                crops += self._call(call)
                 call = []
             call += group
-        return held + (self._call(call) if call else [])
+        return crops + (self._call(call) if call else [])
 
-    def _call(self, cuts: list[Cut]) -> list[_Held]:
+    def _call(self, cuts: list[Cut]) -> list[_CutCrop]:
         spec = self._plan.spec
         images = self._read_many(cuts, None)
         labels = [None] * len(cuts) if spec.label is None else self._read_many(cuts, spec.label)
         read = {name: self._read_many(cuts, name) for name in spec.maps}
         maps = [{name: arrays[i] for name, arrays in read.items()} for i in range(len(cuts))]
-        return [_Held(*parts) for parts in zip(cuts, images, labels, maps, strict=True)]
+        return [_CutCrop(*parts) for parts in zip(cuts, images, labels, maps, strict=True)]
 
     def _read_many(self, cuts: list[Cut], label: str | None) -> list[npt.NDArray[Any]]:
         names = ", ".join(dict.fromkeys(cut.crop.volume_id for cut in cuts))
@@ -229,32 +229,32 @@ class _Reader:
 class _Assembler:
     """Stacks batches from crops that were read for them or for an earlier batch. One thread uses it."""
 
-    def __init__(self, plan: Plan, reads: ReadAhead[list[_Held]]) -> None:
+    def __init__(self, plan: Plan, reads: ReadAhead[list[_CutCrop]]) -> None:
         self._plan, self._reads = plan, reads
-        self._held: dict[int, _Held] = {}
+        self._ahead: dict[int, _CutCrop] = {}
 
     def batch(self, k: int) -> HostBatch:
         # Reads come in the order of batches, so after the k-th every crop of batch k is there.
-        self._held.update((held.cut.sample, held) for held in self._reads.get())
-        held = [self._held.pop(sample) for sample in self._plan.batch(k)]
-        records = [self._plan.record(h.cut.volume) for h in held]
+        self._ahead.update((crop.cut.sample, crop) for crop in self._reads.get())
+        crops = [self._ahead.pop(sample) for sample in self._plan.batch(k)]
+        records = [self._plan.record(h.cut.volume) for h in crops]
         if len({record.channels for record in records}) > 1:
             one_of_each = {r.channels: r.volume_id for r in records}
-            found = ", ".join(f"{channels} in {name}" for channels, name in sorted(one_of_each.items()))
-            raise ConfigError("stream", expected="volumes with the same number of channels", found=found)
-        labels = [h.label_DHW for h in held if h.label_DHW is not None]
+            counts = ", ".join(f"{channels} in {name}" for channels, name in sorted(one_of_each.items()))
+            raise ConfigError("stream", expected="volumes with the same number of channels", found=counts)
+        labels = [h.label_DHW for h in crops if h.label_DHW is not None]
         return HostBatch(
-            image_BCDHW=_stack([h.image_CDHW for h in held]),
+            image_BCDHW=_stack([h.image_CDHW for h in crops]),
             label_BDHW=_stack(labels) if labels else None,
-            start_B3=np.array([h.cut.crop.start_DHW for h in held], dtype=np.int64),
-            volume_B=np.array([h.cut.volume for h in held], dtype=np.int64),
-            sample_B=np.array([h.cut.sample for h in held], dtype=np.int64),
+            start_B3=np.array([h.cut.crop.start_DHW for h in crops], dtype=np.int64),
+            volume_B=np.array([h.cut.volume for h in crops], dtype=np.int64),
+            sample_B=np.array([h.cut.sample for h in crops], dtype=np.int64),
             scale_B=np.array([r.scale for r in records], dtype=np.float32),
             offset_B=np.array([r.offset for r in records], dtype=np.float32),
             shape_B3=np.array([r.shape_DHW for r in records], dtype=np.float64),
             spacing_B3=np.array([r.spacing_mm for r in records], dtype=np.float64),
             stats_BCS=np.array([[[c[key] for key in STATS_ORDER] for c in r.stats] for r in records], dtype=np.float32),
-            maps_BDHW={name: _stack([h.maps_DHW[name] for h in held]) for name in self._plan.spec.maps},
+            maps_BDHW={name: _stack([h.maps_DHW[name] for h in crops]) for name in self._plan.spec.maps},
         )
 
 

@@ -97,8 +97,8 @@ def places(sample_B: Int64s, *, seed: int, n: int, lanes: int, crops_per_visit: 
 def owned(first: int, global_batch: int, *, lanes: int, rank: int, world: int) -> Int64s:
     """Global samples of the batch that starts at `first` whose lane rank `rank` of `world` owns, ascending."""
     sample = np.arange(first, first + global_batch, dtype=np.int64)
-    mine: Int64s = sample[(sample % lanes) % world == rank]
-    return mine
+    of_rank: Int64s = sample[(sample % lanes) % world == rank]
+    return of_rank
 
 
 def check(*, seed: int, lanes: int, global_batch: int, crops_per_visit: int, world: int = 1, rank: int = 0) -> None:
@@ -164,8 +164,8 @@ def crop_start(
     u = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, _TAG_CROP, sample])).random(5)
     classes = [p for p in points if len(p)]
     if classes and u[0] < class_balance:
-        chosen = classes[int(u[2] * len(classes))]
-        centre = chosen[int(u[3] * len(chosen))]
+        points_of_class = classes[int(u[2] * len(classes))]
+        centre = points_of_class[int(u[3] * len(points_of_class))]
     else:
         lo, hi = box if u[1] < foreground else ((0, 0, 0), shape)
         d, h, w = (low + int(x * max(1, high - low)) for x, low, high in zip(u[2:], lo, hi, strict=True))

@@ -79,23 +79,23 @@ def select(manifest: Manifest, spec: StreamSpec) -> npt.NDArray[np.int64]:
         ConfigError: none are left, or one is outside the manifest or given twice.
     """
     if spec.indices is None:
-        chosen = np.asarray(manifest.select(split=spec.split or None, labelled=spec.label), dtype=np.int64)
+        rows = np.asarray(manifest.select(split=spec.split or None, labelled=spec.label), dtype=np.int64)
         for name in spec.maps:
-            chosen = np.intersect1d(chosen, manifest.select(labelled=name))
-        wanted = f"volumes of split {spec.split!r}" if spec.split else "volumes"
+            rows = np.intersect1d(rows, manifest.select(labelled=name))
+        description = f"volumes of split {spec.split!r}" if spec.split else "volumes"
         if spec.label is not None:
-            wanted += f" with label {spec.label!r}"
+            description += f" with label {spec.label!r}"
         if spec.maps:
-            wanted += " with " + ", ".join(map(repr, spec.maps))
-        if not len(chosen):
+            description += " with " + ", ".join(map(repr, spec.maps))
+        if not len(rows):
             remedy = "`tomoscale data show` lists splits and labels"
-            raise ConfigError("stream", expected=wanted, found=f"none among {len(manifest)}", remedy=remedy)
-        return chosen
-    chosen = np.array(spec.indices, dtype=np.int64)
-    if not len(chosen) or chosen.min() < 0 or chosen.max() >= len(manifest) or len(np.unique(chosen)) != len(chosen):
+            raise ConfigError("stream", expected=description, found=f"none among {len(manifest)}", remedy=remedy)
+        return rows
+    rows = np.array(spec.indices, dtype=np.int64)
+    if not len(rows) or rows.min() < 0 or rows.max() >= len(manifest) or len(np.unique(rows)) != len(rows):
         expected = f"at least one index from 0 to {len(manifest) - 1}, each once"
         raise ConfigError("indices", expected=expected, found=str(spec.indices)[:120])
-    return chosen
+    return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +142,8 @@ class Plan:
         """Global samples of this rank's share of batch k, ascending."""
         spec = self.spec
         first = self.start + k * spec.global_batch
-        mine = order.owned(first, spec.global_batch, lanes=spec.lanes, rank=self.rank, world=self.world)
-        return [int(sample) for sample in mine]
+        sample_B = order.owned(first, spec.global_batch, lanes=spec.lanes, rank=self.rank, world=self.world)
+        return [int(sample) for sample in sample_B]
 
     def places(self, samples: Sequence[int]) -> order.Places:
         """Where global samples lie in the order; costs the same for any number of volumes."""

@@ -97,8 +97,8 @@ class ReadContract:
         data = np.random.default_rng(0).bytes(200_000)
         writer.put("x", data)
         with ThreadPoolExecutor(16) as pool:
-            found = pool.map(lambda i: store.get_range("x", i * 997, i * 997 + 991), range(200))
-            assert [*found] == [data[i * 997 : i * 997 + 991] for i in range(200)]
+            parts = pool.map(lambda i: store.get_range("x", i * 997, i * 997 + 991), range(200))
+            assert [*parts] == [data[i * 997 : i * 997 + 991] for i in range(200)]
 
     @pytest.mark.parametrize("key", ["", "/x", "x/", "a//b", "../x", "a/./b", "a\\b"])
     def test_a_key_that_leaves_the_store_is_not_read(self, store: ByteStore, key: str) -> None:
@@ -184,9 +184,9 @@ class StoreContract(ReadContract):
         store.put("counter", b"0")
 
         def add(_: int) -> None:
-            seen = store.get("counter")
-            while not store.swap("counter", str(int(seen) + 1).encode(), seen):
-                seen = store.get("counter")
+            count = store.get("counter")
+            while not store.swap("counter", str(int(count) + 1).encode(), count):
+                count = store.get("counter")
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(add, range(40)))

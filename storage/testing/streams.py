@@ -128,9 +128,9 @@ class StreamContract:
     def test_samples_are_consecutive_and_every_volume_comes_once_an_epoch(self, source: Source) -> None:
         n = len(select(source.manifest, self.spec))
         spec = replace(self.spec, crops_per_visit=1)
-        found = self.sequence(source, -(-3 * n // spec.global_batch), spec=spec)
-        assert [row[0] for row in found] == list(range(len(found)))
-        epochs = [sorted(row[1] for row in found[e * n : (e + 1) * n]) for e in range(3)]
+        sequence = self.sequence(source, -(-3 * n // spec.global_batch), spec=spec)
+        assert [row[0] for row in sequence] == list(range(len(sequence)))
+        epochs = [sorted(row[1] for row in sequence[e * n : (e + 1) * n]) for e in range(3)]
         assert epochs == [select(source.manifest, spec).tolist()] * 3
 
     def test_the_global_sequence_does_not_depend_on_the_world_size(self, source: Source) -> None:
@@ -140,23 +140,23 @@ class StreamContract:
 
     def test_a_change_of_world_size_moves_lanes_and_not_samples(self, source: Source) -> None:
         whole = self.sequence(source, 15)
-        found: list[Row] = []
+        sequence: list[Row] = []
         for world, batches in ((1, 2), (2, 3), (3, 4), (4, 5), (1, 1)):
-            found += self.sequence(source, batches, world=world, start=len(found))
-        assert found == whole
+            sequence += self.sequence(source, batches, world=world, start=len(sequence))
+        assert sequence == whole
 
     @pytest.mark.parametrize("batches", [0, 1, 2, 5, 9])
     def test_resume_goes_on_where_the_trainer_was(self, source: Source, batches: int) -> None:
         whole = self.sequence(source, 12)
         with CropStream(source, self.spec, prefetch=6) as stream:
-            found = []
+            received = []
             for _ in range(batches):
                 batch = next(stream)
-                found += rows(batch)
+                received += rows(batch)
                 stream.consumed(batch)
             state = stream.state_dict()
         assert state == {"seed": self.spec.seed, "next": batches * self.spec.global_batch}
-        assert found + self.sequence(source, 12 - batches, start=state["next"]) == whole
+        assert received + self.sequence(source, 12 - batches, start=state["next"]) == whole
 
     def test_threads_timing_and_memory_change_nothing(self, source: Source) -> None:
         one = self.sequence(source, 8)
@@ -164,8 +164,8 @@ class StreamContract:
             ((1, 1, 1 << 30), (2, 4, 1), (5, 9, 1 << 30), (8, 2, 40_000))
         ):
             jittery = Jittery(source, seed)
-            found = self.sequence(jittery, 8, threads=threads, prefetch=prefetch, memory_bytes=memory)
-            assert found == one, (threads, prefetch, memory)
+            sequence = self.sequence(jittery, 8, threads=threads, prefetch=prefetch, memory_bytes=memory)
+            assert sequence == one, (threads, prefetch, memory)
 
     def test_crops_are_the_voxels_of_the_volume(self, source: Source) -> None:
         spec = replace(self.spec, foreground=0.5)
@@ -175,8 +175,8 @@ class StreamContract:
                 for b, sample in enumerate(batch.sample_B.tolist()):
                     record = source.manifest.record(int(batch.volume_B[b]))
                     whole = source.read_volume(record.volume_id)
-                    inside, there = _overlap(batch.start_B3[b], spec.crop_DHW, record.shape_DHW)
-                    assert np.array_equal(batch.image_BCDHW[b][inside], whole[there]), f"sample {sample}"
+                    inside, of_volume = _overlap(batch.start_B3[b], spec.crop_DHW, record.shape_DHW)
+                    assert np.array_equal(batch.image_BCDHW[b][inside], whole[of_volume]), f"sample {sample}"
                     assert batch.shape_B3[b].tolist() == list(record.shape_DHW)
                     assert batch.spacing_B3[b].tolist() == list(record.spacing_mm)
                     assert batch.scale_B[b] == np.float32(record.scale)
@@ -187,9 +187,9 @@ class StreamContract:
 
     def test_a_visit_is_read_in_one_go(self, source: Source) -> None:
         counting = Counting(source)
-        found = self.sequence(counting, 8, prefetch=1, threads=1)
+        sequence = self.sequence(counting, 8, prefetch=1, threads=1)
         # Every crop is read once, and one call reads several.
-        assert len(found) <= counting.crops.total() <= len(found) + self.spec.lanes * self.spec.crops_per_visit
+        assert len(sequence) <= counting.crops.total() <= len(sequence) + self.spec.lanes * self.spec.crops_per_visit
         assert counting.calls * 2 <= counting.crops.total()
 
     def test_an_unread_stream_stops_reading(self, source: Source) -> None:
@@ -211,11 +211,11 @@ class StreamContract:
         # Only batches before the one that first needs the missing volume can be complete.
         first = min(i for i, row in enumerate(whole) if source.manifest.record(row[1]).volume_id == missing)
         good = first // self.spec.global_batch * self.spec.global_batch
-        found: list[Row] = []
+        received: list[Row] = []
         with CropStream(Counting(source, frozenset([missing])), self.spec) as stream:
             with pytest.raises(NotFound, match=missing) as caught:
-                found.extend(row for batch in stream for row in rows(batch))
-            assert found == whole[:good]
+                received.extend(row for batch in stream for row in rows(batch))
+            assert received == whole[:good]
             assert "/c/" in str(caught.value), "the key is named"
             with pytest.raises(NotFound, match=missing):
                 next(stream)
@@ -261,9 +261,9 @@ def _streaming(before: set[threading.Thread]) -> list[str]:
 def _overlap(
     start_3: npt.NDArray[np.int64], size: tuple[int, int, int], shape: tuple[int, int, int]
 ) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    inside, there = [slice(None)], [slice(None)]
+    inside, of_volume = [slice(None)], [slice(None)]
     for first, s, n in zip(start_3.tolist(), size, shape, strict=True):
         low, high = max(first, 0), min(first + s, n)
         inside.append(slice(low - first, high - first))
-        there.append(slice(low, high))
-    return tuple(inside), tuple(there)
+        of_volume.append(slice(low, high))
+    return tuple(inside), tuple(of_volume)

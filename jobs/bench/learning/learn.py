@@ -173,7 +173,7 @@ def dataset(
         manifest = ingest.run(str(folder), url).manifest
         for kind in superpixels:
             compute = partial(of_volume, settings=kind)
-            manifest = derive.run(url, kind.name, compute, made=str(resolved(kind))).manifest
+            manifest = derive.run(url, kind.name, compute, recipe=str(resolved(kind))).manifest
         with VolumeStore(url, manifest) as store:
             train = manifest.select(split="train", labelled=LABEL)
             fitted = np.random.Generator(np.random.Philox(key=0)).permutation(train)[: size.fitted].tolist()

@@ -266,13 +266,13 @@ def _places(thing: str, slices: list[Slice], policy: ReadPolicy, notes: list[str
             groups.append([s])
     dropped = 0
     for i, group in enumerate(groups):
-        kept: list[Slice] = []
+        unique: list[Slice] = []
         for s in sorted(group, key=lambda s: s.order):
-            if len(group) > 1 and any(np.array_equal(_pixels(thing, s), _pixels(thing, k)) for k in kept):
+            if len(group) > 1 and any(np.array_equal(_pixels(thing, s), _pixels(thing, k)) for k in unique):
                 dropped += 1
             else:
-                kept.append(s)
-        groups[i] = kept
+                unique.append(s)
+        groups[i] = unique
     if dropped:
         notes.append(f"{dropped} slices were there twice; one of each kept")
     counts = Counter(len(group) for group in groups)
@@ -383,11 +383,11 @@ def _even_gaps(
             remedy = more if policy.gaps == "resample" else f"{remedy}, and {more}"
         raise RefusedInput(thing, expected=f"even gaps of {gap:.3g} mm between slices", found=what, remedy=remedy)
     count = max(2, round(float(along[-1] - along[0]) / gap) + 1)
-    wanted = np.linspace(along[0], along[-1], count)
-    low = np.clip(np.searchsorted(along, wanted, side="right") - 1, 0, len(along) - 2)
-    weight = (wanted - along[low]) / (along[low + 1] - along[low])
+    even = np.linspace(along[0], along[-1], count)
+    low = np.clip(np.searchsorted(along, even, side="right") - 1, 0, len(along) - 2)
+    weight = (even - along[low]) / (along[low + 1] - along[low])
     out = np.empty((len(volume_CDHW), count, *volume_CDHW.shape[2:]), np.float32)
     for k, (at, w) in enumerate(zip(low, weight, strict=True)):
         out[:, k] = volume_CDHW[:, at] * np.float32(1 - w) + volume_CDHW[:, at + 1] * np.float32(w)
-    notes.append(f"{what}: interpolated onto even gaps of {(wanted[1] - wanted[0]):.4g} mm")
+    notes.append(f"{what}: interpolated onto even gaps of {(even[1] - even[0]):.4g} mm")
     return out, origins[low] * (1 - weight)[:, None] + origins[low + 1] * weight[:, None]

@@ -46,8 +46,8 @@ def read_segmentation(path: str, image: RawVolume) -> RawVolume:
             measures = frame.get("PixelMeasuresSequence") or shared[0].get("PixelMeasuresSequence")
             spacing = [float(x) for x in measures[0].PixelSpacing] if measures else None
             k = _slice_of(thing, image, origin, direction, plane.shape, spacing)
-            taken = (plane > 0) & (labels[k] > 0)
-            overlap += int(np.count_nonzero(taken))
+            shared_voxels = (plane > 0) & (labels[k] > 0)
+            overlap += int(np.count_nonzero(shared_voxels))
             labels[k][plane > 0] = number
     except DAMAGED as error:
         raise RefusedInput(

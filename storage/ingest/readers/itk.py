@@ -197,8 +197,8 @@ def _inflated(path: str, header: str, shape: tuple[int, ...], dtype: np.dtype[An
 
 def _check_packed(path: str, header: str, size: int) -> None:
     """Undo the compression of a NRRD again, to its checksum, before which its library may stop."""
-    named = _NRRD_FILE.search(header)
-    files = [named[1].strip()] if named else []
+    file_match = _NRRD_FILE.search(header)
+    files = [file_match[1].strip()] if file_match else []
     if files and (files[0].upper().startswith("LIST") or "%" in files[0]):
         raise RefusedInput(
             path, expected="compressed voxels in one file", found="several", remedy="write it again as one .nrrd file"
@@ -211,14 +211,14 @@ def _check_packed(path: str, header: str, size: int) -> None:
 
 def _unpacked(path: str, packed: memoryview, most: int) -> Iterator[bytes]:
     """What a zlib or gzip stream of not many more than `most` bytes holds; at its end its checksum was compared."""
-    found = 0
+    unpacked = 0
     try:
         stream = _inflate(31 if bytes(packed[:2]) == _GZIP else 15)
         for at in range(0, len(packed), _AT_ONCE):
             block: bytes = stream.decompress(packed[at : at + _AT_ONCE])
-            found += len(block)
+            unpacked += len(block)
             yield block
-            if stream.eof or found > most:
+            if stream.eof or unpacked > most:
                 break
         whole = bool(stream.eof)
     except (zlib.error, _gzip_error):
@@ -227,7 +227,7 @@ def _unpacked(path: str, packed: memoryview, most: int) -> Iterator[bytes]:
         raise RefusedInput(
             path,
             expected=f"{most:,} bytes of voxels behind the compression, and their checksum",
-            found=f"{found:,}, or another checksum",
+            found=f"{unpacked:,}, or another checksum",
             remedy="the file is truncated or damaged",
         )
 
@@ -242,8 +242,8 @@ def _header(path: str) -> str:
 def _unit_mm(path: str, header: str, notes: list[str]) -> float:
     """Millimetres in the unit of the header's lengths; 1 where it names none."""
     units = set()
-    for space, named, _, distance in _UNITS.findall(header):
-        for text in re.findall(r'"([^"]*)"', named) if space else [distance]:
+    for space, space_units, _, distance in _UNITS.findall(header):
+        for text in re.findall(r'"([^"]*)"', space_units) if space else [distance]:
             unit = re.sub("[\xb5\u03bc\udcb5]", "u", text.strip().lower()).replace("metre", "meter")
             unit = unit.removesuffix("s") if len(unit) > 3 else unit  # microns, but no ms
             if unit in _TO_MM or (space != "units" and unit not in ("", "?")):  # `units` are of other axes too
@@ -263,8 +263,8 @@ def _unit_mm(path: str, header: str, notes: list[str]) -> float:
 
 def _modality(image: Any) -> str:
     value = image.GetMetaData("Modality").strip() if image.HasMetaDataKey("Modality") else ""
-    known = {"MET_MOD_CT": "CT", "MET_MOD_MR": "MR", "MET_MOD_US": "US", "CT": "CT", "MR": "MR", "PT": "PT"}
-    return known.get(value, "")
+    modalities = {"MET_MOD_CT": "CT", "MET_MOD_MR": "MR", "MET_MOD_US": "US", "CT": "CT", "MR": "MR", "PT": "PT"}
+    return modalities.get(value, "")
 
 
 def _named_files(header: Path) -> list[str]:

@@ -64,12 +64,12 @@ def read_nifti(path: str, policy: ReadPolicy) -> RawVolume:
         offset = int(header["vox_offset"])
         if pixels == path and offset < 348:
             raise RefusedInput(path, expected="voxels behind the header", found=f"vox_offset {offset}")
-        wanted = int(np.prod(shape)) * dtype.itemsize
+        size = int(np.prod(shape)) * dtype.itemsize
         if pixels == path:
-            data = source.take(offset, wanted)
+            data = source.take(offset, size)
         else:
             with _Source(pixels) as other:
-                data = other.take(offset, wanted)
+                data = other.take(offset, size)
     array: Array = np.frombuffer(data, dtype).reshape((1,) * (4 - len(shape)) + shape[::-1])
     array = _scaled(path, array, header, notes)
     return RawVolume(array, _affine(path, header, notes), READER, notes=notes)
@@ -110,10 +110,10 @@ class _Source:
         skip = max(0, offset - len(self._head))
         if skip:
             self._more(skip)
-        kept = self._head[offset : offset + n]
+        head = self._head[offset : offset + n]
         out = bytearray(n)
-        out[: len(kept)] = kept
-        have = len(kept)
+        out[: len(head)] = head
+        have = len(head)
         with memoryview(out) as view:  # filled in place: a large volume is not copied
             while have < n and (got := self._guarded(self._file.readinto, view[have:])):
                 have += int(got)

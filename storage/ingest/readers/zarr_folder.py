@@ -140,14 +140,14 @@ def _image(path: str, image: Any, notes: list[str]) -> tuple[str, list[float], l
     """Axes, and spacing and origin in mm along z, y, x, of the largest array of a `multiscales` entry."""
     dataset = image["datasets"][0]
     axes = "".join(axis["name"] for axis in image["axes"])
-    named = {axis["name"]: axis.get("unit") for axis in image["axes"] if axis["name"] in ("z", "y", "x")}
-    unknown = sorted({str(unit) for unit in named.values()} - {*_TO_MM, "None"})
+    unit_of = {axis["name"]: axis.get("unit") for axis in image["axes"] if axis["name"] in ("z", "y", "x")}
+    unknown = sorted({str(unit) for unit in unit_of.values()} - {*_TO_MM, "None"})
     if unknown:
         raise RefusedInput(path, expected=f"a unit of length among {', '.join(_TO_MM)}", found=", ".join(unknown))
-    if None in named.values():
+    if None in unit_of.values():
         notes.append("no unit of length stored: millimetres assumed")
     transforms = [*dataset.get("coordinateTransformations", []), *image.get("coordinateTransformations", [])]
-    spacing, origin = _placed(axes, {name: _TO_MM.get(str(unit), 1.0) for name, unit in named.items()}, transforms)
+    spacing, origin = _placed(axes, {name: _TO_MM.get(str(unit), 1.0) for name, unit in unit_of.items()}, transforms)
     return axes, spacing, origin
 
 

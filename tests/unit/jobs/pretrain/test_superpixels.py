@@ -200,7 +200,7 @@ def test_views_carry_the_map_of_the_voxels_that_they_show(data: str) -> None:
     crops = {"size_DHW": [12, 14, 16], "min_overlap": 0.3, "flip": [0.5, 0.5, 0.5], "intensity": "none"}
     whole = config(data, "simclr").method | {"crops": crops}
     job = config(data, method=whole, intensity={"kind": "none"})
-    derive.run(data, NAME, by_value, made="by value")
+    derive.run(data, NAME, by_value, recipe="by value")
     views = method_class("lrc").view_spec(job.method_config)
     with VolumeStore(data, open_manifest(job)) as store, CropStream(store, stream_spec(job)) as stream:
         batch = next(stream)

@@ -42,7 +42,7 @@ def shifted(stored_CDHW: npt.NDArray[Any], _record: VolumeRecord) -> npt.NDArray
 
 
 def make(url: str, name: str = "shifted-1", **more: Any) -> derive.DeriveReport:
-    return derive.run(url, name, more.pop("compute", shifted), made="value + 1000000", **more)
+    return derive.run(url, name, more.pop("compute", shifted), recipe="value + 1000000", **more)
 
 
 @pytest.fixture
@@ -206,8 +206,8 @@ def test_a_killed_run_leaves_the_store_as_it_was_and_the_next_goes_on(tmp_path: 
 def test_notes_of_another_content_are_not_trusted(url: str) -> None:
     first = Manifest.open(url).record(0)
     work = derive.DeriveWork(url, first, "shifted-1", "", shifted)
-    assert not derive.derive_work(work).found
-    assert derive.derive_work(work).found
+    assert not derive.derive_work(work).reused
+    assert derive.derive_work(work).reused
     write_phantoms(url, 5, seed=1)
     report = make(url)
     assert (report.written, report.resumed) == (5, 0)

@@ -140,7 +140,7 @@ def test_maps_computed_during_an_ingest_stay(tmp_path: Path) -> None:
     dst, src = (tmp_path / "store").as_uri(), scans(tmp_path / "a", "a1", "a2")
     run(src, dst, HALVES)
     scans(tmp_path / "a", "a3", seed=70)
-    mapper = after_the_first(lambda: derive.run(dst, "map-1", shifted, made="test"))
+    mapper = after_the_first(lambda: derive.run(dst, "map-1", shifted, recipe="test"))
     report = run(src, dst, HALVES, mapper=mapper)
     assert [r.map_names() for r in report.manifest.records()] == [("map-1",), ("map-1",), ()]
     assert verify(dst).ok
