@@ -156,11 +156,11 @@ def stored_spacing(
     spacings: list[tuple[float, ...]] = []
     ways = set()
     for record in records:
-        mine = tuple(round(s, 6) for s in record.spacing_mm)
+        spacing = tuple(round(s, 6) for s in record.spacing_mm)
         # Ingest leaves a volume as it is whose header, often float32, is within rounding of the spacing wanted.
-        near = any(all(abs(a - b) <= 1e-5 * b for a, b in zip(mine, other, strict=True)) for other in spacings)
+        near = any(all(abs(a - b) <= 1e-5 * b for a, b in zip(spacing, other, strict=True)) for other in spacings)
         if not near and len(spacings) < 5:
-            spacings.append(mine)
+            spacings.append(spacing)
         ways |= {note.rpartition(", ")[2] for note in record.notes if note.startswith("resampled from ")}
     if not ways:
         return None, "linear"
@@ -183,8 +183,8 @@ def fingerprint(bundle: str | os.PathLike[str]) -> str:
 def _write(work: Path, kind: str, backbone: Backbone, facts: BundleFacts) -> None:
     keys = backbone.encoder_keys()
     state = backbone.net.state_dict()
-    kept = keys if kind == "encoder" else list(state)
-    tensors = {key: state[key].detach().cpu().contiguous().clone() for key in kept}
+    stored = keys if kind == "encoder" else list(state)
+    tensors = {key: state[key].detach().cpu().contiguous().clone() for key in stored}
     save_file(tensors, work / "weights.safetensors")
     architecture = {
         "class": _class_of(backbone),
@@ -246,25 +246,25 @@ def _check(work: Path, kind: str, backbone: Backbone) -> None:
     backbone.net.eval().cpu()
     try:
         with torch.no_grad():
-            there = x_BCDHW.to(parameter.dtype)
+            x_native = x_BCDHW.to(parameter.dtype)
             if kind == "segmenter":
-                pairs = [(backbone.logits(there), predictor.forward(x_BCDHW))]
+                pairs = [(backbone.logits(x_native), predictor.forward(x_BCDHW))]
             else:
                 modules = [entry["module"] for entry in predictor.architecture["levels"]]
-                named = [i for i, module in enumerate(modules) if module]
-                maps = backbone.features(there)
-                found = portable_network.feature_maps(
-                    predictor.network, predictor.dims, [modules[i] for i in named], x_BCDHW
+                module_levels = [i for i, module in enumerate(modules) if module]
+                maps = backbone.features(x_native)
+                portable_maps = portable_network.feature_maps(
+                    predictor.network, predictor.dims, [modules[i] for i in module_levels], x_BCDHW
                 )
-                pairs = [(maps[i], f) for i, f in zip(named, found, strict=True)]
+                pairs = [(maps[i], f) for i, f in zip(module_levels, portable_maps, strict=True)]
     finally:
         backbone.net.to(device).train(training)
-    for wanted, got in pairs:
-        if not torch.allclose(wanted.float(), got, rtol=1e-3, atol=1e-4):
+    for expected, actual in pairs:
+        if not torch.allclose(expected.float(), actual, rtol=1e-3, atol=1e-4):
             raise ConfigError(
                 f"backbone {backbone.name!r}",
                 expected="a network that its stock class computes alike",
-                found=f"a difference of {float((wanted.float() - got).abs().max()):.2g}",
+                found=f"a difference of {float((expected.float() - actual).abs().max()):.2g}",
             )
 
 
@@ -294,9 +294,9 @@ def _stock_arguments(backbone: Backbone) -> dict[str, Any]:
 
 def _ports(backbone: Backbone) -> tuple[int, int]:
     """Channels in and out; 1 and 0 where the arguments do not say."""
-    given = {**_stock_arguments(backbone), **backbone.arguments}
-    inputs = given.get("in_channels", given.get("input_channels", 1))
-    return int(inputs), int(given.get("out_channels", given.get("num_classes", 0)))
+    arguments = {**_stock_arguments(backbone), **backbone.arguments}
+    inputs = arguments.get("in_channels", arguments.get("input_channels", 1))
+    return int(inputs), int(arguments.get("out_channels", arguments.get("num_classes", 0)))
 
 
 def _level_modules(backbone: Backbone) -> list[str]:
@@ -322,11 +322,11 @@ def _level_modules(backbone: Backbone) -> list[str]:
         backbone.net.train(training)
         for handle in handles:
             handle.remove()
-    found = []
+    names = []
     for level in maps:
         same = [n for n, o in outputs.items() if o.data_ptr() == level.data_ptr() and o.numel() == level.numel()]
-        found.append(min(same, key=lambda n: (n.count("."), n)) if same else "")
-    return found
+        names.append(min(same, key=lambda n: (n.count("."), n)) if same else "")
+    return names
 
 
 def _dump(path: Path, data: Mapping[str, Any]) -> None:

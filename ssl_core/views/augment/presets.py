@@ -148,7 +148,7 @@ def _generators(
     device: torch.device,
 ) -> list[torch.Generator]:
     view, sample = np.divmod(rows, len(sample_B))
-    made: list[torch.Generator] = []
+    generators: list[torch.Generator] = []
     for v, purpose in enumerate(purposes):
-        made += draws.generators(seed, sample_B[sample[view == v]], (*purpose, "voxels"), device)
-    return made
+        generators += draws.generators(seed, sample_B[sample[view == v]], (*purpose, "voxels"), device)
+    return generators
