@@ -19,8 +19,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,51 +31,18 @@ import ssl_core.portable as portable
 import storage.errors
 import storage.geometry
 import storage.intensity_stats
+from ssl_core.bundle_card import CODE, BundleFacts, model_card
 from ssl_core.networks import Backbone, build
 from ssl_core.networks.registry import architecture as architecture_of
 from ssl_core.portable import network as portable_network
 from ssl_core.portable.predictor import FORMAT, Predictor, check_bundle
 from ssl_core.portable.preprocess import Preprocess
 from ssl_core.portable.safetensors import read_safetensors
-from ssl_core.views.intensity import IntensityPolicy
 from storage.errors import ConfigError, RefusedInput
 from storage.format.records import VolumeRecord
 
-CODE = "tomoscale_portable"
-"""Import name of the portable code inside a bundle."""
-
 _BORROWED = {"errors.py": storage.errors, "intensity_stats.py": storage.intensity_stats, "grid.py": storage.geometry}
 """Modules of the portable package that only re-export, and the file that takes their place in a bundle."""
-
-
-@dataclass(frozen=True)
-class BundleFacts:
-    """What a bundle says beyond weights and architecture.
-
-    Attributes:
-        name: What the model is called in its card.
-        patch_DHW: Window for prediction, voxels; a multiple of the network's stride.
-        intensity: Policy the network was trained with.
-        labels: (value, name) of each class, background first; empty for an encoder.
-        spacing_mm: (D, H, W) of training where volumes are resampled at prediction too; None keeps their own. See
-            `stored_spacing`.
-        interpolation: How they are resampled.
-        lineage: Data fingerprint, configuration digest, parent model version, run id and the like.
-        metrics: Figures for the card, with the split they come from in their names.
-        evaluation: What `jobs.tracking.models.promote` compares: `split`, `measure`, and `cases` with one value each.
-        notes: Lines for the card: data, licence, limits.
-    """
-
-    name: str
-    patch_DHW: tuple[int, int, int]
-    intensity: IntensityPolicy
-    labels: tuple[tuple[int, str], ...] = ()
-    spacing_mm: tuple[float, float, float] | None = None
-    interpolation: Literal["linear", "bspline"] = "linear"
-    lineage: Mapping[str, str] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    evaluation: Mapping[str, Any] | None = None
-    notes: Sequence[str] = ()
 
 
 def write_bundle(
@@ -156,11 +122,11 @@ def stored_spacing(
     spacings: list[tuple[float, ...]] = []
     ways = set()
     for record in records:
-        mine = tuple(round(s, 6) for s in record.spacing_mm)
+        spacing = tuple(round(s, 6) for s in record.spacing_mm)
         # Ingest leaves a volume as it is whose header, often float32, is within rounding of the spacing wanted.
-        near = any(all(abs(a - b) <= 1e-5 * b for a, b in zip(mine, other, strict=True)) for other in spacings)
+        near = any(all(abs(a - b) <= 1e-5 * b for a, b in zip(spacing, other, strict=True)) for other in spacings)
         if not near and len(spacings) < 5:
-            spacings.append(mine)
+            spacings.append(spacing)
         ways |= {note.rpartition(", ")[2] for note in record.notes if note.startswith("resampled from ")}
     if not ways:
         return None, "linear"
@@ -183,8 +149,8 @@ def fingerprint(bundle: str | os.PathLike[str]) -> str:
 def _write(work: Path, kind: str, backbone: Backbone, facts: BundleFacts) -> None:
     keys = backbone.encoder_keys()
     state = backbone.net.state_dict()
-    kept = keys if kind == "encoder" else list(state)
-    tensors = {key: state[key].detach().cpu().contiguous().clone() for key in kept}
+    stored = keys if kind == "encoder" else list(state)
+    tensors = {key: state[key].detach().cpu().contiguous().clone() for key in stored}
     save_file(tensors, work / "weights.safetensors")
     architecture = {
         "class": _class_of(backbone),
@@ -208,7 +174,7 @@ def _write(work: Path, kind: str, backbone: Backbone, facts: BundleFacts) -> Non
     )
     _dump(work / "architecture.json", architecture)
     _dump(work / "preprocess.json", plan.dump())
-    (work / "MODEL_CARD.md").write_text(_card(kind, backbone, facts, tensors), encoding="utf-8")
+    (work / "MODEL_CARD.md").write_text(model_card(kind, facts, plan, _class_of(backbone), tensors), encoding="utf-8")
     if facts.evaluation is not None:
         _dump(work / "evaluation.json", facts.evaluation)
     source = Path(portable.__file__).parent
@@ -246,25 +212,25 @@ def _check(work: Path, kind: str, backbone: Backbone) -> None:
     backbone.net.eval().cpu()
     try:
         with torch.no_grad():
-            there = x_BCDHW.to(parameter.dtype)
+            x_native = x_BCDHW.to(parameter.dtype)
             if kind == "segmenter":
-                pairs = [(backbone.logits(there), predictor.forward(x_BCDHW))]
+                pairs = [(backbone.logits(x_native), predictor.forward(x_BCDHW))]
             else:
                 modules = [entry["module"] for entry in predictor.architecture["levels"]]
-                named = [i for i, module in enumerate(modules) if module]
-                maps = backbone.features(there)
-                found = portable_network.feature_maps(
-                    predictor.network, predictor.dims, [modules[i] for i in named], x_BCDHW
+                module_levels = [i for i, module in enumerate(modules) if module]
+                maps = backbone.features(x_native)
+                portable_maps = portable_network.feature_maps(
+                    predictor.network, predictor.dims, [modules[i] for i in module_levels], x_BCDHW
                 )
-                pairs = [(maps[i], f) for i, f in zip(named, found, strict=True)]
+                pairs = [(maps[i], f) for i, f in zip(module_levels, portable_maps, strict=True)]
     finally:
         backbone.net.to(device).train(training)
-    for wanted, got in pairs:
-        if not torch.allclose(wanted.float(), got, rtol=1e-3, atol=1e-4):
+    for expected, actual in pairs:
+        if not torch.allclose(expected.float(), actual, rtol=1e-3, atol=1e-4):
             raise ConfigError(
                 f"backbone {backbone.name!r}",
                 expected="a network that its stock class computes alike",
-                found=f"a difference of {float((wanted.float() - got).abs().max()):.2g}",
+                found=f"a difference of {float((expected.float() - actual).abs().max()):.2g}",
             )
 
 
@@ -294,9 +260,9 @@ def _stock_arguments(backbone: Backbone) -> dict[str, Any]:
 
 def _ports(backbone: Backbone) -> tuple[int, int]:
     """Channels in and out; 1 and 0 where the arguments do not say."""
-    given = {**_stock_arguments(backbone), **backbone.arguments}
-    inputs = given.get("in_channels", given.get("input_channels", 1))
-    return int(inputs), int(given.get("out_channels", given.get("num_classes", 0)))
+    arguments = {**_stock_arguments(backbone), **backbone.arguments}
+    inputs = arguments.get("in_channels", arguments.get("input_channels", 1))
+    return int(inputs), int(arguments.get("out_channels", arguments.get("num_classes", 0)))
 
 
 def _level_modules(backbone: Backbone) -> list[str]:
@@ -322,68 +288,12 @@ def _level_modules(backbone: Backbone) -> list[str]:
         backbone.net.train(training)
         for handle in handles:
             handle.remove()
-    found = []
+    names = []
     for level in maps:
         same = [n for n, o in outputs.items() if o.data_ptr() == level.data_ptr() and o.numel() == level.numel()]
-        found.append(min(same, key=lambda n: (n.count("."), n)) if same else "")
-    return found
+        names.append(min(same, key=lambda n: (n.count("."), n)) if same else "")
+    return names
 
 
 def _dump(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _card(kind: str, backbone: Backbone, facts: BundleFacts, tensors: Mapping[str, Tensor]) -> str:
-    count = sum(t.numel() for t in tensors.values())
-    verb = "mask" if kind == "segmenter" else "features"
-    class_ = _class_of(backbone)
-    needed = ", ".join(portable_network.PACKAGES[class_])
-    spacing = "each volume's own" if facts.spacing_mm is None else f"resampled to {facts.spacing_mm} mm (D, H, W)"
-    lines = [
-        f"# {facts.name}",
-        "",
-        f"A {kind} for 3-D medical volumes: `{class_}`, {len(tensors)} tensors, {count:,} values.",
-        "",
-        "## Use",
-        "",
-        f"From a registry, with mlflow, torch, {needed} installed and nothing else:",
-        "",
-        "```python",
-        "import mlflow",
-        f'{verb} = mlflow.pyfunc.load_model("models:/{facts.name}@candidate").predict("volume.nii.gz")',
-        "```",
-        "",
-    ]
-    if kind == "segmenter":
-        lines += [
-            f"From this directory, with torch, {needed} installed:",
-            "",
-            "```bash",
-            f"python -m {CODE} . volume.nii.gz mask.nii.gz",
-            "```",
-            "",
-        ]
-    lines += [
-        "## Input",
-        "",
-        f"- channels: {_ports(backbone)[0]}; axes are brought to RAS+ and back",
-        f"- spacing: {spacing}",
-        f"- intensity policy: {facts.intensity.kind}",
-        f"- window: {facts.patch_DHW} voxels (D, H, W)",
-        "",
-    ]
-    if facts.labels:
-        lines += ["## Labels", "", *(f"- {value}: {name}" for value, name in facts.labels), ""]
-    if facts.metrics:
-        lines += ["## Figures", "", *(f"- {key}: {value:.4g}" for key, value in facts.metrics.items()), ""]
-    if facts.lineage:
-        lines += ["## Lineage", "", *(f"- {key}: `{value}`" for key, value in facts.lineage.items()), ""]
-    lines += [
-        "## Limits",
-        "",
-        "Made for research. Not a medical device; not validated for clinical use. Expect it to fail on scanners,",
-        "sequences and anatomy that differ from its training data.",
-        *(f"{note}" for note in facts.notes),
-        "",
-    ]
-    return "\n".join(lines)

@@ -60,13 +60,13 @@ def parse(kind: type[C], data: dict[str, Any], name: str = "config") -> C:
         path = ".".join(str(p) for p in first["loc"])
         thing = f"{name}: {path}" if path else name
         if first["type"] == "extra_forbidden":
-            known = {place.rpartition(".")[2]: place for place in _places(kind) if place != path}
-            near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+            places = {place.rpartition(".")[2]: place for place in _places(kind) if place != path}
+            near = difflib.get_close_matches(str(first["loc"][-1]), places, n=1)
             # A right name in the wrong group is said with its group.
-            meant = known[near[0]] if near and near[0] == first["loc"][-1] else next(iter(near), "")
+            meant = places[near[0]] if near and near[0] == first["loc"][-1] else next(iter(near), "")
             hint = f"did you mean {meant!r}?" if meant else "remove it; `tomoscale plan KIND CONFIG` prints every key"
-            found = f"unknown key {first['loc'][-1]!r}"
-            raise ConfigError(thing, expected="a known key", found=found, remedy=hint) from error
+            key = f"unknown key {first['loc'][-1]!r}"
+            raise ConfigError(thing, expected="a known key", found=key, remedy=hint) from error
         if first["type"] == "missing":
             remedy = "set it in the file or as key=value"
             raise ConfigError(thing, expected="a value", found="none", remedy=remedy) from error

@@ -14,7 +14,8 @@ from torch import Tensor
 from jobs.configs import FinetuneJobConfig, PretrainConfig
 from jobs.tracking import models as registry
 from jobs.tracking.runs import Point
-from ssl_core.bundle import BundleFacts, stored_spacing, write_bundle
+from ssl_core.bundle import stored_spacing, write_bundle
+from ssl_core.bundle_card import BundleFacts
 from ssl_core.config import digest
 from ssl_core.downstream.finetune import TrainedSegmenter
 from ssl_core.downstream.scores import CaseScore

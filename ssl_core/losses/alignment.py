@@ -46,8 +46,8 @@ def windowed_alignment(
     size = a_BEDHW.shape[2:]
     sides = [min(window, n) for n in size]
     valid = [
-        torch.ones_like(x[:, :1], dtype=torch.bool) if given is None else given[:, None]
-        for x, given in ((a_BEDHW, valid_a_BDHW), (b_BEDHW, valid_b_BDHW))
+        torch.ones_like(x[:, :1], dtype=torch.bool) if mask is None else mask[:, None]
+        for x, mask in ((a_BEDHW, valid_a_BDHW), (b_BEDHW, valid_b_BDHW))
     ]
     total = a_BEDHW.new_zeros(len(a_BEDHW), dtype=unit(a_BEDHW[:1, :1], 1).dtype)
     count = torch.zeros_like(total)

@@ -53,20 +53,20 @@ def probe(engine: Engine, views: ViewBatch) -> dict[str, float]:
     """
     method: nn.Module = engine.method
     encoder: Backbone = method.encoder()  # type: ignore[operator]
-    shown = [view for role in views.roles.values() for view in role]
+    all_views = [view for role in views.roles.values() for view in role]
     with evaluation(method), torch.autocast(engine.device.type, torch.bfloat16, enabled=engine.precision == "bf16"):
         upto = deepest_trained(encoder)
-        maps = [encoder.features(view.image_BCDHW, upto) for view in shown[:2]]
+        maps = [encoder.features(view.image_BCDHW, upto) for view in all_views[:2]]
     vectors_NC = thin(vectors(maps[0][-1]))
-    found = {
+    figures = {
         "probe/feature_std": feature_std(vectors_NC),
         "probe/effective_rank": effective_rank(vectors_NC),
         "probe/uniformity": uniformity(vectors_NC),
     }
-    local = torch.stack([value.double() for value in found.values()])
-    means = dict(zip(found, engine.collectives.mean(local).tolist(), strict=True))
+    local = torch.stack([value.double() for value in figures.values()])
+    means = dict(zip(figures, engine.collectives.mean(local).tolist(), strict=True))
     if len(maps) == 2:
-        matched = _matched(encoder, maps[0], maps[1], shown, views.shape_B3)
+        matched = _matched(encoder, maps[0], maps[1], all_views, views.shape_B3)
         distance, points, cosine, pairs = engine.collectives.sum(matched).tolist()
         if points:
             means["probe/alignment"] = distance / points
@@ -171,7 +171,7 @@ def evaluation(method: nn.Module) -> Iterator[None]:
 
 
 def _matched(
-    encoder: Backbone, maps_a: list[Tensor], maps_b: list[Tensor], shown: list[View], shape_B3: Tensor
+    encoder: Backbone, maps_a: list[Tensor], maps_b: list[Tensor], all_views: list[View], shape_B3: Tensor
 ) -> Tensor:
     """(4,): sum of squared distances over matched points of two views and their number, of cosines over the other
     pairs and theirs.
@@ -179,7 +179,7 @@ def _matched(
     sides = [min(*a.shape[2:], *b.shape[2:]) for a, b in zip(maps_a, maps_b, strict=True)]
     index = max((i for i, side in enumerate(sides) if side >= _LEAST_SIDE), default=0)
     depth, height, width = maps_a[index].shape[2:]
-    a_BM3, b_BM3, valid_BM = shared_points(shown[0], shown[1], (depth, height, width), shape_B3)
+    a_BM3, b_BM3, valid_BM = shared_points(all_views[0], all_views[1], (depth, height, width), shape_B3)
     a_BMC, inside_a = sample_features(maps_a[index], encoder.levels[index], a_BM3)
     b_BMC, inside_b = sample_features(maps_b[index], encoder.levels[index], b_BM3)
     keep_BM = valid_BM & inside_a & inside_b

@@ -25,23 +25,23 @@ class Labelled:
     Attributes:
         image_BCDHW: Normalised intensities, on the engine's device, in its dtype.
         label_BDHW: Integer classes; 0 is background.
-        known: The first so many crops lend their labels, the others are asked.
+        bank_crops: The first so many crops lend their labels; the others are the queries.
     """
 
     image_BCDHW: Tensor
     label_BDHW: Tensor
-    known: int
+    bank_crops: int
 
 
 def knn_dice(engine: Engine, labelled: Labelled, *, k: int = 5, voxels: int = 1024) -> float:
-    """Dice of the asked crops' labels as the k nearest features of the known crops say them; a collective call.
+    """Dice of the query crops' labels as the k nearest features of the bank crops say them; a collective call.
 
     Each crop is looked at on an even grid of at most `voxels` places. A place's feature is the concatenation of the
-    encoder levels that are trained, each of unit length. Asked crops are shared out over the ranks.
+    encoder levels that are trained, each of unit length. Query crops are shared out over the ranks.
 
     Returns:
-        Mean over the foreground classes in the asked crops of 2 |A and B| / (|A| + |B|), places of all crops together;
-        the same on all ranks. Not a number where the asked crops have no foreground.
+        Mean over the foreground classes in the query crops of 2 |A and B| / (|A| + |B|), places of all crops together;
+        the same on all ranks. Not a number where the query crops have no foreground.
     """
     rank, world = engine.collectives.rank, engine.collectives.world
     values, label_BDHW = labelled.label_BDHW.unique(return_inverse=True)
@@ -58,13 +58,13 @@ def knn_dice(engine: Engine, labelled: Labelled, *, k: int = 5, voxels: int = 10
                 maps = encoder.features(labelled.image_BCDHW[index : index + 1], upto)
             return _places(encoder, maps, label_BDHW[index], voxels)
 
-        bank = [look(index) for index in range(labelled.known)]
+        bank = [look(index) for index in range(labelled.bank_crops)]
         bank_NC, bank_N = torch.cat([f for f, _ in bank]), torch.cat([labels for _, labels in bank])
-        for index in range(labelled.known + rank, len(label_BDHW), world):
+        for index in range(labelled.bank_crops + rank, len(label_BDHW), world):
             query_MC, truth_M = look(index)
             guess_M = nearest_labels(bank_NC, bank_N, query_MC, classes, k)
-            for row, chosen_M in enumerate((truth_M[truth_M == guess_M], truth_M, guess_M)):
-                counts_3K[row] += torch.bincount(chosen_M, minlength=classes)
+            for row, labels_M in enumerate((truth_M[truth_M == guess_M], truth_M, guess_M)):
+                counts_3K[row] += torch.bincount(labels_M, minlength=classes)
     both_K, truth_K, guess_K = engine.collectives.sum(counts_3K)[:, 1:].cpu()
     present_K = truth_K > 0
     if not bool(present_K.any()):

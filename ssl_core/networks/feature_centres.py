@@ -27,12 +27,12 @@ PROBES = 4  # random mixtures of channels for each network
 
 def offsets(name: str, architecture: Architecture, arguments: dict[str, Any]) -> tuple[tuple[float, ...], ...]:
     """Offsets of all levels along the network's axes: known ones from its geometry, the others measured once."""
-    known = [g.offset for g in architecture.geometry(arguments)]
-    if all(o is not None for o in known):
-        return tuple(o for o in known if o is not None)
+    exact = [g.offset for g in architecture.geometry(arguments)]
+    if all(o is not None for o in exact):
+        return tuple(o for o in exact if o is not None)
     slim = json.dumps(architecture.slim(arguments), sort_keys=True)
     measured = _cached(name, architecture, slim)
-    return tuple(m if o is None else o for o, m in zip(known, measured, strict=True))
+    return tuple(m if o is None else o for o, m in zip(exact, measured, strict=True))
 
 
 @functools.lru_cache(maxsize=64)
@@ -40,8 +40,8 @@ def _cached(name: str, architecture: Architecture, arguments: str) -> tuple[tupl
     strides = [g.stride for g in architecture.geometry(json.loads(arguments))]
     if any(len(set(stride)) > 1 for stride in strides):
         return measure(architecture, json.loads(arguments))
-    found = measure(architecture, json.loads(arguments), axes=[0])
-    return tuple(row * len(strides[0]) for row in found)
+    offsets_of_d = measure(architecture, json.loads(arguments), axes=[0])
+    return tuple(row * len(strides[0]) for row in offsets_of_d)
 
 
 def measure(
@@ -56,13 +56,13 @@ def measure(
         axes: Axes to measure; all when `None`. The result has these only.
     """
     strides = [g.stride for g in architecture.geometry(arguments)]
-    chosen = list(range(len(strides[0])) if axes is None else axes)
-    total = torch.zeros(len(strides), len(chosen), dtype=torch.float64)
+    measured_axes = list(range(len(strides[0])) if axes is None else axes)
+    total = torch.zeros(len(strides), len(measured_axes), dtype=torch.float64)
     for seed in range(seeds):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             net = _local(architecture.make(**arguments).eval())
-            for column, axis in enumerate(chosen):
+            for column, axis in enumerate(measured_axes):
                 for level in range(len(strides)):
                     total[level, column] += _along(architecture, net, arguments, strides, axis, level)
     return tuple(tuple(float(x) for x in row) for row in total / seeds)
@@ -89,20 +89,20 @@ def _along(
             parameter.data = parameter.data.flip(axis + 2)
     edges = torch.arange(size[axis], dtype=torch.float64) + 0.5
     mixtures: Tensor | None = None
-    found = 0.0
+    offset = 0.0
     for twin, start in ((net, x), (mirrored, x.flip(axis + 2))):
-        seen = start.clone().requires_grad_()
-        m = architecture.encode(twin, seen, level)[level]
+        image = start.clone().requires_grad_()
+        m = architecture.encode(twin, image, level)[level]
         mixtures = torch.randn(PROBES, m.shape[1]) if mixtures is None else mixtures
         middle = [n // 2 for n in m.shape[2:]]
         weight = torch.zeros_like(start, dtype=torch.float64)
         for mixture in mixtures:
             feature = m[0].permute(*range(1, m.dim() - 1), 0)[tuple(middle)] @ mixture
-            weight += torch.autograd.grad(feature, seen, retain_graph=True)[0].double().square()
+            weight += torch.autograd.grad(feature, image, retain_graph=True)[0].double().square()
         profile = weight.sum([d for d in range(x.dim()) if d != axis + 2])
         centre = float((profile * edges).sum() / profile.sum())
-        found += (centre - stride[axis] * middle[axis]) / 2
-    return found
+        offset += (centre - stride[axis] * middle[axis]) / 2
+    return offset
 
 
 class _FixedNorm(nn.Module):

@@ -41,7 +41,7 @@ def cumulative(steps: Sequence[tuple[tuple[int, ...], tuple[float, ...] | None]]
     """
     stride: tuple[int, ...] = (1,) * len(steps[0][0])
     offset: tuple[float, ...] | None = (0.5,) * len(stride)
-    found = []
+    layers = []
     for step, centre in steps:
         if offset is not None and centre is not None:
             # Feature j of the layer before has edge coordinate j + 0.5 there and stride * j + offset in the input.
@@ -49,8 +49,8 @@ def cumulative(steps: Sequence[tuple[tuple[int, ...], tuple[float, ...] | None]]
         else:
             offset = None
         stride = tuple(a * b for a, b in zip(stride, step, strict=True))
-        found.append(Geometry(stride, offset))
-    return found
+        layers.append(Geometry(stride, offset))
+    return layers
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ class Pyramid(nn.Module):
     def decode(self, features: list[Tensor], skips: bool = True) -> list[Tensor]:
         """See `Backbone.decode`."""
         depth = features[0].shape[2]
-        kept = features if skips else [torch.zeros_like(f) for f in features[:-1]] + features[-1:]
-        maps = self._architecture.decode(self.net, [self._fold(f) for f in kept])
+        inputs = features if skips else [torch.zeros_like(f) for f in features[:-1]] + features[-1:]
+        maps = self._architecture.decode(self.net, [self._fold(f) for f in inputs])
         return [self._unfold(f, depth) for f in maps]
 
     def logits(self, x_BCDHW: Tensor) -> Tensor:

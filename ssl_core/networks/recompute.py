@@ -26,11 +26,11 @@ class _Recomputed:
     def __init__(self, block: nn.Module) -> None:
         self.block = block
 
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
         forward = type(self.block).forward
         if not torch.is_grad_enabled():
-            return forward(self.block, *inputs, **named)
-        return checkpoint(forward, self.block, *inputs, use_reentrant=False, **named)
+            return forward(self.block, *inputs, **keywords)
+        return checkpoint(forward, self.block, *inputs, use_reentrant=False, **keywords)
 
 
 def enable(module: nn.Module) -> int:
@@ -39,8 +39,8 @@ def enable(module: nn.Module) -> int:
     Raises:
         ConfigError: there is none, or one holds batch norm, whose running statistics would count every batch twice.
     """
-    found = _blocks(module)
-    for block in found:
+    blocks = _blocks(module)
+    for block in blocks:
         if any(isinstance(part, GlobalBatchNorm | nn.modules.batchnorm._BatchNorm) for part in block.modules()):
             raise ConfigError(
                 "activation_checkpointing",
@@ -49,23 +49,23 @@ def enable(module: nn.Module) -> int:
                 remedy="use instance or group norm, or switch it off",
             )
         block.forward = _Recomputed(block)
-    if not found:
+    if not blocks:
         raise ConfigError(
             "activation_checkpointing", expected="a network with blocks of " + ", ".join(sorted(BLOCKS)), found="none"
         )
-    return len(found)
+    return len(blocks)
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
-    seen: dict[int, nn.Module] = {}
+    blocks: dict[int, nn.Module] = {}
 
     def walk(part: nn.Module) -> None:
         if type(part).__name__ in BLOCKS:
             if any(parameter.requires_grad for parameter in part.parameters()):
-                seen[id(part)] = part  # a stock decoder may register its encoder a second time
+                blocks[id(part)] = part  # a stock decoder may register its encoder a second time
             return
         for child in part.children():
             walk(child)
 
     walk(module)
-    return list(seen.values())
+    return list(blocks.values())

@@ -32,7 +32,7 @@ def architecture(name: str) -> Architecture:
         raise ConfigError(f"backbone {name!r}", expected="one of " + ", ".join(backbone_names()), found=repr(name))
     module, attribute, extra = _WHERE[name]
     try:
-        found: Architecture = getattr(importlib.import_module(f"ssl_core.networks.{module}"), attribute)
+        kind: Architecture = getattr(importlib.import_module(f"ssl_core.networks.{module}"), attribute)
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"backbone {name!r}",
@@ -40,7 +40,7 @@ def architecture(name: str) -> Architecture:
             found=str(error),
             remedy=f"pip install 'tomoscale[{extra}]'",
         ) from error
-    return found
+    return kind
 
 
 def build(name: str, **arguments: Any) -> Pyramid:

@@ -74,12 +74,12 @@ def _geometry(arguments: dict[str, Any]) -> list[Geometry]:
         stride = (int(value),) * dims if isinstance(value, int) else tuple(value)
         # A strided block adds a strided convolution, centred at 0.5, to an average pool, centred in its cell.
         steps.append((stride, (0.5,) * dims if max(stride) == 1 else None))
-    found = cumulative(steps)
+    geometry = cumulative(steps)
     for preset, centres in _CENTRES.items():
         same = ("n_blocks_per_stage", "strides", "kernel_sizes", "spatial_dims")
         if all(_plain(full[key]) == _plain(_full({"preset": preset})[key]) for key in same):
-            return [Geometry(g.stride, (c,) * dims) for g, c in zip(found, centres, strict=True)]
-    return found
+            return [Geometry(g.stride, (c,) * dims) for g, c in zip(geometry, centres, strict=True)]
+    return geometry
 
 
 def _plain(value: Any) -> Any:

@@ -37,7 +37,7 @@ class LoadReport:
 
     def __str__(self) -> str:
         """Counts, with names of all that does not match."""
-        shapes = [f"{name} ({want} wanted, {found} found)" for name, want, found in self.mismatched]
+        shapes = [f"{name} ({own} wanted, {other} found)" for name, own, other in self.mismatched]
         parts = [
             f"{len(names)} {what}: {_some(names)}"
             for what, names in (
@@ -53,14 +53,14 @@ class LoadReport:
 def compare(net: nn.Module, state: Mapping[str, Tensor], keys: Iterable[str] | None = None) -> LoadReport:
     """Names and shapes of `state` against `net.state_dict()`, or against its entries `keys`."""
     own = net.state_dict()
-    wanted = list(own) if keys is None else list(keys)
+    required = list(own) if keys is None else list(keys)
     return LoadReport(
-        matched=tuple(k for k in wanted if k in own and k in state and own[k].shape == state[k].shape),
-        missing=tuple(k for k in wanted if k not in state or k not in own),
-        unexpected=tuple(k for k in state if k not in set(wanted)),
+        matched=tuple(k for k in required if k in own and k in state and own[k].shape == state[k].shape),
+        missing=tuple(k for k in required if k not in state or k not in own),
+        unexpected=tuple(k for k in state if k not in set(required)),
         mismatched=tuple(
             (k, tuple(own[k].shape), tuple(state[k].shape))
-            for k in wanted
+            for k in required
             if k in own and k in state and own[k].shape != state[k].shape
         ),
     )
@@ -81,10 +81,10 @@ def load_exact(net: nn.Module, state: Mapping[str, Tensor], keys: Iterable[str] 
     """
     report = compare(net, state, keys)
     if not report.complete:
-        wanted = len(report.matched) + len(report.missing) + len(report.mismatched)
+        count = len(report.matched) + len(report.missing) + len(report.mismatched)
         raise WeightsError(
             f"weights for {type(net).__name__}",
-            expected=f"all {wanted} names and shapes of the network and no others",
+            expected=f"all {count} names and shapes of the network and no others",
             found=str(report),
             remedy="build the network with the arguments that the weights were trained with",
         )

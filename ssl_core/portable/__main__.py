@@ -14,13 +14,13 @@ def main() -> int:
     parser.add_argument("input")
     parser.add_argument("output")
     parser.add_argument("--device", default=None)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     try:
-        mask = Predictor(given.bundle, given.device).predict_file(given.input, given.output)
+        mask = Predictor(arguments.bundle, arguments.device).predict_file(arguments.input, arguments.output)
     except TomoscaleError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"{given.output}: {mask.shape}, {int((mask != 0).sum())} voxels labelled")
+    print(f"{arguments.output}: {mask.shape}, {int((mask != 0).sum())} voxels labelled")
     return 0
 
 

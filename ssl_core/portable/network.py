@@ -68,17 +68,17 @@ def load(name: str, network: nn.Module, weights: dict[str, Tensor], keys: list[s
         RefusedInput: a name missing or left over, another shape or another dtype.
     """
     state = network.state_dict()
-    wanted = set(state if keys is None else keys)
-    wrong = sorted(wanted ^ set(weights)) + sorted(wanted - set(state))
+    required = set(state if keys is None else keys)
+    wrong = sorted(required ^ set(weights)) + sorted(required - set(state))
     wrong += sorted(
         key
-        for key in wanted & set(weights) & set(state)
+        for key in required & set(weights) & set(state)
         if (weights[key].shape, weights[key].dtype) != (state[key].shape, state[key].dtype)
     )
     if wrong:
         raise RefusedInput(
             name,
-            expected=f"{len(wanted)} tensors of the stock network, by name, shape and dtype",
+            expected=f"{len(required)} tensors of the stock network, by name, shape and dtype",
             found=f"{len(wrong)} that do not match: " + ", ".join(wrong[:5]),
             remedy="the bundle is damaged or of another version; pull it again",
         )

@@ -77,9 +77,9 @@ def read_nifti(path: str | os.PathLike[str]) -> Nifti:
     shape = _shape(name, header)
     code = int(header["datatype"])
     if code not in _CODES:
-        found = _REFUSED.get(code, f"datatype code {code}")
+        kind = _REFUSED.get(code, f"datatype code {code}")
         raise RefusedInput(
-            name, expected="integer or real voxels", found=found, remedy="convert the file to a scalar type"
+            name, expected="integer or real voxels", found=kind, remedy="convert the file to a scalar type"
         )
     dtype = np.dtype(order + _CODES[code])
     offset = int(header["vox_offset"])

@@ -116,8 +116,8 @@ class Predictor:
         def one_level(x_BCDHW: Tensor) -> Tensor:
             return feature_maps(self.network, self.dims, [entry["module"]], x_BCDHW)[0]
 
-        found = slide_features(one_level, image, air, self.plan.patch_DHW, stride_DHW=stride, device=self.device)
-        return found.numpy()
+        features = slide_features(one_level, image, air, self.plan.patch_DHW, stride_DHW=stride, device=self.device)
+        return features.numpy()
 
     def segment(
         self,
@@ -175,9 +175,9 @@ def check_bundle(root: Path) -> dict[str, Any]:
     listed = dict(card["files"])
     for name, digest in listed.items():
         path = root / name
-        found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
-        if found != digest:
-            raise RefusedInput(str(path), expected=f"SHA-256 {digest}", found=found, remedy="pull the bundle again")
+        actual = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
+        if actual != digest:
+            raise RefusedInput(str(path), expected=f"SHA-256 {digest}", found=actual, remedy="pull the bundle again")
     needed = {"weights.safetensors", "architecture.json", "preprocess.json"}
     if not needed <= set(listed):
         raise RefusedInput(

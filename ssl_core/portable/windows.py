@@ -116,13 +116,13 @@ def slide_features(
         for corner in product(*starts):
             box = tuple(slice(c, c + k) for c, k in zip(corner, steps, strict=True))
             voxels = tuple(slice(c * s, c * s + w) for c, s, w in zip(corner, stride_DHW, window_DHW, strict=True))
-            found = features(torch.from_numpy(larger[(slice(None), *voxels)])[None].to(device))[0].float().cpu()
+            maps = features(torch.from_numpy(larger[(slice(None), *voxels)])[None].to(device))[0].float().cpu()
             if total.numel() == 0:
-                total = torch.zeros(found.shape[0], *grid)
-            total[(slice(None), *box)] += found * weight
+                total = torch.zeros(maps.shape[0], *grid)
+            total[(slice(None), *box)] += maps * weight
             norm[box] += weight
-    kept = tuple(slice(0, -(-n // s)) for n, s in zip(shape, stride_DHW, strict=True))
-    return (total / norm)[(slice(None), *kept)]
+    inside = tuple(slice(0, -(-n // s)) for n, s in zip(shape, stride_DHW, strict=True))
+    return (total / norm)[(slice(None), *inside)]
 
 
 def _starts(cells: int, window: int) -> Iterator[int]:

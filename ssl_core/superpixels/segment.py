@@ -46,10 +46,10 @@ def superpixels(
     Raises:
         RefusedInput: the image is not three-dimensional, not floating, or leaves [0, 1].
     """
-    found = f"{image_DHW.dtype} of shape {image_DHW.shape}"
+    description = f"{image_DHW.dtype} of shape {image_DHW.shape}"
     if image_DHW.ndim != 3 or image_DHW.dtype.kind != "f":
         # Integers would be rescaled by the range of their type, which gives other regions altogether.
-        raise RefusedInput("image for super-pixels", expected="floats with axes D, H, W", found=found)
+        raise RefusedInput("image for super-pixels", expected="floats with axes D, H, W", found=description)
     low, high = float(image_DHW.min()), float(image_DHW.max())
     if not (low >= 0 and high <= 1):
         raise RefusedInput(
@@ -114,9 +114,9 @@ def felzenszwalb_nd(image: F64, scale: float, sigma: float, min_size: int) -> I3
     # One weight for each voxel and step, so that an edge is known by its place; what leaves the image comes last.
     weight = np.full((len(steps), *image.shape), np.inf)
     for row, step in zip(weight, steps, strict=True):
-        here = tuple(slice(max(0, -s), n - max(0, s)) for s, n in zip(step, image.shape, strict=True))
-        there = tuple(slice(max(0, s), n - max(0, -s)) for s, n in zip(step, image.shape, strict=True))
-        row[here] = np.abs(smooth[here] - smooth[there])
+        source = tuple(slice(max(0, -s), n - max(0, s)) for s, n in zip(step, image.shape, strict=True))
+        target = tuple(slice(max(0, s), n - max(0, -s)) for s, n in zip(step, image.shape, strict=True))
+        row[source] = np.abs(smooth[source] - smooth[target])
     flat = weight.reshape(-1)
     order = np.argsort(flat, kind="stable")[: int(np.isfinite(flat).sum())]
     strides = np.cumprod([1, *image.shape[:0:-1]])[::-1]

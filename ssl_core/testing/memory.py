@@ -20,10 +20,10 @@ def peak_of(work: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         work()
-    held = most = 0
+    current = most = 0
     results = record.profiler.kineto_results if record.profiler is not None else None
     events = [] if results is None else [e for e in results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
+        current += event.nbytes()
+        most = max(most, current)
     return most

@@ -52,9 +52,9 @@ class OnDevice(Tensor):
 
     @staticmethod
     def __new__(cls, host: Tensor) -> "OnDevice":  # noqa: D102
-        made: OnDevice = Tensor._make_wrapper_subclass(cls, host.size(), strides=host.stride(), dtype=host.dtype)
-        made.host = host
-        return made
+        tensor: OnDevice = Tensor._make_wrapper_subclass(cls, host.size(), strides=host.stride(), dtype=host.dtype)
+        tensor.host = host
+        return tensor
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -113,8 +113,8 @@ class Wait:
 
 
 @dataclass
-class Seen:
-    """What has been seen so far.
+class Record:
+    """What happened on the device so far.
 
     Attributes:
         waits: In their order.
@@ -133,10 +133,10 @@ class _Generator(torch.Generator):
     on_device: ClassVar[set[int]] = set()
 
     def __new__(cls, device: Any = "cpu") -> "_Generator":
-        made = super().__new__(cls, "cpu")  # type: ignore[call-arg]
+        generator = super().__new__(cls, "cpu")  # type: ignore[call-arg]
         where = cls.on_device.add if torch.device(device).type == DEVICE.type else cls.on_device.discard
-        where(made._cdata)  # type: ignore[attr-defined]
-        return made
+        where(generator._cdata)  # type: ignore[attr-defined]
+        return generator
 
 
 class _Autocast(torch.autocast):
@@ -147,21 +147,21 @@ class _Autocast(torch.autocast):
 
 
 class _Event:
-    def __init__(self, seen: Seen) -> None:
-        seen.events += 1
-        self.seen, self.number = seen, seen.events
+    def __init__(self, record: Record) -> None:
+        record.events += 1
+        self.record, self.number = record, record.events
 
     def synchronize(self) -> None:
-        if self.number == self.seen.events:  # nothing was launched after it: the device stands still meanwhile
-            self.seen.waits.append(Wait("the newest event", _where()))
+        if self.number == self.record.events:  # nothing was launched after it: the device stands still meanwhile
+            self.record.waits.append(Wait("the newest event", _where()))
 
 
 class _Stream:
-    def __init__(self, seen: Seen) -> None:
-        self.seen = seen
+    def __init__(self, record: Record) -> None:
+        self.record = record
 
     def record_event(self) -> _Event:
-        return _Event(self.seen)
+        return _Event(self.record)
 
 
 class _Calls(TorchFunctionMode):
@@ -183,9 +183,9 @@ class _Mode(TorchDispatchMode):
     leaving = False  # a copy to the CPU was asked for
     inside = False  # an op on tensors of the device is under way
 
-    def __init__(self, seen: Seen) -> None:
+    def __init__(self, record: Record) -> None:
         super().__init__()
-        self.seen = seen
+        self.record = record
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -202,41 +202,41 @@ class _Mode(TorchDispatchMode):
         if name == "_pin_memory":
             return _pin(args[0].clone())
         tensors = _tensors((args, kwargs))
-        ours = [x for x in tensors if isinstance(x, OnDevice)]
+        on_device = [x for x in tensors if isinstance(x, OnDevice)]
         device, pin = kwargs.get("device"), kwargs.pop("pin_memory", False)
-        there = bool(ours) if device is None else device.type == DEVICE.type
+        to_device = bool(on_device) if device is None else device.type == DEVICE.type
         if device is not None:
-            by_core = bool(ours) or (self.inside and not tensors)
-            there = there or (device.type == "cpu" and by_core and not self.leaving)
-            kwargs["device"] = torch.device("cpu") if there else device
+            by_core = bool(on_device) or (self.inside and not tensors)
+            to_device = to_device or (device.type == "cpu" and by_core and not self.leaving)
+            kwargs["device"] = torch.device("cpu") if to_device else device
         if name in ("copy_", "_to_copy"):
-            there = self._copies(name, args, kwargs, there)
-        elif ours:
+            to_device = self._copies(name, args, kwargs, to_device)
+        elif on_device:
             self._checks(func, name, args, kwargs, tensors)
         generator = kwargs.get("generator")
-        if generator is not None and (generator._cdata in _Generator.on_device) != there:
+        if generator is not None and (generator._cdata in _Generator.on_device) != to_device:
             raise RuntimeError(f"{name}: a generator and a tensor on different devices")
-        known = {id(x.host if isinstance(x, OnDevice) else x): x for x in tensors}
+        by_host = {id(x.host if isinstance(x, OnDevice) else x): x for x in tensors}
         plain_args, plain_kwargs = _map((args, kwargs), lambda x: x.host if isinstance(x, OnDevice) else x)
         out = func(*plain_args, **plain_kwargs)
         if pin:
             return _pin(out)
-        return _map(out, lambda x: known[id(x)] if id(x) in known else OnDevice(x) if there else x)
+        return _map(out, lambda x: by_host[id(x)] if id(x) in by_host else OnDevice(x) if to_device else x)
 
-    def _copies(self, name: str, args: Any, kwargs: Any, there: bool) -> bool:
+    def _copies(self, name: str, args: Any, kwargs: Any, to_device: bool) -> bool:
         """Notes a copy that the host waits for; whether its result is on the device."""
         source = args[1] if name == "copy_" else args[0]
-        there = isinstance(args[0], OnDevice) if name == "copy_" else there
-        if there == isinstance(source, OnDevice):
-            return there
+        to_device = isinstance(args[0], OnDevice) if name == "copy_" else to_device
+        if to_device == isinstance(source, OnDevice):
+            return to_device
         dtype = args[0].dtype if name == "copy_" else kwargs.get("dtype") or source.dtype
         free = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
-        host = source if there else args[0]
+        host = source if to_device else args[0]
         # Only bytes as they are go from or to pinned memory; all else passes through ordinary memory.
         queued = free and _pinned(host) and dtype == source.dtype and source.is_contiguous()
         if not queued:
-            self._wait("copy to the device" if there else "copy to the host")
-        return there
+            self._wait("copy to the device" if to_device else "copy to the host")
+        return to_device
 
     def _checks(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> None:
         indices = [x for x in args[1] if x is not None] if name in ("index", "index_put", "index_put_") else []
@@ -255,31 +255,31 @@ class _Mode(TorchDispatchMode):
             self._wait("boolean index" if masks else name)
         weighted = name == "bincount" and len(args) > 1
         if name in _UNORDERED or weighted or (name == "cumsum" and args[0].is_floating_point()):
-            self.seen.unordered.add(Wait(name, _where()))
+            self.record.unordered.add(Wait(name, _where()))
 
     def _wait(self, why: str) -> None:
-        self.seen.waits.append(Wait(why, _where()))
+        self.record.waits.append(Wait(why, _where()))
 
 
 @contextmanager
-def pretended_device() -> Iterator[Seen]:
+def pretended_device() -> Iterator[Record]:
     """`DEVICE` works inside, as far as this module says; tensors of it mean nothing outside."""
-    seen = Seen()
+    record = Record()
     lifts = torch._C._only_lift_cpu_tensors()
     overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
     strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     with (
         mock.patch.object(torch, "Generator", _Generator),
         mock.patch.object(torch, "autocast", _Autocast),
-        mock.patch.object(torch.cuda, "current_stream", return_value=_Stream(seen)),
+        mock.patch.object(torch.cuda, "current_stream", return_value=_Stream(record)),
         mock.patch.object(torch.cuda, "is_bf16_supported", return_value=True),
         mock.patch.object(torch.cuda, "_lazy_init"),
     ):
         try:
             torch._C._set_only_lift_cpu_tensors(True)  # or `torch.tensor(..., device=DEVICE)` wants a device
             torch.__future__.set_overwrite_module_params_on_conversion(True)
-            with _Mode(seen), _Calls():
-                yield seen
+            with _Mode(record), _Calls():
+                yield record
         finally:
             torch._C._set_only_lift_cpu_tensors(lifts)
             torch.__future__.set_overwrite_module_params_on_conversion(overwrites)
@@ -296,9 +296,9 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    _map(value, lambda x: found.append(x) or x)  # type: ignore[func-returns-value]
-    return found
+    tensors: list[Tensor] = []
+    _map(value, lambda x: tensors.append(x) or x)  # type: ignore[func-returns-value]
+    return tensors
 
 
 def _pin(tensor: Tensor) -> Tensor:

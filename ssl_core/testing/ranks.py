@@ -26,12 +26,12 @@ class Ranks:
         context = multiprocessing.get_context("spawn")
         self._pipes, self._processes = [], []
         for rank in range(world):
-            mine, theirs = context.Pipe()
+            parent_end, child_end = context.Pipe()
             file = str(Path(self._folder.name) / "store")
-            process = context.Process(target=_serve, args=(rank, world, file, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, world, file, child_end), daemon=True)
             process.start()
-            theirs.close()
-            self._pipes.append(mine)
+            child_end.close()
+            self._pipes.append(parent_end)
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:

@@ -60,8 +60,8 @@ def save(path: str | Path, state: Mapping[str, Any], meta: Mapping[str, Any]) ->
             shutil.rmtree(left)
         temporary.mkdir(parents=True)
         _write_text(temporary / _STATE, tree)
-        for group, named in tensors.items():
-            safetensors.torch.save_file(named, temporary / f"{group}.safetensors")
+        for group, group_tensors in tensors.items():
+            safetensors.torch.save_file(group_tensors, temporary / f"{group}.safetensors")
         files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(temporary.iterdir())}
         manifest = {"format": FORMAT, "version": VERSION, "meta": facts, "files": files}
         _write_text(temporary / _MANIFEST, {**manifest, "sha256": _own_digest(manifest)})
@@ -71,7 +71,7 @@ def save(path: str | Path, state: Mapping[str, Any], meta: Mapping[str, Any]) ->
         _put_in_place(temporary, path)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        need = sum(t.nbytes for named in tensors.values() for t in named.values())
+        need = sum(t.nbytes for group_tensors in tensors.values() for t in group_tensors.values())
         raise StoreError(
             f"checkpoint {path}",
             expected=f"room and permission to write {need / 2**20:.1f} MiB",
@@ -127,14 +127,14 @@ def require_same(meta: Mapping[str, Any], allow: bool = False, **identity: Any) 
     """
     other = [(k, meta.get(k), v) for k, v in identity.items() if meta.get(k) != v]
     if other and not allow:
-        name, found, expected = other[0]
+        name, recorded, expected = other[0]
         raise ConfigError(
             f"checkpoint's {name}",
             expected=f"{expected!r}, as in this run",
-            found=repr(found),
+            found=repr(recorded),
             remedy="start a new run under another name, or allow the change explicitly",
         )
-    return [f"{name}: checkpoint has {found!r}, this run has {expected!r}" for name, found, expected in other]
+    return [f"{name}: checkpoint has {recorded!r}, this run has {expected!r}" for name, recorded, expected in other]
 
 
 def _key(key: Any, prefix: str) -> str:
@@ -146,13 +146,13 @@ def _key(key: Any, prefix: str) -> str:
 def _describe(value: Any, name: str, group: str, tensors: dict[str, dict[str, Tensor]]) -> Any:
     """JSON for `value`; its tensors are put into `tensors[group]` under their full names."""
     if isinstance(value, Tensor):
-        named = tensors.setdefault(group, {})
+        group_tensors = tensors.setdefault(group, {})
         flat = value.detach().cpu().contiguous()
         # The format has no shared memory: a tied or sliced tensor is written out.
-        taken = {t.untyped_storage().data_ptr() for t in named.values()}
-        if flat.untyped_storage().nbytes() != flat.nbytes or flat.untyped_storage().data_ptr() in taken:
+        storages = {t.untyped_storage().data_ptr() for t in group_tensors.values()}
+        if flat.untyped_storage().nbytes() != flat.nbytes or flat.untyped_storage().data_ptr() in storages:
             flat = flat.clone()
-        named[name] = flat
+        group_tensors[name] = flat
         return {"$tensor": name, "in": group}
     if isinstance(value, Mapping):
         return {_key(k, f"{name}/"): _describe(v, f"{name}/{k}", group, tensors) for k, v in value.items()}
@@ -215,8 +215,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             remedy="update tomoscale to the version that wrote it",
         )
     if manifest.get("sha256") != _own_digest(manifest):
-        found = "another digest: it was edited or damaged"
-        raise CorruptChunk(f"{path / _MANIFEST}", expected="its own SHA-256", found=found, remedy=_RESTORE)
+        change = "another digest: it was edited or damaged"
+        raise CorruptChunk(f"{path / _MANIFEST}", expected="its own SHA-256", found=change, remedy=_RESTORE)
     return manifest
 
 
@@ -225,8 +225,8 @@ def _verify(file: Path, facts: Mapping[str, Any]) -> None:
         raise NotFound(f"checkpoint file {file}", expected=f"{facts['bytes']} bytes", found="no file", remedy=_RESTORE)
     size = file.stat().st_size
     if size != facts["bytes"]:
-        found = f"{size} bytes"
-        raise CorruptChunk(f"checkpoint file {file}", expected=f"{facts['bytes']} bytes", found=found, remedy=_RESTORE)
+        length = f"{size} bytes"
+        raise CorruptChunk(f"checkpoint file {file}", expected=f"{facts['bytes']} bytes", found=length, remedy=_RESTORE)
     digest = _sha256(file)
     if digest != facts["sha256"]:
         raise CorruptChunk(

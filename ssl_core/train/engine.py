@@ -136,8 +136,8 @@ class Engine:
                 parameter.data = parameter.data.contiguous(**layout)
         method.train()
         batch_norm.bind(method, self.collectives)
-        named = {n: p for n, p in method.named_parameters() if p.requires_grad}
-        if not named:
+        trainable = {n: p for n, p in method.named_parameters() if p.requires_grad}
+        if not trainable:
             raise ConfigError("method", expected="trainable parameters", found="none")
         self._statistics = [
             tensor
@@ -150,9 +150,9 @@ class Engine:
         # Steps whose verdict may still be on its way while the next one is launched.
         self._lag = 1 if self.device.type == "cuda" else 0
         self._pending: list[Verdict] = []
-        self._grads = FlatGradients(list(named.values()))
+        self._grads = FlatGradients(list(trainable.values()))
         self.optimizer = NamedOptimizer(
-            named, config.optimizer, betas=config.betas, momentum=config.momentum, fused=config.fused
+            trainable, config.optimizer, betas=config.betas, momentum=config.momentum, fused=config.fused
         )
         if config.activation_checkpointing:
             recompute.enable(method)
@@ -241,12 +241,12 @@ class Engine:
         Raises:
             ConfigError: another configuration, another method or other shapes.
         """
-        mine, theirs = self.config.digest(), state["engine"]["config_digest"]
-        if mine != theirs and not allow_change:
+        own_digest, state_digest = self.config.digest(), state["engine"]["config_digest"]
+        if own_digest != state_digest and not allow_change:
             raise ConfigError(
                 "checkpoint's engine settings",
-                expected=f"digest {mine}, as in this run",
-                found=theirs,
+                expected=f"digest {own_digest}, as in this run",
+                found=state_digest,
                 remedy="start a new run under another name, or allow the change explicitly",
             )
         own = self.method.state_dict()
@@ -293,8 +293,8 @@ class Engine:
         with torch.no_grad():
             for tensor in self.method.state_dict().values():
                 wide = tensor.long() if tensor.dtype == torch.bool else tensor
-                kept = wide if self.collectives.rank == 0 else torch.zeros_like(wide)
-                tensor.copy_(self.collectives.sum(kept))
+                share = wide if self.collectives.rank == 0 else torch.zeros_like(wide)
+                tensor.copy_(self.collectives.sum(share))
 
     def _average_statistics(self) -> None:
         """Average batch norms' running statistics, which each rank gathers from its own samples."""
@@ -346,13 +346,13 @@ def fit(
     source = iter(batches)
     began, waited, samples, steps = clock(), 0.0, 0, 0
     while engine.step_done < config.steps and not engine.stopping:
-        asked = clock()
+        request_time = clock()
         item = next(source, None)
         if item is None:
             raise TomoscaleError(
                 "batches", expected=f"{config.steps} steps of them", found=f"the end after step {engine.step_done}"
             )
-        views, wait = item if isinstance(item, tuple) else (item, clock() - asked)
+        views, wait = item if isinstance(item, tuple) else (item, clock() - request_time)
         metrics = engine.step(views, stop=stop is not None and stop())
         done = engine.step_done
         waited, samples, steps = waited + wait, samples + len(views), steps + 1
@@ -374,10 +374,10 @@ def fit(
     return engine.step_done
 
 
-def resolve_precision(wanted: str, device: torch.device) -> str:
+def resolve_precision(setting: str, device: torch.device) -> str:
     """`fp32`, `bf16` or `fp64`: what `auto` means on a device."""
-    if wanted != "auto":
-        return wanted
+    if setting != "auto":
+        return setting
     # bf16 has the exponents of fp32, so there is no loss scaling and no scaler to keep.
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
@@ -389,12 +389,12 @@ def _named_values(terms: LossTerms, total: Tensor) -> dict[str, Tensor]:
 
 def _require_same_tensors(what: str, own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
     for name in sorted(own.keys() | other.keys()):
-        mine = "none" if name not in own else f"{tuple(own[name].shape)} {own[name].dtype}"
-        theirs = "none" if name not in other else f"{tuple(other[name].shape)} {other[name].dtype}"
-        if mine != theirs:
+        expected = "none" if name not in own else f"{tuple(own[name].shape)} {own[name].dtype}"
+        actual = "none" if name not in other else f"{tuple(other[name].shape)} {other[name].dtype}"
+        if expected != actual:
             raise ConfigError(
                 f"checkpoint's {what} tensor {name!r}",
-                expected=mine,
-                found=theirs,
+                expected=expected,
+                found=actual,
                 remedy="resume with the method and network that wrote it",
             )

@@ -25,15 +25,15 @@ class NamedOptimizer:
 
     def __init__(
         self,
-        named: Mapping[str, nn.Parameter],
+        parameters: Mapping[str, nn.Parameter],
         kind: Literal["adamw", "sgd"],
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         momentum: float = 0.9,
         fused: bool = True,
     ) -> None:
-        kernels = {n: p for n, p in named.items() if p.dim() > 1 and "bias" not in n.rpartition(".")[2]}
-        others = {n: p for n, p in named.items() if n not in kernels}
+        kernels = {n: p for n, p in parameters.items() if p.dim() > 1 and "bias" not in n.rpartition(".")[2]}
+        others = {n: p for n, p in parameters.items() if n not in kernels}
         # The optimizer numbers its parameters by group; here they are named.
         self._named = kernels | others
         groups = [

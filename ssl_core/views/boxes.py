@@ -170,8 +170,8 @@ def _clip(polygon_PNC: F64, height_PN: F64) -> F64:
     crossing = polygon_PNC + share[..., None] * (np.roll(polygon_PNC, -1, axis=1) - polygon_PNC)
     polygons, count, coordinates = polygon_PNC.shape
     points = np.stack([polygon_PNC, crossing], axis=2).reshape(polygons, 2 * count, coordinates)
-    kept = np.stack([inside, crosses], axis=2).reshape(polygons, 2 * count)
-    order = np.argsort(~kept, axis=1, kind="stable")
-    last = np.maximum(kept.sum(1, keepdims=True) - 1, 0)
+    in_result = np.stack([inside, crosses], axis=2).reshape(polygons, 2 * count)
+    order = np.argsort(~in_result, axis=1, kind="stable")
+    last = np.maximum(in_result.sum(1, keepdims=True) - 1, 0)
     order = np.take_along_axis(order, np.minimum(np.arange(count + 2), last), axis=1)  # two more, lest rounding add one
     return np.take_along_axis(points, order[..., None], axis=1)

@@ -90,9 +90,9 @@ def swap(
         whole = _whole(row, block, np.floor(u * block).astype(int))
         rows = _blocks(whole, block)
         count = rows.shape[1]
-        chosen = torch.randperm(count, generator=generator, device=row.device)[: 2 * min(pairs, count // 2)]
+        partners = torch.randperm(count, generator=generator, device=row.device)[: 2 * min(pairs, count // 2)]
         order = torch.arange(count, device=row.device)
-        order[chosen] = chosen.reshape(2, -1).flip(0).reshape(-1)
+        order[partners] = partners.reshape(2, -1).flip(0).reshape(-1)
         whole.copy_(_unblocks(rows[:, order], whole, block))
     return out
 

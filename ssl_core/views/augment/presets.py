@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssl_core.to_device import to_device
-from ssl_core.views.augment import draws, intensity
-from ssl_core.views.augment import paint as regions
+from ssl_core.views.augment import draws, intensity, paint
 from storage.errors import ConfigError
 
 F64 = NDArray[np.float64]
@@ -89,13 +88,13 @@ Kind = Callable[[Tensor, F64, F64, Generators], Tensor]
 def _paint(x: Tensor, value: F64, u: F64, make: Generators) -> Tensor:
     d, h, w = x.shape[2:]
     outer = u[:, -1] < OUT_PAINTING
-    low, high = regions.windows(u[:, :-1], (d, h, w), outer)
-    return regions.paint(x, low, high, outer, make())
+    low, high = paint.windows(u[:, :-1], (d, h, w), outer)
+    return paint.paint(x, low, high, outer, make())
 
 
 # An operation gets its views, the drawn parameter (N,), `EXTRA` further uniforms (N, K), and one generator a view on
 # demand, for the operations that draw a number for each voxel.
-EXTRA = {"curve": 5, "paint": regions.PAINT_DRAWS + 1, "shuffle": 6, "swap": 3}
+EXTRA = {"curve": 5, "paint": paint.PAINT_DRAWS + 1, "shuffle": 6, "swap": 3}
 KINDS: dict[str, Kind] = {
     "noise_variance": lambda x, value, u, make: intensity.add_noise(x, np.sqrt(value), make()),
     "noise_of_range": lambda x, value, u, make: intensity.add_noise(x, value, make(), of_range=True),
@@ -107,8 +106,8 @@ KINDS: dict[str, Kind] = {
     "standardise": lambda x, value, u, make: intensity.standardise(x),
     "curve": lambda x, value, u, make: intensity.curve(x, intensity.bezier(u[:, :4], u[:, 4] < 0.5)),
     "paint": _paint,
-    "shuffle": lambda x, value, u, make: regions.shuffle(x, u, make()),
-    "swap": lambda x, value, u, make: regions.swap(x, u, make(), SWAP_BLOCK_DHW, SWAP_PAIRS),
+    "shuffle": lambda x, value, u, make: paint.shuffle(x, u, make()),
+    "swap": lambda x, value, u, make: paint.swap(x, u, make(), SWAP_BLOCK_DHW, SWAP_PAIRS),
 }
 
 
@@ -148,7 +147,7 @@ def _generators(
     device: torch.device,
 ) -> list[torch.Generator]:
     view, sample = np.divmod(rows, len(sample_B))
-    made: list[torch.Generator] = []
+    generators: list[torch.Generator] = []
     for v, purpose in enumerate(purposes):
-        made += draws.generators(seed, sample_B[sample[view == v]], (*purpose, "voxels"), device)
-    return made
+        generators += draws.generators(seed, sample_B[sample[view == v]], (*purpose, "voxels"), device)
+    return generators

@@ -28,14 +28,14 @@ def positions(to_volume_VB34: F64, start_B3: NDArray[np.int64], size_DHW: Size, 
     shift_VB3 = to_volume_VB34[..., 3] - start_B3
     table = to_device(np.concatenate([to_volume_VB34[..., :3], shift_VB3[..., None]], axis=3), device)
     table = table[..., None, None, None]
-    found = []
+    axis_positions = []
     for row in range(3):
         total = table[:, :, row, 3]
         for column, axis in enumerate(axes):
             if to_volume_VB34[:, :, row, column].any():
                 total = total + table[:, :, row, column] * axis
-        found.append(total)
-    return found
+        axis_positions.append(total)
+    return axis_positions
 
 
 def deform(position: list[Tensor], to_volume_VB34: Tensor, displacement_VB3DHW: Tensor) -> list[Tensor]:

@@ -14,7 +14,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from ssl_core.bundle import BundleFacts, write_bundle
+from ssl_core.bundle import write_bundle
+from ssl_core.bundle_card import BundleFacts
 from ssl_core.downstream.finetune import predict_volume
 from ssl_core.networks import build
 from ssl_core.portable import Predictor

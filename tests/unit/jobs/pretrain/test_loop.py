@@ -133,7 +133,7 @@ def test_known_and_asked_crops_are_of_different_subjects_of_the_runs_split(data:
     assert found is not None
     assert again is not None
     assert found.image_BCDHW.shape == (6, 1, 16, 32, 16)  # of 8 phantoms every fourth is a test subject's
-    assert found.known == 3
+    assert found.bank_crops == 3
     assert torch.equal(found.image_BCDHW, again.image_BCDHW)
     assert len(found.image_BCDHW.flatten(1).unique(dim=0)) == 6
     assert all(bool(label.any()) for label in found.label_BDHW)  # each crop is centred on the structure

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_core.bundle import BundleFacts, write_bundle
+from ssl_core.bundle import write_bundle
+from ssl_core.bundle_card import BundleFacts
 from ssl_core.downstream.finetune import (
     FinetuneConfig,
     Start,

@@ -22,7 +22,7 @@ from ssl_core.networks import build
 from ssl_core.networks.registry import backbone_names
 from ssl_core.portable.windows import slide_features
 from ssl_core.testing.method import faults_on_a_device, tiny_method
-from ssl_core.testing.pretended_device import DEVICE, Seen, pretended_device
+from ssl_core.testing.pretended_device import DEVICE, Record, pretended_device
 from ssl_core.testing.views import map_tensors, synthetic_views
 from ssl_core.train import checkpoint
 from ssl_core.train.engine import Engine, EngineConfig, NonFiniteError
@@ -44,7 +44,7 @@ def moved(views: ViewBatch) -> ViewBatch:
     return found
 
 
-def lines(seen: Seen) -> list[str]:
+def lines(seen: Record) -> list[str]:
     return [f"{wait.where} {wait.why}" for wait in seen.waits]
 
 

@@ -3,8 +3,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from ssl_core.views.augment import intensity, presets
-from ssl_core.views.augment import paint as regions
+from ssl_core.views.augment import intensity, paint, presets
 from storage.errors import ConfigError
 
 SAMPLES = np.arange(100, 104)
@@ -81,7 +80,7 @@ def test_shuffling_permutes_inside_small_blocks():
     place = torch.from_numpy(np.arange(np.prod(size)).reshape(1, 1, *size)).double()
     x = torch.cat([place, -place], dim=1).repeat(3, 1, 1, 1, 1)
     u = np.random.default_rng(1).random((3, 6))
-    out = regions.shuffle(x, u, _generators(3))
+    out = paint.shuffle(x, u, _generators(3))
     for n in range(3):
         assert torch.equal(out[n, 0].flatten().sort().values, place.flatten())
         assert torch.equal(out[n, 0], -out[n, 1]), "channels were permuted apart"
@@ -96,19 +95,19 @@ def test_shuffling_permutes_inside_small_blocks():
 def test_swapping_exchanges_whole_blocks():
     size = (16, 16, 32)
     place = torch.arange(float(np.prod(size)), dtype=torch.float64).reshape(1, 1, *size)
-    out = regions.swap(place, np.zeros((1, 3)), _generators(1), (4, 4, 8), 10)
+    out = paint.swap(place, np.zeros((1, 3)), _generators(1), (4, 4, 8), 10)
     assert torch.equal(out.flatten().sort().values, place.flatten())
     changed = (out != place)[0, 0].reshape(4, 4, 4, 4, 4, 8).permute(0, 2, 4, 1, 3, 5).reshape(64, -1)
     assert changed.all(1).sum() == changed.any(1).sum() == 20
-    tiny = regions.swap(place[..., :3, :3, :3], np.full((1, 3), 0.9), _generators(1), (4, 4, 8), 10)
+    tiny = paint.swap(place[..., :3, :3, :3], np.full((1, 3), 0.9), _generators(1), (4, 4, 8), 10)
     assert torch.equal(tiny, place[..., :3, :3, :3])
 
 
 def test_painting_windows_and_what_they_cover():
     size = (36, 42, 48)
-    u = np.random.default_rng(0).random((400, regions.PAINT_DRAWS))
+    u = np.random.default_rng(0).random((400, paint.PAINT_DRAWS))
     outer = np.arange(400) % 2 == 1
-    low, high = regions.windows(u, size, outer)
+    low, high = paint.windows(u, size, outer)
     side = high - low
     drawn = side.min(2) > 0
     assert (low[drawn] >= 3).all()
@@ -123,7 +122,7 @@ def test_painting_windows_and_what_they_cover():
 
     x = _views(4, 1, size).float()
     low, high, outer = low[:4], high[:4], outer[:4]
-    out = regions.paint(x, low, high, outer, _generators(4))
+    out = paint.paint(x, low, high, outer, _generators(4))
     for n in range(4):
         mask = np.zeros(size, bool)
         for a, b in zip(low[n], high[n], strict=True):
@@ -134,7 +133,7 @@ def test_painting_windows_and_what_they_cover():
         span = x[n].max() - x[n].min()
         assert ((out[n, 0][painted].mean() - x[n].min()) / span) == pytest.approx(0.5, abs=0.05)
     for size in ((4, 4, 4), (1, 9, 2)):
-        low, high = regions.windows(u, size, np.arange(400) % 2 == 1)
+        low, high = paint.windows(u, size, np.arange(400) % 2 == 1)
         assert (low >= 0).all()
         assert (high <= np.array(size)).all()
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_core.methods.parts import points as align
+from ssl_core.methods.parts import points as physical_points
 from ssl_core.views.augment import spatial
 from ssl_core.views.intensity import IntensityPolicy
 from ssl_core.views.make import make_views
@@ -37,14 +37,14 @@ def test_every_voxel_shows_the_place_that_the_geometry_says(dtype, tolerance):
     views = _make(batch, spec, dtype)
     for view in (v for role in views.roles.values() for v in role):
         seen = view.image_BCDHW.flatten(2).transpose(1, 2).double()
-        meant = align.to_volume(view, _centres(view))
+        meant = physical_points.to_volume(view, _centres(view))
         within = ((meant >= low) & (meant <= high)).all(-1)  # half a voxel at the crop's border is repeated
         assert within.float().mean() > 0.5
         assert (seen - meant)[within].abs().max() < tolerance
-        assert torch.allclose(align.to_view(view, meant), _centres(view), atol=1e-5)
+        assert torch.allclose(physical_points.to_view(view, meant), _centres(view), atol=1e-5)
         real = ((meant >= 0) & (meant < views.shape_B3[:, None])).all(-1)
         assert torch.equal(view.valid_B1DHW.flatten(1).bool(), real)
-        middle = align.to_volume(view, torch.tensor(view.size_DHW)[None, None] / 2)[:, 0]
+        middle = physical_points.to_volume(view, torch.tensor(view.size_DHW)[None, None] / 2)[:, 0]
         if view.elastic is None:
             assert torch.allclose(view.position_B3 * views.shape_B3, middle)
             assert torch.allclose(centre_of(view.to_volume_B34, view.size_DHW), middle)
@@ -57,7 +57,7 @@ def test_padding_is_marked_where_the_volume_is_smaller_than_the_view():
     batch.start_B3 = np.tile((np.array(shape) - host_size(spec)) // 2, (8, 1))
     views = _make(batch, spec)
     for view in (v for role in views.roles.values() for v in role):
-        place = align.to_volume(view, _centres(view))
+        place = physical_points.to_volume(view, _centres(view))
         real = ((place >= 0) & (place < torch.tensor(shape))).all(-1)
         assert torch.equal(view.valid_B1DHW.flatten(1).bool(), real)
         beyond = torch.stack([(place < 0).any(1), (place >= torch.tensor(shape)).any(1)])
@@ -68,7 +68,7 @@ def test_maps_show_the_voxel_that_holds_the_place():
     batch = noise(EVERYTHING, 6)
     views = _make(batch, EVERYTHING)
     for view in (v for role in views.roles.values() for v in role):
-        places = align.to_volume(view, _centres(view)).numpy() - batch.start_B3[:, None]
+        places = physical_points.to_volume(view, _centres(view)).numpy() - batch.start_B3[:, None]
         index = np.clip(np.floor(places), 0, np.array(host_size(EVERYTHING)) - 1).astype(int)
         for b in range(6):
             expected = batch.label_BDHW[b][tuple(index[b].T)]

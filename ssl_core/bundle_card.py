@@ -1,0 +1,108 @@
+"""What a bundle says of its model: the facts that its maker gives, and the card that a person reads."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ssl_core.portable.network import PACKAGES
+from ssl_core.portable.preprocess import Preprocess
+from ssl_core.views.intensity import IntensityPolicy
+
+CODE = "tomoscale_portable"
+"""Import name of the portable code inside a bundle."""
+
+
+@dataclass(frozen=True)
+class BundleFacts:
+    """What a bundle says beyond weights and architecture.
+
+    Attributes:
+        name: What the model is called in its card.
+        patch_DHW: Window for prediction, voxels; a multiple of the network's stride.
+        intensity: Policy the network was trained with.
+        labels: (value, name) of each class, background first; empty for an encoder.
+        spacing_mm: (D, H, W) of training where volumes are resampled at prediction too; None keeps their own. See
+            `ssl_core.bundle.stored_spacing`.
+        interpolation: How they are resampled.
+        lineage: Data fingerprint, configuration digest, parent model version, run id and the like.
+        metrics: Figures for the card, with the split they come from in their names.
+        evaluation: What `jobs.tracking.models.promote` compares: `split`, `measure`, and `cases` with one value each.
+        notes: Lines for the card: data, licence, limits.
+    """
+
+    name: str
+    patch_DHW: tuple[int, int, int]
+    intensity: IntensityPolicy
+    labels: tuple[tuple[int, str], ...] = ()
+    spacing_mm: tuple[float, float, float] | None = None
+    interpolation: Literal["linear", "bspline"] = "linear"
+    lineage: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] | None = None
+    notes: Sequence[str] = ()
+
+
+def model_card(kind: str, facts: BundleFacts, plan: Preprocess, stock_class: str, tensors: Mapping[str, Tensor]) -> str:
+    """Markdown for people: use, input, labels, figures, lineage and limits of a bundle.
+
+    Args:
+        kind: `encoder` or `segmenter`.
+        facts: What the bundle says.
+        plan: Its preprocessing.
+        stock_class: Import path of the network's class.
+        tensors: Its weights by name.
+    """
+    count = sum(t.numel() for t in tensors.values())
+    verb = "mask" if kind == "segmenter" else "features"
+    needed = ", ".join(PACKAGES[stock_class])
+    spacing = "each volume's own" if plan.spacing_mm is None else f"resampled to {plan.spacing_mm} mm (D, H, W)"
+    lines = [
+        f"# {facts.name}",
+        "",
+        f"A {kind} for 3-D medical volumes: `{stock_class}`, {len(tensors)} tensors, {count:,} values.",
+        "",
+        "## Use",
+        "",
+        f"From a registry, with mlflow, torch, {needed} installed and nothing else:",
+        "",
+        "```python",
+        "import mlflow",
+        f'{verb} = mlflow.pyfunc.load_model("models:/{facts.name}@candidate").predict("volume.nii.gz")',
+        "```",
+        "",
+    ]
+    if kind == "segmenter":
+        lines += [
+            f"From this directory, with torch, {needed} installed:",
+            "",
+            "```bash",
+            f"python -m {CODE} . volume.nii.gz mask.nii.gz",
+            "```",
+            "",
+        ]
+    lines += [
+        "## Input",
+        "",
+        f"- channels: {plan.channels}; axes are brought to RAS+ and back",
+        f"- spacing: {spacing}",
+        f"- intensity policy: {plan.intensity['kind']}",
+        f"- window: {plan.patch_DHW} voxels (D, H, W)",
+        "",
+    ]
+    if plan.labels:
+        lines += ["## Labels", "", *(f"- {value}: {name}" for value, name in plan.labels), ""]
+    if facts.metrics:
+        lines += ["## Figures", "", *(f"- {key}: {value:.4g}" for key, value in facts.metrics.items()), ""]
+    if facts.lineage:
+        lines += ["## Lineage", "", *(f"- {key}: `{value}`" for key, value in facts.lineage.items()), ""]
+    lines += [
+        "## Limits",
+        "",
+        "Made for research. Not a medical device; not validated for clinical use. Expect it to fail on scanners,",
+        "sequences and anatomy that differ from its training data.",
+        *(f"{note}" for note in facts.notes),
+        "",
+    ]
+    return "\n".join(lines)
