@@ -275,7 +275,7 @@ def test_the_method_of_the_how_to_is_listed_and_pre_trains(how_to: Path) -> None
     program = """
 import json, sys
 from pathlib import Path
-from jobs import cli
+from jobs.cli import main as cli
 from jobs.configs import PretrainConfig
 from jobs.pretrain.loop import Hooks, run
 from ssl_core.config import load
