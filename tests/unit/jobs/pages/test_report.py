@@ -5,12 +5,15 @@ import re
 from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import UndefinedError
 
 from jobs.output import to_json
 from jobs.pages import report
+from jobs.pages.html import page as html_page
 from jobs.pages.summary import DataFacts, DemoSummary, PredictedCase, Predictions, PretrainFacts
 from ssl_core.downstream.comparison import Comparison, StartRow, Training
 from ssl_core.downstream.paired_test import Paired
@@ -174,6 +177,14 @@ def test_simulated_subjects_are_called_so(html: str) -> None:
     simulated = page(summary(data=replace(data.data, simulated=True)))
     assert "simulated" in Page(simulated).text
     assert "simulated" not in Page(html).text
+
+
+def test_templates_trust_no_value_and_know_all_names() -> None:
+    folder = Path(report.__file__).parent
+    for template in folder.glob("*.j2"):
+        assert not re.search(r"\|\s*safe|autoescape", template.read_text(encoding="utf-8")), template.name
+    with pytest.raises(UndefinedError, match="summary"):
+        html_page("report.html.j2")
 
 
 @pytest.mark.parametrize("starts", [("scratch",), ("a", "b", "c", "d", "e")])
