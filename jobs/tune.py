@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
         driver.end_failed(api, run_id, error)
         raise
     driver.end_run(api, run_id, "FINISHED")
-    print(f"best: {result.chosen}", flush=True)
+    print(f"best: {result.choice}", flush=True)
     return 0
 
 

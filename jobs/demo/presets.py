@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from ssl_core.downstream.search import TrialSettings
+
 BACKBONE = {"name": "basic_unet", "arguments": {"features": [16, 16, 32, 64, 128, 16]}}
 PATCH = [32, 48, 32]
 
@@ -64,14 +66,14 @@ def tune(name: str, data: str, label: str, runs: str, encoder: str) -> dict[str,
     }
 
 
-def finetune(name: str, data: str, label: str, runs: str, encoder: str, best: dict[str, Any]) -> dict[str, Any]:
-    """From the encoder and from random weights, three seeds each, with the found settings."""
+def finetune(name: str, data: str, label: str, runs: str, encoder: str, best: TrialSettings) -> dict[str, Any]:
+    """From the encoder and from random weights, three seeds each, with the settings that the search chose."""
     return {
         "name": name,
         "runs": runs,
         "starts": {"pre-trained": encoder, "from scratch": "none"},
         "labelled": labelled(data, label),
-        "finetune": {**finetuning(), "lr": best["lr"], "encoder_lr_scale": best["encoder_lr_scale"]},
+        "finetune": {**finetuning(), "lr": best.lr, "encoder_lr_scale": best.encoder_lr_scale},
         "seeds": [0, 1, 2],
         "concurrent": 2,
         "model": f"{name}-segmenter",

@@ -5,32 +5,43 @@ import platform
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
+import nibabel
 import numpy as np
 import psutil
 
 from cluster import services, stack
-from jobs import driver as entry
-from jobs import submit
+from jobs import driver, submit
 from jobs.configs import FinetuneJobConfig, LabelledConfig, PretrainConfig, TuneConfig
 from jobs.demo import presets
 from jobs.ingest import ingest
 from jobs.labelled import draw
 from jobs.output import to_json, write_page
 from jobs.pages import report
+from jobs.pages.pictures import overlay_picture, views_picture
+from jobs.pages.summary import DataFacts, DemoSummary, PredictedCase, Predictions, PretrainFacts
+from jobs.pretrain.inputs import stream_spec
+from jobs.tracking import models as registry
 from jobs.tracking import runs as tracking
-from ssl_core.config import dump_yaml, parse
+from ssl_core.config import Config, dump_yaml, parse
+from ssl_core.downstream.comparison import Comparison
+from ssl_core.downstream.search import SearchResult
+from ssl_core.methods.base import method_class
+from ssl_core.portable import Predictor
+from ssl_core.portable.geometry import to_canonical
+from ssl_core.views.make import make_views
 from storage.datasets import simulated as cohort
 from storage.errors import ConfigError, RefusedInput, TomoscaleError
 from storage.format.manifest import Manifest
 from storage.ingest.pipeline import IngestReport
+from storage.reading.volume_store import VolumeStore
+from storage.stream.crop_stream import CropStream
 
 LABEL = "label"
 
@@ -125,34 +136,47 @@ class Demo:
         folder, title, simulated = self._dataset()
         url = self.store or f"s3://volumes/{title}"
         with self._stage("ingest"):
-            found = ingest(str(folder), url, say=self.say)
-        _refuse_too_few_labels(found.manifest, url)
-        configs: dict[str, Any] = {}
+            ingested = ingest(str(folder), url, say=self.say)
+        _refuse_too_few_labels(ingested.manifest, url)
         runs = "s3://runs"
         pre = parse(PretrainConfig, presets.pretrain(f"demo-{stamp}", url, runs))
         with self._stage("pre-training"):
             submit.run(address, "jobs.pretrain", pre, pre.name, show=self.say)
-        configs["pretrain"] = pre
         encoder = f"models:/{pre.model_name}@candidate"
         tune = parse(TuneConfig, presets.tune(f"search-{stamp}", url, LABEL, runs, encoder))
         with self._stage("search"):
             submit.run(address, "jobs.tune", tune, tune.name, show=self.say)
-        searched = entry.read_result(runs, tune.name)
-        configs["tune"] = tune
-        plan = presets.finetune(f"finetune-{stamp}", url, LABEL, runs, encoder, searched["best"])
+        search = SearchResult.from_json(driver.read_result(runs, tune.name))
+        plan = presets.finetune(f"finetune-{stamp}", url, LABEL, runs, encoder, search.best)
         fine = parse(FinetuneJobConfig, plan)
         with self._stage("fine-tuning and evaluation"):
             submit.run(address, "jobs.finetune", fine, fine.name, show=self.say)
-        tuned = entry.read_result(runs, fine.name)
-        configs["finetune"] = fine
+        comparison = Comparison.from_json(driver.read_result(runs, fine.name))
         with self._stage("prediction from the registry"):
-            predicted, previews, captions = self._predict(url, folder, tuned)
+            predictions, previews, captions = self._predict(url, folder, comparison)
         with self._stage("report"):
             views, caption = _views_picture(pre)
-        summary = self._summary(title, simulated, url, found, pre, searched, tuned, predicted, configs)
+        volumes = len(Manifest.open(url))
+        summary = DemoSummary(
+            created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            headline=self._headline(volumes, search, comparison),
+            data=_data_facts(title, simulated, url, ingested),
+            pretrain=_pretrain_facts(pre),
+            search=search,
+            finetune=comparison,
+            predict=predictions,
+            timings=self.timings,
+            links={
+                "MLflow": os.environ["MLFLOW_TRACKING_URI"],
+                "pre-training run": _run_page(pre)[1],
+                "Ray dashboard": os.environ.get("RAY_API_SERVER_ADDRESS", ""),
+            },
+            environment=_environment(),
+            config=_configurations({"pretrain": pre, "tune": tune, "finetune": fine}),
+        )
         page = self.out / "report.html"
         write_page(page, report.render(summary, {"views": views, **previews}, {"views": caption, **captions}))
-        write_page(self.out / "summary.json", to_json(summary))
+        write_page(self.out / "summary.json", to_json(summary.to_json()))
         self.say("")
         self.say(report.text(summary))
         if simulated:
@@ -171,128 +195,53 @@ class Demo:
             return cohort.ensure(), "simulated", True
 
     def _predict(
-        self, url: str, folder: Path, tuned: dict[str, Any]
-    ) -> tuple[dict[str, Any], dict[str, bytes], dict[str, str]]:
+        self, url: str, folder: Path, comparison: Comparison
+    ) -> tuple[Predictions, dict[str, bytes], dict[str, str]]:
         """Pull the segmenter by alias, predict raw NIfTI files of the best, the median and the worst test case."""
-        import nibabel
-
-        from jobs.pages.pictures import overlay_picture
-        from jobs.tracking import models as registry
-        from ssl_core.portable import Predictor
-        from ssl_core.portable.geometry import to_canonical
-        from storage.reading.volume_store import VolumeStore
-
-        uri = f"models:/{tuned['model']}@candidate"
+        uri = f"models:/{comparison.model}@candidate"
         if self._pulled.exists():
             shutil.rmtree(self._pulled)
         predictor = Predictor(registry.pull(uri, self._pulled))
         manifest = Manifest.open(url)
-        store = VolumeStore(url, manifest)
-        seed = min(c["seed"] for c in tuned["cases"])
-        mine = [c for c in tuned["cases"] if c["start"] == tuned["registered_start"] and c["seed"] == seed]
-        score = {
-            v: float(np.mean([c["dice"] for c in mine if c["volume_id"] == v])) for v in {c["volume_id"] for c in mine}
-        }
-        ranked = sorted(score, key=lambda v: score[v])
-        chosen = {"best": ranked[-1], "median": ranked[len(ranked) // 2], "worst": ranked[0]}
-        previews, captions, facts = {}, {}, {}
-        for rank, volume in chosen.items():
-            record = manifest.record(manifest.index_of(volume))
-            source, written = folder / record.source, self.out / f"prediction-{rank}.nii.gz"
-            predictor.predict_file(source, written)
-            image, mask = nibabel.load(source), nibabel.load(written)
-            if image.shape[:3] != mask.shape or not np.allclose(image.affine, mask.affine):
-                raise ConfigError(
-                    str(written),
-                    expected=f"the geometry of {source}",
-                    found="another",
-                    remedy="this is a fault of tomoscale: please report it with the header of that file",
+        dice = _dice_by_volume(comparison)
+        ranked = sorted(dice, key=lambda volume: dice[volume])
+        previews, captions, cases = {}, {}, {}
+        with VolumeStore(url, manifest) as store:
+            for rank, volume in (("best", ranked[-1]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[0])):
+                record = manifest.record(manifest.index_of(volume))
+                source, written = folder / record.source, self.out / f"prediction-{rank}.nii.gz"
+                predictor.predict_file(source, written)
+                image, mask = nibabel.load(source), nibabel.load(written)
+                if image.shape[:3] != mask.shape or not np.allclose(image.affine, mask.affine):
+                    raise ConfigError(
+                        str(written),
+                        expected=f"the geometry of {source}",
+                        found="another",
+                        remedy="this is a fault of tomoscale: please report it with the header of that file",
+                    )
+                previews[f"preview-{rank}"] = overlay_picture(
+                    to_canonical(str(source), np.asarray(image.dataobj), image.affine).values_CDHW[0],
+                    store.read_volume(volume, label=LABEL)[0],
+                    to_canonical(str(written), np.asarray(mask.dataobj), mask.affine).values_CDHW[0],
+                    spacing_mm=record.spacing_mm,
+                    labels=dict(predictor.plan.labels),
                 )
-            previews[f"preview-{rank}"] = overlay_picture(
-                to_canonical(str(source), np.asarray(image.dataobj), image.affine).values_CDHW[0],
-                store.read_volume(volume, label=LABEL)[0],
-                to_canonical(str(written), np.asarray(mask.dataobj), mask.affine).values_CDHW[0],
-                spacing_mm=record.spacing_mm,
-                labels=dict(predictor.plan.labels),
-            )
-            captions[f"preview-{rank}"] = (
-                f"{rank} test case of the registered model, {volume}: Dice {score[volume]:.3f}"
-            )
-            facts |= {rank: {"input": str(source), "output": str(written.resolve()), "dice": score[volume]}}
-        store.close()
-        return {"model": uri, "same_geometry": True, **facts["median"], "cases": facts}, previews, captions
+                caption = f"{rank} test case of the registered model, {volume}: Dice {dice[volume]:.3f}"
+                captions[f"preview-{rank}"] = caption
+                cases[rank] = PredictedCase(str(source), str(written.resolve()), dice[volume])
+        return Predictions(uri, cases), previews, captions
 
-    def _summary(
-        self,
-        title: str,
-        simulated: bool,
-        url: str,
-        found: IngestReport,
-        pre: PretrainConfig,
-        searched: dict[str, Any],
-        tuned: dict[str, Any],
-        predicted: dict[str, Any],
-        configs: dict[str, Any],
-    ) -> dict[str, Any]:
-        points = tracking.points_of(pre.experiment, pre.name)
-        late = [m for _, _, m in points if "time/wait_share" in m][1:] or [points[-1][2]]
-        manifest = Manifest.open(url)
-        tracking_uri = os.environ["MLFLOW_TRACKING_URI"]
-        run_id, experiment = tracking.find_run(tracking.client(), pre.experiment, pre.name)
-        run_url = f"{tracking_uri}/#/experiments/{experiment}/runs/{run_id}"
-        orphans = [str(o) for o in found.orphans]
-        quarantined = [str(q) for q in found.quarantined]
-        splits = {s: len(manifest.select(split=s)) for s in ("train", "val", "test")}
-        shares = ", ".join(f"{name} {count}" for name, count in splits.items())
-        stopped = sum(t["stopped_early"] for t in searched["trials"])
-        starts = {r["start"]: [] for r in tuned["rows"]}
-        for row in tuned["rows"]:
-            starts[row["start"]].append(row["dice_mean"])
+    def _headline(self, volumes: int, search: SearchResult, comparison: Comparison) -> dict[str, str | int]:
+        starts: dict[str, list[float]] = {}
+        for row in comparison.rows:
+            starts.setdefault(row.start, []).append(row.mean.dice)
+        stopped = sum(trial.stopped_early for trial in search.trials)
         return {
-            "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            "headline": {
-                "volumes ingested": len(manifest),
-                **{f"test Dice, {s}": f"{np.mean(v):.3f}" for s, v in starts.items()},
-                "trials stopped early": f"{stopped} of {len(searched['trials'])}",
-                "minutes in all": f"{sum(self.timings.values()) / 60:.1f}",
-                "GB resident at most": f"{self.memory.peak_gb if self.memory else 0:.1f}",
-            },
-            "data": {
-                "description": f"{len(manifest)} simulated volumes"
-                if simulated
-                else f"{title}: {len(manifest)} volumes",
-                "simulated": simulated,
-                "text": f"{len(manifest)} volumes published to {url}; splits by subject: {shares}.",
-                "notes": orphans + quarantined,
-                "facts": {"store": url, "manifest fingerprint": manifest.fingerprint, **splits},
-            },
-            "pretrain": {
-                "method": pre.method_name,
-                "steps": pre.engine.steps,
-                "global_batch": pre.stream.global_batch,
-                "workers": pre.cluster.workers,
-                "points": points,
-                "samples_per_s": float(np.median([m["time/samples_per_s"] for m in late])),
-                "wait_share": float(np.median([m["time/wait_share"] for m in late])),
-                "run_id": run_id,
-                "run_url": run_url,
-                "model": f"models:/{pre.model_name}@candidate",
-            },
-            "search": searched,
-            "finetune": tuned,
-            "predict": predicted,
-            "timings": self.timings,
-            "links": {
-                "MLflow": tracking_uri,
-                "pre-training run": run_url,
-                "Ray dashboard": os.environ.get("RAY_API_SERVER_ADDRESS", ""),
-            },
-            "environment": {
-                "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("tomoscale", "torch", "monai", "ray", "mlflow", "zarr", "numpy")},
-            },
-            "config": "\n---\n".join(f"# {kind}\n{dump_yaml(c)}" for kind, c in configs.items()),
+            "volumes ingested": volumes,
+            **{f"test Dice, {start}": f"{np.mean(values):.3f}" for start, values in starts.items()},
+            "trials stopped early": f"{stopped} of {len(search.trials)}",
+            "minutes in all": f"{sum(self.timings.values()) / 60:.1f}",
+            "GB resident at most": f"{self.memory.peak_gb if self.memory else 0:.1f}",
         }
 
     @contextmanager
@@ -306,9 +255,8 @@ class Demo:
 
 def _refuse_too_few_labels(manifest: Manifest, url: str) -> None:
     """Now, and not after the minutes of a pre-training."""
-    wanted = parse(LabelledConfig, presets.labelled(url, LABEL))
     try:
-        draw(manifest, wanted)
+        draw(manifest, parse(LabelledConfig, presets.labelled(url, LABEL)))
     except RefusedInput as error:
         raise RefusedInput(
             error.thing,
@@ -319,22 +267,72 @@ def _refuse_too_few_labels(manifest: Manifest, url: str) -> None:
         ) from error
 
 
+def _dice_by_volume(comparison: Comparison) -> dict[str, float]:
+    """Mean Dice over labels of each test volume, of the training whose segmenter was registered."""
+    first = min(training.seed for training in comparison.trainings)
+    (cases,) = (t.cases for t in comparison.trainings if (t.start, t.seed) == (comparison.registered_start, first))
+    values: dict[str, list[float]] = {}
+    for case in cases:
+        values.setdefault(case.volume_id, []).append(case.scores.dice)
+    return {volume: float(np.mean(of_labels)) for volume, of_labels in values.items()}
+
+
+def _data_facts(title: str, simulated: bool, url: str, ingested: IngestReport) -> DataFacts:
+    manifest = Manifest.open(url)
+    splits = {split: len(manifest.select(split=split)) for split in ("train", "val", "test")}
+    shares = ", ".join(f"{name} {count}" for name, count in splits.items())
+    return DataFacts(
+        description=f"{len(manifest)} simulated volumes" if simulated else f"{title}: {len(manifest)} volumes",
+        simulated=simulated,
+        text=f"{len(manifest)} volumes published to {url}; splits by subject: {shares}.",
+        notes=tuple(map(str, (*ingested.orphans, *ingested.quarantined))),
+        facts={"store": url, "manifest fingerprint": manifest.fingerprint, **splits},
+    )
+
+
+def _run_page(pre: PretrainConfig) -> tuple[str, str]:
+    """Id of the pre-training's run, and the address of its page."""
+    run_id, experiment = tracking.find_run(tracking.client(), pre.experiment, pre.name)
+    return run_id, f"{os.environ['MLFLOW_TRACKING_URI']}/#/experiments/{experiment}/runs/{run_id}"
+
+
+def _pretrain_facts(pre: PretrainConfig) -> PretrainFacts:
+    points = tracking.points_of(pre.experiment, pre.name)
+    late = [metrics for _, _, metrics in points if "time/wait_share" in metrics][1:] or [points[-1][2]]
+    run_id, address = _run_page(pre)
+    return PretrainFacts(
+        method=pre.method_name,
+        steps=pre.engine.steps,
+        global_batch=pre.stream.global_batch,
+        workers=pre.cluster.workers,
+        points=tuple(points),
+        samples_per_s=float(np.median([metrics["time/samples_per_s"] for metrics in late])),
+        wait_share=float(np.median([metrics["time/wait_share"] for metrics in late])),
+        run_id=run_id,
+        run_url=address,
+        model=f"models:/{pre.model_name}@candidate",
+    )
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("tomoscale", "torch", "monai", "ray", "mlflow", "zarr", "numpy")},
+    }
+
+
+def _configurations(configs: Mapping[str, Config]) -> str:
+    return "\n---\n".join(f"# {kind}\n{dump_yaml(config)}" for kind, config in configs.items())
+
+
 def _views_picture(pre: PretrainConfig) -> tuple[bytes, str]:
     """Two views of the first sample that the job saw, and what they share."""
-    from jobs.pages.pictures import views_picture
-    from jobs.pretrain.inputs import stream_spec
-    from ssl_core.methods.base import method_class
-    from ssl_core.views.make import make_views
-    from storage.reading.volume_store import VolumeStore
-    from storage.stream.crop_stream import CropStream
-
     manifest = Manifest.open(pre.data)
     spec = method_class(pre.method_name).view_spec(pre.method_config)
-    store = VolumeStore(pre.data, manifest)
-    with CropStream(store, stream_spec(pre)) as stream:
+    with VolumeStore(pre.data, manifest) as store, CropStream(store, stream_spec(pre)) as stream:
         batch = next(iter(stream))
     views = make_views(batch, spec, seed=pre.engine.seed, policy=pre.intensity)
-    store.close()
     first, second = views.roles["global"][:2]
     record = manifest.record(int(batch.volume_B[0]))
     volume = record.volume_id

@@ -49,11 +49,11 @@ def settings(name: str) -> list[tuple[str, str, str]]:
 def text_page(name: str, width: int) -> str:
     """For a terminal of that width."""
     rows = [(key, wrap(value, 24)) for key, value, _ in settings(name)]
-    taken = [max(len(part) for row in [_HEAD, *rows] for part in row[i].split("\n")) for i in (0, 1)]
-    left = width - sum(taken) - 4
+    widths = [max(len(part) for row in [_HEAD, *rows] for part in row[i].split("\n")) for i in (0, 1)]
+    left = width - sum(widths) - 4
     full = [(*row, wrap(meaning, left)) for row, (_, _, meaning) in zip(rows, settings(name), strict=True)]
-    told = [idea(name), description(name), f"Cost, measured: docs/benchmarks-steps.md; {_to_measure(name)}"]
-    return "\n\n".join([name, *(wrap(text, width) for text in told), table(_HEAD, full)])
+    paragraphs = [idea(name), description(name), f"Cost, measured: docs/benchmarks-steps.md; {_to_measure(name)}"]
+    return "\n\n".join([name, *(wrap(text, width) for text in paragraphs), table(_HEAD, full)])
 
 
 def text_index(width: int) -> str:
@@ -72,14 +72,14 @@ def markdown_page(name: str) -> str:
         if start is not None:
             parts.append(f"## {_SECTIONS[start]}")
             text = text.removeprefix(start).strip() if start.endswith(":") else text
-        said = _inline(text[:1].upper() + text[1:] if start else text, name)
+        body = _inline(text[:1].upper() + text[1:] if start else text, name)
         if start == "Cost:":
-            said += f" [Measured]({_MEASURED}) beside the other methods; {_to_measure(name)}"
-        parts.append(said)
+            body += f" [Measured]({_MEASURED}) beside the other methods; {_to_measure(name)}"
+        parts.append(body)
     rows = []
     for key, value, meaning in settings(name):
-        shown = value if value == _BELOW else f"`{value}`"
-        rows.append((f"`{key}`", shown, _inline(meaning, name).replace("|", "\\|")))
+        default = value if value == _BELOW else f"`{value}`"
+        rows.append((f"`{key}`", default, _inline(meaning, name).replace("|", "\\|")))
     parts += [
         "## Settings",
         f"Below `method:` of a configuration, beside `name: {name}`.",

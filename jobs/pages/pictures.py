@@ -91,8 +91,8 @@ def views_picture(
             axes.set_axis_off()
             continue
         values, inside = align.sample_features(view.image_BCDHW.float(), _VOXEL, dense[row])
-        seen = torch.where((inside & dense[2])[0], values[0, :, 0], torch.nan).reshape(size[1:]).cpu().numpy()
-        _show(axes, seen, _shared_aspect(corners, size, spacing_mm), window)
+        region = torch.where((inside & dense[2])[0], values[0, :, 0], torch.nan).reshape(size[1:]).cpu().numpy()
+        _show(axes, region, _shared_aspect(corners, size, spacing_mm), window)
         axes.set(xlim=(0, size[2]), ylim=(0, size[1]))
         for spine in axes.spines.values():
             spine.set(visible=True, color=EDGE, linewidth=1.6)
@@ -126,16 +126,16 @@ def overlay_picture(
     """
     rows: list[tuple[str, NDArray[Any] | None]] = [("image", None)]
     rows += [(name, m) for name, m in (("truth", truth_DHW), ("prediction", prediction_DHW)) if m is not None]
-    known = [m for _, m in rows if m is not None]
-    shown = _labelled_slices(truth_DHW if truth_DHW is not None else prediction_DHW, len(image_DHW), slices)
+    masks = [m for _, m in rows if m is not None]
+    depths = _labelled_slices(truth_DHW if truth_DHW is not None else prediction_DHW, len(image_DHW), slices)
     window = np.percentile(image_DHW, [0.5, 99.5])
     height, width = image_DHW.shape[1] * spacing_mm[1], image_DHW.shape[2] * spacing_mm[2]
     side = 1.9
-    size = (side * len(shown) + 0.3, side * len(rows) * height / width + 0.75)
+    size = (side * len(depths) + 0.3, side * len(rows) * height / width + 0.75)
     figure = Figure(figsize=size, dpi=110, facecolor="white", layout="constrained")
-    grid = figure.subplots(len(rows), len(shown), squeeze=False)
+    grid = figure.subplots(len(rows), len(depths), squeeze=False)
     for row, (name, mask) in enumerate(rows):
-        for column, d in enumerate(shown):
+        for column, d in enumerate(depths):
             axes = grid[row, column]
             _show(axes, image_DHW[d], spacing_mm[1] / spacing_mm[2], window)
             if row == 0:
@@ -151,7 +151,7 @@ def overlay_picture(
         box = {"facecolor": INK, "edgecolor": "none", "boxstyle": "round,pad=0.15", "alpha": 0.7}
         place = {"transform": corner.transAxes, "ha": "center", "va": "center"}
         corner.text(x, 0.5, side_name, color="white", fontsize=7, bbox=box, **place)
-    values = sorted({int(v) for m in known for v in np.unique(m)} - {0})
+    values = sorted({int(v) for m in masks for v in np.unique(m)} - {0})
     names = labels or {}
     entries: list[Patch | Line2D] = [Patch(color=_colour(v), label=names.get(v, f"label {v}")) for v in values]
     if truth_DHW is not None and prediction_DHW is not None:
@@ -263,8 +263,8 @@ def _labelled_slices(mask_DHW: NDArray[Any] | None, depth: int, count: int) -> l
     """Evenly spaced slices of the labelled range, or of the middle of the volume where there is no label."""
     low, high = depth // 4, depth - depth // 4 - 1
     if mask_DHW is not None and mask_DHW.any():
-        found = np.flatnonzero(mask_DHW.any(axis=(1, 2)))
-        low, high = int(found[0]), int(found[-1])
+        labelled = np.flatnonzero(mask_DHW.any(axis=(1, 2)))
+        low, high = int(labelled[0]), int(labelled[-1])
     edges = np.linspace(low, high + 1, count + 1)
     return sorted({int((a + b) / 2) for a, b in itertools.pairwise(edges)})
 

@@ -1,16 +1,23 @@
-"""The demo's report: one HTML file that needs nothing else, and the same facts as a table in the terminal."""
+"""The demo's report: one HTML file that needs nothing else, and the same facts as a table in the terminal.
+
+What the page says and in which order is in `report.html.j2`.
+"""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
 
 from jobs.output import table
-from jobs.pages.html import COLOURS, INK, chart, escape, figure, headline, html_table, page, section
+from jobs.pages.charts import COLOURS, INK, chart
+from jobs.pages.html import Picture, page
+from jobs.pages.summary import CurvePoint, DemoSummary
+from ssl_core.downstream.comparison import Training, subject_dice
+from ssl_core.downstream.scores import METRICS
+from ssl_core.downstream.search import SearchResult, Trial
 
 
-def loss_figure(points: Sequence[Sequence[Any]]) -> bytes:
+def loss_figure(points: Sequence[CurvePoint]) -> bytes:
     """PNG of the loss terms over steps; `points` are journal items [step, ms, metrics]."""
     names = sorted({k for _, _, m in points for k in m if k == "loss" or k.startswith("loss/")})
     if len(names) == 2:  # a single term is the loss itself
@@ -27,11 +34,12 @@ def loss_figure(points: Sequence[Sequence[Any]]) -> bytes:
     return chart(drawing, [axis])
 
 
-def dice_figure(cases: Sequence[Mapping[str, Any]]) -> bytes:
+def dice_figure(trainings: Sequence[Training]) -> bytes:
     """PNG of Dice per test subject, mean over labels and seeds, one box and its points a start, pairs joined."""
-    starts = list(dict.fromkeys(c["start"] for c in cases))
-    subjects = sorted({c["subject"] for c in cases})
-    values = {s: np.array([_mean_dice(cases, s, who) for who in subjects]) for s in starts}
+    starts = list(dict.fromkeys(training.start for training in trainings))
+    by_subject = {start: subject_dice(trainings, start) for start in starts}
+    subjects = sorted({subject for scores in by_subject.values() for subject in scores})
+    values = {start: np.array([scores[subject] for subject in subjects]) for start, scores in by_subject.items()}
     drawing, axis = plt.subplots(figsize=(7.2, 3.2))
     jitter = np.random.default_rng(0).uniform(-0.07, 0.07, len(subjects))
     if len(starts) == 2:
@@ -55,119 +63,88 @@ def dice_figure(cases: Sequence[Mapping[str, Any]]) -> bytes:
     return chart(drawing, [axis])
 
 
-def _mean_dice(cases: Sequence[Mapping[str, Any]], start: str, subject: str) -> float:
-    return float(np.mean([c["dice"] for c in cases if c["start"] == start and c["subject"] == subject]))
-
-
-def render(summary: Mapping[str, Any], pictures: Mapping[str, bytes], captions: Mapping[str, str]) -> str:
+def render(summary: DemoSummary, pictures: Mapping[str, bytes], captions: Mapping[str, str]) -> str:
     """The whole page.
 
     Args:
-        summary: As written to `summary.json`.
+        summary: The run.
         pictures: PNGs by name: `views`, and previews named `preview-*`.
         captions: Captions by the same names.
     """
-    data, pre, tune, fine = (summary[k] for k in ("data", "pretrain", "search", "finetune"))
-    parts = [
-        "<h1>tomoscale: from raw volumes to a registered segmenter</h1>",
-        f'<p class="lead">{escape(data["description"])}; {escape(summary["created"])}.</p>',
-    ]
-    if data["simulated"]:
-        parts.append(
-            '<p class="note">These subjects are <b>simulated</b>: one real head template and its atlas labels,'
-            " warped at random. The numbers show that the machinery works; they say nothing of real patients.</p>"
-        )
-    parts.append(headline(summary["headline"]))
-    parts.append(
-        section(
-            "What the numbers say",
-            f'<p class="say">{escape(fine["test"]["statement"])}</p>'
-            + (f"<p>{escape(caution)}</p>" if (caution := _searched_for_one(tune)) else "")
-            + figure(dice_figure(fine["cases"]), "Each dot is a held-out subject; grey lines join the same subject.")
-            + html_table(
-                ("start", "label", "Dice", "HD95 (mm)", f"NSD ({fine['nsd_tolerance_mm']:g} mm)", "cases × seeds"),
-                [
-                    (
-                        r["start"],
-                        r["label"],
-                        f"{r['dice_mean']:.3f} ± {r['dice_sd']:.3f}",
-                        f"{r['hd95_mean']:.2f} ± {r['hd95_sd']:.2f}" if r["hd95_mean"] is not None else "-",
-                        f"{r['nsd_mean']:.3f} ± {r['nsd_sd']:.3f}",
-                        f"{r['cases']} × {r['seeds']}",
-                    )
-                    for r in fine["rows"]
-                ],
+    shots = {name: Picture(png, captions.get(name, "")) for name, png in pictures.items()}
+    comparison = summary.finetune
+    dice = "Each dot is a held-out subject; grey lines join the same subject."
+    return page(
+        "report.html.j2",
+        summary=summary,
+        caution=_caution(summary.search),
+        dice=Picture(dice_figure(comparison.trainings), dice),
+        loss=Picture(loss_figure(summary.pretrain.points), "Loss by step."),
+        previews=[picture for name, picture in shots.items() if name.startswith("preview")],
+        views=shots.get("views"),
+        scores={
+            "head": (
+                "start",
+                "label",
+                *(metric.heading(comparison.nsd_tolerance_mm) for metric in METRICS),
+                "cases × seeds",
             ),
-        )
-    )
-    previews = [n for n in pictures if n.startswith("preview")]
-    shown = "".join(figure(pictures[n], captions.get(n, "")) for n in previews)
-    predict = summary["predict"]
-    shown += f"<p>Predicted from the registry: <code>{escape(predict['model'])}</code>"
-    shown += f" on <code>{escape(predict['input'])}</code>,"
-    shown += f" written to <code>{escape(predict['output'])}</code> with the same shape and affine.</p>"
-    parts.append(section("Predictions on held-out subjects", shown))
-    pre_text = (
-        f"<p>{escape(pre['method'])}, {pre['steps']} steps of {pre['global_batch']} crops on {pre['workers']} Ray Train"
-        f" workers; {pre['samples_per_s']:.2f} samples/s, data wait {100 * pre['wait_share']:.1f} % of the step time."
-        f' <a href="{escape(pre["run_url"])}">MLflow run</a>, model <code>{escape(pre["model"])}</code>.</p>'
-    )
-    parts.append(section("Pre-training without labels", pre_text + figure(loss_figure(pre["points"]), "Loss by step.")))
-    if "views" in pictures:
-        parts.append(
-            section("Two views and the region they share", figure(pictures["views"], captions.get("views", "")))
-        )
-    rows = [
-        (
-            t["trial"],
-            t["encoder"],
-            f"{t['lr']:.2e}",
-            f"{t['encoder_lr_scale']:g}",
-            f"{t['epochs']} of {tune['epochs']}" + (" (stopped early)" if t["stopped_early"] else ""),
-            f"{t['last']:.3f}" if t["status"] == "done" and t["last"] is not None else t["status"],
-        )
-        for t in tune["trials"]
-    ]
-    head = ("trial", "encoder", "lr", "encoder lr ×", "epochs", "inner Dice, last epoch")
-    parts.append(
-        section("Search on the inner split", html_table(head, rows) + f"<p>Chosen: {escape(tune['chosen'])}.</p>")
-    )
-    orphans = "".join(f"<li>{escape(o)}</li>" for o in data["notes"])
-    volumes = f"<p>{escape(data['text'])}</p>" + (f"<ul>{orphans}</ul>" if orphans else "")
-    parts.append(section("Data", volumes + html_table(("fact", "value"), list(data["facts"].items()))))
-    parts.append(
-        section("Time", html_table(("stage", "seconds"), [(n, f"{s:.1f}") for n, s in summary["timings"].items()]))
-    )
-    links = "".join(f'<li>{escape(n)}: <a href="{escape(u)}">{escape(u)}</a></li>' for n, u in summary["links"].items())
-    links = f"<ul>{links}</ul><p>The links work while the stack is up (<code>tomoscale demo --keep</code>).</p>"
-    parts.append(section("Where things are", links))
-    config = f"<details><summary>Resolved configuration</summary><pre>{escape(summary['config'])}</pre></details>"
-    parts.append(section("Environment", html_table(("what", "found"), list(summary["environment"].items())) + config))
-    return page("tomoscale report", parts)
-
-
-def _searched_for_one(tune: Mapping[str, Any]) -> str:
-    """What the reader of a comparison should know of a search in which one side took no part."""
-    if any(t["encoder"] == "none" for t in tune["trials"]):
-        return ""
-    return (
-        "All starts got the settings that the search found for the encoder; random weights had no search of their own."
+            "rows": [
+                (
+                    row.start,
+                    row.label,
+                    *(f"{m.text(row.mean.of(m))} ± {m.text(row.sd.of(m))}" for m in METRICS),
+                    f"{row.cases} × {row.seeds}",
+                )
+                for row in comparison.rows
+            ],
+        },
+        trials={
+            "head": ("trial", "encoder", "lr", "encoder lr ×", "epochs", "inner Dice, last epoch"),
+            "rows": [_trial_cells(trial, summary.search.epochs) for trial in summary.search.trials],
+        },
+        seconds=[(stage, f"{seconds:.1f}") for stage, seconds in summary.timings.items()],
     )
 
 
-def text(summary: Mapping[str, Any]) -> str:
+def text(summary: DemoSummary) -> str:
     """The same facts for a terminal."""
-    fine, tune = summary["finetune"], summary["search"]
-    rows = [(r["start"], r["label"], r["dice_mean"], r["dice_sd"], r["hd95_mean"], r["nsd_mean"]) for r in fine["rows"]]
+    comparison, search = summary.finetune, summary.search
+    scores = [
+        (row.start, row.label, *(value for m in METRICS for value in (row.mean.of(m), row.sd.of(m))))
+        for row in comparison.rows
+    ]
+    headings = [metric.heading(comparison.nsd_tolerance_mm) for metric in METRICS]
     trials = [
-        (t["trial"], t["lr"], t["encoder_lr_scale"], t["epochs"], t["stopped_early"], t["last"], t["status"])
-        for t in tune["trials"]
+        (t.trial, t.settings.lr, t.settings.encoder_lr_scale, len(t.scores), t.stopped_early, t.last, t.status)
+        for t in search.trials
     ]
     return "\n\n".join(
         [
             table(("trial", "lr", "encoder lr x", "epochs", "stopped early", "inner Dice, last", "ended"), trials),
-            table(("start", "label", "Dice", "sd", "HD95 mm", "NSD"), rows),
-            "\n".join(line for line in (fine["test"]["statement"], _searched_for_one(tune)) if line),
-            table(("stage", "seconds"), [(n, round(s, 1)) for n, s in summary["timings"].items()]),
+            table(("start", "label", *(word for heading in headings for word in (heading, "sd"))), scores),
+            "\n".join(line for line in (comparison.statement, _caution(search)) if line),
+            table(("stage", "seconds"), [(stage, round(seconds, 1)) for stage, seconds in summary.timings.items()]),
         ]
+    )
+
+
+def _trial_cells(trial: Trial, epochs: int) -> tuple[str | int, ...]:
+    ended = trial.status if trial.error is not None or trial.last is None else f"{trial.last:.3f}"
+    return (
+        trial.trial,
+        trial.settings.encoder,
+        f"{trial.settings.lr:.2e}",
+        f"{trial.settings.encoder_lr_scale:g}",
+        f"{len(trial.scores)} of {epochs}" + (" (stopped early)" if trial.stopped_early else ""),
+        ended,
+    )
+
+
+def _caution(search: SearchResult) -> str:
+    """What the reader of a comparison should know of a search in which one side took no part."""
+    if any(trial.settings.encoder == "none" for trial in search.trials):
+        return ""
+    return (
+        "All starts got the settings that the search found for the encoder; random weights had no search of their own."
     )

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib import pyplot as plt
 
-from jobs.pages.html import COLOURS, INK, chart, escape, figure, headline, html_table, page, section
+from jobs.pages.charts import COLOURS, INK, chart
+from jobs.pages.html import Picture, page
 from jobs.pages.pictures import COLOURS as OUTLINES
 from jobs.pages.pictures import thumbnail
 from storage.format.manifest import Manifest
@@ -32,65 +33,65 @@ def render(store: VolumeStore, facts: Mapping[str, Any]) -> str:
     manifest = store.manifest
     shapes = np.array(manifest.column("shape_DHW"), float)
     spacings = np.array(manifest.column("spacing_mm"), float)
-    labels = label_volumes(manifest)
-    parts = [
-        "<h1>What is in the store</h1>",
-        f'<p class="lead"><code>{escape(store.url)}</code>, manifest {escape(manifest.fingerprint[:16])}</p>',
-        '<p class="note">This page holds slices of the volumes. Pass it on only to those who may see them.</p>',
-        headline(
-            {
-                "volumes": f"{len(manifest):,}",
-                "subjects": f"{len(manifest.subjects()):,}",
-                "voxels": _short(float(shapes.prod(1).sum())),
-                "with labels": f"{sum(bool(names) for names in manifest.column('labels')):,}",
-            }
+    indices = evenly(len(manifest), THUMBNAILS)
+    count = max(manifest.column("channels"), default=0)
+    return page(
+        "store.html.j2",
+        url=store.url,
+        manifest=manifest.fingerprint[:16],
+        headline={
+            "volumes": f"{len(manifest):,}",
+            "subjects": f"{len(manifest.subjects()):,}",
+            "voxels": _short(float(shapes.prod(1).sum())),
+            "with labels": f"{sum(bool(names) for names in manifest.column('labels')):,}",
+        },
+        which_slices="all volumes"
+        if len(indices) == len(manifest)
+        else f"{len(indices)} of {len(manifest):,}, evenly spread",
+        several_channels=count > 1,
+        slices=_thumbnails(store, indices),
+        sizes=(
+            Picture(histograms(_by_axis(shapes, "{} (voxels)")), "Voxels along each axis; counts of volumes."),
+            Picture(histograms(_by_axis(spacings, "{} (mm)")), "Voxel spacing along each axis, mm."),
         ),
-    ]
-    chosen = evenly(len(manifest), THUMBNAILS)
-    shown = "all volumes" if len(chosen) == len(manifest) else f"{len(chosen)} of {len(manifest):,}, evenly spread"
-    note = f"<p>Middle axial slice of {shown}; the patient's right is on the left. Outlines are labels.</p>"
-    if max(manifest.column("channels"), default=1) > 1:
-        note += "<p>Of several channels the first is shown.</p>"
-    parts.append(section("Slices", note + f'<div class="thumbs">{_thumbnails(store, chosen)}</div>'))
-    parts.append(
-        section(
-            "Size",
-            figure(histograms(_by_axis(shapes, "{} (voxels)")), "Voxels along each axis; counts of volumes.")
-            + figure(histograms(_by_axis(spacings, "{} (mm)")), "Voxel spacing along each axis, mm."),
-        )
+        intensities=_intensities(manifest),
+        channels=count,
+        labels=_labels(manifest),
+        facts=[
+            (key, ", ".join(f"{name} {n}" for name, n in value.items()) if isinstance(value, dict) else value)
+            for key, value in facts.items()
+        ],
     )
-    parts.append(section("Intensity", _intensities(manifest)))
-    if labels:
-        most = sorted(labels, key=lambda key: -len(labels[key]))[:LABELS]
-        kept = {key: labels[key] for key in labels if key in most}
-        said = "Millilitres of each label value, in the colour of its outline; a dot is a volume, the bar the median."
-        if len(kept) < len(labels):
-            said += f" The {len(kept)} most frequent of {len(labels)} are shown."
-        parts.append(section("Label volumes", figure(label_figure(kept), said)))
-    rows = [(k, ", ".join(f"{n} {c}" for n, c in v.items()) if isinstance(v, dict) else v) for k, v in facts.items()]
-    parts.append(section("Facts", html_table(("fact", "value"), rows)))
-    return page("tomoscale store", parts)
 
 
-def _intensities(manifest: Manifest) -> str:
+def _labels(manifest: Manifest) -> Picture | None:
+    """Dots of the most frequent labels; None where there is no label."""
+    labels = label_volumes(manifest)
+    if not labels:
+        return None
+    most = sorted(labels, key=lambda key: -len(labels[key]))[:LABELS]
+    caption = "Millilitres of each label value, in the colour of its outline; a dot is a volume, the bar the median."
+    if len(most) < len(labels):
+        caption += f" The {len(most)} most frequent of {len(labels)} are shown."
+    return Picture(label_figure({key: labels[key] for key in labels if key in most}), caption)
+
+
+def _intensities(manifest: Manifest) -> list[Picture]:
     """A row of histograms for each channel, up to `CHANNELS` of them."""
     rows = zip(manifest.column("volume_id"), manifest.column("stats"), manifest.column("channels"), strict=True)
     stats = [stats_from_items(items, channels, f"volume {name}") for name, items, channels in rows]
     channels = max(map(len, stats), default=0)
-    drawn = []
+    pictures = []
     for c in range(min(channels, CHANNELS)):
-        having = [volume[c] for volume in stats if c < len(volume)]
+        of_channel = [volume[c] for volume in stats if c < len(volume)]
         values = {
-            name: np.array([found[key] for found in having], float)
+            name: np.array([item[key] for item in of_channel], float)
             for name, key in (("0.5th percentile", "p0_5"), ("mean", "mean"), ("99.5th percentile", "p99_5"))
         }
-        by = "in units of its values (HU for CT); outliers here are odd scans or wrong scales."
-        of = f"channel {c} (counted from 0) of {len(having):,} volumes" if channels > 1 else "each volume"
-        by = f"Of the foreground of {of}, {by}"
-        drawn.append(figure(histograms(values), by))
-    if channels > CHANNELS:
-        drawn.append(f"<p>The first {CHANNELS} of {channels} channels are shown.</p>")
-    return "".join(drawn)
+        whose = f"channel {c} (counted from 0) of {len(of_channel):,} volumes" if channels > 1 else "each volume"
+        caption = f"Of the foreground of {whose}, in units of its values (HU for CT);"
+        pictures.append(Picture(histograms(values), f"{caption} outliers here are odd scans or wrong scales."))
+    return pictures
 
 
 def evenly(count: int, most: int) -> list[int]:
@@ -100,13 +101,13 @@ def evenly(count: int, most: int) -> list[int]:
 
 def label_volumes(manifest: Manifest) -> dict[tuple[str, int], Floats]:
     """Millilitres of each label, by (name, value), in the volumes that have it, names and values in order."""
-    found: dict[tuple[str, int], list[float]] = defaultdict(list)
+    volumes: dict[tuple[str, int], list[float]] = defaultdict(list)
     for record in manifest.records():
         millilitres = float(np.prod(record.spacing_mm)) / 1000
         for label in record.labels:
             for value, voxels in zip(label.values, label.voxels, strict=True):
-                found[label.name, value].append(voxels * millilitres)
-    return {key: np.array(found[key]) for key in sorted(found)}
+                volumes[label.name, value].append(voxels * millilitres)
+    return {key: np.array(volumes[key]) for key in sorted(volumes)}
 
 
 def histograms(panels: Mapping[str, Floats]) -> bytes:
@@ -115,7 +116,7 @@ def histograms(panels: Mapping[str, Floats]) -> bytes:
     Values with a long tail, such as MR of several scanners, are shown on an axis that is linear near 0 and logarithmic
     far from it.
     """
-    finite = {name: given[np.isfinite(given)] for name, given in panels.items()}
+    finite = {name: values[np.isfinite(values)] for name, values in panels.items()}
     plain = {name for name, values in finite.items() if _agree(values)}
     height = 2.3 if len(plain) < len(panels) else 1.0
     drawing, axes = plt.subplots(1, len(panels), figsize=(8.4, height), squeeze=False)
@@ -170,7 +171,7 @@ def label_figure(labels: Mapping[tuple[str, int], Floats]) -> bytes:
     return chart(drawing, [axis], grid="x")
 
 
-def _thumbnails(store: VolumeStore, indices: Sequence[int]) -> str:
+def _thumbnails(store: VolumeStore, indices: Sequence[int]) -> list[Picture]:
     records = [store.manifest.record(i) for i in indices]
     images = store.read_many([_middle(r) for r in records])
     pictures = []
@@ -179,8 +180,8 @@ def _thumbnails(store: VolumeStore, indices: Sequence[int]) -> str:
         mask = store.read(_middle(record), name)[0, 0] if name is not None else None
         caption = f"{record.volume_id}, slice {_middle(record).start_DHW[0]} of {record.shape_DHW[0]}"
         caption += f", {record.split}" if record.split else ""
-        pictures.append(figure(thumbnail(image[0, 0], mask, spacing_mm=record.spacing_mm[1:]), caption))
-    return "".join(pictures)
+        pictures.append(Picture(thumbnail(image[0, 0], mask, spacing_mm=record.spacing_mm[1:]), caption))
+    return pictures
 
 
 def _middle(record: VolumeRecord) -> Crop:

@@ -80,7 +80,7 @@ class SearchResult:
     Attributes:
         trials: In the order of creation.
         best: Settings of the chosen trial.
-        chosen: The choice in words.
+        choice: The choice in words.
         epochs: Epochs of a trial that is not stopped.
         run_id: MLflow run.
         seconds: Wall time.
@@ -88,14 +88,21 @@ class SearchResult:
 
     trials: tuple[Trial, ...]
     best: TrialSettings
-    chosen: str
+    choice: str
     epochs: int
     run_id: str
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
         """As written to `result.json`."""
-        return {**vars(self), "trials": [trial.to_json() for trial in self.trials], "best": asdict(self.best)}
+        return {
+            "trials": [trial.to_json() for trial in self.trials],
+            "best": asdict(self.best),
+            "chosen": self.choice,
+            "epochs": self.epochs,
+            "run_id": self.run_id,
+            "seconds": self.seconds,
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "SearchResult":
@@ -105,4 +112,5 @@ class SearchResult:
             RefusedInput: an entry is missing.
         """
         trials = tuple(Trial.from_json(trial) for trial in data["trials"])
-        return from_fields(cls, {**data, "trials": trials, "best": from_fields(TrialSettings, data["best"])})
+        best = from_fields(TrialSettings, data["best"])
+        return from_fields(cls, {**data, "trials": trials, "best": best, "choice": data["chosen"]})

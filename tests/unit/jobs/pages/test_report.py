@@ -1,13 +1,25 @@
 """The report: one well-formed page that needs nothing else, and says what the test says."""
 
+import json
 import re
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import UndefinedError
 
+from jobs.output import to_json
 from jobs.pages import report
+from jobs.pages.html import page as html_page
+from jobs.pages.summary import DataFacts, DemoSummary, PredictedCase, Predictions, PretrainFacts
+from ssl_core.downstream.comparison import Comparison, StartRow, Training
+from ssl_core.downstream.paired_test import Paired
+from ssl_core.downstream.scores import CaseScore
+from ssl_core.downstream.search import SearchResult, Trial, TrialSettings
+from tests.kit.scores import scores
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 STATEMENT = "No difference between encoder & scratch is shown: <b>-0.012</b> Dice (95 % interval -0.03 to +0.01)."
@@ -18,59 +30,73 @@ PNG = (
 )
 
 
-def summary(starts: tuple[str, ...] = ("encoder", "scratch"), **changes: Any) -> dict[str, Any]:
-    cases = [
-        {"start": start, "seed": seed, "volume_id": f"v{i}", "subject": f"s{i}", "label": "label-1"}
-        | {"dice": 0.5 + 0.04 * i + 0.01 * seed + 0.02 * k, "hd95_mm": 2.0 + i, "nsd": 0.8}
-        for k, start in enumerate(starts)
-        for seed in (0, 1)
-        for i in range(4)
-    ]
-    row = {"label": NASTY, "seeds": 2, "cases": 4, "dice_mean": 0.5612, "dice_sd": 0.05}
-    row |= {"hd95_mean": 3.5, "hd95_sd": 1.1, "nsd_mean": 0.8, "nsd_sd": 0.01}
-    trial = {"encoder": "models:/e@candidate", "lr": 1e-3, "encoder_lr_scale": 0.1, "epochs": 2}
-    return {
-        "created": "2026-01-01 00:00 UTC",
-        "headline": {"volumes ingested": 12, "test Dice, scratch": "0.561"},
-        "data": {
-            "description": f"{NASTY}: 12 volumes",
-            "simulated": False,
-            "text": "12 volumes published.",
-            "notes": [f"image without label: {NASTY}.nii.gz"],
-            "facts": {"store": "s3://volumes/x", "train": 8, "test": 4},
-        },
-        "pretrain": {
-            "method": "pgl",
-            "steps": 60,
-            "global_batch": 8,
-            "workers": 2,
-            "points": [[s, 0, {"loss": 1.0 / s, "loss/global": 0.6 / s, "loss/local": 0.4 / s}] for s in range(1, 9)],
-            "samples_per_s": 7.25,
-            "wait_share": 0.012,
-            "run_url": 'http://127.0.0.1:1/#/experiments/1/runs/a"b',
-            "model": "models:/demo@candidate",
-        },
-        "search": {
-            "epochs": 4,
-            "chosen": "trial 0, lr 1.00e-03",
-            "trials": [
-                {"trial": 0, **trial, "stopped_early": True, "last": 0.4, "status": "done"},
-                {"trial": 1, **trial, "stopped_early": False, "last": 0.9, "status": "error"},
-            ],
-        },
-        "finetune": {
-            "rows": [{"start": start, **row} for start in starts],
-            "cases": cases,
-            "test": {"statement": STATEMENT},
-            "nsd_tolerance_mm": 1.0,
-        },
-        "predict": {"model": "models:/seg@candidate", "input": f"/data/{NASTY}.nii.gz", "output": "/out/p.nii.gz"},
-        "timings": {"stack": 12.34, "pre-training": 100.0},
-        "links": {"MLflow": "http://127.0.0.1:1", "Ray dashboard": "http://127.0.0.1:2"},
-        "environment": {"python": "3.11", "torch": "2"},
-        "config": f"# pretrain\nname: {NASTY}\n",
-        **changes,
-    }
+def comparison(starts: tuple[str, ...], volumes_of: str = "-", flip: bool = False) -> Comparison:
+    """Four subjects, two seeds, a volume of each subject for each character of `volumes_of`."""
+    trainings = []
+    for k, start in enumerate(starts):
+        for seed in (0, 1):
+            dice = [0.5 + 0.04 * i + 0.01 * seed + 0.02 * k for i in range(4)]
+            cases = [
+                CaseScore(f"v{i}{c}", f"s{i}", "label-1", scores(dice=1 - d if flip else d, hd95_mm=2.0 + i, nsd=0.8))
+                for i, d in enumerate(dice)
+                for c in volumes_of
+            ]
+            trainings.append(Training(start, seed, (), tuple(cases), None, 1.0))
+    mean, sd = scores(dice=0.5612, hd95_mm=3.5, nsd=0.8), scores(dice=0.05, hd95_mm=1.1, nsd=0.01)
+    return Comparison(
+        rows=tuple(StartRow(start, NASTY, 2, 4, mean, sd) for start in starts),
+        trainings=tuple(trainings),
+        test=Paired(4, -0.012, -0.03, 0.01, 0.4, 0.5, 0.1, False, STATEMENT),
+        model="seg",
+        version="1",
+        registered_start=starts[0],
+        nsd_tolerance_mm=1.0,
+        run_id="r",
+        seconds=1.0,
+    )
+
+
+def trial(number: int, encoder: str, **changes: Any) -> Trial:
+    facts = {"scores": (0.3, 0.4), "stopped_early": False, "error": None} | changes
+    return Trial(number, TrialSettings(encoder, 1e-3, 0.1), **facts)
+
+
+def summary(starts: tuple[str, ...] = ("encoder", "scratch"), **changes: Any) -> DemoSummary:
+    points = [[s, 0, {"loss": 1.0 / s, "loss/global": 0.6 / s, "loss/local": 0.4 / s}] for s in range(1, 9)]
+    encoder = "models:/e@candidate"
+    trials = (trial(0, encoder, stopped_early=True), trial(1, encoder, scores=(0.1, 0.9), error="it broke"))
+    case = PredictedCase(f"/data/{NASTY}.nii.gz", "/out/p.nii.gz", 0.5)
+    whole = DemoSummary(
+        created="2026-01-01 00:00 UTC",
+        headline={"volumes ingested": 12, "test Dice, scratch": "0.561"},
+        data=DataFacts(
+            description=f"{NASTY}: 12 volumes",
+            simulated=False,
+            text="12 volumes published.",
+            notes=(f"image without label: {NASTY}.nii.gz",),
+            facts={"store": "s3://volumes/x", "train": 8, "test": 4},
+        ),
+        pretrain=PretrainFacts(
+            method="pgl",
+            steps=60,
+            global_batch=8,
+            workers=2,
+            points=tuple(points),
+            samples_per_s=7.25,
+            wait_share=0.012,
+            run_id="r",
+            run_url='http://127.0.0.1:1/#/experiments/1/runs/a"b',
+            model="models:/demo@candidate",
+        ),
+        search=SearchResult(trials, trials[0].settings, "trial 0, lr 1.00e-03", 4, "r", 1.0),
+        finetune=comparison(starts),
+        predict=Predictions("models:/seg@candidate", {rank: case for rank in ("best", "median", "worst")}),
+        timings={"stack": 12.34, "pre-training": 100.0},
+        links={"MLflow": "http://127.0.0.1:1", "Ray dashboard": "http://127.0.0.1:2"},
+        environment={"python": "3.11", "torch": "2"},
+        config=f"# pretrain\nname: {NASTY}\n",
+    )
+    return replace(whole, **changes)
 
 
 class Page(HTMLParser):
@@ -105,7 +131,7 @@ class Page(HTMLParser):
         return "".join(self.words)
 
 
-def page(data: dict[str, Any]) -> str:
+def page(data: DemoSummary) -> str:
     pictures = {"views": PNG, "preview-best": PNG, "preview-worst": PNG}
     return report.render(data, pictures, {"views": "two views", "preview-best": f"best, {NASTY}"})
 
@@ -116,12 +142,12 @@ def html() -> str:
 
 
 def test_the_page_is_well_formed_and_loads_nothing_from_elsewhere(html: str) -> None:
-    found = Page(html)
+    parsed = Page(html)
     assert html.startswith("<!doctype html>")
-    assert found.tags.count("img") == 5  # loss, Dice, views, two previews
-    assert len(found.loads) == 5
-    assert all(source.startswith("data:image/png;base64,") for source in found.loads)
-    assert not {"script", "link", "iframe", "object", "embed"} & set(found.tags)
+    assert parsed.tags.count("img") == 5  # loss, Dice, views, two previews
+    assert len(parsed.loads) == 5
+    assert all(source.startswith("data:image/png;base64,") for source in parsed.loads)
+    assert not {"script", "link", "iframe", "object", "embed"} & set(parsed.tags)
     style = html[html.index("<style>") : html.index("</style>")]
     assert "url(" not in style
     assert "@import" not in style
@@ -143,31 +169,39 @@ def test_the_numbers_of_the_summary_are_on_the_page(html: str) -> None:
         assert part in text, part
     links = {unescape(link) for link in re.findall(r'href="([^"]*)"', html)}
     data = summary()
-    assert links == {*data["links"].values(), data["pretrain"]["run_url"]}
+    assert links == {*data.links.values(), data.pretrain.run_url}
 
 
 def test_simulated_subjects_are_called_so(html: str) -> None:
     data = summary()
-    simulated = page(summary(data=data["data"] | {"simulated": True}))
+    simulated = page(summary(data=replace(data.data, simulated=True)))
     assert "simulated" in Page(simulated).text
     assert "simulated" not in Page(html).text
 
 
+def test_templates_trust_no_value_and_know_all_names() -> None:
+    folder = Path(report.__file__).parent
+    for template in folder.glob("*.j2"):
+        assert not re.search(r"\|\s*safe|autoescape", template.read_text(encoding="utf-8")), template.name
+    with pytest.raises(UndefinedError, match="summary"):
+        html_page("report.html.j2")
+
+
 @pytest.mark.parametrize("starts", [("scratch",), ("a", "b", "c", "d", "e")])
 def test_any_number_of_starts_is_drawn(starts: tuple[str, ...]) -> None:
-    found = Page(page(summary(starts)))
-    assert all(start in found.text for start in starts)
+    parsed = Page(page(summary(starts)))
+    assert all(start in parsed.text for start in starts)
 
 
 def test_figures_show_what_they_are_given() -> None:
     data = summary()
-    two = report.loss_figure(data["pretrain"]["points"])
+    two = report.loss_figure(data.pretrain.points)
     one = report.loss_figure([[s, 0, {"loss": 1.0 / s, "loss/only": 1.0 / s}] for s in range(1, 9)])
     moved = report.loss_figure([[s, 0, {"loss": 2.0 - 1.0 / s, "loss/only": 1.0 / s}] for s in range(1, 9)])
     assert all(png.startswith(b"\x89PNG") for png in (two, one, moved))
     assert len({two, one, moved}) == 3
-    swapped = [{**c, "dice": 1 - c["dice"]} for c in data["finetune"]["cases"]]
-    assert report.dice_figure(swapped) != report.dice_figure(data["finetune"]["cases"])
+    swapped = comparison(("encoder", "scratch"), flip=True).trainings
+    assert report.dice_figure(swapped) != report.dice_figure(data.finetune.trainings)
 
 
 def test_the_terminal_says_the_same() -> None:
@@ -178,14 +212,28 @@ def test_the_terminal_says_the_same() -> None:
 
 
 def test_a_dot_is_a_subject_however_many_volumes_it_has() -> None:
-    cases = summary()["finetune"]["cases"]
-    twice = [{**c, "volume_id": f"{c['volume_id']}-{scan}"} for c in cases for scan in "ab"]
-    assert report.dice_figure(twice) == report.dice_figure(cases)
+    once, twice = (comparison(("encoder", "scratch"), scans).trainings for scans in ("a", "ab"))
+    assert report.dice_figure(twice) == report.dice_figure(once)
 
 
 @pytest.mark.parametrize("encoder", ["none", "models:/e/1"])
 def test_a_search_that_one_side_had_no_part_in_is_said(encoder: str) -> None:
-    data = summary()
-    data["search"]["trials"][1]["encoder"] = encoder
+    search = summary().search
+    data = summary(search=replace(search, trials=(search.trials[0], trial(1, encoder))))
     for text in (Page(page(data)).text, report.text(data)):
         assert ("had no search of their own" in text) == (encoder != "none")
+
+
+def test_the_summary_on_disk_has_the_keys_that_it_always_had() -> None:
+    data = json.loads(to_json(summary().to_json()))
+    assert list(data) == [
+        "created", "headline", "data", "pretrain", "search", "finetune", "predict", "timings", "links", "environment",
+        "config",
+    ]  # fmt: skip
+    assert list(data["predict"]) == ["model", "same_geometry", "input", "output", "dice", "cases"]
+    assert list(data["predict"]["cases"]["worst"]) == ["input", "output", "dice"]
+    assert data["pretrain"]["points"][0] == [1, 0, {"loss": 1.0, "loss/global": 0.6, "loss/local": 0.4}]
+    assert data["search"]["chosen"] == "trial 0, lr 1.00e-03"
+    trial_keys = "trial encoder lr encoder_lr_scale epochs scores last stopped_early status error"
+    assert list(data["search"]["trials"][0]) == trial_keys.split()
+    assert len(data["finetune"]["cases"]) == 16

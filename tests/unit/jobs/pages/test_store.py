@@ -99,20 +99,20 @@ def test_the_patients_right_is_on_the_left() -> None:
 
 def test_label_volumes_are_in_millilitres(store: str) -> None:
     manifest = Manifest.open(store)
-    found = store_page.label_volumes(manifest)
+    volumes_ml = store_page.label_volumes(manifest)
     with VolumeStore(store, manifest) as volumes:
         mask = volumes.read_volume("phantom-004", "labels")
-    assert set(found) == {("labels", 1)}
-    assert found["labels", 1][4] == pytest.approx((mask == 1).sum() / 1000)
+    assert set(volumes_ml) == {("labels", 1)}
+    assert volumes_ml["labels", 1][4] == pytest.approx((mask == 1).sum() / 1000)
 
 
 @pytest.mark.parametrize(("count", "most"), [(1, 24), (5, 24), (24, 24), (25, 24), (10**6, 24)])
 def test_evenly_spread_indices(count: int, most: int) -> None:
-    chosen = store_page.evenly(count, most)
-    assert len(chosen) == min(count, most)
-    assert chosen[0] == 0
-    assert chosen[-1] == count - 1
-    assert np.ptp(np.diff(chosen)) <= 1 if len(chosen) > 2 else True
+    indices = store_page.evenly(count, most)
+    assert len(indices) == min(count, most)
+    assert indices[0] == 0
+    assert indices[-1] == count - 1
+    assert np.ptp(np.diff(indices)) <= 1 if len(indices) > 2 else True
 
 
 def test_histograms_take_what_stores_hold() -> None:
