@@ -50,13 +50,13 @@ def guarded(main: Callable[[Sequence[str]], int]) -> int:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
     except Exception as error:
-        said = error if isinstance(error, TomoscaleError) else in_our_words(error)
-        if said is None:
+        failure = error if isinstance(error, TomoscaleError) else in_our_words(error)
+        if failure is None:
             raise
-        print(f"{_program()}: {said}", file=sys.stderr, flush=True)
+        print(f"{_program()}: {failure}", file=sys.stderr, flush=True)
         if os.environ.get("TOMOSCALE_TRACEBACK"):
             traceback.print_exc()
-        return said.exit_code
+        return failure.exit_code
 
 
 def _program() -> str:

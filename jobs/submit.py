@@ -50,9 +50,9 @@ def submit(address: str, module: str, config: Config, name: str) -> str:
 
 
 def _refuse_a_second(address: str, module: str, name: str) -> None:
-    mine = {"tomoscale.name": name, "tomoscale.module": module}
+    marks = {"tomoscale.name": name, "tomoscale.module": module}
     for job in jobclient.list_jobs(address):
-        if job.status not in jobclient.ENDED and mine.items() <= job.metadata.items():
+        if job.status not in jobclient.ENDED and marks.items() <= job.metadata.items():
             raise StackError(
                 f"job {name!r}",
                 expected="that it is not at work",
