@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from cluster import state as states
-from storage.errors import StackError
+from storage.errors import StackError, StoreError
+from storage.objects.retry import ATTEMPT_S, RetryPolicy, TransientError, retry
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -73,9 +74,9 @@ def token_for(address: str) -> str:
 
 def _is_its_jobs_address(address: str, state_dir: Path) -> bool:
     state = states.load(state_dir)
-    entry = state.services.get("ray") if state else None
+    service = state.services.get("ray") if state else None
     url = urlsplit(address)
-    return bool(entry and url.hostname in ("127.0.0.1", "localhost") and url.port == entry.ports.get("dashboard"))
+    return bool(service and url.hostname in ("127.0.0.1", "localhost") and url.port == service.ports.get("dashboard"))
 
 
 def cluster_info(address: str, headers: Mapping[str, str] | None = None, **options: Any) -> Any:
@@ -173,18 +174,24 @@ def follow(address: str, job: str, *, token: str | None = None, outage_s: float 
     Raises:
         StackError: unreachable for longer than `outage_s`, refused, or no such job.
     """
-    printed, pause, last_good = 0, 0.3, time.monotonic()
-    while True:
+
+    def look() -> tuple[bool, str]:
         try:
             with _client(address, token, job) as client:
                 ended = client.get_job_status(job) in ENDED  # before the logs: nothing is written after the end
-                text = client.get_job_logs(job)
+                return ended, client.get_job_logs(job)
         except StackError as error:
-            if not isinstance(error.__cause__, ConnectionError) or time.monotonic() - last_good > outage_s:
-                raise
-            time.sleep(1.0)
-            continue
-        last_good = time.monotonic()
+            if isinstance(error.__cause__, ConnectionError):
+                raise TransientError(str(error.__cause__)) from error
+            raise
+
+    patience = RetryPolicy(deadline_s=outage_s + ATTEMPT_S, attempt_s=ATTEMPT_S, first_s=1.0, cap_s=2.0)
+    printed, pause = 0, 0.3
+    while True:
+        try:
+            ended, text = retry(look, patience, f"Ray jobs at {address}")
+        except StoreError as error:
+            raise _absent(address, error.found) from error
         if len(text) > printed:
             yield text[printed:]
             # Each look fetches the whole log, so a long one is looked at less often.
@@ -264,7 +271,7 @@ def _client(address: str, token: str | None, job: str = "") -> "Iterator[JobSubm
             remedy="set RAY_AUTH_TOKEN_PATH to the cluster's token file; for the local stack, check TOMOSCALE_STATE",
         ) from error
     except (ConnectionError, OSError) as error:
-        raise _absent(url, error) from ConnectionError(str(error))
+        raise _absent(url, str(error)) from ConnectionError(str(error))
     except (RuntimeError, ValueError) as error:
         # The server answers with its whole traceback; the last line is the reason.
         lines = [line.strip() for line in str(error).splitlines() if line.strip(" .")]
@@ -284,11 +291,11 @@ def _client(address: str, token: str | None, job: str = "") -> "Iterator[JobSubm
         ) from error
 
 
-def _absent(url: str, error: Exception) -> StackError:
+def _absent(url: str, reason: str) -> StackError:
     return StackError(
         f"Ray jobs at {url}",
         expected="a job server",
-        found=" ".join(str(error).split())[:200],
+        found=" ".join(reason.split())[:200],
         remedy="check the address and the network; `tomoscale up` starts a local one",
     )
 

@@ -152,7 +152,7 @@ def _start(
     why: dict[str, str] = {}
     while waiting:
         for name, server in list(waiting.items()):
-            entry = state.services[name]
+            service = state.services[name]
             if _main(state, name) is None:
                 if name in missing:
                     raise _died(server)
@@ -165,10 +165,10 @@ def _start(
             if why[name]:
                 continue
             del waiting[name]
-            if entry.healthy_s is None:
-                entry.healthy_s = round(time.monotonic() - began, 1)
+            if service.healthy_s is None:
+                service.healthy_s = round(time.monotonic() - began, 1)
                 states.save(state_dir, state)
-                progress(f"{services.TITLES[name]} answers after {entry.healthy_s} s")
+                progress(f"{services.TITLES[name]} answers after {service.healthy_s} s")
         if waiting and time.monotonic() - began > START_TIMEOUT_S:
             name, server = next(iter(waiting.items()))
             raise StackError(
@@ -200,10 +200,10 @@ def _launch(
     servers = {name: services.server(name, state_dir, state.stack, by_service, state.cpus) for name in states.SERVICES}
     for name in names:
         states.save(state_dir, state)
-        server, entry = servers[name], state.services[name]
+        server, service = servers[name], state.services[name]
         server.log.unlink(missing_ok=True)
         process = processes.spawn(server.command, server.environment, server.log, server.cwd)
-        entry.pid, entry.created = process.pid, process.create_time()
+        service.pid, service.created = process.pid, process.create_time()
         states.save(state_dir, state)
     return servers
 
@@ -228,16 +228,16 @@ def _tail(log: Path, lines: int = 15) -> str:
 
 
 def _main(state: State, name: str) -> psutil.Process | None:
-    entry = state.services.get(name)
-    return processes.same(entry.pid, entry.created) if entry else None
+    service = state.services.get(name)
+    return processes.same(service.pid, service.created) if service else None
 
 
 def _all(state: State, name: str) -> list[psutil.Process]:
     """Every process of a service: its recorded main one, the marked ones, their children and sessions."""
-    main, entry = _main(state, name), state.services.get(name)
+    main, service = _main(state, name), state.services.get(name)
     roots = [*processes.marked(state.stack, name), *([main] if main else [])]
-    if entry and entry.pid and entry.created and not main:
-        roots += processes.orphans(entry.pid, entry.created)
+    if service and service.pid and service.created and not main:
+        roots += processes.orphans(service.pid, service.created)
     return processes.family(roots)
 
 
@@ -314,14 +314,14 @@ def _stop(state_dir: Path, state: State, names: list[str], progress: Progress) -
 
 def _stop_jobs(state_dir: Path, state: State, progress: Progress) -> None:
     """Ask running jobs to end while the server that knows them is there; what does not listen is killed with Ray."""
-    entry = state.services.get("ray")
-    if entry is None or entry.healthy_s is None or _main(state, "ray") is None:
+    service = state.services.get("ray")
+    if service is None or service.healthy_s is None or _main(state, "ray") is None:
         return
     from cluster import jobclient
 
     try:
         stopped = jobclient.stop_all(
-            f"http://{services.HOST}:{entry.ports['dashboard']}", token=states.secret(state_dir, "ray_token")
+            f"http://{services.HOST}:{service.ports['dashboard']}", token=states.secret(state_dir, "ray_token")
         )
     except StackError as error:
         progress(f"jobs could not be asked to stop: {error.found or error}")
@@ -352,10 +352,10 @@ def _info(state_dir: Path, state: State) -> StackInfo:
     infos = []
     probes = {"s3": services.s3_problem, "mlflow": services.mlflow_problem, "ray": services.ray_problem}
     for name in states.SERVICES:
-        entry = state.services.get(name)
-        if entry is None:
+        service = state.services.get(name)
+        if service is None:
             continue
-        port = entry.ports[services.PORTS[name][0]]
+        port = service.ports[services.PORTS[name][0]]
         main = _main(state, name)
         detail = probes[name](state_dir, port) if main else "no process"
         infos.append(
@@ -365,7 +365,7 @@ def _info(state_dir: Path, state: State) -> StackInfo:
                 main.pid if main else None,
                 not detail,
                 detail,
-                entry.healthy_s,
+                service.healthy_s,
                 round(sum(processes.resident_mb(process) for process in (processes.family([main]) if main else [])), 1),
             )
         )
@@ -384,7 +384,7 @@ def environment(state_dir: Path | None = None) -> dict[str, str]:
     state = states.load(state_dir)
     if state is None or any(name not in state.services for name in states.SERVICES):
         raise _absent(state_dir)
-    return services.client_environment(state_dir, {name: entry.ports for name, entry in state.services.items()})
+    return services.client_environment(state_dir, {name: service.ports for name, service in state.services.items()})
 
 
 def _absent(state_dir: Path) -> StackError:

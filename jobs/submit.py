@@ -17,7 +17,7 @@ from cluster import jobclient
 from ssl_core.config import Config, dump_yaml
 from storage.errors import ConfigError, RefusedInput, StackError, TomoscaleError
 
-_RESUBMISSIONS = 3
+_RESUBMISSIONS = 3  # counted, without `storage.objects.retry`: a driver may be killed after days
 _PREFIX = re.compile(r"\x1b\[\d+m\((?:RayTrainWorker|one|trial)[^)]*\)\x1b\[0m ?")
 # Ray's own chatter about a healthy job; `tomoscale jobs logs` shows it all.
 _NOISE = re.compile(

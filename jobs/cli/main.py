@@ -1,4 +1,7 @@
-"""The command line. Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 refused input."""
+"""The command line. Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 refused input.
+
+It is argparse's: `key=value` after options and imports that wait for their verb are all that it lacks.
+"""
 
 import argparse
 import contextlib

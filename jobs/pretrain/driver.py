@@ -35,6 +35,7 @@ from ssl_core.config import resolved
 from ssl_core.train import checkpoint
 from storage.errors import StackError, TomoscaleError
 
+# Counted, not timed as `storage.objects.retry` does: between two failures lie hours of training.
 _CONTROLLER_TRIES = 5
 
 

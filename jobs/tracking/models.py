@@ -294,7 +294,7 @@ def _log(
     plan = json.loads((bundle / "preprocess.json").read_text(encoding="utf-8"))
     packages = PACKAGES[json.loads((bundle / "architecture.json").read_text(encoding="utf-8"))["class"]]
     if card["kind"] == "segmenter":
-        values = [entry["value"] for entry in plan["labels"]]
+        values = [label["value"] for label in plan["labels"]]
         output = TensorSpec(np.dtype(np.uint8 if max(values) < 256 else np.int32), (-1, -1, -1), "mask")
     else:
         output = TensorSpec(np.dtype(np.float32), (-1, -1, -1, -1), "features")

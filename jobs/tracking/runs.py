@@ -233,7 +233,8 @@ class Sender:
     """Sends points from a thread; `put` never blocks and never raises.
 
     While the server is away points wait here (and in the journal of the checkpoints); after any failed request the
-    server is asked what it has before anything is sent again.
+    server is asked what it has before anything is sent again. It tries until `close`, with no deadline and more points
+    each time, so it does not go through `storage.objects.retry`.
     """
 
     def __init__(self, run_id: str) -> None:
