@@ -3,7 +3,7 @@
 from typing import Any
 
 
-def get_job_submission_client_cluster_info(address: str, **given: Any) -> Any:
+def get_job_submission_client_cluster_info(address: str, **options: Any) -> Any:
     """What Ray asks for when an address reads `cluster://HOST:PORT`: it takes the part before `://` as a module.
 
     So a plain `ray job submit --address cluster://127.0.0.1:PORT` finds the token of the local stack by itself, in a
@@ -11,4 +11,4 @@ def get_job_submission_client_cluster_info(address: str, **given: Any) -> Any:
     """
     from cluster.jobclient import cluster_info
 
-    return cluster_info(address, **given)
+    return cluster_info(address, **options)

@@ -7,9 +7,9 @@ from typing import Any
 
 def ensure(client: Any, names: Iterable[str]) -> None:
     """Make the buckets that are missing; raises what botocore raises."""
-    there = {bucket["Name"] for bucket in client.list_buckets().get("Buckets", [])}
+    existing = {bucket["Name"] for bucket in client.list_buckets().get("Buckets", [])}
     for name in names:
-        if name not in there:
+        if name not in existing:
             client.create_bucket(Bucket=name)
 
 

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
 
-from cluster import processes, services
+from cluster import ports, services
 from cluster import state as states
 from storage.errors import ConfigError, TomoscaleError
 from storage.objects.open import refuse_credentials
@@ -75,8 +75,8 @@ def _asked(name: str, question: Callable[[], list[Check]]) -> list[Check]:
 
 
 def _python() -> Check:
-    found = f"{sys.version.split()[0]} at {sys.executable}"
-    return Check("Python", sys.version_info >= (3, 11), found, "use Python 3.11 or newer")
+    version = f"{sys.version.split()[0]} at {sys.executable}"
+    return Check("Python", sys.version_info >= (3, 11), version, "use Python 3.11 or newer")
 
 
 def _packages() -> Check:
@@ -102,9 +102,9 @@ def _packages() -> Check:
         name, separator, version = line.split(";")[0].split("#")[0].strip().partition("==")
         if separator:
             locked += 1
-            found = _installed(name.split("[")[0])
-            if not _same_release(found, version.strip()):
-                differ.append(f"{name} {found or 'missing'} instead of {version.strip()}")
+            installed = _installed(name.split("[")[0])
+            if not _same_release(installed, version.strip()):
+                differ.append(f"{name} {installed or 'missing'} instead of {version.strip()}")
     finding = f"{locked - len(differ)} of {locked} as in requirements.lock"
     if differ:
         # Allowed: a GPU machine has another torch. Shown, because it is the first thing to ask about a strange result.
@@ -119,13 +119,13 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def _same_release(found: str | None, wanted: str) -> bool:
-    if found is None:
+def _same_release(installed: str | None, locked: str) -> bool:
+    if installed is None:
         return False
     try:
-        return Version(found).public == Version(wanted).public
+        return Version(installed).public == Version(locked).public
     except InvalidVersion:
-        return found == wanted
+        return installed == locked
 
 
 def _start_method() -> Check:
@@ -161,7 +161,7 @@ def _files() -> Check:
 
 def _ports() -> Check:
     try:
-        processes.free_ports(len(services.PORTS["ray"]) + len(services.PORTS["s3"]) + 1)
+        ports.find_free(len(services.PORTS["ray"]) + len(services.PORTS["s3"]) + 1)
     except OSError as error:
         return Check("ports", False, str(error), "end programs that hold them")
     return Check("ports", True, "enough free ones on loopback")
@@ -211,17 +211,17 @@ def _s3(store: str) -> list[Check]:
         read = client.get_object(Bucket=address.netloc, Key=key)["Body"].read()
         try:
             client.put_object(Bucket=address.netloc, Key=key, Body=b"again", IfNoneMatch="*")
-            kept = False
+            refused = False
         except ClientError as error:
-            kept = error.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412)
+            refused = error.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412)
         client.delete_object(Bucket=address.netloc, Key=key)
         took = time.perf_counter() - began
     except (BotoCoreError, ClientError) as error:
         return [Check("S3", False, " ".join(str(error).split())[:300], "check endpoint, credentials and bucket")]
     where = f"{client.meta.endpoint_url} {store}"
     checks = [Check("S3", read == b"doctor", f"{where}: put, get, delete in {took * 1000:.0f} ms")]
-    finding = "If-None-Match is kept" if kept else "If-None-Match is ignored"
-    checks.append(Check("S3 conditional put", kept, finding, "two writers of one name could overwrite each other"))
+    finding = "If-None-Match is kept" if refused else "If-None-Match is ignored"
+    checks.append(Check("S3 conditional put", refused, finding, "two writers of one name could overwrite each other"))
     if date := answer["ResponseMetadata"]["HTTPHeaders"].get("date"):
         skew = now - parsedate_to_datetime(date).timestamp()
         checks.append(

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from cluster import state as states
-from storage.errors import StackError
+from storage.errors import StackError, StoreError
+from storage.objects.retry import ATTEMPT_S, RetryPolicy, TransientError, retry
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -55,8 +56,8 @@ def token_for(address: str) -> str:
     Those are $RAY_AUTH_TOKEN, the file $RAY_AUTH_TOKEN_PATH and ~/.ray/auth_token. The token of a stack goes to the
     address in its state file only, even when those variables name it: no other server must learn it.
     """
-    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(named).expanduser().absolute() if named else None
+    variable = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(variable).expanduser().absolute() if variable else None
     folders = [states.default_dir(), *([path.parent.parent] if path else [])]
     for folder in folders:
         if _is_its_jobs_address(address, folder):
@@ -73,12 +74,12 @@ def token_for(address: str) -> str:
 
 def _is_its_jobs_address(address: str, state_dir: Path) -> bool:
     state = states.load(state_dir)
-    entry = state.services.get("ray") if state else None
+    service = state.services.get("ray") if state else None
     url = urlsplit(address)
-    return bool(entry and url.hostname in ("127.0.0.1", "localhost") and url.port == entry.ports.get("dashboard"))
+    return bool(service and url.hostname in ("127.0.0.1", "localhost") and url.port == service.ports.get("dashboard"))
 
 
-def cluster_info(address: str, headers: Mapping[str, str] | None = None, **given: Any) -> Any:
+def cluster_info(address: str, headers: Mapping[str, str] | None = None, **options: Any) -> Any:
     """Answer Ray's question where `cluster://HOST:PORT` is and with which headers; see `cluster.__init__`."""
     from ray.dashboard.modules.dashboard_sdk import ClusterInfo
 
@@ -86,7 +87,7 @@ def cluster_info(address: str, headers: Mapping[str, str] | None = None, **given
     sent = dict(headers or {})
     if not any(name.lower() == "authorization" for name in sent):
         sent |= _shown(token_for(url))
-    return ClusterInfo(address=url, cookies=given.get("cookies"), metadata=given.get("metadata"), headers=sent)
+    return ClusterInfo(address=url, cookies=options.get("cookies"), metadata=options.get("metadata"), headers=sent)
 
 
 def submit(
@@ -173,22 +174,28 @@ def follow(address: str, job: str, *, token: str | None = None, outage_s: float 
     Raises:
         StackError: unreachable for longer than `outage_s`, refused, or no such job.
     """
-    seen, pause, last_good = 0, 0.3, time.monotonic()
-    while True:
+
+    def look() -> tuple[bool, str]:
         try:
             with _client(address, token, job) as client:
                 ended = client.get_job_status(job) in ENDED  # before the logs: nothing is written after the end
-                text = client.get_job_logs(job)
+                return ended, client.get_job_logs(job)
         except StackError as error:
-            if not isinstance(error.__cause__, ConnectionError) or time.monotonic() - last_good > outage_s:
-                raise
-            time.sleep(1.0)
-            continue
-        last_good = time.monotonic()
-        if len(text) > seen:
-            yield text[seen:]
+            if isinstance(error.__cause__, ConnectionError):
+                raise TransientError(str(error.__cause__)) from error
+            raise
+
+    patience = RetryPolicy(deadline_s=outage_s + ATTEMPT_S, attempt_s=ATTEMPT_S, first_s=1.0, cap_s=2.0)
+    printed, pause = 0, 0.3
+    while True:
+        try:
+            ended, text = retry(look, patience, f"Ray jobs at {address}")
+        except StoreError as error:
+            raise _absent(address, error.found) from error
+        if len(text) > printed:
+            yield text[printed:]
             # Each look fetches the whole log, so a long one is looked at less often.
-            seen, pause = len(text), max(0.3, len(text) / 2e6)
+            printed, pause = len(text), max(0.3, len(text) / 2e6)
         if ended:
             return
         time.sleep(pause)
@@ -205,12 +212,12 @@ def stop(address: str, job: str, *, wait_s: float = 30.0, token: str | None = No
         client.stop_job(job)
         deadline = time.monotonic() + wait_s
         while True:
-            found = _info(client.get_job_info(job))
-            if found.status in ENDED:
-                return found
+            info = _info(client.get_job_info(job))
+            if info.status in ENDED:
+                return info
             if time.monotonic() > deadline:
                 raise StackError(
-                    f"job {job}", expected=f"it to stop within {wait_s:.0f} s", found=found.status, remedy="try again"
+                    f"job {job}", expected=f"it to stop within {wait_s:.0f} s", found=info.status, remedy="try again"
                 )
             time.sleep(0.3)
 
@@ -222,13 +229,13 @@ def stop_all(address: str, *, wait_s: float = 10.0, token: str | None = None) ->
         StackError: unreachable or refused.
     """
     with _client(address, token) as client:
-        asked = [d.submission_id for d in client.list_jobs() if d.submission_id and d.status not in ENDED]
-        for job in asked:
+        running = [d.submission_id for d in client.list_jobs() if d.submission_id and d.status not in ENDED]
+        for job in running:
             client.stop_job(job)
         deadline = time.monotonic() + wait_s
-        while time.monotonic() < deadline and any(client.get_job_status(job) not in ENDED for job in asked):
+        while time.monotonic() < deadline and any(client.get_job_status(job) not in ENDED for job in running):
             time.sleep(0.3)
-    return asked
+    return running
 
 
 @contextlib.contextmanager
@@ -264,7 +271,7 @@ def _client(address: str, token: str | None, job: str = "") -> "Iterator[JobSubm
             remedy="set RAY_AUTH_TOKEN_PATH to the cluster's token file; for the local stack, check TOMOSCALE_STATE",
         ) from error
     except (ConnectionError, OSError) as error:
-        raise _absent(url, error) from ConnectionError(str(error))
+        raise _absent(url, str(error)) from ConnectionError(str(error))
     except (RuntimeError, ValueError) as error:
         # The server answers with its whole traceback; the last line is the reason.
         lines = [line.strip() for line in str(error).splitlines() if line.strip(" .")]
@@ -284,11 +291,11 @@ def _client(address: str, token: str | None, job: str = "") -> "Iterator[JobSubm
         ) from error
 
 
-def _absent(url: str, error: Exception) -> StackError:
+def _absent(url: str, reason: str) -> StackError:
     return StackError(
         f"Ray jobs at {url}",
         expected="a job server",
-        found=" ".join(str(error).split())[:200],
+        found=" ".join(reason.split())[:200],
         remedy="check the address and the network; `tomoscale up` starts a local one",
     )
 
@@ -305,11 +312,11 @@ def _shown(token: str) -> dict[str, str]:
 def _addresses_unset() -> Iterator[None]:
     """Ray lets these variables win over the address that a caller names; here the caller wins."""
     with _environment_lock:
-        kept = {name: os.environ.pop(name) for name in _ADDRESS_VARIABLES if name in os.environ}
+        values = {name: os.environ.pop(name) for name in _ADDRESS_VARIABLES if name in os.environ}
         try:
             yield
         finally:
-            os.environ.update(kept)
+            os.environ.update(values)
 
 
 def _info(details: Any) -> JobInfo:

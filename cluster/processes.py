@@ -1,4 +1,6 @@
-"""Processes and ports of the local stack: start them marked, find exactly those again, end exactly those.
+"""Processes of the local stack: start them marked, find exactly those again, end exactly those.
+
+By hand, because supervisors of processes want a program of their own that runs all the time, and start what ends.
 
 Every process is started with two environment variables, `TOMOSCALE_STACK` (the id of the state directory) and
 `TOMOSCALE_SERVICE`. Children inherit them, so that even a program that was killed between starting a server and writing
@@ -7,9 +9,7 @@ down its number leaves a trail.
 
 import contextlib
 import os
-import random
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +19,6 @@ import psutil
 
 STACK_MARK = "TOMOSCALE_STACK"
 SERVICE_MARK = "TOMOSCALE_SERVICE"
-_PORT_RANGE = range(20000, 32000)  # below the ephemeral range, so that an outgoing connection cannot take a port first
 
 
 def spawn(command: Sequence[str], environment: Mapping[str, str], log: Path, cwd: Path) -> psutil.Process:
@@ -61,7 +60,7 @@ def alive(process: psutil.Process) -> bool:
 
 def marked(stack: str, service: str | None = None) -> list[psutil.Process]:
     """Own processes that carry the mark of this stack (and service), this process excepted."""
-    found = []
+    members = []
     for process in psutil.process_iter():
         if process.pid == os.getpid():
             continue
@@ -70,8 +69,8 @@ def marked(stack: str, service: str | None = None) -> list[psutil.Process]:
         except (psutil.Error, OSError):
             continue
         if environment.get(STACK_MARK) == stack and service in (None, environment.get(SERVICE_MARK)):
-            found.append(process)
-    return [process for process in found if alive(process)]
+            members.append(process)
+    return [process for process in members if alive(process)]
 
 
 def family(roots: Iterable[psutil.Process]) -> list[psutil.Process]:
@@ -79,19 +78,19 @@ def family(roots: Iterable[psutil.Process]) -> list[psutil.Process]:
 
     Ray's workers overwrite their environment block when they set their title, so the mark alone does not find them.
     """
-    found: dict[int, psutil.Process] = {}
+    members: dict[int, psutil.Process] = {}
     sessions = set()
     for root in roots:
-        found[root.pid] = root
+        members[root.pid] = root
         sessions.add(root.pid)
         with contextlib.suppress(psutil.Error):
-            found.update({child.pid: child for child in root.children(recursive=True)})
+            members.update({child.pid: child for child in root.children(recursive=True)})
     for pid in psutil.pids():
         with contextlib.suppress(OSError, psutil.Error):
-            if os.getsid(pid) in sessions and pid not in found:
-                found[pid] = psutil.Process(pid)
-    found.pop(os.getpid(), None)
-    return [process for process in found.values() if alive(process)]
+            if os.getsid(pid) in sessions and pid not in members:
+                members[pid] = psutil.Process(pid)
+    members.pop(os.getpid(), None)
+    return [process for process in members.values() if alive(process)]
 
 
 def orphans(leader: int, created: float) -> list[psutil.Process]:
@@ -105,15 +104,15 @@ def orphans(leader: int, created: float) -> list[psutil.Process]:
         other = psutil.Process(leader)  # a zombie of ours is as good as gone
         if abs(other.create_time() - created) >= 1.0:
             return []
-    found = []
+    members = []
     for pid in psutil.pids():
         with contextlib.suppress(OSError, psutil.Error):
             if os.getsid(pid) == leader:
                 process = psutil.Process(pid)
                 title = " ".join(process.cmdline())
                 if title.startswith(("ray::", "ray-dashboard")) and process.create_time() >= created - 1.0:
-                    found.append(process)
-    return [process for process in found if alive(process)]
+                    members.append(process)
+    return [process for process in members if alive(process)]
 
 
 def end(
@@ -168,42 +167,3 @@ def _wait(processes: Iterable[psutil.Process], deadline: float) -> None:
         waiting = [process for process in waiting if alive(process)]
         if waiting:
             time.sleep(0.05)
-
-
-def port_free(port: int, host: str = "127.0.0.1") -> bool:
-    """Whether a server could listen there now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-        return True
-
-
-def free_ports(count: int, avoid: Iterable[int] = ()) -> list[int]:
-    """`count` different ports that nothing listens on, chosen at random.
-
-    Raises:
-        OSError: there are not that many.
-    """
-    taken = set(avoid)
-    ports: list[int] = []
-    for port in random.SystemRandom().sample(_PORT_RANGE, len(_PORT_RANGE)):
-        if len(ports) == count:
-            break
-        # Ray's metadata server listens on every interface, so a port must be free there too.
-        if port not in taken and port_free(port) and port_free(port, "0.0.0.0"):
-            ports.append(port)
-    if len(ports) < count:
-        raise OSError(f"no {count} free ports between {_PORT_RANGE.start} and {_PORT_RANGE.stop}")
-    return ports
-
-
-def port_owner(port: int) -> str:
-    """Who listens on a port, as far as this user may see: `name (pid N)`, else an empty string."""
-    with contextlib.suppress(psutil.Error, OSError):
-        for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
-                return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
-    return ""

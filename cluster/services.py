@@ -22,6 +22,7 @@ from cluster.processes import SERVICE_MARK, STACK_MARK
 from storage.errors import StackError
 
 HOST = "127.0.0.1"
+TITLES = {"s3": "S3 (SeaweedFS)", "mlflow": "MLflow", "ray": "Ray"}
 REGION = "us-east-1"
 PROFILE = "tomoscale"
 BUCKETS = ("volumes", "runs", "mlflow")
@@ -218,15 +219,15 @@ def _ray(state_dir: Path, ports: dict[str, dict[str, int]], cpus: int) -> Made:
 
 def _program(name: str, package: str) -> str:
     beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if not found:
+    path = str(beside) if beside.exists() else shutil.which(name)
+    if not path:
         raise StackError(
             f"program `{name}`",
             expected=f"it beside {sys.executable} or on PATH",
             found="nothing",
             remedy=f"pip install '{package}'",
         )
-    return found
+    return path
 
 
 def s3_client(state_dir: Path, port: int, timeout_s: float = PATIENCE_S) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster import processes, services
+from cluster import ports, processes, services
 from cluster import state as states
 from cluster.state import State, default_dir
 from storage.errors import StackError
@@ -20,7 +20,6 @@ START_TIMEOUT_S = 240.0  # 8 s on an idle machine; a server that dies is noticed
 _LEAST_FREE_BYTES = 2 * 1024**3
 _GRACE_S = {"ray": 5.0, "mlflow": 4.0, "s3": 2.0}  # jobs were asked before; weed never ends by itself
 _TOLD = {"s3": ("mlflow", "ray"), "mlflow": ("ray",), "ray": ()}  # who is given the address of a server
-TITLES = {"s3": "S3 (SeaweedFS)", "mlflow": "MLflow", "ray": "Ray"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +119,9 @@ def up(
                 found=f"{free / 1e9:.1f} GB",
                 remedy=f"free space, or set {states.STATE_VARIABLE} to a path on another disk",
             )
-        wanted = {"s3": s3_port, "mlflow": mlflow_port, "ray": dashboard_port}
+        requested = {"s3": s3_port, "mlflow": mlflow_port, "ray": dashboard_port}
         try:
-            _start(state_dir, state, missing, wanted, cpus, progress)
+            _start(state_dir, state, missing, requested, cpus, progress)
         except BaseException:  # Ctrl-C included: nothing half-started stays
             progress("stopping what was started")
             _stop(state_dir, state, missing, lambda line: None)
@@ -141,39 +140,39 @@ def _unbroken(progress: Progress) -> Progress:
 
 
 def _start(
-    state_dir: Path, state: State, missing: list[str], wanted: dict[str, int], cpus: int | None, progress: Progress
+    state_dir: Path, state: State, missing: list[str], requested: dict[str, int], cpus: int | None, progress: Progress
 ) -> None:
     began = time.monotonic()
-    there = [name for name in states.SERVICES if name not in missing]
-    if there:
-        progress(f"already running: {', '.join(TITLES[name] for name in there)}")
+    running = [name for name in states.SERVICES if name not in missing]
+    if running:
+        progress(f"already running: {', '.join(services.TITLES[name] for name in running)}")
     if missing:
-        progress(f"starting {', '.join(TITLES[name] for name in missing)} in {state_dir}")
-    waiting = _launch(state_dir, state, missing, wanted, cpus)
+        progress(f"starting {', '.join(services.TITLES[name] for name in missing)} in {state_dir}")
+    waiting = _launch(state_dir, state, missing, requested, cpus)
     why: dict[str, str] = {}
     while waiting:
         for name, server in list(waiting.items()):
-            entry = state.services[name]
+            service = state.services[name]
             if _main(state, name) is None:
                 if name in missing:
                     raise _died(server)
                 # It was dying when `up` looked, as after a kill a moment ago.
-                progress(f"{TITLES[name]} has ended meanwhile; starting it")
+                progress(f"{services.TITLES[name]} has ended meanwhile; starting it")
                 missing.append(name)
-                waiting[name] = _launch(state_dir, state, [name], wanted, cpus)[name]
+                waiting[name] = _launch(state_dir, state, [name], requested, cpus)[name]
                 continue
             why[name] = server.probe()
             if why[name]:
                 continue
             del waiting[name]
-            if entry.healthy_s is None:
-                entry.healthy_s = round(time.monotonic() - began, 1)
+            if service.healthy_s is None:
+                service.healthy_s = round(time.monotonic() - began, 1)
                 states.save(state_dir, state)
-                progress(f"{TITLES[name]} answers after {entry.healthy_s} s")
+                progress(f"{services.TITLES[name]} answers after {service.healthy_s} s")
         if waiting and time.monotonic() - began > START_TIMEOUT_S:
             name, server = next(iter(waiting.items()))
             raise StackError(
-                TITLES[name],
+                services.TITLES[name],
                 expected=f"a good answer within {START_TIMEOUT_S:.0f} s",
                 found=why[name],
                 remedy=f"read {server.log}:\n{_tail(server.log)}",
@@ -182,7 +181,7 @@ def _start(
 
 
 def _launch(
-    state_dir: Path, state: State, names: list[str], wanted: dict[str, int], cpus: int | None
+    state_dir: Path, state: State, names: list[str], requested: dict[str, int], cpus: int | None
 ) -> dict[str, services.Server]:
     """Start these servers, noting each before and after; returns all, running ones included."""
     if names:
@@ -193,73 +192,25 @@ def _launch(
     for name in names:
         # Children of a server that died alone would keep its ports.
         _end_service(state, name, 5.0)
-        ports = _ports(state, name, wanted[name])
-        _check_address(state, name, ports)
-        state.services[name] = states.Service(ports=ports)
-        state.ports[name] = ports
-    known = {name: state.services[name].ports for name in states.SERVICES}
-    servers = {name: services.server(name, state_dir, state.stack, known, state.cpus) for name in states.SERVICES}
+        own = ports.choose(state, name, requested[name])
+        ports.require_address(state, name, own, [other for other in _TOLD[name] if _main(state, other)])
+        state.services[name] = states.Service(ports=own)
+        state.ports[name] = own
+    by_service = {name: state.services[name].ports for name in states.SERVICES}
+    servers = {name: services.server(name, state_dir, state.stack, by_service, state.cpus) for name in states.SERVICES}
     for name in names:
         states.save(state_dir, state)
-        server, entry = servers[name], state.services[name]
+        server, service = servers[name], state.services[name]
         server.log.unlink(missing_ok=True)
         process = processes.spawn(server.command, server.environment, server.log, server.cwd)
-        entry.pid, entry.created = process.pid, process.create_time()
+        service.pid, service.created = process.pid, process.create_time()
         states.save(state_dir, state)
     return servers
 
 
-def _check_address(state: State, name: str, ports: dict[str, int]) -> None:
-    """Refuse another address for a server that running ones were told about: they would talk to a stranger."""
-    users = [TITLES[other] for other in _TOLD[name] if _main(state, other)]
-    purpose = services.PORTS[name][0]
-    last = state.ports.get(name, ports)[purpose]
-    if users and last != ports[purpose]:
-        owner = processes.port_owner(last)
-        raise StackError(
-            f"port {last} for {TITLES[name]}",
-            expected=f"the one that {' and '.join(users)} know, which still run",
-            found=f"{owner} listening on it" if owner else f"port {ports[purpose]} instead",
-            remedy="end that program, or start all with `tomoscale down` and `tomoscale up`",
-        )
-
-
-def _ports(state: State, name: str, wanted: int) -> dict[str, int]:
-    """The wanted port, then those of the last start as far as they are free, then any."""
-    purposes = services.PORTS[name]
-    taken = {port for service in state.services.values() for port in service.ports.values()}
-    last = state.ports.get(name, {})
-    ports: dict[str, int] = {}
-    if wanted:
-        if not processes.port_free(wanted):
-            owner = processes.port_owner(wanted)
-            raise StackError(
-                f"port {wanted} for {TITLES[name]}",
-                expected="a free port",
-                found=f"{owner} listening on it" if owner else "it in use",
-                remedy="end that program, name another port, or leave the choice to tomoscale",
-            )
-        ports[purposes[0]] = wanted
-    for purpose in purposes:
-        port = last.get(purpose, 0)
-        if purpose not in ports and port and port not in ports.values() and processes.port_free(port, "0.0.0.0"):
-            ports[purpose] = port
-    rest = [purpose for purpose in purposes if purpose not in ports]
-    try:
-        ports.update(zip(rest, processes.free_ports(len(rest), taken | set(ports.values())), strict=True))
-    except OSError as error:
-        raise StackError(
-            f"ports for {TITLES[name]}",
-            expected="free ports",
-            found=str(error),
-            remedy="end programs that hold them; `tomoscale doctor` looks too",
-        ) from error
-    return {purpose: ports[purpose] for purpose in purposes}
-
-
 def _died(server: services.Server) -> StackError:
     return StackError(
-        TITLES[server.name],
+        services.TITLES[server.name],
         expected="it to run",
         found="that it ended while it started",
         remedy=f"the last lines of {server.log}:\n{_tail(server.log)}",
@@ -277,27 +228,27 @@ def _tail(log: Path, lines: int = 15) -> str:
 
 
 def _main(state: State, name: str) -> psutil.Process | None:
-    entry = state.services.get(name)
-    return processes.same(entry.pid, entry.created) if entry else None
+    service = state.services.get(name)
+    return processes.same(service.pid, service.created) if service else None
 
 
 def _all(state: State, name: str) -> list[psutil.Process]:
     """Every process of a service: its recorded main one, the marked ones, their children and sessions."""
-    main, entry = _main(state, name), state.services.get(name)
+    main, service = _main(state, name), state.services.get(name)
     roots = [*processes.marked(state.stack, name), *([main] if main else [])]
-    if entry and entry.pid and entry.created and not main:
-        roots += processes.orphans(entry.pid, entry.created)
+    if service and service.pid and service.created and not main:
+        roots += processes.orphans(service.pid, service.created)
     return processes.family(roots)
 
 
 def _end_service(state: State, name: str, grace_s: float) -> list[psutil.Process]:
     left: list[psutil.Process] = []
     for _ in range(3):  # again, because a dying parent may have started a last child
-        found = _all(state, name)
-        if not found:
+        members = _all(state, name)
+        if not members:
             break
         main = _main(state, name)
-        left = processes.end(found, grace_s, [main] if main else [])
+        left = processes.end(members, grace_s, [main] if main else [])
     return left
 
 
@@ -340,22 +291,22 @@ def _stop(state_dir: Path, state: State, names: list[str], progress: Progress) -
     for name in ("ray", "mlflow", "s3"):
         if name not in names:
             continue
-        found = _all(state, name)
-        if found and name == "ray":
+        members = _all(state, name)
+        if members and name == "ray":
             _stop_jobs(state_dir, state, progress)
         left = _end_service(state, name, _GRACE_S[name])
         if left:
             raise StackError(
-                TITLES[name],
+                services.TITLES[name],
                 expected="it to end",
                 found=", ".join(f"pid {process.pid}" for process in left) + " still there after SIGKILL",
                 remedy="look at what holds it with `ps`, then run `tomoscale down` again",
             )
         if name == "s3" and name in state.services:
             services.remove_sockets(state.services[name].ports)
-        if found:
+        if members:
             stopped = True
-            progress(f"{TITLES[name]} stopped")
+            progress(f"{services.TITLES[name]} stopped")
         state.services.pop(name, None)
         states.save(state_dir, state)
     return stopped
@@ -363,14 +314,14 @@ def _stop(state_dir: Path, state: State, names: list[str], progress: Progress) -
 
 def _stop_jobs(state_dir: Path, state: State, progress: Progress) -> None:
     """Ask running jobs to end while the server that knows them is there; what does not listen is killed with Ray."""
-    entry = state.services.get("ray")
-    if entry is None or entry.healthy_s is None or _main(state, "ray") is None:
+    service = state.services.get("ray")
+    if service is None or service.healthy_s is None or _main(state, "ray") is None:
         return
     from cluster import jobclient
 
     try:
         stopped = jobclient.stop_all(
-            f"http://{services.HOST}:{entry.ports['dashboard']}", token=states.secret(state_dir, "ray_token")
+            f"http://{services.HOST}:{service.ports['dashboard']}", token=states.secret(state_dir, "ray_token")
         )
     except StackError as error:
         progress(f"jobs could not be asked to stop: {error.found or error}")
@@ -398,27 +349,27 @@ def status(state_dir: Path | None = None) -> StackInfo:
 
 
 def _info(state_dir: Path, state: State) -> StackInfo:
-    found = []
+    infos = []
     probes = {"s3": services.s3_problem, "mlflow": services.mlflow_problem, "ray": services.ray_problem}
     for name in states.SERVICES:
-        entry = state.services.get(name)
-        if entry is None:
+        service = state.services.get(name)
+        if service is None:
             continue
-        port = entry.ports[services.PORTS[name][0]]
+        port = service.ports[services.PORTS[name][0]]
         main = _main(state, name)
         detail = probes[name](state_dir, port) if main else "no process"
-        found.append(
+        infos.append(
             ServiceInfo(
                 name,
                 f"http://{services.HOST}:{port}",
                 main.pid if main else None,
                 not detail,
                 detail,
-                entry.healthy_s,
+                service.healthy_s,
                 round(sum(processes.resident_mb(process) for process in (processes.family([main]) if main else [])), 1),
             )
         )
-    return StackInfo(state_dir, tuple(found), state.cpus)
+    return StackInfo(state_dir, tuple(infos), state.cpus)
 
 
 def environment(state_dir: Path | None = None) -> dict[str, str]:
@@ -433,7 +384,7 @@ def environment(state_dir: Path | None = None) -> dict[str, str]:
     state = states.load(state_dir)
     if state is None or any(name not in state.services for name in states.SERVICES):
         raise _absent(state_dir)
-    return services.client_environment(state_dir, {name: entry.ports for name, entry in state.services.items()})
+    return services.client_environment(state_dir, {name: service.ports for name, service in state.services.items()})
 
 
 def _absent(state_dir: Path) -> StackError:

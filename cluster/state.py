@@ -94,7 +94,7 @@ def load(state_dir: Path) -> State | None:
     path = state_dir / "state.json"
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        services = {name: Service(**entry) for name, entry in data.pop("services").items()}
+        services = {name: Service(**fields) for name, fields in data.pop("services").items()}
         return State(services=services, **data)
     except FileNotFoundError:
         return None
@@ -174,7 +174,7 @@ def locked(state_dir: Path, wait_s: float = 60.0) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:
+            except BlockingIOError:  # looked at again, since the kernel's lock has no time-out
                 if time.monotonic() > deadline:
                     raise StackError(
                         f"state directory {state_dir}",

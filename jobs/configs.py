@@ -6,7 +6,7 @@ Every model is frozen and closed to unknown keys; `tomoscale plan KIND CONFIG` p
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
 import ssl_core.methods  # noqa: F401  registers the methods that `method.name` may name
 from ssl_core.config import Config, flatten, parse, resolved
@@ -34,6 +34,8 @@ def _registrable(name: str | None) -> str | None:
 
 # Refused before a configuration is printed, sent or logged.
 Url = Annotated[str, AfterValidator(_without_credentials)]
+# The name of a folder below `runs`, of a run in MLflow and part of a job's id.
+JobName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 # Refused before anything is trained: the name is needed when all else is done.
 ModelName = Annotated[str | None, AfterValidator(_registrable)]
 
@@ -104,7 +106,7 @@ class ClusterConfig(Config):
 class IngestConfig(Config):
     """An ingest job."""
 
-    name: str = Field("ingest", description="name of the job", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: JobName = Field("ingest", description="name of the job")
     source: Url = Field(description="folder of volumes that the nodes can see, or `simulated`")
     data: Url = Field(description="URL of the store")
     policy: IngestPolicy = IngestPolicy()
@@ -114,7 +116,7 @@ class IngestConfig(Config):
 class SuperpixelConfig(Config):
     """A job that computes super-pixels beside the images of a store."""
 
-    name: str = Field("superpixels", description="name of the job", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: JobName = Field("superpixels", description="name of the job")
     data: Url = Field(description="URL of an ingested store")
     superpixels: Superpixels = Superpixels()
 
@@ -145,7 +147,7 @@ class PretrainConfig(Config):
     The same name continues the same job: its checkpoints, its MLflow run and its place in the stream.
     """
 
-    name: str = Field(description="name of the job; the same name resumes", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: JobName = Field(description="name of the job; the same name resumes")
     data: Url = Field(description="URL of an ingested store, such as s3://volumes/hippocampus")
     fingerprint: str | None = Field(None, description="manifest to pin; the latest when empty")
     source: Url | None = Field(
@@ -261,7 +263,7 @@ class SearchSpace(Config):
 class TuneConfig(Config):
     """A search over fine-tuning settings with early stopping on each epoch's metric."""
 
-    name: str = Field(description="name of the search; the same name resumes", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: JobName = Field(description="name of the search; the same name resumes")
     runs: Url = Field("s3://runs", description="URL below which the search's state is written")
     experiment: str = Field("tomoscale", description="MLflow experiment")
     encoders: tuple[str, ...] = Field(
@@ -303,7 +305,7 @@ class TuneConfig(Config):
 class FinetuneJobConfig(Config):
     """Fine-tuning from each start with each seed, evaluated per case on the held-out split."""
 
-    name: str = Field(description="name of the job", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: JobName = Field(description="name of the job")
     runs: Url = Field("s3://runs", description="URL below which results are written")
     experiment: str = Field("tomoscale", description="MLflow experiment")
     starts: dict[str, str] = Field(description="name of a start to a model URI, or `none` for random weights")

@@ -1,11 +1,11 @@
 """What every `python -m jobs.NAME CONFIG [key=value ...]` shares: arguments, errors, data that must exist."""
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,10 +15,13 @@ from typing import Any, TypeVar
 from jobs.tracking.runs import in_our_words
 from ssl_core.config import Config
 from ssl_core.config import load as load_config
-from storage.errors import TomoscaleError
+from storage.errors import StoreError, TomoscaleError
 from storage.objects import join, open_store
+from storage.objects.retry import RetryPolicy, TransientError, retry
 
 C = TypeVar("C", bound=Config)
+# A request to MLflow and its repetition take 20 s at most; see `jobs.tracking.runs.client`.
+_END_OF_A_RUN = RetryPolicy(deadline_s=50.0, attempt_s=20.0, first_s=2.0)
 
 # Ray drops lines that differ in their numbers only, which is what progress looks like; read when ray is imported.
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
@@ -50,13 +53,13 @@ def guarded(main: Callable[[Sequence[str]], int]) -> int:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
     except Exception as error:
-        said = error if isinstance(error, TomoscaleError) else in_our_words(error)
-        if said is None:
+        failure = error if isinstance(error, TomoscaleError) else in_our_words(error)
+        if failure is None:
             raise
-        print(f"{_program()}: {said}", file=sys.stderr, flush=True)
+        print(f"{_program()}: {failure}", file=sys.stderr, flush=True)
         if os.environ.get("TOMOSCALE_TRACEBACK"):
             traceback.print_exc()
-        return said.exit_code
+        return failure.exit_code
 
 
 def _program() -> str:
@@ -71,19 +74,19 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module=r"(mlflow|monai|ray|torch)(\.|$)")
 
 
-def end_run(api: Any, run_id: str, status: str, tries: int = 6) -> None:
+def end_run(api: Any, run_id: str, status: str) -> None:
     """Set the final status of a run, through a server outage of half a minute; never raises."""
-    from mlflow.exceptions import MlflowException
+    from mlflow.exceptions import MlflowException  # late: not every job has MLflow
 
-    for attempt in range(tries):
+    def attempt() -> None:
         try:
             api.set_terminated(run_id, status)
         except MlflowException as error:
             print(f"MLflow did not take the status {status} ({type(error).__name__})", flush=True)
-            if attempt + 1 < tries:
-                time.sleep(5)
-        else:
-            return
+            raise TransientError(str(error)) from error
+
+    with contextlib.suppress(StoreError):
+        retry(attempt, _END_OF_A_RUN, "MLflow")
 
 
 def end_failed(api: Any, run_id: str, error: BaseException) -> None:

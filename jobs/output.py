@@ -1,4 +1,8 @@
-"""Tables, JSON and progress for a person at a terminal or a log."""
+"""Tables, JSON and progress for a person at a terminal or a log.
+
+By hand: a table is also a text that tests and pages compare, and a log wants plain lines, which no library of
+terminals writes.
+"""
 
 import itertools
 import json
@@ -96,6 +100,15 @@ def _finite(data: Any) -> Any:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
+def _blocks(encoding: str) -> str:
+    """What a bar is drawn with, filled and empty, as far as the terminal's encoding has it."""
+    try:
+        "█░".encode(encoding)
+    except UnicodeEncodeError:
+        return "#-"
+    return "█░"
+
+
 class Progress:
     """One line that rewrites itself on a terminal; a plain line every few seconds elsewhere."""
 
@@ -104,6 +117,7 @@ class Progress:
         self._start = time.monotonic()
         self._last = -10.0
         self._live = sys.stderr.isatty()
+        self._blocks = _blocks(sys.stderr.encoding)
 
     def update(self, done: int, extra: str = "") -> None:
         """Show `done` of the total, the time left, and `extra`."""
@@ -118,7 +132,7 @@ class Progress:
         tail = f", {extra}" if extra else ""
         if self._live:
             filled = int(24 * done / max(1, self._total))
-            bar = "█" * filled + "░" * (24 - filled)
+            bar = self._blocks[0] * filled + self._blocks[1] * (24 - filled)
             end = "\n" if done >= self._total else ""
             line = f"\r\033[K{self._what} {bar} {done}/{self._total} {self._unit}{left}{tail}"
             print(line, end=end, file=sys.stderr, flush=True)

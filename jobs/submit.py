@@ -17,7 +17,7 @@ from cluster import jobclient
 from ssl_core.config import Config, dump_yaml
 from storage.errors import ConfigError, RefusedInput, StackError, TomoscaleError
 
-_RESUBMISSIONS = 3
+_RESUBMISSIONS = 3  # counted, without `storage.objects.retry`: a driver may be killed after days
 _PREFIX = re.compile(r"\x1b\[\d+m\((?:RayTrainWorker|one|trial)[^)]*\)\x1b\[0m ?")
 # Ray's own chatter about a healthy job; `tomoscale jobs logs` shows it all.
 _NOISE = re.compile(
@@ -50,9 +50,9 @@ def submit(address: str, module: str, config: Config, name: str) -> str:
 
 
 def _refuse_a_second(address: str, module: str, name: str) -> None:
-    mine = {"tomoscale.name": name, "tomoscale.module": module}
+    marks = {"tomoscale.name": name, "tomoscale.module": module}
     for job in jobclient.list_jobs(address):
-        if job.status not in jobclient.ENDED and mine.items() <= job.metadata.items():
+        if job.status not in jobclient.ENDED and marks.items() <= job.metadata.items():
             raise StackError(
                 f"job {name!r}",
                 expected="that it is not at work",

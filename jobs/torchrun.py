@@ -73,15 +73,15 @@ def main(argv: Sequence[str]) -> int:
             shutil.copytree(directory, out / f".step-{step:08d}", dirs_exist_ok=True)
             (out / f".step-{step:08d}").rename(out / f"step-{step:08d}")
 
-    asked = threading.Event()
+    stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: asked.set())
+        signal.signal(number, lambda *_: stop.set())
     try:
         hooks = Hooks(
             publish=publish,
             on_point=Lines(out / "metrics.jsonl").add,
             say=lambda line: print(line, flush=True),
-            stop=asked.is_set,
+            stop=stop.is_set,
         )
         steps = run(config, hooks, restore=done[-1] if done else None, device=device)["steps"]
     finally:

@@ -1,4 +1,7 @@
-"""The command line. Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 refused input."""
+"""The command line. Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 refused input.
+
+It is argparse's: `key=value` after options and imports that wait for their verb are all that it lacks.
+"""
 
 import argparse
 import contextlib
@@ -59,10 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 128 + signal.SIGPIPE  # as with `| head`: nothing to say, and nobody to say it to
         return _failed(_of_the_system(error), 1)
     except Exception as error:
-        said = error if isinstance(error, TomoscaleError) else in_our_words(error)
-        if said is None:
+        failure = error if isinstance(error, TomoscaleError) else in_our_words(error)
+        if failure is None:
             raise
-        return _failed(str(said), said.exit_code)
+        return _failed(str(failure), failure.exit_code)
 
 
 def _failed(message: str, code: int) -> int:
@@ -74,12 +77,12 @@ def _failed(message: str, code: int) -> int:
 
 def _of_the_system(error: OSError) -> str:
     """The message of an error that no part of the project has put into words of its own."""
-    found = error.strerror or str(error)
+    reason = error.strerror or str(error)
     if error.errno not in _SYSTEM:
-        return f"{error.filename}: {found}" if error.filename else found
+        return f"{error.filename}: {reason}" if error.filename else reason
     expected, remedy = _SYSTEM[error.errno]
     thing = str(error.filename or "a file of this command")
-    return str(TomoscaleError(thing, expected=expected, found=found, remedy=remedy))
+    return str(TomoscaleError(thing, expected=expected, found=reason, remedy=remedy))
 
 
 def _reader_gone() -> bool:

@@ -20,9 +20,9 @@ def connect() -> None:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's own helper actors look for "the" cluster of the machine and lose their way when it has several.
-    here = {"RAY_ADDRESS": os.environ["RAY_ADDRESS"]} if "RAY_ADDRESS" in os.environ else {}
+    address = {"RAY_ADDRESS": os.environ["RAY_ADDRESS"]} if "RAY_ADDRESS" in os.environ else {}
     try:
-        ray.init(address="auto", runtime_env={"env_vars": here}, logging_level=logging.WARNING)
+        ray.init(address="auto", runtime_env={"env_vars": address}, logging_level=logging.WARNING)
     except (ConnectionError, TimeoutError, RuntimeError) as error:
         raise StackError(
             "Ray",

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
+from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from jobs.configs import PretrainConfig
 from jobs.driver import end_failed, end_run, load
@@ -34,6 +35,7 @@ from ssl_core.config import resolved
 from ssl_core.train import checkpoint
 from storage.errors import StackError, TomoscaleError
 
+# Counted, not timed as `storage.objects.retry` does: between two failures lie hours of training.
 _CONTROLLER_TRIES = 5
 
 
@@ -162,10 +164,10 @@ def _complete(api: Any, config: PretrainConfig, run_id: str, directory: Path) ->
         return models.register(bundle, config.model_name, run_id=run_id)
 
 
-def _ended(config: PretrainConfig, found: str) -> StackError:
+def _ended(config: PretrainConfig, reason: str) -> StackError:
     return StackError(
         f"pre-training {config.name}",
         expected="all steps",
-        found=found,
+        found=reason,
         remedy="the cause is in the log above; the same name goes on from the last checkpoint",
     )

@@ -7,7 +7,7 @@ from ssl_core.views.types import ViewSpec
 from storage.errors import ConfigError
 from storage.format.manifest import Manifest
 from storage.ingest.derived_maps import lacking
-from storage.stream.crop_stream import StreamSpec
+from storage.stream.plan import StreamSpec
 
 
 def open_manifest(config: PretrainConfig) -> Manifest:

@@ -52,20 +52,20 @@ class LabelProbe:
 
     def __call__(self, engine: Engine, views: ViewBatch) -> dict[str, float]:
         """Signs of collapse (`ssl_core.monitor.collapse`); when it is time also `probe/knn_dice` and its cost."""
-        found = probe(engine, views)
+        signs = probe(engine, views)
         every = self._config.probe.every or self._config.engine.probe_every
         due = engine.step_done % every == 0 or engine.step_done == engine.config.steps
         if self._off or not due or not self._affordable(engine):
-            return found
+            return signs
         began = self._clock()
         if self._labelled is None and not self._open(engine):
-            return found
+            return signs
         assert self._labelled is not None
         settings = self._config.probe
         dice = knn_dice(engine, self._labelled, k=settings.k, voxels=settings.voxels)
         self._last_s = self._clock() - began
         self._spent_s += self._last_s
-        return found | {"probe/knn_dice": dice, "time/knn_s": self._last_s}
+        return signs | {"probe/knn_dice": dice, "time/knn_s": self._last_s}
 
     def _affordable(self, engine: Engine) -> bool:
         """Whether one more stays below the largest share of the time so far, on every rank."""
@@ -86,8 +86,8 @@ class LabelProbe:
         return not self._off
 
     @staticmethod
-    def _any(engine: Engine, here: bool) -> bool:
-        flag = torch.tensor(float(here), dtype=torch.float64, device=engine.device)
+    def _any(engine: Engine, value: bool) -> bool:
+        flag = torch.tensor(float(value), dtype=torch.float64, device=engine.device)
         return bool(engine.collectives.sum(flag) > 0)
 
 
@@ -102,19 +102,19 @@ def read_labelled(
     Raises:
         TomoscaleError: a crop could not be read.
     """
-    wanted = config.probe.train + config.probe.test
+    subjects = config.probe.train + config.probe.test
     name = _label(store.manifest, config)
-    chosen = [] if name is None else _subjects(store.manifest, name, config, wanted)
-    if len(chosen) < 2:
+    indices = [] if name is None else _subjects(store.manifest, name, config, subjects)
+    if len(indices) < 2:
         return None
     # One lane walks one permutation: its first batch holds every volume once.
     spec = StreamSpec(
         seed=config.engine.seed,
-        global_batch=len(chosen),
+        global_batch=len(indices),
         crop_DHW=size_DHW,
         lanes=1,
         crops_per_visit=1,
-        indices=tuple(chosen),
+        indices=tuple(indices),
         label=name,
         class_balance=1.0,
     )
@@ -124,8 +124,8 @@ def read_labelled(
     image = normalise(stored, batch.scale_B, batch.offset_B, batch.stats_BCS, config.intensity, engine.dtype)
     label = torch.from_numpy(np.asarray(batch.label_BDHW, np.int64)).to(engine.device)
     # With fewer subjects than asked for, both sides shrink alike.
-    known = max(1, min(len(chosen) - 1, round(len(chosen) * config.probe.train / wanted)))
-    return Labelled(image, label, known)
+    train = max(1, min(len(indices) - 1, round(len(indices) * config.probe.train / subjects)))
+    return Labelled(image, label, train)
 
 
 def _label(manifest: Manifest, config: PretrainConfig) -> str | None:
@@ -139,13 +139,13 @@ def _label(manifest: Manifest, config: PretrainConfig) -> str | None:
     return None
 
 
-def _subjects(manifest: Manifest, name: str, config: PretrainConfig, wanted: int) -> list[int]:
+def _subjects(manifest: Manifest, name: str, config: PretrainConfig, count: int) -> list[int]:
     """Manifest rows of the first `wanted` subjects in an order drawn from the seed; a volume each."""
     rows = manifest.select(split=config.stream.split, labelled=name)
     order = np.random.Generator(np.random.Philox(key=config.engine.seed)).permutation(len(rows))
-    chosen: dict[str, int] = {}
+    by_subject: dict[str, int] = {}
     for row in rows[order].tolist():
-        chosen.setdefault(manifest.record(row).subject, row)
-        if len(chosen) == wanted:
+        by_subject.setdefault(manifest.record(row).subject, row)
+        if len(by_subject) == count:
             break
-    return list(chosen.values())
+    return list(by_subject.values())

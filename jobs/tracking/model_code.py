@@ -52,7 +52,7 @@ class Bundle:
         return run(str(item))
 
 
-class BundleModel(Bundle, PythonModel):  # type: ignore[misc]  # untyped in mlflow
+class BundleModel(Bundle, PythonModel):
     """What MLflow loads."""
 
 

@@ -121,7 +121,7 @@ def pull(uri: str, target: Path) -> Path:
         raise ConfigError(
             str(target), expected="a new directory", found="one that exists", remedy="remove it or name another"
         )
-    found = resolve(uri)
+    version = resolve(uri)
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -129,19 +129,19 @@ def pull(uri: str, target: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         _quiet()
         try:
-            local = Path(mlflow.artifacts.download_artifacts(f"{found.uri}/artifacts/bundle", dst_path=folder))
+            local = Path(mlflow.artifacts.download_artifacts(f"{version.uri}/artifacts/bundle", dst_path=folder))
         except (MlflowException, OSError) as error:
-            if found.tags.get(_FINGERPRINT):
+            if version.tags.get(_FINGERPRINT):
                 # MLflow keeps a full disk to itself: the room that there is says which of the two it was.
                 room = f"{shutil.disk_usage(target.parent).free / 1e6:.1f} MB free in {target.parent}"
                 raise StackError(
-                    f"artifacts of {found.uri}",
+                    f"artifacts of {version.uri}",
                     expected="a download from MLflow's artifact store to a disk with room for it",
                     found=f"{last_line(error).rstrip('.')}, and {room}",
                     remedy="free space there or check the artifact store (`tomoscale doctor`), then pull again",
                 ) from error
             raise RefusedInput(
-                found.uri,
+                version.uri,
                 expected="a model registered by tomoscale",
                 found="another kind of model",
                 remedy="download it with `mlflow artifacts download`",
@@ -173,7 +173,7 @@ def resolve(uri: str) -> Version:
     try:
         if number is None:
             number = api.get_model_version_by_alias(name, match["alias"] or CANDIDATE).version
-        found = api.get_model_version(name, str(number))
+        answer = api.get_model_version(name, str(number))
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
@@ -183,7 +183,7 @@ def resolve(uri: str) -> Version:
             found="none of that name, version or alias",
             remedy="`tomoscale models list` shows what there is",
         ) from error
-    return _version(found, _aliases(api, name))
+    return _version(answer, _aliases(api, name))
 
 
 def list_models(name: str | None = None) -> list[Version]:
@@ -194,7 +194,7 @@ def list_models(name: str | None = None) -> list[Version]:
     """
     api = tracking.client()
     names = [name] if name else sorted(model.name for model in api.search_registered_models(max_results=1000))
-    return [found for each in names for found in _versions(api, each)]
+    return [version for each in names for version in _versions(api, each)]
 
 
 def evidence_of(uri: str) -> Evidence:
@@ -233,45 +233,45 @@ def promote(
     """
     target = resolve(f"models:/{name}/{version}")
     api = tracking.client()
-    mine = evidence_of(target.uri) if evidence is None else evidence
+    scores = evidence_of(target.uri) if evidence is None else evidence
     current = next((v for v in _versions(api, name) if CHAMPION in v.aliases), None)
-    if not mine.cases or not np.isfinite(list(mine.cases.values())).all():
+    if not scores.cases or not np.isfinite(list(scores.cases.values())).all():
         raise ConfigError(
             f"evidence for {target.uri}",
             expected="finite scores of at least one case",
-            found=str(dict(mine.cases)),
+            found=str(dict(scores.cases)),
             remedy="score it again",
         )
     if current is None:
-        mean = float(np.mean(list(mine.cases.values())))
-        reason = f"first champion: mean {mine.measure} {mean:.3f} over {len(mine.cases)} cases of {mine.split}"
+        mean = float(np.mean(list(scores.cases.values())))
+        reason = f"first champion: mean {scores.measure} {mean:.3f} over {len(scores.cases)} cases of {scores.split}"
     elif current.version == target.version:
         return "it is the champion already"
     else:
-        theirs = evidence_of(current.uri) if champion_evidence is None else champion_evidence
-        reason = _beats(mine, theirs, target, current)
+        champion_scores = evidence_of(current.uri) if champion_evidence is None else champion_evidence
+        reason = _beats(scores, champion_scores, target, current)
     api.set_model_version_tag(name, target.version, "tomoscale.promotion", reason)
-    api.set_model_version_tag(name, target.version, "tomoscale.promotion_split", mine.split)
+    api.set_model_version_tag(name, target.version, "tomoscale.promotion_split", scores.split)
     api.set_registered_model_alias(name, CHAMPION, target.version)
     return reason
 
 
-def _beats(mine: Evidence, theirs: Evidence, target: Version, current: Version) -> str:
-    same = (mine.split, mine.measure, set(mine.cases)) == (theirs.split, theirs.measure, set(theirs.cases))
-    if not same:
+def _beats(challenger: Evidence, champion: Evidence, target: Version, current: Version) -> str:
+    both = (challenger, champion)
+    if len({(item.split, item.measure, frozenset(item.cases)) for item in both}) > 1:
         raise ConfigError(
             f"promotion of {target.uri}",
-            expected=f"{theirs.measure} on the {len(theirs.cases)} cases of {theirs.split}, as the champion has",
-            found=f"{mine.measure} on {len(mine.cases)} cases of {mine.split}",
+            expected=f"{champion.measure} on the {len(champion.cases)} cases of {champion.split}, as the champion has",
+            found=f"{challenger.measure} on {len(challenger.cases)} cases of {challenger.split}",
             remedy="fine-tune both with one `labelled.data`, `labelled.fingerprint` and `labelled.label`",
         )
-    cases = sorted(mine.cases)
+    cases = sorted(challenger.cases)
     result = compare(
-        np.array([mine.cases[c] for c in cases]),
-        np.array([theirs.cases[c] for c in cases]),
+        np.array([challenger.cases[c] for c in cases]),
+        np.array([champion.cases[c] for c in cases]),
         a=f"version {target.version}",
         b=f"champion {current.version}",
-        measure=mine.measure,
+        measure=challenger.measure,
     )
     if not result.significant or result.difference <= 0:
         raise ConfigError(
@@ -294,7 +294,7 @@ def _log(
     plan = json.loads((bundle / "preprocess.json").read_text(encoding="utf-8"))
     packages = PACKAGES[json.loads((bundle / "architecture.json").read_text(encoding="utf-8"))["class"]]
     if card["kind"] == "segmenter":
-        values = [entry["value"] for entry in plan["labels"]]
+        values = [label["value"] for label in plan["labels"]]
         output = TensorSpec(np.dtype(np.uint8 if max(values) < 256 else np.int32), (-1, -1, -1), "mask")
     else:
         output = TensorSpec(np.dtype(np.float32), (-1, -1, -1, -1), "features")
@@ -350,8 +350,8 @@ def _versions(api: Any, name: str) -> list[Version]:
     if not _exists(api, name):
         return []
     aliases = _aliases(api, name)
-    found = [_version(v, aliases) for v in api.search_model_versions(f"name='{name}'", max_results=1000)]
-    return sorted(found, key=lambda v: -int(v.version))
+    versions = [_version(v, aliases) for v in api.search_model_versions(f"name='{name}'", max_results=1000)]
+    return sorted(versions, key=lambda v: -int(v.version))
 
 
 def _aliases(api: Any, name: str) -> dict[str, list[str]]:
@@ -361,10 +361,10 @@ def _aliases(api: Any, name: str) -> dict[str, list[str]]:
     return aliases
 
 
-def _version(found: Any, aliases: Mapping[str, list[str]]) -> Version:
-    number = str(found.version)
-    mine = tuple(sorted(aliases.get(number, ())))
-    return Version(found.name, number, mine, dict(found.tags), found.run_id or "", int(found.creation_timestamp))
+def _version(answer: Any, aliases: Mapping[str, list[str]]) -> Version:
+    number = str(answer.version)
+    names = tuple(sorted(aliases.get(number, ())))
+    return Version(answer.name, number, names, dict(answer.tags), answer.run_id or "", int(answer.creation_timestamp))
 
 
 def _quiet() -> None:

@@ -78,8 +78,8 @@ def client() -> Any:
     try:
         api.search_experiments(max_results=1)
     except MlflowException as error:
-        found = " ".join(str(error).split())[:200]
-        raise StackError(f"MLflow at {uri}", expected="an answer", found=found, remedy=_REMEDY) from error
+        reason = " ".join(str(error).split())[:200]
+        raise StackError(f"MLflow at {uri}", expected="an answer", found=reason, remedy=_REMEDY) from error
     return api
 
 
@@ -116,15 +116,15 @@ def open_run(
     Raises:
         StackError: the experiment was deleted.
     """
-    found = api.get_experiment_by_name(experiment)
-    if found and found.lifecycle_stage == "deleted":
+    record = api.get_experiment_by_name(experiment)
+    if record and record.lifecycle_stage == "deleted":
         raise StackError(
             f"MLflow experiment {experiment!r}",
             expected="an active one, or none",
             found="a deleted one",
             remedy="restore it in MLflow, or name another with experiment=NAME",
         )
-    experiment_id = found.experiment_id if found else _made(api, experiment)
+    experiment_id = record.experiment_id if record else _made(api, experiment)
     identity = {"tomoscale.job": name, "tomoscale.kind": kind}
     if parent:  # children of two jobs may have one name: `a-b` and `c` of one, `a` and `b-c` of another
         identity["mlflow.parentRunId"] = parent
@@ -193,8 +193,8 @@ def send(api: Any, run_id: str, points: Iterable[Point]) -> None:
 
 def backfill(api: Any, run_id: str, journal: Iterable[Point]) -> int:
     """Send the points of the journal that the server lacks; returns how many."""
-    known = steps_on_server(api, run_id)
-    missing = [item for item in journal if item.step not in known]
+    steps = steps_on_server(api, run_id)
+    missing = [item for item in journal if item.step not in steps]
     send(api, run_id, missing)
     return len(missing)
 
@@ -205,9 +205,9 @@ def find_run(api: Any, experiment: str, name: str) -> tuple[str, str]:
     Raises:
         StackError: MLflow has no run of that name.
     """
-    found = api.get_experiment_by_name(experiment)
+    record = api.get_experiment_by_name(experiment)
     query = f"tags.`tomoscale.job` = {_quoted(name)} and tags.`tomoscale.kind` = 'pretrain'"
-    runs = api.search_runs([found.experiment_id], query, max_results=1) if found else []
+    runs = api.search_runs([record.experiment_id], query, max_results=1) if record else []
     if not runs:
         raise StackError(
             f"run of pre-training {name!r}",
@@ -215,7 +215,7 @@ def find_run(api: Any, experiment: str, name: str) -> tuple[str, str]:
             found="none",
             remedy="look whether it was deleted, or whether MLFLOW_TRACKING_URI names another server",
         )
-    return runs[0].info.run_id, found.experiment_id
+    return runs[0].info.run_id, record.experiment_id
 
 
 def points_of(experiment: str, name: str) -> list[list[Any]]:
@@ -233,7 +233,8 @@ class Sender:
     """Sends points from a thread; `put` never blocks and never raises.
 
     While the server is away points wait here (and in the journal of the checkpoints); after any failed request the
-    server is asked what it has before anything is sent again.
+    server is asked what it has before anything is sent again. It tries until `close`, with no deadline and more points
+    each time, so it does not go through `storage.objects.retry`.
     """
 
     def __init__(self, run_id: str) -> None:
@@ -257,7 +258,7 @@ class Sender:
 
     def _work(self) -> None:
         api: Any = None
-        known: set[int] | None = None
+        steps: set[int] | None = None
         waiting: list[Point] = []
         pause, again_at = _FIRST_PAUSE_S, None
         closing = False
@@ -267,13 +268,13 @@ class Sender:
                 continue
             try:
                 api = api or client()
-                known = steps_on_server(api, self._run_id) if known is None else known
-                fresh = [p for p in waiting if p.step not in known]
+                steps = steps_on_server(api, self._run_id) if steps is None else steps
+                fresh = [p for p in waiting if p.step not in steps]
                 send(api, self._run_id, fresh)
-                known |= {p.step for p in fresh}
+                steps |= {p.step for p in fresh}
                 waiting, pause, again_at = [], _FIRST_PAUSE_S, None
             except Exception as error:  # noqa: BLE001  whatever the network did, training goes on
-                known = None
+                steps = None
                 if again_at is None:  # once an outage
                     print(f"MLflow did not take metrics ({type(error).__name__}); they wait in the journal", flush=True)
                 again_at = time.monotonic() + pause
@@ -297,13 +298,13 @@ def _code_tags() -> dict[str, str]:
     from importlib.metadata import version
 
     tags = {"tomoscale.version": version("tomoscale")}
-    here, file = os.path.split(os.path.abspath(__file__))
+    folder, file = os.path.split(os.path.abspath(__file__))
     try:
         # First, whether git knows this file: installed in a folder of somebody's project, the commit would be of that.
         for command in (["ls-files", "--error-unmatch", file], ["rev-parse", "HEAD"]):
-            said = subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, timeout=5, check=False)
-            if said.returncode:
+            git = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, timeout=5, check=False)
+            if git.returncode:
                 return tags
     except (OSError, subprocess.TimeoutExpired):
         return tags
-    return tags | {"mlflow.source.git.commit": said.stdout.strip()}
+    return tags | {"mlflow.source.git.commit": git.stdout.strip()}

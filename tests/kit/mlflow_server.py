@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster import processes
+from cluster import ports
 
 
 def environment() -> dict[str, str]:
@@ -29,7 +29,7 @@ def environment() -> dict[str, str]:
 @contextmanager
 def mlflow_server(folder: Path) -> Iterator[str]:
     """Yield the server's address; its whole process group is gone afterwards."""
-    (port,) = processes.free_ports(1)  # below the range from which outgoing connections take theirs
+    (port,) = ports.find_free(1)  # below the range from which outgoing connections take theirs
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += [

@@ -9,8 +9,7 @@ import psutil
 import pytest
 
 from cluster.stack import StackInfo
-from jobs import driver as entry
-from jobs import submit
+from jobs import driver, submit
 from jobs.configs import FinetuneJobConfig, PretrainConfig, TuneConfig
 from jobs.tracking import models as registry
 from jobs.tracking import runs as tracking
@@ -93,7 +92,7 @@ def searched(local_stack: StackInfo, phantoms: str, encoder: str) -> tuple[dict[
     """Result and log of a search whose driver was killed."""
     job = parse(TuneConfig, common("search", phantoms) | {"encoders": [encoder, "none"], "trials": 5, "concurrent": 2})
     name, lines = run_and_kill_the_driver(local_stack, "jobs.tune", job, r"epoch 1:")
-    result = entry.read_result("s3://runs", name)
+    result = driver.read_result("s3://runs", name)
     print(result["trials"])
     return result, lines
 
@@ -129,7 +128,7 @@ def test_fine_tuning_keeps_what_was_done_before_its_drivers_death(
     assert any("of 4 trainings were done before" in line for line in lines), lines
     assert not [line for line in lines if " INFO " in line]
     assert len([line for line in lines if "seed 0: test Dice" in line and line.startswith("pre-trained")]) == 1
-    result = entry.read_result("s3://runs", name)
+    result = driver.read_result("s3://runs", name)
     assert len(result["cases"]) == 2 * 2 * 2, "starts, seeds and test cases, each once"
     assert {c["label"] for c in result["cases"]} == {"labels-1"}
     versions = registry.list_models(name)

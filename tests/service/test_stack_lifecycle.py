@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster import processes, services, stack
+from cluster import ports, processes, services, stack
 from cluster import state as states
 from storage.errors import StackError
 
@@ -36,8 +36,8 @@ def state_of(folder: Path) -> states.State:
 def assert_gone(state: states.State, members: list[psutil.Process]) -> None:
     assert processes.marked(state.stack) == []
     assert [process for process in members if processes.alive(process)] == []
-    busy = {port: processes.port_owner(port) for ports in state.ports.values() for port in ports.values()}
-    assert {port: owner for port, owner in busy.items() if not processes.port_free(port)} == {}
+    busy = {port: ports.owner_of(port) for numbers in state.ports.values() for port in numbers.values()}
+    assert {port: owner for port, owner in busy.items() if not ports.is_free(port)} == {}
     own = state.ports["s3"].values()
     assert [p for p in services.SOCKETS.glob("seaweedfs-*.sock") if int(p.stem.rsplit("-", 1)[1]) in own] == []
 

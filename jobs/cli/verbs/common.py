@@ -11,8 +11,8 @@ from storage.errors import StackError
 
 def state_dir(arguments: argparse.Namespace) -> Path:
     """The local stack's folder: `--state`, else $TOMOSCALE_STATE, else ~/.tomoscale."""
-    chosen = getattr(arguments, "state", None)
-    return Path(chosen) if chosen else default_dir()
+    option = getattr(arguments, "state", None)
+    return Path(option) if option else default_dir()
 
 
 def add_state(parser: argparse.ArgumentParser) -> None:
@@ -41,11 +41,11 @@ def use_stack(arguments: argparse.Namespace) -> None:
         for key in services.UNSET:  # keys of another store in the environment would beat the stack's profile
             os.environ.pop(key, None)
     for address, group in (("AWS_ENDPOINT_URL_S3", "AWS_"), ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_")):
-        named = os.environ.get(address)
+        url = os.environ.get(address)
         own = {key: value for key, value in settings.items() if key.startswith(group)}
-        if not named:
+        if not url:
             os.environ.update(own)
-        elif named != settings[address]:
+        elif url != settings[address]:
             settings = {key: value for key, value in settings.items() if key not in own}
     for key, value in settings.items():
         os.environ.setdefault(key, value)

@@ -72,8 +72,8 @@ def _ingest(arguments: argparse.Namespace) -> int:
     from jobs.ingest import SIMULATED, ingest
 
     source = arguments.source if arguments.source == SIMULATED else str(Path(arguments.source).resolve())
-    named = {"source": source, "data": arguments.data, "append": arguments.append}
-    config = _configured(IngestConfig, named, "policy", arguments.policy)
+    fields = {"source": source, "data": arguments.data, "append": arguments.append}
+    config = _configured(IngestConfig, fields, "policy", arguments.policy)
     use_stack(arguments)
     if arguments.local or not _clustered(arguments) or _keeps_its_salt(arguments):
         ingest(config.source, config.data, config.policy, append=config.append)
@@ -82,12 +82,12 @@ def _ingest(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _configured(kind: "type[C]", named: dict[str, Any], group: str, settings: Sequence[str]) -> "C":
+def _configured(kind: "type[C]", fields: dict[str, Any], group: str, settings: Sequence[str]) -> "C":
     """A job's configuration; what is said of wrong settings leaves their group out, as the command line does."""
     from ssl_core.config import load
 
     try:
-        return load(kind, named, [f"{group}.{item}" for item in settings])
+        return load(kind, fields, [f"{group}.{item}" for item in settings])
     except ConfigError as error:
         thing, remedy = (text.replace(f"{group}.", "") for text in (error.thing, error.remedy))
         raise ConfigError(thing, expected=error.expected, found=error.found, remedy=remedy) from error
@@ -189,14 +189,14 @@ def _facts(manifest: Any) -> dict[str, Any]:
     labels: Counter[str] = Counter()
     voxels: Counter[str] = Counter()
     derived: dict[str, list[int]] = defaultdict(list)
-    made: dict[str, str] = {}
+    recipes: dict[str, str] = {}
     for record in manifest.records():
         for label in record.labels:
             labels[label.name] += 1
             voxels.update({f"{label.name} {v}": n for v, n in zip(label.values, label.voxels, strict=True)})
-        for found in record.derived:
-            derived[found.name].append(found.regions)
-            made[found.name] = found.made
+        for item in record.derived:
+            derived[item.name].append(item.regions)
+            recipes[item.name] = item.made
 
     def span(values: Any) -> str:
         low, middle, high = values.min(0), np.median(values, 0), values.max(0)
@@ -216,7 +216,7 @@ def _facts(manifest: Any) -> dict[str, Any]:
         "labelled volumes": dict(labels),
         "label voxels": dict(voxels.most_common(20)),
         "computed maps": {
-            name: f"in {len(counts)} volumes, {int(np.median(counts))} regions (median), {made[name]}"
+            name: f"in {len(counts)} volumes, {int(np.median(counts))} regions (median), {recipes[name]}"
             for name, counts in sorted(derived.items())
         },
         "volumes with notes": sum(bool(n) for n in manifest.column("notes")),

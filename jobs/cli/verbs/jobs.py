@@ -42,8 +42,8 @@ def _list(arguments: argparse.Namespace) -> int:
 def _status(arguments: argparse.Namespace) -> int:
     use_stack(arguments)
     job = jobclient.status(job_address(arguments), arguments.id)
-    shown = job.to_json() | {"started": _clock(job.started), "ended": _clock(job.ended)}
-    emit(job.to_json(), arguments.json, "\n".join(f"{k}: {v}" for k, v in shown.items()))
+    fields = job.to_json() | {"started": _clock(job.started), "ended": _clock(job.ended)}
+    emit(job.to_json(), arguments.json, "\n".join(f"{k}: {v}" for k, v in fields.items()))
     return 0
 
 

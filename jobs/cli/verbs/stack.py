@@ -86,7 +86,7 @@ def _describe(info: stack.StackInfo) -> str:
     if not info.services:
         return f"no stack in {info.state_dir}; start one with `tomoscale up`"
     rows = [
-        (stack.TITLES[s.name], "up" if s.healthy else s.detail, s.url, s.pid, round(s.resident_mb), s.healthy_s)
+        (services.TITLES[s.name], "up" if s.healthy else s.detail, s.url, s.pid, round(s.resident_mb), s.healthy_s)
         for s in info.services
     ]
     lines = [table(("service", "state", "address", "pid", "MB", "started in s"), rows), f"state: {info.state_dir}"]

@@ -3,11 +3,16 @@
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from jobs.cli.verbs.common import add_json, add_state, job_address, salt_here, use_stack
 from jobs.output import emit
 from storage.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jobs.configs import FinetuneJobConfig, PretrainConfig, TuneConfig
+
+    Job: TypeAlias = PretrainConfig | TuneConfig | FinetuneJobConfig
 
 _MODULES = {"pretrain": "jobs.pretrain", "tune": "jobs.tune", "finetune": "jobs.finetune"}
 _HELP = {
@@ -51,14 +56,16 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _load(kind: str, arguments: argparse.Namespace) -> Any:
+def _load(kind: str, arguments: argparse.Namespace) -> "Job":
     from jobs import configs
     from ssl_core.config import load
 
-    model = {"pretrain": configs.PretrainConfig, "tune": configs.TuneConfig, "finetune": configs.FinetuneJobConfig}[
-        kind
-    ]
-    return load(model, Path(arguments.config), arguments.overrides)
+    models: dict[str, type[Job]] = {
+        "pretrain": configs.PretrainConfig,
+        "tune": configs.TuneConfig,
+        "finetune": configs.FinetuneJobConfig,
+    }
+    return load(models[kind], Path(arguments.config), arguments.overrides)
 
 
 def _methods(arguments: argparse.Namespace) -> int:
@@ -78,8 +85,8 @@ def _methods(arguments: argparse.Namespace) -> int:
         data = {"name": name, "idea": pages.idea(name), "text": pages.description(name), "settings": rows}
         emit(data, arguments.json, pages.text_page(name, columns()))
     else:
-        found = [{"name": n, "text": pages.idea(n)} for n in method_names()]
-        emit(found, arguments.json, pages.text_index(columns()))
+        ideas = [{"name": n, "text": pages.idea(n)} for n in method_names()]
+        emit(ideas, arguments.json, pages.text_index(columns()))
     return 0
 
 
@@ -97,13 +104,14 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _submit(arguments: argparse.Namespace) -> int:
     from jobs import submit
+    from jobs.configs import PretrainConfig
     from ssl_core.config import digest, dump_yaml
 
     config = _load(arguments.kind, arguments)
     print(f"{dump_yaml(config)}# digest {digest(config)}", flush=True)
     if arguments.dry_run:
         return 0
-    if (salt := salt_here()) and getattr(config, "source", None) not in (None, "simulated"):
+    if (salt := salt_here()) and isinstance(config, PretrainConfig) and config.source not in (None, "simulated"):
         raise ConfigError(
             f"${salt}",
             expected="no `source` beside it, which the job would ingest with a salt of the cluster's",

@@ -1,5 +1,6 @@
 """The files for other clusters, as far as they can be checked without one: form, fields, options, secrets, sizes."""
 
+import importlib.util
 import os
 import re
 import stat
@@ -59,7 +60,7 @@ def test_rayjob_names_fields_that_exist_and_a_config_that_loads(tmp_path: Path) 
     assert spec["shutdownAfterJobFinishes"]  # a time to live without it does nothing
     # The command finds its module, and the file that the config map puts where the head mounts it.
     *_, module, path = spec["entrypoint"].split()
-    assert (ROOT / (module.replace(".", "/") + ".py")).exists()
+    assert importlib.util.find_spec(f"{module}.__main__") is not None
     (head,) = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
     (mount,) = head["volumeMounts"]
     (volume,) = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["volumes"]

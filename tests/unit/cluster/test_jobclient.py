@@ -136,3 +136,30 @@ def test_nobody_at_the_address(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
             jobclient.status(url, "job-1")
     assert url in str(caught.value)
     assert "tomoscale up" in caught.value.remedy
+
+
+class Server:
+    """Stands for Ray's job client behind a server that is away for its first requests."""
+
+    def __init__(self, away: int) -> None:
+        self.away, self.requests = away, 0
+
+    def get_job_status(self, job: str) -> str:
+        self.requests += 1
+        if self.requests <= self.away:
+            raise ConnectionError("refused")
+        return "SUCCEEDED"
+
+    def get_job_logs(self, job: str) -> str:
+        return "a line\n"
+
+
+def test_a_log_is_followed_through_an_outage_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(away=2)
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", lambda *_, **__: server)
+    assert list(jobclient.follow("http://127.0.0.1:1", "job", token="")) == ["a line\n"]
+    assert server.requests == 3
+    server.away = 99
+    with pytest.raises(StackError, match="expected a job server; found 1 failed attempts") as caught:
+        list(jobclient.follow("http://127.0.0.1:1", "job", token="", outage_s=0.0))
+    assert "refused" in caught.value.found

@@ -1,6 +1,5 @@
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -117,17 +116,3 @@ def test_orphans_are_known_by_session_title_and_age(tmp_path: Path, started: lis
         for member in members:
             if processes.alive(member):
                 member.kill()
-
-
-def test_ports() -> None:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen()
-        port = server.getsockname()[1]
-        assert not processes.port_free(port)
-        assert f"pid {os.getpid()}" in processes.port_owner(port)
-    assert processes.port_free(port)
-    assert processes.port_owner(port) == ""
-    ports = processes.free_ports(30)
-    assert len(set(ports)) == 30
-    assert not set(processes.free_ports(30, avoid=ports)) & set(ports)

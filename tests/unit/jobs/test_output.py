@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.output import Progress, emit, table
+from jobs.output import Progress, _blocks, emit, table
 
 
 def test_a_table_aligns_words_left_and_numbers_right() -> None:
@@ -56,3 +56,8 @@ def test_progress_in_a_log_says_the_start_and_the_end(capsys: pytest.CaptureFixt
 def test_progress_of_nothing_does_not_divide_by_zero(capsys: pytest.CaptureFixture[str]) -> None:
     Progress("verify", 0).update(0)
     assert "0/0" in capsys.readouterr().err
+
+
+def test_a_bar_is_drawn_with_what_the_terminal_has() -> None:
+    assert _blocks("utf-8") == "█░"
+    assert _blocks("ascii") == "#-"

@@ -37,7 +37,7 @@ def test_the_second_ctrl_c_leaves_a_hanging_request_at_once() -> None:
 
 
 def test_sigterm_is_ctrl_c(tmp_path: Path) -> None:
-    code = "from jobs import interrupts; import time; interrupts.watch(); print('on', flush=True); time.sleep(600)"
+    code = "from jobs.cli import interrupts; import time; interrupts.watch(); print('on', flush=True); time.sleep(600)"
     waiting = subprocess.Popen(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[4], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
