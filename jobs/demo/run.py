@@ -269,10 +269,9 @@ def _refuse_too_few_labels(manifest: Manifest, url: str) -> None:
 
 def _dice_by_volume(comparison: Comparison) -> dict[str, float]:
     """Mean Dice over labels of each test volume, of the training whose segmenter was registered."""
-    first = min(training.seed for training in comparison.trainings)
-    (cases,) = (t.cases for t in comparison.trainings if (t.start, t.seed) == (comparison.registered_start, first))
+    registered = next(t for t in comparison.trainings if t.start == comparison.registered_start)  # its first seed
     values: dict[str, list[float]] = {}
-    for case in cases:
+    for case in registered.cases:
         values.setdefault(case.volume_id, []).append(case.scores.dice)
     return {volume: float(np.mean(of_labels)) for volume, of_labels in values.items()}
 
