@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import cast
 
 import nibabel
 import numpy as np
 import psutil
+from nibabel.spatialimages import SpatialImage
 
 from cluster import services, stack
 from jobs import driver, submit
@@ -211,7 +213,7 @@ class Demo:
                 record = manifest.record(manifest.index_of(volume))
                 source, written = folder / record.source, self.out / f"prediction-{rank}.nii.gz"
                 predictor.predict_file(source, written)
-                image, mask = nibabel.load(source), nibabel.load(written)
+                image, mask = (cast(SpatialImage, nibabel.load(path)) for path in (source, written))
                 if image.shape[:3] != mask.shape or not np.allclose(image.affine, mask.affine):
                     raise ConfigError(
                         str(written),
