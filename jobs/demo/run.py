@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import cast
 
 import nibabel
 import numpy as np
 import psutil
+from nibabel.spatialimages import SpatialImage
 
 from cluster import services, stack
 from jobs import driver, submit
@@ -211,7 +213,7 @@ class Demo:
                 record = manifest.record(manifest.index_of(volume))
                 source, written = folder / record.source, self.out / f"prediction-{rank}.nii.gz"
                 predictor.predict_file(source, written)
-                image, mask = nibabel.load(source), nibabel.load(written)
+                image, mask = (cast(SpatialImage, nibabel.load(path)) for path in (source, written))
                 if image.shape[:3] != mask.shape or not np.allclose(image.affine, mask.affine):
                     raise ConfigError(
                         str(written),
@@ -269,10 +271,9 @@ def _refuse_too_few_labels(manifest: Manifest, url: str) -> None:
 
 def _dice_by_volume(comparison: Comparison) -> dict[str, float]:
     """Mean Dice over labels of each test volume, of the training whose segmenter was registered."""
-    first = min(training.seed for training in comparison.trainings)
-    (cases,) = (t.cases for t in comparison.trainings if (t.start, t.seed) == (comparison.registered_start, first))
+    registered = next(t for t in comparison.trainings if t.start == comparison.registered_start)  # its first seed
     values: dict[str, list[float]] = {}
-    for case in cases:
+    for case in registered.cases:
         values.setdefault(case.volume_id, []).append(case.scores.dice)
     return {volume: float(np.mean(of_labels)) for volume, of_labels in values.items()}
 
