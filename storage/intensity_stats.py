@@ -86,13 +86,8 @@ def foreground(values: Values) -> tuple[Mask, dict[str, float]]:
     mean = float(inside.mean(dtype=np.float64))
     apart = np.subtract(inside, mean, dtype=np.float64)
     std = float(np.sqrt(apart @ apart / inside.size))
-    return mask, dict(
-        zip(
-            STATS_ORDER,
-            (float(inside.min()), float(inside.max()), mean, std, *_percentiles(inside, ordered)),
-            strict=True,
-        )
-    )
+    low, high = _percentiles(inside, ordered)
+    return mask, dict(zip(STATS_ORDER, (float(inside.min()), float(inside.max()), mean, std, low, high), strict=True))
 
 
 def channel_foreground(values_CDHW: Values) -> tuple[Mask, tuple[dict[str, float], ...]]:

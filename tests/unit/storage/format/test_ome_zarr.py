@@ -27,7 +27,7 @@ def publish(folder: Path, affine: np.ndarray, labelled: bool) -> VolumeRecord:
     """One volume of two channels in more than one shard, with a label and a computed map."""
     store, image = open_store(str(folder)), phantom((21, 40, 19), channels=2)
     spacing = tuple(np.linalg.norm(affine[:3, :3], axis=0)[::-1].tolist())
-    labels = {"tissue": phantom_label(image)} if labelled else None
+    labels = {"tissue": phantom_label(image)} if labelled else {}
     record = write_volume(
         store,
         "v",

@@ -188,7 +188,7 @@ def test_a_killed_run_leaves_the_store_as_it_was_and_the_next_goes_on(tmp_path: 
     process = context.Process(
         target=derive.run,
         args=(url, "shifted-1", partial(until, left)),
-        kwargs={"made": "value + 1000000", "mapper": map_serial},
+        kwargs={"recipe": "value + 1000000", "mapper": map_serial},
     )
     process.start()
     process.join(120)
