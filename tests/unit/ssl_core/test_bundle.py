@@ -16,7 +16,9 @@ from ssl_core.networks import build
 from ssl_core.portable import Predictor
 from ssl_core.portable.predictor import check_bundle
 from storage.errors import ConfigError, RefusedInput
-from tests.kit.bundles import FEATURES, LABELS, facts, network, scan
+from tests.kit.bundles import FEATURES, LABELS, encoder, facts, network, scan, segmenter
+
+__all__ = ["encoder", "segmenter"]  # fixtures
 
 
 def test_a_bundle_says_what_it_is(segmenter: Path) -> None:
