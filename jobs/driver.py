@@ -1,4 +1,4 @@
-"""What every `python -m jobs.NAME CONFIG [key=value ...]` shares: arguments, errors, data that must exist."""
+"""What every `python -m jobs.NAME CONFIG [key=value ...]` shares: arguments, errors, how its run ends, its result."""
 
 import argparse
 import contextlib
@@ -22,11 +22,6 @@ from storage.objects.retry import RetryPolicy, TransientError, retry
 C = TypeVar("C", bound=Config)
 # A request to MLflow and its repetition take 20 s at most; see `jobs.tracking.runs.client`.
 _END_OF_A_RUN = RetryPolicy(deadline_s=50.0, attempt_s=20.0, first_s=2.0)
-
-# Ray drops lines that differ in their numbers only, which is what progress looks like; read when ray is imported.
-os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-# MLflow sets its loggers to what this says when it is imported, whatever `quiet` said before.
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
 
 def load(kind: type[C], argv: Sequence[str], program: str) -> C:

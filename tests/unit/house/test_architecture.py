@@ -149,6 +149,13 @@ def test_the_loop_of_pre_training_needs_no_ray() -> None:
     assert done.stdout == "set()\n"
 
 
+def test_ray_shows_every_line_of_a_job() -> None:
+    """It reads what to do with lines that are alike when it is imported, so a job says so before."""
+    program = "import jobs.ingest; from ray._private.ray_constants import RAY_DEDUP_LOGS; print(RAY_DEDUP_LOGS)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_portable_code_needs_only_what_a_bare_environment_has() -> None:
     allowed = {"numpy", "torch", "monai", "scipy"} | set(sys.stdlib_module_names)
     for path in sources("ssl_core/portable"):
