@@ -124,6 +124,13 @@ def check_same_grid(path: str, other: RawVolume, first: RawVolume, tolerance: fl
 def _checked(thing: str, raw: RawVolume, policy: ReadPolicy) -> RawVolume:
     """Values and axes that later steps can rely on: real, finite, not constant, on a straight grid."""
     array = raw.array_CDHW
+    if min(array.shape[1:]) < 2:
+        raise RefusedInput(
+            thing,
+            expected="at least two voxels along each of three axes",
+            found=f"shape {array.shape[1:]}",
+            remedy="a slice is no volume",
+        )
     if array.dtype.kind == "b":
         array = array.astype(np.uint8)
     if array.dtype.kind not in "iuf":
