@@ -117,9 +117,7 @@ def test_ingest_and_prediction_read_one_volume_of_any_header_or_both_refuse(tmp_
     _same_or_refused(_file(tmp_path / "a.nii", fields, layout, order))
 
 
-@settings(
-    max_examples=80, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=80, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.lists(st.tuples(st.integers(0, 347), st.integers(0, 255)), min_size=1, max_size=8))
 def test_ingest_and_prediction_agree_on_headers_of_which_bytes_are_wrong(tmp_path: Path, changes: Any) -> None:
     path = _file(tmp_path / "a.nii", {})
