@@ -19,6 +19,7 @@ from jobs.output import Progress as Bar
 from storage.datasets import simulated
 from storage.errors import ConfigError, NotFound
 from storage.format.manifest import Manifest
+from storage.format.notes import note_kinds
 from storage.ingest.pipeline import IngestReport, Progress, map_threads, run, unread
 from storage.ingest.policy import IngestPolicy
 
@@ -91,6 +92,8 @@ def describe(report: IngestReport, data: str) -> str:
         lines.append(f"  ignored: {len(report.ignored)} files that no reader knows, the first: {report.ignored[0]}")
     lines += [f"  refused: {refused}" for refused in report.quarantined]
     lines += [f"  note: {warning}" for warning in report.warnings]
+    volumes = zip(report.manifest.column("volume_id"), report.manifest.column("notes"), strict=True)
+    lines += [f"  note: {kind}" for kind in note_kinds(volumes)]
     if report.quarantined:
         lines.append(f"  {len(report.quarantined)} refused in all; reasons are in quarantine.jsonl of the store")
     return "\n".join(lines)

@@ -31,6 +31,7 @@ import ssl_core.portable as portable
 import storage.errors
 import storage.geometry
 import storage.intensity_stats
+import storage.nifti_header
 from ssl_core.bundle_card import CODE, BundleFacts, model_card
 from ssl_core.networks import Backbone, build
 from ssl_core.networks.registry import architecture as architecture_of
@@ -41,7 +42,12 @@ from ssl_core.portable.safetensors import read_safetensors
 from storage.errors import ConfigError, RefusedInput
 from storage.format.records import VolumeRecord
 
-_BORROWED = {"errors.py": storage.errors, "intensity_stats.py": storage.intensity_stats, "grid.py": storage.geometry}
+_BORROWED = {
+    "errors.py": storage.errors,
+    "intensity_stats.py": storage.intensity_stats,
+    "grid.py": storage.geometry,
+    "nifti_header.py": storage.nifti_header,
+}
 """Modules of the portable package that only re-export, and the file that takes their place in a bundle."""
 
 

@@ -24,11 +24,19 @@ MOST_GROWTH = 8
 """Of the voxels of a sheared volume on a straight grid; a gantry tilted by 30 degrees makes it less than twice."""
 ROUNDING_VOX = 0.02
 """A drift of the slices along an axis by less, from the first to the last, is taken for rounding of the header."""
+LARGEST_CONVERTED_MM = 100.0
+"""Voxels above it are no scan's where a larger unit than mm was converted; our choice."""
 _LETTERS = (("L", "R"), ("P", "A"), ("I", "S"))
 
 
-def check_affine(affine: Affine, thing: str) -> Affine:
+def check_affine(affine: Affine, thing: str, unit_mm: float = 1.0) -> Affine:
     """The affine as float64, or a refusal: it must be 4x4, finite, invertible, with (0, 0, 0, 1) below.
+
+    Args:
+        affine: In mm.
+        thing: What errors call the volume.
+        unit_mm: Of the unit that its lengths were converted from. A header whose lengths are mm and whose unit says
+            metres gives voxels that no scanner has.
 
     Raises:
         RefusedInput: names `thing` and what is wrong.
@@ -43,6 +51,13 @@ def check_affine(affine: Affine, thing: str) -> Affine:
     if (lengths < 1e-6).any() or (lengths > 1e4).any():
         raise RefusedInput(
             thing, expected="a spacing between 1e-6 and 1e4 mm", found=f"{lengths.tolist()} mm", remedy=remedy
+        )
+    if unit_mm > 1 and lengths.max() > LARGEST_CONVERTED_MM:
+        raise RefusedInput(
+            thing,
+            expected=f"a spacing of at most {LARGEST_CONVERTED_MM:g} mm from lengths in a unit of {unit_mm:g} mm",
+            found=f"{', '.join(f'{n:.4g}' for n in lengths)} mm",
+            remedy="correct the unit in the header (xyzt_units of NIfTI): are its lengths in mm?",
         )
     if abs(np.linalg.det(matrix[:3, :3] / lengths)) < 1e-3:
         raise RefusedInput(thing, expected=expected, found="axes that lie in one plane", remedy=remedy)

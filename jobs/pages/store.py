@@ -13,6 +13,7 @@ from jobs.pages.html import Picture, page
 from jobs.pages.pictures import COLOURS as OUTLINES
 from jobs.pages.pictures import thumbnail
 from storage.format.manifest import Manifest
+from storage.format.notes import note_kinds
 from storage.format.records import VolumeRecord, stats_from_items
 from storage.reading.volume_store import Crop, VolumeStore
 
@@ -57,6 +58,10 @@ def render(store: VolumeStore, facts: Mapping[str, Any]) -> str:
         intensities=_intensities(manifest),
         channels=count,
         labels=_labels(manifest),
+        notes=[
+            (kind.volumes, kind.note, "; ".join(f"{name}: {note}" for name, note in kind.examples))
+            for kind in note_kinds(zip(manifest.column("volume_id"), manifest.column("notes"), strict=True))
+        ],
         facts=[
             (key, ", ".join(f"{name} {n}" for name, n in value.items()) if isinstance(value, dict) else value)
             for key, value in facts.items()

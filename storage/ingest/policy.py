@@ -27,7 +27,8 @@ class IngestPolicy(BaseModel):
         default="nearest", description="where the spacing changes"
     )
     dtype: Literal["auto", "float32"] = Field(
-        default="auto", description="auto: int16, exact for whole numbers in its range, else scaled; float32: as read"
+        default="auto",
+        description="auto: int16, exact or in steps that are fine enough, else float32; float32: as read",
     )
     modality: str = Field(
         default="", pattern=r"^[A-Z]{0,4}$", description="CT, MR, ...; what the format says when empty"

@@ -26,7 +26,7 @@ Array = npt.NDArray[Any]
 Triple = tuple[int, int, int]
 
 ROBUST_RANGES = 12.0
-"""Stored int16 spans at most so many robust ranges (p99.5 - p0.5), which keeps half a step below 1e-4 of one."""
+"""Scaled int16 spans at most so many robust ranges (p99.5 - p0.5), which keeps half a step below 1e-4 of one."""
 
 LEAST_HU_RANGE = 100.0
 """CT whose robust range (p99.5 - p0.5) is below it, such as one scaled to 0 to 1, is not rounded to whole numbers."""
@@ -150,12 +150,13 @@ def _check_resampled(
 def quantise(
     values_CDHW: Array, stats: ChannelStats, modality: str, whole: bool, notes: list[str]
 ) -> tuple[Array, float, float]:
-    """Values as int16 with value = stored * scale + offset.
+    """Values as int16 with value = stored * scale + offset, or as float32 where int16 would be too coarse.
 
     Whole numbers that span at most 65,535 are stored exactly (offset 0 where int16 holds them as they are). CT that is
-    no longer whole is rounded to 1 HU. Everything else is spread over the int16 range; half a step stays below 1e-4 of
-    the robust range p99.5 - p0.5, for which outliers beyond 12 such ranges are clipped, with a note. Channels share
-    one scale; where it would be too coarse for one of them, all are kept as float32, with a note.
+    no longer whole is rounded to 1 HU where int16 holds it. Everything else is spread over the int16 range where half
+    a step stays below 1e-4 of the robust range p99.5 - p0.5, that is up to 12 such ranges from the lowest to the
+    highest value. Beyond, as with a hot lesion in PET, the volume is kept as float32, with a note. No value is clipped.
+    Channels share one scale, which has to do for each of them.
 
     Args:
         stats: Foreground statistics of each channel.
@@ -171,40 +172,25 @@ def quantise(
         if offset == 0:
             return values_CDHW.astype(np.int16), 1.0, 0.0
         return (values_CDHW.astype(np.int64) - int(offset)).astype(np.int16), 1.0, offset
-    if ct:
-        if low < -32768 or high > 32767:
-            notes.append("Hounsfield units beyond int16 clipped")
-        return np.clip(np.rint(values_CDHW), -32768, 32767).astype(np.int16), 1.0, 0.0
-    bottom, top = _unclipped(low, high, stats[0])
-    if len(values_CDHW) > 1:
-        ends = [_unclipped(float(c.min()), float(c.max()), own) for c, own in zip(values_CDHW, stats, strict=True)]
-        bottom, top = min(end[0] for end in ends), max(end[1] for end in ends)
-        finest = min((r for own in stats if (r := own["p99_5"] - own["p0_5"]) > 0), default=0.0)
-        if top - bottom > ROBUST_RANGES * finest > 0:
-            notes.append("kept as float32: the scale of int16 would be too coarse for one of the channels")
-            return values_CDHW.astype(np.float32), 1.0, 0.0
-    if (bottom, top) != (low, high):
-        clipped = int(np.count_nonzero((values_CDHW < bottom) | (values_CDHW > top)))
-        notes.append(f"{clipped:,} outliers beyond {bottom:g} to {top:g} clipped (found {low:g} to {high:g})")
-    scale = (top - bottom) / 65534
-    offset = bottom + 32767 * scale
+    if ct and low >= -32768 and high <= 32767:
+        return np.rint(values_CDHW).astype(np.int16), 1.0, 0.0
+    robust = [r for own in stats if (r := own["p99_5"] - own["p0_5"]) > 0]
+    finest = min(robust, default=0.0)
+    if high - low > ROBUST_RANGES * finest:
+        reason = f"values from {low:g} to {high:g} are too far apart for the steps of int16"
+        if len(values_CDHW) > 1:
+            reason = "the scale of int16 would be too coarse for one of the channels"
+        notes.append(f"kept as float32: {reason}")
+        return values_CDHW.astype(np.float32), 1.0, 0.0
+    scale = (high - low) / 65534
+    offset = low + 32767 * scale
     stored = np.empty(values_CDHW.shape, np.int16)
     for part in _parts(values_CDHW):  # for float64 without its memory
         planes = values_CDHW[part].astype(np.float64)
-        np.clip(planes, bottom, top, out=planes)
         planes -= offset
         planes /= scale
         stored[part] = np.rint(planes, out=planes)
     return stored, scale, offset
-
-
-def _unclipped(low: float, high: float, stats: dict[str, float]) -> tuple[float, float]:
-    """The least and greatest value that are not clipped, of a channel from `low` to `high`."""
-    robust = stats["p99_5"] - stats["p0_5"]
-    if robust <= 0 or high - low <= ROBUST_RANGES * robust:
-        return low, high
-    bottom = max(low, stats["p0_5"] - robust)
-    return bottom, min(high, bottom + ROBUST_RANGES * robust)
 
 
 def _matched_label(

@@ -5,6 +5,7 @@ import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from storage.errors import ConfigError
 
 if TYPE_CHECKING:
     from ssl_core.config import C
+    from storage.format.notes import NoteKind
 
 
 def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -142,6 +144,7 @@ def _keeps_its_salt(arguments: argparse.Namespace) -> bool:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from storage.format.manifest import Manifest
     from storage.reading.verify import verify
 
     use_stack(arguments)
@@ -159,7 +162,10 @@ def _verify(arguments: argparse.Namespace) -> int:
         lines.append("the store cannot list what it holds: volumes that no manifest names were not looked for")
     else:
         lines += [f"volumes/{name}: of no volume of this manifest" for name in report.strangers]
+    notes = _notes(Manifest.open(arguments.data, report.fingerprint))
+    lines += [f"note: {kind}" for kind in notes]
     facts = {"volumes": report.volumes, "bytes": report.nbytes, "problems": problems, "strangers": report.strangers}
+    facts["notes"] = [asdict(kind) for kind in notes]
     emit(facts, arguments.json, "\n".join(lines))
     return 1 if problems else 0
 
@@ -173,7 +179,9 @@ def _show(arguments: argparse.Namespace) -> int:
     rows = [
         (k, v if not isinstance(v, dict) else ", ".join(f"{n} {c}" for n, c in v.items())) for k, v in facts.items()
     ]
-    emit(facts, arguments.json, table(("fact", "value"), rows))
+    notes = _notes(manifest)
+    lines = [table(("fact", "value"), rows), *(f"note: {kind}" for kind in notes)]
+    emit({**facts, "notes": [asdict(kind) for kind in notes]}, arguments.json, "\n".join(lines))
     if arguments.html is not None:
         from jobs.pages.store import render
         from storage.reading.volume_store import VolumeStore
@@ -182,6 +190,12 @@ def _show(arguments: argparse.Namespace) -> int:
             write_page(arguments.html, render(store, facts))
         print(f"wrote {arguments.html}", file=sys.stderr)
     return 0
+
+
+def _notes(manifest: Any) -> "tuple[NoteKind, ...]":
+    from storage.format.notes import note_kinds
+
+    return note_kinds(zip(manifest.column("volume_id"), manifest.column("notes"), strict=True))
 
 
 def _facts(manifest: Any) -> dict[str, Any]:

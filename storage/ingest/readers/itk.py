@@ -58,19 +58,17 @@ _DATA_FILE = re.compile(rb"^\s*ElementDataFile\s*=[ \t]*(.*?)[ \t\r]*(?:\n|\Z)",
 _LENGTHS = re.compile(r"^(?:spacings|space directions)\s*:|^\s*Element(?:Spacing|Size)\s*=", re.MULTILINE)
 
 
-class ItkReader(FileReader):
-    """See `Reader`."""
+def itk_reader() -> FileReader:
+    """The reader of the formats."""
+    return FileReader(read_itk, parts_of=pixel_files)
 
-    def read_file(self, path: str, policy: ReadPolicy) -> RawVolume:
-        """See `read_itk`."""
-        return read_itk(path, policy)
 
-    def parts(self, path: str) -> list[str]:
-        """The pixel files that a detached header names, or implies by its own name."""
-        stem, _, suffix = path.rpartition(".")
-        if suffix.lower() not in ("mhd", "nhdr"):
-            return []
-        return [*(f"{stem}.{end}" for end in ("raw", "zraw", "raw.gz", "img")), *_named_files(Path(path))]
+def pixel_files(path: str) -> list[str]:
+    """The pixel files that a detached header names, or implies by its own name."""
+    stem, _, suffix = path.rpartition(".")
+    if suffix.lower() not in ("mhd", "nhdr"):
+        return []
+    return [*(f"{stem}.{end}" for end in ("raw", "zraw", "raw.gz", "img")), *_named_files(Path(path))]
 
 
 def read_itk(path: str, policy: ReadPolicy) -> RawVolume:
@@ -113,19 +111,21 @@ def read_itk(path: str, policy: ReadPolicy) -> RawVolume:
     array = np.moveaxis(array, -1, 0) if channels > 1 else array[None]
     if len(size) > 3:
         array = array.reshape(-1, *array.shape[-3:])  # the slowest axis is the series
-    if len(array) > 1:
+    series = len(array)
+    if series > 1:
         array = pick_series(path, array, policy, notes)
-    affine = _affine(path, header, image, notes)
-    return RawVolume(array, geometry.check_affine(affine, path), READER, _modality(image), notes)
+    unit_mm = _unit_mm(path, header, notes)
+    affine = geometry.check_affine(_affine(header, image, unit_mm, notes), path, unit_mm)
+    return RawVolume(array, affine, READER, _modality(image), notes, series=series)
 
 
-def _affine(path: str, header: str, image: Any, notes: list[str]) -> Affine:
+def _affine(header: str, image: Any, unit_mm: float, notes: list[str]) -> Affine:
     dimensions = image.GetDimension()
     direction = np.array(image.GetDirection()).reshape(dimensions, dimensions)[:3, :3]
     affine = np.eye(4)
     affine[:3, :3] = direction * np.array(image.GetSpacing()[:3])
     affine[:3, 3] = image.GetOrigin()[:3]
-    affine[:3] *= _unit_mm(path, header, notes)
+    affine[:3] *= unit_mm
     if not _LENGTHS.search(header):
         notes.append("no voxel sizes stored: 1 mm assumed")
     space = image.GetMetaData("NRRD_space") if image.HasMetaDataKey("NRRD_space") else ""

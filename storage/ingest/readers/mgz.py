@@ -17,12 +17,9 @@ _gzip_error: Any = isal_zlib.error
 _GZIP = b"\x1f\x8b"
 
 
-class MgzReader(FileReader):
-    """See `Reader`."""
-
-    def read_file(self, path: str, policy: ReadPolicy) -> RawVolume:
-        """See `read_mgz`."""
-        return read_mgz(path, policy)
+def mgz_reader() -> FileReader:
+    """The reader of the format."""
+    return FileReader(read_mgz)
 
 
 def read_mgz(path: str, policy: ReadPolicy) -> RawVolume:
@@ -59,7 +56,8 @@ def read_mgz(path: str, policy: ReadPolicy) -> RawVolume:
     if data[28:30] == b"\0\0":  # a flag that nibabel sets where it is not
         notes.append("no valid geometry stored (goodRASFlag 0): 1 mm voxels and FreeSurfer's coronal axes assumed")
     array = array.T.reshape(-1, *array.shape[2::-1])
+    series = len(array)
     if len(array) > 1:
         array = pick_series(path, array, policy, notes)
     affine = geometry.check_affine(np.asarray(image.affine, np.float64), path)
-    return RawVolume(array, affine, f"nibabel/{nib.__version__}", notes=notes)
+    return RawVolume(array, affine, f"nibabel/{nib.__version__}", notes=notes, series=series)

@@ -1,42 +1,39 @@
 """NIfTI-1 and NIfTI-2, single files and .hdr/.img pairs, gzipped or not.
 
-The header is nibabel's to parse; the voxels are taken from the buffer in place, and gzip is undone by ISA-L, several
-times as fast as zlib. A gzip member is read to its end, so that its CRC is checked.
+`storage.nifti_header` parses the header, as it does for prediction. The voxels are taken from the buffer in place, and
+gzip is undone by ISA-L, several times as fast as zlib. A gzip member is read to its end, so that its CRC is checked.
 """
 
 import io
+import math
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from isal import igzip, isal_zlib
 
 from storage import geometry
 from storage.errors import RefusedInput
-from storage.ingest.readers.raw import Affine, Array, RawVolume, ReadPolicy, check_size, read_bytes
+from storage.ingest.readers.raw import Array, RawVolume, ReadPolicy, check_size, read_bytes, series_note
 from storage.ingest.readers.reader import FileReader
+from storage.nifti_header import MOST_BYTES, glimpse, parse_header, scaled
 
 READER = "nifti/1"
 PIXEL_SUFFIXES = (".img", ".img.gz")
-_EXPECTED = "a NIfTI-1 or NIfTI-2 volume"
 _gzip_file: Any = igzip.IGzipFile  # untyped
 _gzip_error: Any = isal_zlib.error
-_TO_MM = {"meter": 1e3, "mm": 1.0, "micron": 1e-3, "unknown": 1.0}
 
 
-class NiftiReader(FileReader):
-    """See `Reader`."""
+def nifti_reader() -> FileReader:
+    """The reader of the format."""
+    return FileReader(read_nifti, parts_of=pixel_files)
 
-    def read_file(self, path: str, policy: ReadPolicy) -> RawVolume:
-        """See `read_nifti`."""
-        return read_nifti(path, policy)
 
-    def parts(self, path: str) -> list[str]:
-        """The pixel file beside a header."""
-        return [path[:-4] + end for end in PIXEL_SUFFIXES] if path.lower().endswith(".hdr") else []
+def pixel_files(path: str) -> list[str]:
+    """The pixel file beside a header, under its possible names."""
+    return [path[:-4] + end for end in PIXEL_SUFFIXES] if path.lower().endswith(".hdr") else []
 
 
 def read_nifti(path: str, policy: ReadPolicy) -> RawVolume:
@@ -45,34 +42,37 @@ def read_nifti(path: str, policy: ReadPolicy) -> RawVolume:
     Raises:
         RefusedInput: names the file and what is wrong with it.
     """
+    pair = path.lower().endswith(".hdr")
     pixels = path
-    if path.lower().endswith(".hdr"):
-        pixels = next((p for end in PIXEL_SUFFIXES if Path(p := path[:-4] + end).exists()), "")
+    if pair:
+        pixels = next((p for p in pixel_files(path) if Path(p).exists()), "")
         if not pixels:
             raise RefusedInput(path, expected="an .img or .img.gz file beside it", found="none")
     with _Source(path) as source:
-        header = _header(path, source.read(540))
-        shape = tuple(int(n) for n in header.get_data_shape())
-        while len(shape) > 3 and shape[-1] == 1:
-            shape = shape[:-1]
-        notes: list[str] = []
-        if len(shape) < 3:
-            raise RefusedInput(path, expected="three axes", found=f"shape {shape}", remedy="a slice is no volume")
-        check_size(path, shape, policy)
-        shape = _four_d(path, shape, policy, notes)
-        dtype = _dtype(path, header)
-        offset = int(header["vox_offset"])
-        if pixels == path and offset < 348:
-            raise RefusedInput(path, expected="voxels behind the header", found=f"vox_offset {offset}")
-        size = int(np.prod(shape)) * dtype.itemsize
-        if pixels == path:
-            data = source.take(offset, size)
-        else:
+        header = parse_header(path, source.read(MOST_BYTES), pair=pair)
+        notes = list(header.notes)
+        check_size(path, header.shape, policy)
+        affine = geometry.check_affine(header.affine, path, header.unit_mm)
+        shape = _four_d(path, header.shape, policy, notes)
+        size = math.prod(shape) * header.dtype.itemsize
+        if pair:
             with _Source(pixels) as other:
-                data = other.take(offset, size)
-    array: Array = np.frombuffer(data, dtype).reshape((1,) * (4 - len(shape)) + shape[::-1])
-    array = _scaled(path, array, header, notes)
-    return RawVolume(array, _affine(path, header, notes), READER, notes=notes)
+                data = other.take(header.offset, size)
+        else:
+            data = source.take(header.offset, size)
+    array: Array = np.frombuffer(data, header.dtype).reshape((1,) * (4 - len(shape)) + shape[::-1])
+    array = scaled(array, header.slope, header.inter)
+    if array.dtype.kind == "f" and (header.slope, header.inter) != (1.0, 0.0):
+        notes.append(f"scaled by {header.slope:g} with offset {header.inter:g}")
+    return RawVolume(
+        array,
+        affine,
+        READER,
+        notes=notes,
+        series=math.prod(header.shape[3:]),
+        scale=header.slope,
+        offset=header.inter,
+    )
 
 
 class _Source:
@@ -87,7 +87,7 @@ class _Source:
             raise RefusedInput(
                 path,
                 expected="a gzip file",
-                found=_glimpse(data),
+                found=glimpse(data),
                 remedy="check the download or the export that wrote it",
             )
         else:
@@ -141,44 +141,11 @@ class _Source:
             ) from error
 
 
-def _glimpse(data: bytes) -> str:
-    if not data:
-        return "an empty file"
-    printable = all(32 <= byte < 127 or byte in b"\t\r\n" for byte in data[:256])
-    return "a text file" if printable else f"bytes {data[:4].hex(' ')} at its start"
-
-
-def _header(path: str, head: bytes) -> Any:
-    size = head[:4]
-    kind: Any = None
-    if size in (b"\x5c\x01\0\0", b"\0\0\x01\x5c"):
-        kind = nib.Nifti1Header
-    elif size in (b"\x1c\x02\0\0", b"\0\0\x02\x1c"):
-        kind = nib.Nifti2Header
-    length = 540 if kind is nib.Nifti2Header else 348
-    if kind is None or len(head) < length:
-        raise RefusedInput(
-            path, expected=_EXPECTED, found=_glimpse(head), remedy="is this another format under this name?"
-        )
-    magic = head[344:348] if kind is nib.Nifti1Header else head[4:8]
-    if magic[:3] not in (b"n+1", b"ni1", b"n+2", b"ni2"):
-        raise RefusedInput(
-            path,
-            expected=_EXPECTED,
-            found="an Analyze 7.5 header, which does not say left from right",
-            remedy="convert it to NIfTI with a tool that knows its orientation",
-        )
-    try:
-        return kind(head[:length], check=False)
-    except (ValueError, TypeError, nib.spatialimages.HeaderDataError) as error:
-        raise RefusedInput(path, expected=_EXPECTED, found=" ".join(str(error).split())) from error
-
-
 def _four_d(path: str, shape: tuple[int, ...], policy: ReadPolicy, notes: list[str]) -> tuple[int, ...]:
     if len(shape) == 3:
         return shape
     # NIfTI keeps a vector's components in the fifth axis, behind an empty time axis
-    series = int(np.prod(shape[3:]))
+    series = math.prod(shape[3:])
     if policy.four_d == "refuse":
         raise RefusedInput(
             path,
@@ -189,65 +156,5 @@ def _four_d(path: str, shape: tuple[int, ...], policy: ReadPolicy, notes: list[s
     if policy.four_d == "first":
         notes.append(f"first of {series} volumes")
         return shape[:3]
-    notes.append(f"{series} volumes taken as channels")
+    notes.append(series_note(series))
     return (*shape[:3], series)
-
-
-def _dtype(path: str, header: Any) -> np.dtype[Any]:
-    try:
-        dtype: np.dtype[Any] = header.get_data_dtype()
-    except (KeyError, nib.spatialimages.HeaderDataError) as error:
-        raise RefusedInput(path, expected="a known voxel type", found=f"code {int(header['datatype'])}") from error
-    if dtype.kind not in "iufb" or dtype.itemsize > 8:
-        raise RefusedInput(
-            path, expected="integer or real voxels", found=str(dtype), remedy="convert it to one channel"
-        )
-    return dtype
-
-
-def _scaled(path: str, array: Array, header: Any, notes: list[str]) -> Array:
-    slope, inter = (float(header["scl_slope"]), float(header["scl_inter"]))
-    if not np.isfinite(slope) or slope == 0:  # the standard: not scaled
-        return array
-    if not np.isfinite(inter):
-        raise RefusedInput(path, expected="a finite scl_inter", found=str(inter))
-    if (slope, inter) == (1.0, 0.0):
-        return array
-    if (
-        slope == 1
-        and inter == round(inter)
-        and array.dtype.kind in "iu"
-        and array.dtype.itemsize <= 2
-        and abs(inter) < 2**24
-    ):
-        return array.astype(np.int32) + np.int32(inter)
-    notes.append(f"scaled by {slope:g} with offset {inter:g}")
-    scaled: Array = array.astype(np.float32 if array.dtype.itemsize < 4 else np.float64)
-    scaled *= slope
-    scaled += inter
-    return scaled
-
-
-def _affine(path: str, header: Any, notes: list[str]) -> Affine:
-    try:
-        affine = np.array(header.get_best_affine(), np.float64)
-    except (ValueError, nib.spatialimages.HeaderDataError) as error:
-        raise RefusedInput(path, expected="a usable qform or sform", found=" ".join(str(error).split())) from error
-    if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
-        notes.append("no qform or sform: orientation taken from the voxel sizes alone")
-    if int(header["sform_code"]) > 0 and int(header["qform_code"]) > 0 and _disagree(affine, header):
-        notes.append("sform and qform tell different axes: sform used")
-    unit = header.get_xyzt_units()[0] if int(header["xyzt_units"]) & 7 in (0, 1, 2, 3) else "unknown"
-    if _TO_MM[unit] != 1:
-        affine[:3] *= _TO_MM[unit]
-        notes.append(f"lengths converted from {unit} to mm")
-    return geometry.check_affine(affine, path)
-
-
-def _disagree(sform: Affine, header: Any) -> bool:
-    """Whether the axes of the header's other affine run elsewhere, as programs that prefer it see them."""
-    try:
-        qform = np.array(header.get_qform(), np.float64)
-        return geometry.nearest_axes(qform) != geometry.nearest_axes(sform)
-    except (ValueError, np.linalg.LinAlgError, nib.spatialimages.HeaderDataError):
-        return False

@@ -59,6 +59,8 @@ class RawVolume:
         reader: Name and version of the reader.
         notes: What was corrected or chosen on the way.
         facts: Acquisition parameters that passed the allow-list.
+        series: Volumes in the file, before `ReadPolicy.four_d` chose among them.
+        scale, offset: By which stored numbers became the values of the array.
     """
 
     array_CDHW: Array
@@ -67,6 +69,9 @@ class RawVolume:
     modality: str = ""
     notes: list[str] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
+    series: int = 1
+    scale: float = 1.0
+    offset: float = 0.0
 
 
 def read_bytes(path: str) -> bytes:
@@ -106,8 +111,13 @@ def pick_series(path: str, array_CDHW: Array, policy: ReadPolicy, notes: list[st
     if policy.four_d == "first":
         notes.append(f"first of {series} volumes")
         return array_CDHW[:1]
-    notes.append(f"{series} volumes taken as channels")
+    notes.append(series_note(series))
     return array_CDHW
+
+
+def series_note(series: int) -> str:
+    """What the notes of a volume say whose channels are the volumes of a series."""
+    return f"{series} volumes taken as channels"
 
 
 def last_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from storage import geometry
 from storage.errors import ConfigError, RefusedInput
 from storage.ingest.discover import discover
 from storage.ingest.items import IngestItem
+from storage.ingest.readers.labels import label_map
 from storage.ingest.readers.raw import Array, RawVolume, ReadPolicy
 from storage.ingest.readers.registry import format_of, format_of_suffix, split_name
 
@@ -69,6 +70,8 @@ def read_item(item: IngestItem, policy: ReadPolicy) -> RawVolume:
 def read_label(item: IngestItem, policy: ReadPolicy, image: RawVolume) -> RawVolume | None:
     """Read the label map of an item, one channel of whole, non-negative numbers; None where it has none.
 
+    A channel a class, and whole numbers saved with a slope, are turned into that with a note (see `label_map`).
+
     Args:
         image: The item's image, as read. A map that has no suffix of its own is read by the image's reader: a DICOM
             segmentation lists only some planes and is laid out on the image's grid, and a map inside an OME-Zarr image
@@ -78,33 +81,16 @@ def read_label(item: IngestItem, policy: ReadPolicy, image: RawVolume) -> RawVol
         The volume with `array_CDHW` as uint8 where the values allow it, else int32.
 
     Raises:
-        RefusedInput: values that are no labels, or several channels.
+        RefusedInput: values that are no labels, or channels that are no classes.
     """
     if item.label is None:
         return None
     path = item.label
     suffix = split_name(Path(path).name)[1]
     form = format_of_suffix(suffix) if suffix else format_of(item.kind)
-    raw = form.reader.read_label(path, policy, image)
-    array = raw.array_CDHW
-    if len(array) != 1:
-        raise RefusedInput(path, expected="one label map", found=f"{len(array)} channels")
-    if array.dtype.kind == "f":
-        if not np.isfinite(array).all():
-            raise RefusedInput(path, expected="whole numbers as labels", found="NaN or infinity")
-        if (array != np.rint(array)).any():
-            sample = float(array[array != np.rint(array)].flat[0])
-            raise RefusedInput(
-                path,
-                expected="whole numbers as labels",
-                found=f"{sample:g} among them",
-                remedy="was this label map resampled with interpolation? export it again with nearest neighbour",
-            )
-    low, high = int(array.min()), int(array.max())
-    if low < 0 or high > np.iinfo(np.int32).max:
-        raise RefusedInput(path, expected="labels from 0 to 2^31-1", found=f"{low} to {high}")
-    raw.array_CDHW = array.astype(np.uint8 if high <= 255 else np.int32)
-    return raw
+    # All channels, whatever is done with a series of images: the first of several is no label map.
+    raw = form.reader.read_label(path, policy.model_copy(update={"four_d": "channels"}), image)
+    return label_map(path, raw, image)
 
 
 def check_same_grid(path: str, other: RawVolume, first: RawVolume, tolerance: float = 0.1) -> None:
@@ -124,6 +110,13 @@ def check_same_grid(path: str, other: RawVolume, first: RawVolume, tolerance: fl
 def _checked(thing: str, raw: RawVolume, policy: ReadPolicy) -> RawVolume:
     """Values and axes that later steps can rely on: real, finite, not constant, on a straight grid."""
     array = raw.array_CDHW
+    if min(array.shape[1:]) < 2:
+        raise RefusedInput(
+            thing,
+            expected="at least two voxels along each of three axes",
+            found=f"shape {array.shape[1:]}",
+            remedy="a slice is no volume",
+        )
     if array.dtype.kind == "b":
         array = array.astype(np.uint8)
     if array.dtype.kind not in "iuf":

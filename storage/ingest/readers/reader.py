@@ -1,6 +1,6 @@
 """What ingest asks of the reader of a format."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -25,7 +25,7 @@ class Grouping:
 
 
 class Reader(Protocol):
-    """A format: which files belong together, and what they hold. `FileReader` has the usual answers.
+    """A format: which files belong together, and what they hold. `FileReader` is one made of functions.
 
     Every method raises `RefusedInput` where a file cannot be read as what it should be; the error names the file.
     """
@@ -60,29 +60,43 @@ class Reader(Protocol):
         """
 
 
-class FileReader:
-    """A format whose volumes are single files, told by their suffix. A subclass gives `read_file`."""
+def _none(path: str) -> list[str]:
+    """Paths beside or inside a volume that is whole and holds no label maps."""
+    return []
 
-    def read_file(self, path: str, policy: ReadPolicy) -> RawVolume:
-        """Read one file."""
-        raise NotImplementedError
+
+@dataclass(frozen=True, slots=True)
+class FileReader:
+    """A `Reader` of a format whose volumes are single files (or folders), told by their suffix.
+
+    Args:
+        read_file: Reads one file.
+        parts_of: See `Reader.parts`; by default a file holds all of a volume.
+        labels_in: See `Reader.labels_inside`; by default a volume holds no label maps.
+        label_of: See `Reader.read_label`; by default a label map is a volume like others.
+    """
+
+    read_file: Callable[[str, ReadPolicy], RawVolume]
+    parts_of: Callable[[str], list[str]] = _none
+    labels_in: Callable[[str], list[str]] = _none
+    label_of: Callable[[str, ReadPolicy, RawVolume], RawVolume] | None = None
 
     def group(self, files: list[Path], top: Path) -> Grouping:
         """See `Reader`: nothing is told by content."""
         return Grouping([], [], files)
 
     def parts(self, path: str) -> list[str]:
-        """See `Reader`: a file holds all of a volume."""
-        return []
+        """See `Reader`."""
+        return self.parts_of(path)
 
     def labels_inside(self, path: str) -> list[str]:
-        """See `Reader`: a volume holds no label maps."""
-        return []
+        """See `Reader`."""
+        return self.labels_in(path)
 
     def read(self, files: Sequence[str], policy: ReadPolicy, thing: str) -> RawVolume:
         """See `Reader`."""
         return self.read_file(files[0], policy)
 
     def read_label(self, path: str, policy: ReadPolicy, image: RawVolume) -> RawVolume:
-        """See `Reader`: a label map is a volume like others."""
-        return self.read_file(path, policy)
+        """See `Reader`."""
+        return self.read_file(path, policy) if self.label_of is None else self.label_of(path, policy, image)

@@ -18,7 +18,7 @@ class Format:
     Args:
         name: What `IngestItem.kind` calls it.
         title: What messages call it.
-        module, reader_class: Where its `Reader` is.
+        module, factory: The class or function that makes its `Reader`, and where it is.
         suffixes: Endings of its files, in lower case. A format without any is told by content.
         headers: Those of `suffixes` whose files are headers of other files, which `Reader.parts` names.
         folder: Whether a volume is a folder.
@@ -29,7 +29,7 @@ class Format:
     name: str
     title: str
     module: str
-    reader_class: str
+    factory: str
     suffixes: tuple[str, ...] = ()
     headers: tuple[str, ...] = ()
     folder: bool = False
@@ -38,17 +38,17 @@ class Format:
     @property
     def reader(self) -> Reader:
         """The reader; imports its module."""
-        return _reader(self.module, self.reader_class)
+        return _reader(self.module, self.factory)
 
 
 _ROOM = "storage.ingest.readers"
 FORMATS: tuple[Format, ...] = (
-    Format("nifti", "NIfTI", f"{_ROOM}.nifti", "NiftiReader", (".nii", ".nii.gz", ".hdr"), headers=(".hdr",)),
+    Format("nifti", "NIfTI", f"{_ROOM}.nifti", "nifti_reader", (".nii", ".nii.gz", ".hdr"), headers=(".hdr",)),
     Format("dicom", "DICOM", f"{_ROOM}.dicom", "DicomReader", hides_identity=True),
-    Format("nrrd", "NRRD", f"{_ROOM}.itk", "ItkReader", (".nrrd", ".nhdr"), headers=(".nhdr",)),
-    Format("meta", "MHA/MHD", f"{_ROOM}.itk", "ItkReader", (".mha", ".mhd"), headers=(".mhd",)),
-    Format("mgz", "MGZ", f"{_ROOM}.mgz", "MgzReader", (".mgz", ".mgh")),
-    Format("zarr", "Zarr", f"{_ROOM}.zarr_folder", "ZarrReader", (".zarr",), folder=True),
+    Format("nrrd", "NRRD", f"{_ROOM}.itk", "itk_reader", (".nrrd", ".nhdr"), headers=(".nhdr",)),
+    Format("meta", "MHA/MHD", f"{_ROOM}.itk", "itk_reader", (".mha", ".mhd"), headers=(".mhd",)),
+    Format("mgz", "MGZ", f"{_ROOM}.mgz", "mgz_reader", (".mgz", ".mgh")),
+    Format("zarr", "Zarr", f"{_ROOM}.zarr_folder", "zarr_reader", (".zarr",), folder=True),
 )
 """Suffixes are tried by length, contents in this order."""
 
@@ -93,6 +93,6 @@ def is_volume_folder(name: str) -> bool:
 
 
 @cache
-def _reader(module: str, reader_class: str) -> Reader:
-    reader: Reader = getattr(import_module(module), reader_class)()
+def _reader(module: str, factory: str) -> Reader:
+    reader: Reader = getattr(import_module(module), factory)()
     return reader

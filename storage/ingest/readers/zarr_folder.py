@@ -31,29 +31,28 @@ _TO_MM = {
 }
 
 
-class ZarrReader(FileReader):
-    """See `Reader`."""
+def zarr_reader() -> FileReader:
+    """The reader of the format."""
+    return FileReader(read_zarr, labels_in=own_labels, label_of=_read_label)
 
-    def read_file(self, path: str, policy: ReadPolicy) -> RawVolume:
-        """See `read_zarr`."""
-        return read_zarr(path, policy)
 
-    def labels_inside(self, path: str) -> list[str]:
-        """The label maps that an OME-Zarr image lists, of version 0.5 or 0.4."""
-        for name in ("zarr.json", ".zattrs"):
-            try:
-                document = json.loads((Path(path) / "labels" / name).read_bytes())
-                attributes = document["attributes"]["ome"] if name == "zarr.json" else document
-                names = sorted(str(label) for label in attributes["labels"])
-            except (OSError, ValueError, LookupError, TypeError):
-                continue
-            return [f"{path}/labels/{name}" for name in names if not name.startswith(_COMPUTED) and ".." not in name]
-        return []
+def own_labels(path: str) -> list[str]:
+    """The label maps that an OME-Zarr image lists, of version 0.5 or 0.4."""
+    for name in ("zarr.json", ".zattrs"):
+        try:
+            document = json.loads((Path(path) / "labels" / name).read_bytes())
+            attributes = document["attributes"]["ome"] if name == "zarr.json" else document
+            names = sorted(str(label) for label in attributes["labels"])
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+        return [f"{path}/labels/{name}" for name in names if not name.startswith(_COMPUTED) and ".." not in name]
+    return []
 
-    def read_label(self, path: str, policy: ReadPolicy, image: RawVolume) -> RawVolume:
-        """Read a map of its own, or one inside the image."""
-        own = not path.lower().endswith(".zarr")
-        return read_own_label(path, policy, image) if own else read_zarr(path, policy)
+
+def _read_label(path: str, policy: ReadPolicy, image: RawVolume) -> RawVolume:
+    """Read a map of its own, or one inside the image."""
+    own = not path.lower().endswith(".zarr")
+    return read_own_label(path, policy, image) if own else read_zarr(path, policy)
 
 
 def read_zarr(path: str, policy: ReadPolicy) -> RawVolume:
@@ -70,12 +69,12 @@ def read_zarr(path: str, policy: ReadPolicy) -> RawVolume:
     spacing, origin = [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]
     axes = ""
     affine: Affine | None = None
-    scale, offset = 1.0, 0.0
+    scale, offset, unit_mm = 1.0, 0.0, 1.0
     if isinstance(node, zarr.Group):
         attributes: dict[str, Any] = dict(node.attrs)
         ome: Any = attributes.get("ome", attributes)
         try:
-            axes, spacing, origin = _image(path, ome["multiscales"][0], notes)
+            axes, spacing, origin, unit_mm = _image(path, ome["multiscales"][0], notes)
             array_node: Any = node[ome["multiscales"][0]["datasets"][0]["path"]]
             own = attributes.get("tomoscale", {})
             scale, offset = float(own.get("scale", 1)), float(own.get("offset", 0))
@@ -97,7 +96,8 @@ def read_zarr(path: str, policy: ReadPolicy) -> RawVolume:
     _count_chunks(array_node, notes)
     array: Array = np.asarray(array_node[...])
     array = array.reshape(-1, *array.shape[-3:])
-    if len(array) > 1 and not axes.startswith("c"):
+    series = len(array)
+    if series > 1 and not axes.startswith("c"):
         array = pick_series(path, array, policy, notes)
     if (scale, offset) != (1.0, 0.0):
         array = array.astype(np.float32) * np.float32(scale) + np.float32(offset)
@@ -105,7 +105,8 @@ def read_zarr(path: str, policy: ReadPolicy) -> RawVolume:
         affine = np.diag([*spacing[::-1], 1.0])
         affine[:3, 3] = origin[::-1]
         notes.append("no orientation stored: z, y, x taken to grow to superior, anterior, right")
-    return RawVolume(array, geometry.check_affine(affine, path), READER, notes=notes)
+    affine = geometry.check_affine(affine, path, unit_mm)
+    return RawVolume(array, affine, READER, notes=notes, series=series, scale=scale, offset=offset)
 
 
 def _count_chunks(array: Any, notes: list[str]) -> None:
@@ -130,14 +131,14 @@ def read_own_label(path: str, policy: ReadPolicy, image: RawVolume) -> RawVolume
     for folder in (path, path.rpartition("/labels/")[0]):
         attributes: dict[str, Any] = dict(zarr.open_group(folder, mode="r").attrs)
         ome: Any = attributes.get("ome", attributes)
-        places.append(_image(folder, ome["multiscales"][0], [])[1:])
+        places.append(_image(folder, ome["multiscales"][0], [])[1:3])
     if np.allclose(places[0], places[1], rtol=1e-4, atol=1e-4):
         raw.affine, raw.notes = image.affine, []
     return raw
 
 
-def _image(path: str, image: Any, notes: list[str]) -> tuple[str, list[float], list[float]]:
-    """Axes, and spacing and origin in mm along z, y, x, of the largest array of a `multiscales` entry."""
+def _image(path: str, image: Any, notes: list[str]) -> tuple[str, list[float], list[float], float]:
+    """Axes, spacing and origin in mm along z, y, x, and mm in the largest unit, of a `multiscales` entry."""
     dataset = image["datasets"][0]
     axes = "".join(axis["name"] for axis in image["axes"])
     unit_of = {axis["name"]: axis.get("unit") for axis in image["axes"] if axis["name"] in ("z", "y", "x")}
@@ -147,8 +148,9 @@ def _image(path: str, image: Any, notes: list[str]) -> tuple[str, list[float], l
     if None in unit_of.values():
         notes.append("no unit of length stored: millimetres assumed")
     transforms = [*dataset.get("coordinateTransformations", []), *image.get("coordinateTransformations", [])]
-    spacing, origin = _placed(axes, {name: _TO_MM.get(str(unit), 1.0) for name, unit in unit_of.items()}, transforms)
-    return axes, spacing, origin
+    units_mm = {name: _TO_MM.get(str(unit), 1.0) for name, unit in unit_of.items()}
+    spacing, origin = _placed(axes, units_mm, transforms)
+    return axes, spacing, origin, max(units_mm.values())
 
 
 def _placed(axes: str, units: dict[str, float], transforms: list[dict[str, Any]]) -> tuple[list[float], list[float]]:

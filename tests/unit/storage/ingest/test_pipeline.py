@@ -18,7 +18,7 @@ from storage.format.manifest import Manifest
 from storage.ingest import pipeline as ingest
 from storage.ingest.pipeline import map_serial, map_threads, run
 from storage.ingest.policy import IngestPolicy
-from storage.ingest.prepare import quantise
+from storage.ingest.prepare import ROBUST_RANGES, quantise
 from storage.ingest.readers.raw import ReadPolicy
 from storage.intensity_stats import foreground_stats
 from storage.objects import fsync as sync
@@ -459,16 +459,41 @@ def test_quantisation_error_is_below_a_ten_thousandth_of_the_robust_range(level,
     notes: list[str] = []
     stats = foreground_stats(values[0])
     stored, scale, offset = quantise(values, (stats,), "MR", False, notes)
-    assert stored.dtype == np.int16
-    back = stored.astype(np.float64) * scale + offset
     robust = stats["p99_5"] - stats["p0_5"]
-    error = np.abs(back - values)
-    clipped = np.zeros(values.shape, bool)
-    if notes:
-        clipped = (values > back.max() + scale) | (values < back.min() - scale)
-        assert f"{int(clipped.sum()):,} outliers" in notes[0]
-        assert clipped.mean() < 0.005
-    assert error[~clipped].max() <= 1e-4 * robust
+    fits = float(values.max()) - float(values.min()) <= ROBUST_RANGES * robust
+    assert stored.dtype == (np.int16 if fits else np.float32)
+    assert bool(notes) != fits
+    back = stored.astype(np.float64) * scale + offset
+    assert np.abs(back - values).max() <= (1e-4 * robust if fits else 0)
+
+
+@pytest.mark.parametrize("modality", ["", "CT", "PT"])
+def test_hot_voxels_keep_their_values(modality):
+    """They used to be clipped at twelve robust ranges: a lesion of 60 became 15."""
+    values = np.abs(np.random.default_rng(0).normal(0.7, 0.3, (1, 20, 20, 20))).astype(np.float32)
+    for hot in (60.0, -3e5, 3e38):
+        values[0, 10:12, 10:12, 10:12] = hot
+        notes: list[str] = []
+        stored, scale, offset = quantise(values, (foreground_stats(values[0]),), modality, False, notes)
+        np.testing.assert_array_equal(stored * scale + offset, values)
+        assert "kept as float32" in notes[-1]
+
+
+def test_hounsfield_units_beyond_int16_keep_their_values():
+    values = np.random.default_rng(0).uniform(-1000, 1500, (1, 20, 20, 20))
+    values[0, 3, 3, 3] = 40000.25
+    notes: list[str] = []
+    stored, scale, offset = quantise(values, (foreground_stats(values[0]),), "CT", False, notes)
+    assert stored.astype(np.float64)[0, 3, 3, 3] * scale + offset == 40000.25
+    assert "kept as float32" in notes[-1]
+
+
+@pytest.mark.parametrize("rare", [0.0, 1e-9])
+def test_a_volume_without_a_robust_range_is_kept_as_float32(rare):
+    values = np.full((1, 20, 20, 20), 0.1, np.float32)
+    values[0, 0, 0, :2] = (rare, 5.5)
+    stored, scale, offset = quantise(values, (foreground_stats(values[0]),), "", False, [])
+    np.testing.assert_array_equal(stored * scale + offset, values)
 
 
 def test_resampled_ct_is_rounded_to_one_hounsfield_unit():
