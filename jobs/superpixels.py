@@ -21,7 +21,7 @@ from ssl_core.superpixels.settings import Superpixels
 from ssl_core.views.types import ViewSpec
 from storage.format.manifest import Manifest
 from storage.ingest import derived_maps as derive
-from storage.ingest.pipeline import map_threads
+from storage.ingest.mapping import map_threads
 
 
 def compute(data: str, settings: Superpixels, *, say: Callable[[str], None] = print) -> derive.DeriveReport:
