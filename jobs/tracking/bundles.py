@@ -16,7 +16,7 @@ from jobs.tracking import models as registry
 from jobs.tracking.runs import Point
 from ssl_core.bundle import stored_spacing, training_data, write_bundle
 from ssl_core.bundle_card import BundleFacts
-from ssl_core.config import digest
+from ssl_core.config import digest, parse
 from ssl_core.downstream.finetune import TrainedSegmenter
 from ssl_core.downstream.scores import CaseScore
 from ssl_core.methods.base import method_class
@@ -161,7 +161,7 @@ def read_encoder(bundle: Path) -> EncoderBundle:
         backbone=architecture["backbone"],
         arguments=architecture["backbone_arguments"],
         weights={key: weights[key] for key in architecture["encoder_keys"]},
-        intensity=IntensityPolicy.model_validate(plan["intensity"]),
+        intensity=parse(IntensityPolicy, plan["intensity"], f"{bundle / 'preprocess.json'}: intensity"),
         lineage=card["lineage"],
     )
 

@@ -203,7 +203,7 @@ def _predictor(model: str, folder: Path) -> Any:
         from jobs.tracking import models as registry
 
         bundle = registry.pull(model, folder / "bundle")
-    predictor = Predictor(bundle, report=lambda note: print(f"tomoscale: note: {note}", file=sys.stderr))
+    predictor = Predictor(bundle, report=lambda note: print(f"note: {note}", file=sys.stderr))
     if predictor.kind != "segmenter":
         raise ConfigError(
             f"model {model}",
