@@ -45,8 +45,8 @@ def registrable(name: str) -> bool:
 def _registrable(name: str | None) -> str | None:
     if name is not None and not registrable(name):
         raise ValueError(
-            f"a name without any of {' '.join(_NOT_IN_MODELS)}, of 1 to {LONGEST_NAME} characters, since MLflow or model"
-            " URIs would not take it"
+            f"a name without any of {' '.join(_NOT_IN_MODELS)}, of 1 to {LONGEST_NAME} characters, as MLflow and model"
+            " URIs want it"
         )
     return name
 

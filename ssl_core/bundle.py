@@ -2,7 +2,7 @@
 
 ```
 bundle.json           format, kind, name, lineage, metrics, SHA-256 of every other file
-weights.safetensors   tensors under the stock network's own names
+weights.safetensors   tensors under the stock network's own names, each once; its metadata names those that share one
 architecture.json     stock class and arguments, backbone name and arguments, levels, names of the encoder's tensors
 preprocess.json       axes, spacing, intensity policy, channels, window, label values and names, what it learned from
 evaluation.json       split, measure and score of each held-out case, where there was an evaluation
@@ -40,7 +40,7 @@ from ssl_core.networks.registry import architecture as architecture_of
 from ssl_core.portable import network as portable_network
 from ssl_core.portable.predictor import FORMAT, Predictor, check_bundle
 from ssl_core.portable.preprocess import Preprocess
-from ssl_core.portable.safetensors import read_safetensors
+from ssl_core.portable.safetensors import read_safetensors, same_tensors
 from ssl_core.portable.training_data import TrainingData
 from storage.errors import ConfigError, RefusedInput
 from storage.format.records import VolumeRecord
@@ -198,8 +198,9 @@ def _write(work: Path, kind: str, backbone: Backbone, facts: BundleFacts) -> Non
     keys = backbone.encoder_keys()
     state = backbone.net.state_dict()
     stored = keys if kind == "encoder" else list(state)
-    tensors = {key: state[key].detach().cpu().contiguous().clone() for key in stored}
-    save_file(tensors, work / "weights.safetensors")
+    others = same_tensors({key: state[key] for key in stored})
+    tensors = {key: state[key].detach().cpu().contiguous().clone() for key in stored if key not in others}
+    save_file(tensors, work / "weights.safetensors", others)
     architecture = {
         "class": _class_of(backbone),
         "arguments": _stock_arguments(backbone),

@@ -18,8 +18,8 @@ _WHERE = {  # name: module of this package, its architecture, the extra that bri
     "unet": ("unet", "UNET", ""),
 }
 
-# Their arguments, so that a configuration is checked without the seconds that importing a network takes. A test compares
-# them with the classes of the locked versions.
+# Their arguments, so that a configuration is checked without the seconds that importing a network takes. A test
+# compares them with the classes of the locked versions.
 _PORTS = "spatial_dims in_channels out_channels "
 _ARGUMENTS = {
     name: (_PORTS + rest).split()
