@@ -215,6 +215,13 @@ class Predictor:
         force: bool,
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The network's input and its value of air, of a scan that is like those of training."""
+        if values_CDHW.shape[0] != self.plan.channels:
+            raise RefusedInput(
+                name,
+                expected=f"a volume of {self.plan.channels} channel(s)",
+                found=str(values_CDHW.shape[0]),
+                remedy="use a model of as many channels",
+            )
         training = self.plan.training
         if training is None:
             if self._silent_bundle:
