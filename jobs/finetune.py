@@ -73,6 +73,7 @@ def train_from(
     everyone = (*subjects.train, *subjects.inner, *subjects.test)
     values = label_values(store, everyone, labelled.label)
     labels = split.value_names(manifest, labelled.label, values)
+    driver.check_channels(manifest, everyone, f"the encoder of {like if start == 'none' else start}", encoder.arguments)
     network = build_segmenter(
         encoder.backbone,
         encoder.arguments,

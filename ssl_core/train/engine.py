@@ -72,7 +72,7 @@ class EngineConfig(Config):
         "less memory, more time",
     )
     deterministic: bool = Field(default=True, description="Deterministic kernels where torch has them; slower on CUDA")
-    seed: int = Field(default=0, ge=0, description="Seed of everything drawn inside a step")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of everything drawn inside a step")
     log_every: int = Field(default=10, ge=1, description="Steps between reports")
     checkpoint_every: int = Field(default=200, ge=1, description="Steps between checkpoints")
     probe_every: int = Field(
@@ -83,6 +83,8 @@ class EngineConfig(Config):
     def _warmup_fits(self) -> "EngineConfig":
         if self.warmup_steps >= self.steps and self.steps > 1:
             raise ValueError(f"warmup_steps below steps ({self.steps}), not {self.warmup_steps}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas from 0 to below 1, not {self.betas}")
         return self
 
     def digest(self) -> str:
