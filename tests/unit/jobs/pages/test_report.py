@@ -247,6 +247,6 @@ def test_the_summary_on_disk_has_the_keys_that_it_always_had() -> None:
     assert list(data["predict"]["cases"]["worst"]) == ["input", "output", "dice"]
     assert data["pretrain"]["points"][0] == [1, 0, {"loss": 1.0, "loss/global": 0.6, "loss/local": 0.4}]
     assert data["search"]["chosen"] == "trial 0, lr 1.00e-03"
-    trial_keys = "trial encoder lr encoder_lr_scale epochs scores last stopped_early status error"
+    trial_keys = "trial encoder lr encoder_lr_scale epochs scores last stopped_early status error id"
     assert list(data["search"]["trials"][0]) == trial_keys.split()
     assert len(data["finetune"]["cases"]) == 16
