@@ -66,9 +66,11 @@ def main(argv: Sequence[str]) -> int:
     """Driver: search, log trials to MLflow as child runs, write `result.json`."""
     config = driver.load(TuneConfig, argv, "jobs.tune")
     os.environ.update(_RAY)
+    from jobs.on_ray.room import require_room
     from jobs.on_ray.session import connect
 
     connect()
+    require_room("a trial", "cpus_per_trial or gpus_per_trial", cpus=config.cpus_per_trial, gpus=config.gpus_per_trial)
     api = tracking.client()
     config = pinned(config)
     run_id = tracking.open_run(api, config.experiment, config.name, "tune", params=resolved(config), tags={})

@@ -61,7 +61,8 @@ def idle(config: dict[str, Any]) -> None:
 
 def real_trials(folder: Path, total: int) -> list[Trial]:
     """Ray Tune's own trials with reports on disk, as its searcher draws them; they need no cluster."""
-    space = {"lr": ray_tune.uniform(0.1, 0.9), "encoder_lr_scale": ray_tune.choice([1.0]), "encoder": "models:/e/1"}
+    space = {"lr": ray_tune.uniform(0.1, 0.9), "encoder_lr_scale": ray_tune.choice([1.0])}
+    space["encoder"] = ray_tune.choice(["models:/e/1"])
     searcher = OptunaSearch(metric=tune.METRIC, mode="max", seed=0)
     searcher.set_search_properties(tune.METRIC, "max", space)
     generator = SearchGenerator(searcher)
