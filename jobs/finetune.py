@@ -164,9 +164,11 @@ def main(argv: Sequence[str]) -> int:
     # Late: a wrong configuration need not wait for Ray, which reads settings from the environment when it is imported.
     import ray
 
+    from jobs.on_ray.room import require_room
     from jobs.on_ray.session import connect, result_of
 
     connect()
+    require_room("a training", "cpus_per_run or gpus_per_run", cpus=config.cpus_per_run, gpus=config.gpus_per_run)
     api = tracking.client()
     config = pinned(config)
     run_id = tracking.open_run(api, config.experiment, config.name, "finetune", params=resolved(config), tags={})

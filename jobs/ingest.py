@@ -17,6 +17,7 @@ import ray
 from jobs.configs import IngestConfig
 from jobs.driver import guarded, load
 from jobs.on_ray.map import ray_map
+from jobs.on_ray.room import require_room
 from jobs.on_ray.session import connect
 from jobs.output import Progress as Bar
 from storage.datasets import simulated
@@ -158,6 +159,7 @@ def main(argv: Sequence[str]) -> int:
             remedy="check the path; every volume below a folder is taken",
         )
     connect()
+    require_room("a task of the ingest", "", cpus=1)
     ingest(config.source, config.data, config.policy, append=config.append, say=lambda line: print(line, flush=True))
     return 0
 

@@ -23,6 +23,7 @@ from jobs.ingest import ensure_data
 from jobs.on_ray.failures import FINAL, StopOnFinalErrors
 from jobs.on_ray.filesystem import storage_for
 from jobs.on_ray.patches import patch_ray_to_share_evenly
+from jobs.on_ray.room import require_room
 from jobs.on_ray.session import connect
 from jobs.output import last_line
 from jobs.pinning import as_started, note_start
@@ -44,6 +45,14 @@ def main(argv: Sequence[str]) -> int:
     config = load(PretrainConfig, argv, "jobs.pretrain")
 
     connect()
+    need = config.cluster
+    require_room(
+        "a training worker",
+        "cluster.workers, cluster.cpus_per_worker or cluster.gpu",
+        cpus=need.cpus_per_worker,
+        gpus=int(need.gpu),
+        count=need.min_workers or need.workers,
+    )
     api = runs.client()
     ensure_data(config.data, config.source)
 
