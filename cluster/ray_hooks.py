@@ -42,7 +42,7 @@ def patch_ray_to_wait_for_its_node(wait_s: float = NODE_WAIT_S, pause_s: float =
 
     if not hasattr(services, "get_node"):
         raise _absent("ray._private.services.get_node, by which cluster/ray_hooks.py gives a node time")
-    look = services.get_node
+    look: Any = services.get_node
 
     def wait(gcs_address: str, node_id: str) -> Any:
         deadline = time.monotonic() + wait_s

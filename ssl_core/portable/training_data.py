@@ -119,13 +119,13 @@ class TrainingData:
             absolute: Whether the intensity policy has constants of its own, so that units count.
         """
         refused, noted = [], []
-        named = [name for name in self.modalities if name]
+        modalities = [name for name in self.modalities if name]
         kind = modality or ("CT" if _like_ct(values_CDHW) else "")
-        learned = f"where it learned from {', '.join(named) or 'volumes that do not say their modality'}"
-        ct_before = "CT" in named or any(channel["min"][0] < AIR_HU[1] / 2 for channel in self.intensities)
+        learned = f"where it learned from {', '.join(modalities) or 'volumes that do not say their modality'}"
+        ct_before = "CT" in modalities or any(channel["min"][0] < AIR_HU[1] / 2 for channel in self.intensities)
         if kind == "CT" and not ct_before:
             refused.append(f"a CT{'' if modality else ' by its values'}, {learned}")
-        elif modality and named and modality not in named and "" not in self.modalities:
+        elif modality and modalities and modality not in modalities and "" not in self.modalities:
             refused.append(f"modality {modality}, {learned}")
         for c, (channel, table) in enumerate(zip(stats, self.intensities, strict=False)):
             where = f" in channel {c}" if len(stats) > 1 else ""
@@ -135,7 +135,7 @@ class TrainingData:
                 f"foreground intensities from {channel['p0_5']:.4g} to {channel['p99_5']:.4g}{where},"
                 f" where it learned from {low:.4g} to {high:.4g}"
             )
-            if named in (["CT"], []) and table["p0_5"][1] < -100 and float(values_CDHW[c].min()) >= 0:
+            if modalities in (["CT"], []) and table["p0_5"][1] < -100 and float(values_CDHW[c].min()) >= 0:
                 refused.append(f"no value below 0{where}, {learned}, which has air and fat below")
             elif absolute and high > low:
                 outside = channel["p99_5"] <= low or channel["p0_5"] >= high

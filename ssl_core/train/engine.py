@@ -22,7 +22,7 @@ from ssl_core.config import Config, digest
 from ssl_core.distributed import Collectives, Single
 from ssl_core.methods.base import LossTerms, Method, StepContext
 from ssl_core.networks import batch_norm, recompute
-from ssl_core.train import determinism
+from ssl_core.train import checkpoint, determinism
 from ssl_core.train.gradients import FlatGradients, Verdict
 from ssl_core.train.optim import NamedOptimizer
 from ssl_core.train.schedule import cosine, warmup_cosine
@@ -252,7 +252,7 @@ class Engine:
                 remedy="start a new run under another name, or allow the change explicitly",
             )
         own = self.method.state_dict()
-        _require_same_tensors("method", own, state["method"])
+        checkpoint.require_same_tensors("method", own, state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         with torch.no_grad():
             for name, tensor in own.items():
@@ -387,16 +387,3 @@ def resolve_precision(setting: str, device: torch.device) -> str:
 def _named_values(terms: LossTerms, total: Tensor) -> dict[str, Tensor]:
     losses = {f"loss/{name}": value for name, value in terms.terms.items()}
     return {"loss": total} | losses | {f"monitor/{name}": value for name, value in terms.monitors.items()}
-
-
-def _require_same_tensors(what: str, own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
-    for name in sorted(own.keys() | other.keys()):
-        expected = "none" if name not in own else f"{tuple(own[name].shape)} {own[name].dtype}"
-        actual = "none" if name not in other else f"{tuple(other[name].shape)} {other[name].dtype}"
-        if expected != actual:
-            raise ConfigError(
-                f"checkpoint's {what} tensor {name!r}",
-                expected=expected,
-                found=actual,
-                remedy="resume with the method and network that wrote it",
-            )
