@@ -20,7 +20,7 @@ test: $(READY)
 	$(BIN)/pytest $(or $(ARGS),-n 3 --dist loadgroup)
 
 coverage: $(READY)
-	$(BIN)/pytest -n 3 --dist loadgroup --cov --cov-report=
+	$(BIN)/pytest -n 3 --dist loadgroup -m "not service" --cov --cov-report=
 	$(BIN)/python docs/coverage.py
 
 lint: $(READY)
