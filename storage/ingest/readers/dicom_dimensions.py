@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pydicom
-from pydicom.datadict import keyword_for_tag
+from pydicom.datadict import dictionary_has_tag, dictionary_VR, keyword_for_tag
 from pydicom.tag import Tag
 
 from storage.errors import RefusedInput
-from storage.ingest.readers.dicom_file import Slice
+from storage.ingest.readers.dicom_file import DAMAGED, Slice
 
 Value = Any
 """A number, a text, a tuple of them, or None where the attribute is missing."""
@@ -115,7 +115,7 @@ def attributes(slices: Sequence[Slice]) -> dict[int, dict[str, Value]]:
     facts = {}
     for s in slices:
         if id(s.header) not in whole:
-            whole[id(s.header)] = {name: _value(s.header.get(name)) for name in _COMPARED}
+            whole[id(s.header)] = {name: _read(s.header, name) for name in _COMPARED}
         values = dict(whole[id(s.header)])
         if len(s.groups) > 1:
             frame, shared, _ = s.groups
@@ -129,7 +129,7 @@ def attributes(slices: Sequence[Slice]) -> dict[int, dict[str, Value]]:
             values["ImageType"] = tuple(part for part in values["ImageType"] if part != _SUMMED)
         for clock, day in (("AcquisitionTime", "AcquisitionDate"), ("ContentTime", "ContentDate")):
             if values[clock] is not None:  # or midnight would turn the order round
-                values[clock] = f"{s.header.get(day) or ''} {values[clock]}".replace(":", "")
+                values[clock] = f"{_read(s.header, day) or ''} {values[clock]}".replace(":", "")
         facts[id(s)] = values
     return facts
 
@@ -303,15 +303,25 @@ def _value(raw: Any) -> Value:
         return text
 
 
+def _read(group: Any, keyword: str) -> Value:
+    """The value of an attribute, None where it is malformed: what does not bind slices says nothing of their place."""
+    try:
+        return _value(group.get(keyword))
+    except DAMAGED:
+        return None
+
+
 def _flat(group: Any, depth: int = 3) -> dict[str, Value]:
     """Values of a functional group and of the single items in it, by keyword."""
     values: dict[str, Value] = {}
-    for element in group:
-        if element.VR == "SQ":
-            if depth and len(element.value) == 1:
-                values = _flat(element.value[0], depth - 1) | values
-        elif element.keyword:
-            values[element.keyword] = _value(element.value)
+    for tag in tuple(group.keys()):
+        keyword = keyword_for_tag(tag)
+        value = group.get(keyword) if dictionary_has_tag(tag) and dictionary_VR(tag) == "SQ" else None
+        if value is not None:
+            if depth and len(value) == 1:
+                values = _flat(value[0], depth - 1) | values
+        elif keyword:
+            values[keyword] = _read(group, keyword)
     return values
 
 
@@ -330,9 +340,5 @@ def _indices(header: Any, frame: dict[str, Value]) -> dict[str, Value]:
 
 def _others(s: Slice) -> dict[str, Value]:
     """Every standard attribute that could be a dimension."""
-    values: dict[str, Value] = {}
-    if len(s.groups) > 1:
-        values = _flat(s.groups[0])
-    else:
-        values = {e.keyword: _value(e.value) for e in s.header if e.keyword and e.VR != "SQ"}
+    values = _flat(s.groups[0]) if len(s.groups) > 1 else _flat(s.header, depth=0)
     return {name: value for name, value in values.items() if name not in _NO_DIMENSION and value is not None}

@@ -210,7 +210,7 @@ def _decode_by_gdcm(dataset: Any, syntax: UID) -> Array:
     bare = pydicom.Dataset()
     for element in dataset:
         bare.add(element)
-    bare.PixelRepresentation = int(dataset.get("PixelRepresentation") or 0)
+    bare.PixelRepresentation = int(dataset.PixelRepresentation)  # signed or not: nothing else says it
     bare.HighBit = int(bare.BitsStored) - 1
     bare.file_meta = FileMetaDataset()
     bare.file_meta.TransferSyntaxUID = syntax

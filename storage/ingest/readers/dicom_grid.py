@@ -1,8 +1,8 @@
 """From slices to a volume on an even, straight grid: what lies at which position, and how far apart positions are.
 
 Positions are often written with few decimals: 0.625 mm apart, they are .62 and .63 mm apart in the file. An even grid
-fits such positions if none lies further from it than rounding explains; its gap is then the number of fewest decimals
-that fits as well as any.
+fits such positions if none lies further from it than rounding explains. Its gap is then the number of fewest decimals
+that fits, with more of them than the positions have.
 """
 
 import hashlib
@@ -49,9 +49,9 @@ class _Lattice:
 
 
 def decimals(text: Any) -> int:
-    """Decimals that a number is written with."""
+    """Decimals that a number is written with; none in 2.0, which is how a whole number is often printed."""
     try:
-        exponent = Decimal(str(text).strip()).as_tuple().exponent
+        exponent = Decimal(str(text).strip().removesuffix(".0")).as_tuple().exponent
     except InvalidOperation:
         return 0
     return max(0, -exponent) if isinstance(exponent, int) else 0
@@ -169,14 +169,15 @@ def on_grid(
     first = planes[0]
     along = np.array([s.along for s in planes])
     origins = np.array([s.origin for s in planes])
-    units = np.array([0.5 * 10.0 ** -max(s.decimals[axis] for s in planes) for axis in range(3)])
+    axes = [max(s.decimals[axis] for s in planes) for axis in range(3)]
+    units = 0.5 * 10.0 ** -np.array(axes, np.float64)
+    written = max((places for places, share in zip(axes, np.abs(normal), strict=True) if share > 0.1), default=0)
     rounding = float(np.abs(normal) @ units)
     gaps = np.diff(along)
     typical = float(np.median(gaps))
-    lattice = _lattice(along, rounding)
+    lattice = _lattice(along, rounding, written)
     beside = 0.1 * min(first.spacing)
     if lattice is not None and lattice.rounded:
-        written = max(s.decimals[axis] for s in planes for axis in range(3))
         notes.append(f"slice positions are written with {written} decimals: taken as even gaps of {lattice.gap:g} mm")
         origins = origins + np.outer(lattice.start + lattice.gap * lattice.numbers - along, normal)
         in_plane = float(np.linalg.norm(units * (1 - np.abs(normal))))
@@ -220,12 +221,13 @@ def on_grid(
     return geometry.straighten(volume_CDHW, affine)
 
 
-def _lattice(along: Affine, rounding: float) -> _Lattice | None:
+def _lattice(along: Affine, rounding: float, written: int) -> _Lattice | None:
     """The even grid that slices at `along` lie on, some places of it perhaps empty; None where there is none.
 
     Args:
         along: Positions in mm, growing.
         rounding: How far a written position may be off, in mm.
+        written: Decimals of the positions.
     """
     gaps = np.diff(along)
     median = float(np.median(gaps))
@@ -241,10 +243,13 @@ def _lattice(along: Affine, rounding: float) -> _Lattice | None:
         gap, best = _best_gap(along, numbers)
         if best > rounding + _EXACT_MM or rounding > _MOST_ROUNDED * gap + _EXACT_MM:
             continue
-        for places in range(8):
-            simple = round(gap, places)
+        # A gap with as few decimals as the positions would not have been rounded.
+        for places in range(written + 1 if best > _EXACT_MM else 0, 9):
+            near = (round(np.floor(gap * 10**places) / 10**places, places), round(gap, places))
+            near = (*near, round(np.ceil(gap * 10**places) / 10**places, places))
+            simple = float(min((g for g in near if g > 0), key=lambda g: _off(along, g, numbers), default=gap))
             off = _off(along, simple, numbers)
-            if simple > 0 and off <= max(best, 0.5 * (best + rounding)) + _EXACT_MM:
+            if off <= rounding + _EXACT_MM:
                 return _Lattice(simple, numbers, _start(along, simple, numbers, rounding), off > _EXACT_MM)
     if even:
         return _Lattice(mean, np.arange(len(along)), float(along[0]))
