@@ -91,7 +91,8 @@ def seconds_to_wait() -> float:
 
 
 def _nodes() -> list[Node]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    listed: Any = ray.nodes  # typed by nobody
+    return [node["Resources"] for node in listed() if node["Alive"]]
 
 
 def _wait(need: Node, count: int, limit_s: float) -> list[Node]:
@@ -110,7 +111,8 @@ def _wait(need: Node, count: int, limit_s: float) -> list[Node]:
 def _described(nodes: Sequence[Node], need: Node, count: int) -> str:
     if not nodes:
         return "no node"
-    largest = max(nodes, key=lambda node: [node.get(name, 0) for name in reversed(need)])
+    names = list(need)[::-1]
+    largest = max(nodes, key=lambda node: [node.get(name, 0) for name in names])
     has = ", ".join(_amount(largest.get(name, 0), name) for name in need)
     room = f"room for {fitting(nodes, need)} on {len(nodes)} {'node' if len(nodes) == 1 else 'nodes'}"
     return f"{has} on the largest node" if count == 1 else f"{room}, {has} on the largest"
