@@ -165,9 +165,9 @@ class MethodContract:
             assert torch.equal(tensor, straight.state_dict()[key]), key
 
     def test_loss_falls_on_two_samples(self, name: str) -> None:
-        """It can be optimised."""
+        """It can be optimised. They lie at different heights: of two at one height PCL asks for nothing."""
         method = tiny_method(name)
-        batch = self.views(method, [0, 1])
+        batch = self.views(method, [1, 4])
         train(method, batch, range(4), torch.optim.SGD(trained(method), lr=0.0))  # fills queues
         losses = train(method, batch, range(4, 4 + self.steps), torch.optim.AdamW(trained(method), lr=self.lr))
         assert sum(losses[-3:]) / 3 < losses[0]
