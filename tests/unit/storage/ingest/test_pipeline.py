@@ -380,9 +380,9 @@ def test_refusals_are_listed_by_reason_however_the_run_ends(src, dst):
         with pytest.raises(RefusedInput) as refused:
             run(str(src), dst, policy, refusals=heard.extend)
         message = str(refused.value)
-        assert "3 refused (images/case_00.nii.gz, images/case_01.nii.gz, images/case_02.nii.gz)" in message
+        assert "3 (images/case_00.nii.gz, images/case_01.nii.gz, images/case_02.nii.gz)" in message
         assert "a text file" in message
-        assert "2 refused (images/case_03.nii, images/case_03.nii.gz)" in message
+        assert "2 (images/case_03.nii, images/case_03.nii.gz)" in message
         assert "add subjects" not in message
         assert len(heard) == 5
     alone = run(str(src), dst, loose.model_copy(update={"min_subjects": 1}))
@@ -390,7 +390,7 @@ def test_refusals_are_listed_by_reason_however_the_run_ends(src, dst):
     lines = on_disk(dst)["quarantine.jsonl"].decode().splitlines()
     assert [json.loads(line)["source"] for line in lines] == [q.source for q in alone.quarantined]
     (src / "images" / "case_04.nii.gz").unlink()
-    with pytest.raises(RefusedInput, match=r"found 0; 3 refused .*a text file"):
+    with pytest.raises(RefusedInput, match=r"found 0; refused: 3 .*a text file"):
         run(
             str(src), (Path(urlsplit(dst).path).parent / "other").as_uri(), loose.model_copy(update={"min_subjects": 1})
         )
