@@ -73,7 +73,7 @@ def ingest(
         mapper=mapper,
         progress=progress,
         discovered=lambda discovery: say("\n".join(outline(discovery))),
-        refusals=lambda refused: say("\n".join(f"  {line}" for line in by_reason(refused))),
+        refusals=lambda refused: say("\n".join(f"  refused: {line}" for line in by_reason(refused))),
         append=append,
     )
     say(describe(report, data))

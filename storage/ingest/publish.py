@@ -95,7 +95,7 @@ def check_subjects(thing: str, subjects: Sequence[str], least: int, refused: Seq
         raise RefusedInput(
             thing,
             expected=f"{expected}, after the refused volumes are left out",
-            found=f"{count}; {'; '.join(by_reason(refused))}",
+            found=f"{count}; refused: {'; '.join(by_reason(refused))}",
             remedy="repair the refused volumes, or see what the policy can do with them",
         )
     remedy = "add subjects, correct subject_pattern, or set min_subjects to 1 for a store that is never split"

@@ -36,7 +36,7 @@ def by_reason(refused: Sequence[Quarantined]) -> list[str]:
     for group in sorted(groups.values(), key=len, reverse=True):
         names = ", ".join(one.source for one in group[:_EXAMPLES])
         more = f" and {len(group) - _EXAMPLES} more" if len(group) > _EXAMPLES else ""
-        lines.append(f"{len(group)} refused ({names}{more}): {group[0].reason}")
+        lines.append(f"{len(group)} ({names}{more}): {group[0].reason}")
     return lines
 
 

@@ -71,10 +71,10 @@ def paired(files: Sequence[Path], top: Path) -> Pairing:
     Args:
         files: Paths below `top`, in a stable order.
     """
-    cases, refused = _cases(_told(files, top), top)
+    cases, several, refused = _cases(_told(files, top))
     orphans = _pair_the_rest(cases, top)
     items, more = _items(cases, top)
-    return Pairing(tuple(items), (*orphans, *more), tuple(refused))
+    return Pairing(tuple(items), (*several, *orphans, *more), tuple(refused))
 
 
 def _told(files: Sequence[Path], top: Path) -> list[_File]:
@@ -93,15 +93,14 @@ def _told(files: Sequence[Path], top: Path) -> list[_File]:
             base = None
         if base is None and role != "label":
             base = base_if_beside(stem, beside[path.parent])
-        if base is not None:
-            role, stem = "label", base
+        if base is not None:  # of BIDS, entities say more than what is left of the name
+            role, stem = "label", stem if is_bids(stem) else base
         out.append(_File(path, relative, stem, place, part, role, in_images))
     return out
 
 
-def _cases(files: Iterable[_File], top: Path) -> tuple[dict[Key, _Case], list[Orphan]]:
-    """Files by key, and those of which several claim one place."""
-    files = list(files)
+def _cases(files: Sequence[_File]) -> tuple[dict[Key, _Case], list[Orphan], list[Orphan]]:
+    """Files by key, several label maps of one image, and files of which several claim one name."""
     channelled = _channelled(files)
     claims: defaultdict[tuple[Key, str, str], list[_File]] = defaultdict(list)
     for file in files:
@@ -117,8 +116,16 @@ def _cases(files: Iterable[_File], top: Path) -> tuple[dict[Key, _Case], list[Or
         claims[(file.place, file.part, base), "image", channel].append(file)
     cases: dict[Key, _Case] = {}
     refused: list[Orphan] = []
+    orphans: list[Orphan] = []
     clashing = {key for (key, role, _), several in claims.items() if role == "image" and len(several) > 1}
     for (key, role, channel), several in claims.items():
+        stems = {split_name(file.path.name)[0] for file in several}
+        if role == "label" and len(stems) > 1:
+            what = (
+                f"label map of {'/'.join(word for word in key if word)}: {len(several)} are, and none of them is used"
+            )
+            orphans += [Orphan(file.relative.as_posix(), what) for file in several]
+            continue
         if len(several) > 1 or (role == "image" and key in clashing):
             what = "label map" if role == "label" else "image"
             for file in several:
@@ -137,7 +144,7 @@ def _cases(files: Iterable[_File], top: Path) -> tuple[dict[Key, _Case], list[Or
         else:
             case.images[channel] = str(file.path)
             case.kind = format_of_suffix(split_name(file.path.name)[1]).name
-    return cases, refused
+    return cases, orphans, refused
 
 
 def _channelled(files: Iterable[_File]) -> set[Key]:

@@ -139,10 +139,93 @@ def test_names_that_are_no_utf_8_are_spelt_out(tmp_path):
     np.testing.assert_array_equal(read_item(item, ReadPolicy()).array_CDHW[0], phantom())
 
 
-def test_two_files_for_one_name_are_refused(tmp_path):
-    touch(tmp_path, "images/a.nii.gz", "images/a.nrrd")
-    with pytest.raises(RefusedInput, match=r"images/a.nrrd.*images/a.nii.gz as well"):
-        discover(tmp_path)
+def test_two_files_for_one_name_are_refused_each_and_the_rest_goes_on(tmp_path):
+    touch(tmp_path, "images/a.nii.gz", "images/a.nrrd", "images/b.nii.gz", "labels/a.nii.gz", "labels/b.nii.gz")
+    touch(tmp_path, "images/c.nii.gz", "labels/c.nii.gz", "labels/c.mha", "images/d_0000.nii", "images/d_0001.nii")
+    touch(tmp_path, "images/d_0001.mha")
+    found = discover(tmp_path)
+    assert [(item.name, item.label is not None) for item in found.items] == [("b", True), ("c", False)]
+    assert [refused.source for refused in found.refused] == [
+        "images/a.nii.gz",
+        "images/a.nrrd",
+        "images/d_0000.nii",
+        "images/d_0001.mha",
+        "images/d_0001.nii",
+        "labels/c.mha",
+        "labels/c.nii.gz",
+    ]
+    assert "found a.nrrd as well" in str(found.refused[0])
+    assert "labels/a.nii.gz" in [orphan.source for orphan in found.orphans]
+    touch(tmp_path / "alone", "a.nii.gz", "a.nrrd")
+    with pytest.raises(RefusedInput, match=r"an image volume that can be used: a.nii.gz: .*a.nrrd as well"):
+        discover(tmp_path / "alone")
+
+
+LAYOUTS = {
+    "lits": ("volume-{}.nii", "segmentation-{}.nii"),
+    "kits": ("case_0000{}/imaging.nii.gz", "case_0000{}/segmentation.nii.gz"),
+    "one folder a patient": ("p{}/image.nii.gz", "p{}/label.nii.gz"),
+    "any scan beside a mask": ("p{}/T1.nii.gz", "p{}/mask.nii.gz"),
+    "prefix": ("p{}.nii.gz", "mask_p{}.nii.gz"),
+    "acdc": ("patient00{0}/patient00{0}_frame01.nii.gz", "patient00{0}/patient00{0}_frame01_gt.nii.gz"),
+    "chaos": ("images/p{}.nii.gz", "ground/p{}.nii.gz"),
+    "ground truth": ("images/p{}.nii.gz", "Ground_Truth/p{}.nii.gz"),
+    "btcv": ("img/img000{}.nii.gz", "label/label000{}.nii.gz"),
+    "btcv in one folder": ("img000{}.nii.gz", "label000{}.nii.gz"),
+    "msd": ("imagesTr/liver_00{}.nii.gz", "labelsTr/liver_00{}.nii.gz"),
+    "nnunet": ("imagesTr/liver_00{}_0000.nii.gz", "labelsTr/liver_00{}.nii.gz"),
+    "tissues": ("100{}_SS.nii.gz", "100{}_tissues.nii.gz"),
+    "manual": ("p{}_T1.nii.gz", "p{}_manual.nii.gz"),
+    "lesion": ("p{}.nii.gz", "p{}_lesion.nii.gz"),
+    "truth": ("scan{}.nii.gz", "scan{}_truth.nii.gz"),
+    "camel": ("p{}.nrrd", "p{}Mask.nrrd"),
+    "side behind": ("p{}_left.nii.gz", "p{}_mask_left.nii.gz"),
+    "scans beside masks": ("scans/p{}.nii.gz", "masks/p{}.nii.gz"),
+    "labels say so again": ("images/p{}.nii.gz", "labels/p{}_seg.nii.gz"),
+    "labels among images": ("images/p{}.nii.gz", "images/p{}_seg.nii.gz"),
+    "bids": ("sub-0{0}/anat/sub-0{0}_T2w.nii.gz", "derivatives/labels/sub-0{0}/anat/sub-0{0}_T2w_label-SC_mask.nii.gz"),
+    "bids, sessions": (
+        "sub-0{0}/ses-1/anat/sub-0{0}_ses-1_T1w.nii.gz",
+        "derivatives/manual/sub-0{0}/ses-1/anat/sub-0{0}_ses-1_T1w_seg-manual.nii.gz",
+    ),
+    "bids, no suffix": ("sub-0{0}/anat/sub-0{0}_T1w.nii.gz", "derivatives/seg/sub-0{0}/sub-0{0}_dseg.nii.gz"),
+    "bids, beside": ("sub-0{0}/anat/sub-0{0}_T1w.nii.gz", "sub-0{0}/anat/sub-0{0}_T1w_desc-x_mask.nii.gz"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_label_maps_of_public_layouts_are_no_scans(tmp_path, layout):
+    image, label = LAYOUTS[layout]
+    touch(tmp_path, *(name.format(i) for i in (1, 2, 3) for name in (image, label)))
+    found = discover(tmp_path)
+    by_source = {i.source: i.label and Path(i.label).relative_to(tmp_path).as_posix() for i in found.items}
+    assert by_source == {image.format(i): label.format(i) for i in (1, 2, 3)}
+    assert found.orphans == ()
+
+
+def test_a_label_map_that_may_be_of_several_images_is_an_orphan(tmp_path):
+    touch(
+        tmp_path,
+        "b/p1_flair.nii.gz",
+        "b/p1_t1.nii.gz",
+        "b/p1_seg.nii.gz",
+        "c/T1.nii.gz",
+        "c/T2.nii.gz",
+        "c/mask.nii.gz",
+    )
+    touch(tmp_path, "sub-1/anat/sub-1_T1w.nii.gz", "sub-1/anat/sub-1_T2w.nii.gz")
+    for name in ("dseg", "T1w_label-GM_probseg", "space-MNI_T1w_desc-brain_mask"):
+        touch(tmp_path, f"derivatives/x/sub-1/sub-1_{name}.nii.gz")
+    touch(tmp_path, "sub-2/anat/sub-2_T1w.nii.gz")
+    touch(tmp_path, *(f"derivatives/x/sub-2/sub-2_T1w_label-{name}_mask.nii.gz" for name in ("a", "b")))
+    touch(tmp_path, "d/q.nii.gz", "d/q_mask.nii.gz", "d/q_seg.nii.gz")
+    found = discover(tmp_path)
+    assert all(item.label is None for item in found.items)
+    assert len(found.items) == 8
+    labels = [orphan.source for orphan in found.orphans if "label" in orphan.what and "unlabelled" not in orphan.what]
+    assert len(labels) == 9
+    assert sum("2 are, and none of them is used" in orphan.what for orphan in found.orphans) == 4
+    assert found.refused == ()
 
 
 def test_hidden_files_and_pixel_halves_are_not_volumes(tmp_path):

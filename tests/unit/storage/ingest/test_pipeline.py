@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,6 +21,7 @@ from storage.ingest.mapping import map_serial, map_threads
 from storage.ingest.pipeline import run
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.prepare import ROBUST_RANGES, quantise
+from storage.ingest.quarantine import Quarantined
 from storage.ingest.readers.raw import ReadPolicy
 from storage.intensity_stats import foreground_stats
 from storage.objects import fsync as sync
@@ -319,13 +321,79 @@ def test_a_copy_is_never_split_from_its_original_whatever_the_policy(tmp_path, d
 
 def test_folders_that_may_be_people_are_pointed_out(tmp_path, dst):
     src = tmp_path / "src"
-    for i in range(6):
-        save_nifti(src / f"P{i % 3}" / f"scan_{i}.nii.gz", phantom(seed=i))
+    for i, name in enumerate(("anna", "bob", "carla", "dora", "emil", "fred")):
+        save_nifti(src / ("red", "green", "blue")[i % 3] / f"{name}.nii.gz", phantom(seed=i))
     warnings = run(str(src), dst, HALVES).warnings
     assert len(warnings) == 1
     assert "3 folders hold several volumes" in warnings[0]
     assert "subject_pattern" in warnings[0]
-    assert run(str(src), dst, HALVES.model_copy(update={"subject_pattern": "^P[0-9]"})).warnings == ()
+    assert run(str(src), dst, HALVES.model_copy(update={"subject_pattern": "^[a-z]+"})).warnings == ()
+
+
+def test_frames_of_one_patient_are_in_one_split(tmp_path, dst):
+    """As of ACDC, where 27 of 100 patients were in training and test."""
+    for i in range(24):
+        save_nifti(tmp_path / "src" / f"patient{i // 2:03d}_frame{1 + 11 * (i % 2):02d}.nii.gz", phantom(seed=i))
+    shown: list[str] = []
+    report = run(
+        str(tmp_path / "src"), dst, HALVES, discovered=lambda found: shown.extend(i.subject for i in found.items)
+    )
+    splits = {(record.source[:10], record.split) for record in report.manifest.records()}
+    assert len(splits) == len(set(shown)) == 12
+
+
+def test_a_label_map_is_published_as_an_image_only_when_told(tmp_path, dst):
+    """Its name says nothing; were it stored as a scan, encoders would learn to draw masks."""
+    src = folder(tmp_path / "src", 3, labelled=False)
+    many = np.kron(np.arange(60, dtype=np.int16).reshape(3, 4, 5), np.ones((4, 4, 4), np.int16))
+    noise = np.random.default_rng(0).integers(0, 60, (12, 16, 20)).astype(np.int16)
+    for name, voxels in {
+        "binary": disc(),
+        "floats": disc().astype(np.float32) * 0.5,
+        "atlas": many * 37,
+        "coarse": noise,
+    }.items():
+        save_nifti(src / "images" / f"{name}.nii.gz", voxels)
+    policy = HALVES.model_copy(update={"spacing_mm": 0.7})
+    report = run(str(src), dst, policy)
+    assert [q.source for q in report.quarantined] == [f"images/{name}.nii.gz" for name in ("atlas", "binary", "floats")]
+    assert all("looks like a label map" in q.reason and "label_maps=keep" in q.reason for q in report.quarantined)
+    told = run(str(src), dst, policy.model_copy(update={"label_maps": "keep"}))
+    assert told.published == 7
+    record = next(r for r in told.manifest.records() if r.source == "images/binary.nii.gz")
+    assert "looks like a label map: 3 different values" in record.notes
+    assert len(run(str(src), dst, policy).quarantined) == 3
+
+
+def test_refusals_are_listed_by_reason_however_the_run_ends(src, dst):
+    for i in range(3):
+        (src / "images" / f"case_{i:02d}.nii.gz").write_text("no volume at all")
+    shutil.copy(src / "images" / "case_03.nii.gz", src / "images" / "case_03.nii")
+    heard: list[Quarantined] = []
+    with pytest.raises(RefusedInput) as refused:
+        run(str(src), dst, HALVES, refusals=heard.extend)
+    assert "a text file" in str(refused.value)
+    save_nifti(src / "images" / "case_04.nii.gz", phantom())
+    loose = HALVES.model_copy(update={"max_failed": 1.0})
+    for policy in (loose, HALVES):
+        heard.clear()
+        with pytest.raises(RefusedInput) as refused:
+            run(str(src), dst, policy, refusals=heard.extend)
+        message = str(refused.value)
+        assert "3 (images/case_00.nii.gz, images/case_01.nii.gz, images/case_02.nii.gz)" in message
+        assert "a text file" in message
+        assert "2 (images/case_03.nii, images/case_03.nii.gz)" in message
+        assert "add subjects" not in message
+        assert len(heard) == 5
+    alone = run(str(src), dst, loose.model_copy(update={"min_subjects": 1}))
+    assert (alone.published, len(alone.quarantined)) == (1, 5)
+    lines = on_disk(dst)["quarantine.jsonl"].decode().splitlines()
+    assert [json.loads(line)["source"] for line in lines] == [q.source for q in alone.quarantined]
+    (src / "images" / "case_04.nii.gz").unlink()
+    with pytest.raises(RefusedInput, match=r"found 0; refused: 3 .*a text file"):
+        run(
+            str(src), (Path(urlsplit(dst).path).parent / "other").as_uri(), loose.model_copy(update={"min_subjects": 1})
+        )
 
 
 def test_volumes_keep_their_split_when_files_beside_them_change_their_subjects_names(tmp_path, dst):
