@@ -235,8 +235,9 @@ def _lattice(along: Affine, rounding: float, written: int) -> _Lattice | None:
     mean = float(along[-1] - along[0]) / len(gaps)
     if even and _off(along, mean, np.arange(len(along))) <= _EXACT_MM:
         return _Lattice(mean, np.arange(len(along)), float(along[0]))
-    for guess in (median, float(gaps.min()), mean):
-        increments = np.rint(gaps / guess).astype(np.intp)
+    ones = np.ones(len(gaps), np.intp)
+    # Without missing slices first: only what these cannot explain may be a missing one.
+    for increments in (ones, *(np.rint(gaps / guess).astype(np.intp) for guess in (median, gaps.min(), mean))):
         numbers = np.concatenate([[0], np.cumsum(increments)])
         if increments.min() < 1:
             continue
