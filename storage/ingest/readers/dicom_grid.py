@@ -246,8 +246,9 @@ def _lattice(along: Affine, rounding: float, written: int) -> _Lattice | None:
             continue
         # A gap with as few decimals as the positions would not have been rounded.
         for places in range(written + 1 if best > _EXACT_MM else 0, 9):
-            near = (round(np.floor(gap * 10**places) / 10**places, places), round(gap, places))
-            near = (*near, round(np.ceil(gap * 10**places) / 10**places, places))
+            near = [
+                round(float(n) / 10**places, places) for n in (np.floor(gap * 10**places), np.ceil(gap * 10**places))
+            ]
             simple = float(min((g for g in near if g > 0), key=lambda g: _off(along, g, numbers), default=gap))
             off = _off(along, simple, numbers)
             if off <= rounding + _EXACT_MM:
