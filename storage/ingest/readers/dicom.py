@@ -99,7 +99,7 @@ def _which(headers: Sequence[Any], files: int) -> str:
             parts.append(f"number {int(number)}")
         parts += [modality] if modality in (*MODALITIES, "CR", "DX", "MG", "XA", "RF", "OT", "SC") else []
         parts.append(f"{int(header.Rows)}x{int(header.Columns)} pixels")
-        parts.append(f"of {'x'.join(f'{float(mm):.3g}' for mm in header.PixelSpacing)} mm")
+        parts.append(f"of {'x'.join(f'{float(mm):.2f}' for mm in header.PixelSpacing)} mm")
     except (*DAMAGED, BytesLengthException):
         pass  # what a damaged header still says is enough
     return f"; series: {' '.join([*parts, f'in {files} files'])}"

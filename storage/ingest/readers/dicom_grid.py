@@ -235,8 +235,9 @@ def _lattice(along: Affine, rounding: float, written: int) -> _Lattice | None:
     mean = float(along[-1] - along[0]) / len(gaps)
     if even and _off(along, mean, np.arange(len(along))) <= _EXACT_MM:
         return _Lattice(mean, np.arange(len(along)), float(along[0]))
-    for guess in (median, float(gaps.min()), mean):
-        increments = np.rint(gaps / guess).astype(np.intp)
+    ones = np.ones(len(gaps), np.intp)
+    # Without missing slices first: only what these cannot explain may be a missing one.
+    for increments in (ones, *(np.rint(gaps / guess).astype(np.intp) for guess in (median, gaps.min(), mean))):
         numbers = np.concatenate([[0], np.cumsum(increments)])
         if increments.min() < 1:
             continue
@@ -245,9 +246,8 @@ def _lattice(along: Affine, rounding: float, written: int) -> _Lattice | None:
             continue
         # A gap with as few decimals as the positions would not have been rounded.
         for places in range(written + 1 if best > _EXACT_MM else 0, 9):
-            steps = gap * 10**places
             near = [
-                round(float(whole) / 10**places, places) for whole in (np.floor(steps), np.rint(steps), np.ceil(steps))
+                round(float(n) / 10**places, places) for n in (np.floor(gap * 10**places), np.ceil(gap * 10**places))
             ]
             simple = float(min((g for g in near if g > 0), key=lambda g: _off(along, g, numbers), default=gap))
             off = _off(along, simple, numbers)

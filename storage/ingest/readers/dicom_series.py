@@ -1,10 +1,10 @@
 """Finding DICOM series in a tree of files, by content and not by name.
 
 Files belong together by SeriesInstanceUID, wherever they lie; those without one by folder, study, series number and
-modality. A DICOMDIR is not needed: it lists files that are found
-anyway, and goes stale when they are copied.
+modality. A DICOMDIR is not needed: it lists files that are found anyway, and goes stale when they are copied.
 """
 
+import hashlib
 import os
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -24,7 +24,6 @@ DICOMDIR = "1.2.840.10008.1.3.10"
 _DAMAGED_FILE = "a DICOM file whose header is damaged: the series that it belongs to is read without it"
 _HOLDS_NOTHING = "an empty or unreadable file beside a series: if it is a slice, the series is read without it"
 _NAMED = (".dcm", ".ima", ".dcm.gz")
-_NO_UID = "none"
 _TAGS = [
     "SOPClassUID",
     "SeriesInstanceUID",
@@ -72,7 +71,7 @@ def discover_dicom(files: list[Path], top: Path) -> Grouping:
         if kind in SEGMENTATIONS:
             segmentations.append((path, _referenced(dataset)))
         elif "Rows" in dataset:
-            entry = series[uid or _stand_in(path, dataset)]
+            entry = series[uid or _stand_in(path.relative_to(top), dataset)]
             entry.files.append(path)
             entry.kinds.add(kind)
             entry.study = str(dataset.get("StudyInstanceUID") or "") or entry.study
@@ -131,9 +130,10 @@ def _is_named(path: Path) -> bool:
 
 
 def _stand_in(path: Path, dataset: Any) -> str:
-    """A key for the series of a file that names none."""
-    parts = (dataset.get(tag) for tag in ("StudyInstanceUID", "SeriesNumber", "Modality", "PatientID"))
-    return "\0".join([_NO_UID, str(path.parent), *(str(part or "") for part in parts)])
+    """What stands for the series id of a file that has none; the same wherever the ingested folder lies."""
+    parts = (str(dataset.get(tag) or "") for tag in ("StudyInstanceUID", "SeriesNumber", "Modality", "PatientID"))
+    key = "\0".join([path.parent.as_posix(), *parts])
+    return f"none-{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"
 
 
 def _object_of(kind: str) -> str:
@@ -169,15 +169,14 @@ def _item(uid: str, entry: _Series, label: Path | None, top: Path) -> IngestItem
     files = sorted(entry.files)
     folder = files[0].parent.relative_to(top).as_posix()
     name = folder if folder != "." else files[0].stem
-    unnamed = uid.startswith(_NO_UID)
     return IngestItem(
         name=name,
         kind="dicom",
         images=tuple(str(path) for path in files),
         label=None if label is None else str(label),
         # anonymised exports often blank the id: then those of one study are at least of one person
-        subject=entry.patient or entry.study or (name if unnamed else uid),
+        subject=entry.patient or entry.study or uid,
         source=folder if folder != "." else files[0].name,
         study=entry.study,
-        series="" if unnamed else uid,
+        series=uid,
     )

@@ -19,14 +19,14 @@ from storage.ingest.readers.raw import RawVolume, ReadPolicy
 from storage.ingest.readers.read import read_any
 from tests.kit.scans import phantom, save_dicom, slices
 
-COUNT = 6
+COUNT = 4
 CHANNELS = ReadPolicy(four_d="channels")
 FIRST = ReadPolicy(four_d="first")
 TRUTH = np.stack([phantom((COUNT, 8, 10), seed) + np.int16(100 * seed) for seed in range(4)])
 
 
 def images(number: int, tags: Callable[[int, int], dict[str, Any]], seed: int = 0) -> list[Dataset]:
-    """`number` images at each of six positions in random order, with instance numbers that say nothing."""
+    """`number` images at each of four positions in random order, with instance numbers that say nothing."""
     series, draw, out = generate_uid(), np.random.default_rng(seed), []
     for x in range(number):
         for k, ds in enumerate(slices(TRUTH[x], modality="MR", intercept=0, series=series)):
@@ -127,7 +127,7 @@ def test_an_attribute_that_contradicts_the_others_is_passed_over(tmp_path):
     ("tags", "what"),
     [
         (lambda x, k: {}, "nothing tells apart"),
-        (lambda x, k: {"ContentTime": f"1000{(17 * k + 31 * (x + k) % 60) % 60:02d}"}, "ContentTime"),
+        (lambda x, k: {"ContentTime": str(100000 + 5 * k + 10 * x)}, "ContentTime"),
         (lambda x, k: {"EchoTime": 5 + 15 * x + 2 * k}, "EchoTime"),
         (lambda x, k: {"EchoTime": [5, 20][x], "ImageType": ["A", "B", "MP"[(x + k) % 2]]}, "ImageType"),
         (lambda x, k: {"EchoTime": [5, 20][x], "FrameOfReferenceUID": f"1.2.{(x + k) % 2}"}, "FrameOfReferenceUID"),
@@ -155,7 +155,7 @@ def test_a_copy_of_a_series_is_no_second_time_point(tmp_path):
     save_dicom(tmp_path / "b", datasets)
     raw = read_any(str(tmp_path), CHANNELS)
     np.testing.assert_array_equal(raw.array_CDHW, TRUTH[:2])
-    assert raw.notes[0] == "12 slices were there twice; one of each kept"
+    assert raw.notes[0] == "8 slices were there twice; one of each kept"
 
 
 def framed(datasets: list[Dataset], content: Callable[[Dataset], Dataset], pointers: list[str]) -> Dataset:
@@ -243,7 +243,7 @@ def test_two_acquisitions_in_one_series_are_not_joined(tmp_path, name, how):
     """They lie on one even grid, and a volume of both would show nothing of it."""
     datasets = slices(TRUTH[0], modality="MR", intercept=0)
     for k, ds in enumerate(datasets):
-        value = DIFFERENT[name][k % 2 if how == "interleaved" else k // 3]
+        value = DIFFERENT[name][k % 2 if how == "interleaved" else k // 2]
         if value is not None:
             setattr(ds, name, value)
     found = refusal(tmp_path, datasets, CHANNELS)
@@ -254,12 +254,12 @@ def test_two_acquisitions_in_one_series_are_not_joined(tmp_path, name, how):
 def test_what_differs_from_slice_to_slice_of_one_acquisition_is_taken(tmp_path):
     datasets = slices(TRUTH[0], intercept=0, modality="MR")
     for k, ds in enumerate(datasets):
-        ds.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL", *["ADD"] * (k > 2)]
+        ds.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL", *["ADD"] * (k > 1)]
         ds.EchoTime = 4.6 + 0.002 * k
         ds.RepetitionTime = 800 + 37 * k  # gated by the heart
         ds.AcquisitionNumber, ds.AcquisitionTime, ds.XRayTubeCurrent = k, clock(0, k), 100 + k
         ds.FrameOfReferenceUID = f"1.2.{k}"  # an anonymiser's
-        ds.SliceThickness = [2, 4][k > 2]
+        ds.SliceThickness = [2, 4][k > 1]
     np.testing.assert_array_equal(read(tmp_path, datasets).array_CDHW[0], TRUTH[0])
 
 
@@ -276,14 +276,14 @@ def test_a_series_in_time_is_read_in_linear_time(tmp_path, monkeypatch, told):
     save_dicom(tmp_path, datasets)
     with pytest.raises(RefusedInput):
         read_any(str(tmp_path))
-    assert len(headers) == len(set(headers)) == 24
-    assert len(pixels) == len(set(pixels)) == len(decoded) == (0 if told else 24)
+    assert len(headers) == len(set(headers)) == 16
+    assert len(pixels) == len(set(pixels)) == len(decoded) == (0 if told else 16)
     if told:
         read_any(str(tmp_path), FIRST)
-        assert len(pixels) == len(set(pixels)) == 6
+        assert len(pixels) == len(set(pixels)) == 4
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_complete_set_of_dimensions_gives_pure_channels(tmp_path_factory, data):
     names = data.draw(st.lists(st.sampled_from(["EchoTime", "FlipAngle", "ImageType", "KVP"]), min_size=1, max_size=2))

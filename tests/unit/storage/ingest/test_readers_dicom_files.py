@@ -109,7 +109,7 @@ def test_files_without_a_series_id_are_a_series_of_their_folder(tmp_path):
         save_dicom(tmp_path / name, datasets, [f"{number}_{k}.dcm" for k in range(8)])
     discovery = discover(tmp_path)
     assert discovery.orphans == ()
-    assert len({item.name for item in discovery.items}) == 3
+    assert len({item.name for item in discovery.items}) == len({item.series for item in discovery.items}) == 3
     raws = [read_item(item, ReadPolicy()) for item in discovery.items]
     assert all(raw.array_CDHW.shape == (1, *ARRAY.shape) for raw in raws)
     assert all("without a series id" in raw.notes[0] for raw in raws)
@@ -204,7 +204,7 @@ def test_a_refusal_says_which_series_it_is_and_names_nobody(tmp_path):
     datasets = slices(ARRAY, SeriesNumber=7, PatientName="Doe^Jane", SeriesDescription="Doe", patient="MRN-1")
     del datasets[3]
     text = str(refusal(tmp_path, datasets))
-    assert text.endswith("series: number 7 CT 12x10 pixels of 1.5x0.75 mm in 7 files")
+    assert text.endswith("series: number 7 CT 12x10 pixels of 1.50x0.75 mm in 7 files")
     for secret in ("Doe", "MRN", datasets[0].SeriesInstanceUID):
         assert secret not in text
     for ds in datasets:
