@@ -201,7 +201,8 @@ def _ray(state_dir: Path, ports: dict[str, dict[str, int]], cpus: int) -> Made:
     extra: dict[str, str | None] = {
         # A job's `python -m jobs.pretrain` must find this environment.
         "PATH": os.pathsep.join([binaries, os.environ.get("PATH", os.defpath)]),
-        "RAY_START_HOOK": "cluster.ray_hooks.leave_out_ray_client",
+        "RAY_START_HOOK": "cluster.ray_hooks.at_start",
+        "RAY_agent_register_timeout_ms": "180000",  # a busy machine takes more than the 30 s of Ray
         "RAY_task_oom_retries": "3",  # without it a volume too large for the node is tried for ever
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
         "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
@@ -274,14 +275,22 @@ def mlflow_problem(state_dir: Path, port: int) -> str:
 
 
 def ray_problem(state_dir: Path, port: int) -> str:
-    """Ask the job server for its jobs with the token."""
-    return http_problem(f"http://{HOST}:{port}/api/jobs/", bearer=states.secret(state_dir, "ray_token"))
+    """Ask the job server for its jobs and for a living node with the token; it answers before there is a node."""
+    bearer = states.secret(state_dir, "ray_token")
+    return http_problem(f"http://{HOST}:{port}/api/jobs/", bearer=bearer) or http_problem(
+        f"http://{HOST}:{port}/nodes?view=summary", bearer=bearer, holding="ALIVE"
+    )
 
 
 def http_problem(
-    url: str, *, bearer: str = "", basic: tuple[str, str] | None = None, timeout_s: float = PATIENCE_S
+    url: str,
+    *,
+    bearer: str = "",
+    basic: tuple[str, str] | None = None,
+    holding: str = "",
+    timeout_s: float = PATIENCE_S,
 ) -> str:
-    """Empty when a GET answers 200, else the reason."""
+    """Empty when a GET answers 200 with a text that holds `holding`, else the reason."""
     request = urllib.request.Request(url)
     if bearer:
         request.add_header("Authorization", f"Bearer {bearer}")
@@ -292,8 +301,7 @@ def http_problem(
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=timeout_s) as answer:
-            answer.read()
-            return ""
+            return "" if holding.encode() in answer.read() else f"an answer without {holding}"
     except urllib.error.HTTPError as error:
         return f"HTTP {error.code} {error.reason}"
     except (OSError, ValueError) as error:

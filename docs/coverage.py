@@ -14,8 +14,9 @@ TOPS = ("storage", "ssl_core", "jobs", "cluster")
 LARGEST = 12
 HEAD = """# Coverage
 
-Lines and branches that the tests run, by `make coverage`. Processes that tests start are measured too. A process that a
-test kills writes nothing down, so what only runs there is missing here.
+Lines and branches that the tests run, by `make coverage`. Processes that tests start are measured too. The tests on
+real services (`-m service`) are left out: they kill their processes, and a killed process writes nothing down. So what
+runs only on Ray, MLflow or S3 counts as not run here.
 
 """
 

@@ -13,27 +13,61 @@ from ssl_core.config import Config, flatten, parse, resolved
 from ssl_core.downstream.finetune import FinetuneConfig
 from ssl_core.methods.base import MethodConfig, method_class
 from ssl_core.networks import backbone_names
+from ssl_core.networks.registry import check_arguments
 from ssl_core.superpixels.settings import Superpixels
 from ssl_core.train.engine import EngineConfig
 from ssl_core.views.intensity import IntensityPolicy
 from storage.errors import ConfigError
 from storage.ingest.policy import IngestPolicy
-from storage.objects.open import refuse_credentials
+from storage.objects.open import check_url
 
 
-def _without_credentials(url: str) -> str:
-    refuse_credentials(url)
+def _checked_url(url: str) -> str:
+    check_url(url)
     return url
 
 
+_NOT_IN_MODELS = "/:.%'\"@?#\\"
+LONGEST_NAME = 200
+"""Of a model: MLflow's databases hold 250 characters and more."""
+
+
+def registrable(name: str) -> bool:
+    """Whether MLflow takes the name for a model, and a model URI can say it; a test asks MLflow's own rule."""
+    return (
+        0 < len(name) <= LONGEST_NAME
+        and name == name.strip()
+        and name.isprintable()
+        and not set(name) & set(_NOT_IN_MODELS)
+    )
+
+
 def _registrable(name: str | None) -> str | None:
-    if name is not None and (not name.strip() or set(name) & set("/:@'\"")):
-        raise ValueError("a name without any of / : @ ' \", which MLflow or model URIs would not take")
+    if name is not None and not registrable(name):
+        raise ValueError(
+            f"a name without any of {' '.join(_NOT_IN_MODELS)}, of 1 to {LONGEST_NAME} characters, as MLflow and model"
+            " URIs want it"
+        )
     return name
 
 
+def _check_model(name: str, model: str | None) -> None:
+    """Refuse a job whose result could not be registered in the end.
+
+    Raises:
+        ConfigError: no model name is given, and the job's is none for a model.
+    """
+    if model is None and not registrable(name):
+        raise ConfigError(
+            f"name {name!r}, which is the model's too",
+            expected=f"at most {LONGEST_NAME} characters and no dot, which MLflow does not take in a model's name",
+            found=repr(name),
+            remedy="set `model` to another name, or change this one",
+        )
+
+
 # Refused before a configuration is printed, sent or logged.
-Url = Annotated[str, AfterValidator(_without_credentials)]
+Url = Annotated[str, AfterValidator(_checked_url)]
 # The name of a folder below `runs`, of a run in MLflow and part of a job's id.
 JobName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 # Refused before anything is trained: the name is needed when all else is done.
@@ -68,6 +102,11 @@ class BackboneConfig(Config):
             raise ValueError(f"one of {', '.join(backbone_names())}")
         return value
 
+    @model_validator(mode="after")
+    def _check_arguments(self) -> Self:
+        check_arguments(self.name, self.arguments)
+        return self
+
 
 class StreamConfig(Config):
     """How crops are drawn from the store."""
@@ -77,8 +116,8 @@ class StreamConfig(Config):
     lanes: int = Field(64, ge=1, description="fixed sub-sequences of the order; a multiple of every world size")
     crops_per_visit: int = Field(2, ge=1, description="crops cut at each visit of a volume")
     foreground: float = Field(0.8, ge=0, le=1, description="probability that a crop is centred in the foreground box")
-    prefetch: int = Field(3, ge=1, description="batches read ahead")
-    threads: int = Field(2, ge=1, description="reading threads of a rank")
+    prefetch: int = Field(3, ge=1, le=1024, description="batches read ahead")
+    threads: int = Field(2, ge=1, le=1024, description="reading threads of a rank")
     cache_gib: float = Field(0, ge=0, description="bounded on-disk cache of a node, shared by its ranks; 0 is none")
 
 
@@ -179,6 +218,11 @@ class PretrainConfig(Config):
         return {"name": name, **resolved(parse(method_class(name).Config, settings, f"method {name}"))}
 
     @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        _check_model(self.name, self.model)
+        return self
+
+    @model_validator(mode="after")
     def _check_ranks(self) -> Self:
         world = self.cluster.workers
         if self.stream.global_batch % world or self.stream.lanes % world:
@@ -226,7 +270,7 @@ class LabelledConfig(Config):
     fingerprint: str | None = Field(None, description="manifest to pin; the latest when empty")
     label: str = Field("label", description="name of the label map")
     subjects: int = Field(8, ge=2, description="labelled training subjects to use, drawn by `subjects_seed`")
-    subjects_seed: int = Field(0, ge=0, description="seed of that draw")
+    subjects_seed: int = Field(0, ge=0, lt=2**63, description="seed of that draw")
     inner: int = Field(2, ge=1, description="of those, subjects held out as the inner split that steers the search")
     test_limit: int | None = Field(None, ge=1, description="most test volumes to evaluate; all when empty")
 
@@ -255,8 +299,8 @@ class SearchSpace(Config):
     @field_validator("encoder_lr_scale")
     @classmethod
     def _check_choices(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if not value:
-            raise ValueError("at least one choice")
+        if not value or min(value) < 0:
+            raise ValueError("at least one choice, none below 0")
         return value
 
 
@@ -328,9 +372,14 @@ class FinetuneJobConfig(Config):
     @field_validator("seeds")
     @classmethod
     def _check_seeds(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if not value or len(set(value)) < len(value) or min(value) < 0:
+        if not value or len(set(value)) < len(value) or min(value) < 0 or max(value) >= 2**63:
             raise ValueError("one seed or several different ones, from 0 on")
         return value
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        _check_model(self.name, self.model)
+        return self
 
     @model_validator(mode="after")
     def _check_start(self) -> Self:

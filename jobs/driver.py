@@ -1,4 +1,4 @@
-"""What every `python -m jobs.NAME CONFIG [key=value ...]` shares: arguments, errors, data that must exist."""
+"""What every `python -m jobs.NAME CONFIG [key=value ...]` shares: arguments, errors, how its run ends, its result."""
 
 import argparse
 import contextlib
@@ -8,25 +8,22 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jobs.output import open_streams
 from jobs.tracking.runs import in_our_words
 from ssl_core.config import Config
 from ssl_core.config import load as load_config
-from storage.errors import StoreError, TomoscaleError
+from storage.errors import ConfigError, StoreError, TomoscaleError
+from storage.format.manifest import Manifest
 from storage.objects import join, open_store
 from storage.objects.retry import RetryPolicy, TransientError, retry
 
 C = TypeVar("C", bound=Config)
 # A request to MLflow and its repetition take 20 s at most; see `jobs.tracking.runs.client`.
 _END_OF_A_RUN = RetryPolicy(deadline_s=50.0, attempt_s=20.0, first_s=2.0)
-
-# Ray drops lines that differ in their numbers only, which is what progress looks like; read when ray is imported.
-os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-# MLflow sets its loggers to what this says when it is imported, whatever `quiet` said before.
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
 
 def load(kind: type[C], argv: Sequence[str], program: str) -> C:
@@ -44,8 +41,33 @@ def load(kind: type[C], argv: Sequence[str], program: str) -> C:
     return load_config(kind, Path(arguments.config), arguments.overrides)
 
 
+def check_channels(manifest: Manifest, indices: Iterable[int], network: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse volumes of another number of channels than a network takes.
+
+    Args:
+        manifest: Of the volumes.
+        indices: Those that the network will see.
+        network: What the message calls it.
+        arguments: Of its backbone.
+
+    Raises:
+        ConfigError: names the first such volume.
+    """
+    channels = int(arguments.get("in_channels", 1))
+    for index in indices:
+        record = manifest.record(index)
+        if record.channels != channels:
+            raise ConfigError(
+                f"volume {record.volume_id}",
+                expected=f"{channels} channel(s), as {network} takes",
+                found=str(record.channels),
+                remedy="set in_channels of the backbone, start from an encoder of as many, or ingest as many",
+            )
+
+
 def guarded(main: Callable[[Sequence[str]], int]) -> int:
     """Run a job's main; errors of ours become one line and an exit code."""
+    open_streams()
     quiet()
     try:
         return main(sys.argv[1:])

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,7 +21,7 @@ from jobs import driver
 from jobs import labelled as split
 from jobs.configs import FinetuneJobConfig, LabelledConfig
 from jobs.pinning import pinned
-from jobs.tracking import bundles
+from jobs.tracking import bundles, registration
 from jobs.tracking import models as registry
 from jobs.tracking import runs as tracking
 from ssl_core.config import parse, resolved
@@ -73,6 +74,7 @@ def train_from(
     everyone = (*subjects.train, *subjects.inner, *subjects.test)
     values = label_values(store, everyone, labelled.label)
     labels = split.value_names(manifest, labelled.label, values)
+    driver.check_channels(manifest, everyone, f"the encoder of {like if start == 'none' else start}", encoder.arguments)
     network = build_segmenter(
         encoder.backbone,
         encoder.arguments,
@@ -114,7 +116,7 @@ def device_for(gpu: bool) -> torch.device:
 
 
 def training_task(settings: dict[str, Any], run_id: str, start: str, seed: int) -> Training:
-    """Train from a start with a seed, score every test case, and register the segmenter when it is the chosen one.
+    """Train from a start with a seed, score every test case, and store the segmenter when it is the one to register.
 
     Args:
         settings: The job's configuration, resolved.
@@ -146,10 +148,9 @@ def training_task(settings: dict[str, Any], run_id: str, start: str, seed: int) 
                 device=trained.device,
             )
         )
-        version = None
-        if start == registered_start(config) and seed == config.seeds[0]:
-            version = _register(config, trained, cases, run_id=run_id, parent=config.starts[start])
-    return Training(start, seed, trained.history, cases, version, time.monotonic() - began)
+        if (start, seed) == (registered_start(config), config.seeds[0]):
+            _store(config, trained, cases, run_id=run_id, parent=config.starts[start])
+    return Training(start, seed, trained.history, cases, None, time.monotonic() - began)
 
 
 def registered_start(config: FinetuneJobConfig) -> str:
@@ -163,9 +164,11 @@ def main(argv: Sequence[str]) -> int:
     # Late: a wrong configuration need not wait for Ray, which reads settings from the environment when it is imported.
     import ray
 
+    from jobs.on_ray.room import require_room
     from jobs.on_ray.session import connect, result_of
 
     connect()
+    require_room("a training", "cpus_per_run or gpus_per_run", cpus=config.cpus_per_run, gpus=config.gpus_per_run)
     api = tracking.client()
     config = pinned(config)
     run_id = tracking.open_run(api, config.experiment, config.name, "finetune", params=resolved(config), tags={})
@@ -195,6 +198,7 @@ def main(argv: Sequence[str]) -> int:
             dice = mean_scores(training.cases).dice
             text = f"{training.start} seed {training.seed}: test Dice {dice:.3f}, {training.seconds:.0f} s"
             print(f"{text} ({len(trainings)}/{len(pairs)})", flush=True)
+        trainings = _registered(config, trainings, run_id)
         comparison = compared(config, trainings, run_id=run_id, seconds=time.monotonic() - began)
         driver.write_result(config.runs, config.name, comparison.to_json())
     except BaseException as error:
@@ -234,13 +238,40 @@ def _key(start: str, seed: int) -> str:
     return f"{quote(start, safe='')}-{seed}.json"
 
 
-def _register(
+def _store(
     config: FinetuneJobConfig, trained: TrainedSegmenter, cases: Sequence[CaseScore], *, run_id: str, parent: str
-) -> str:
+) -> None:
+    """Before the training's result, so that whoever finds the result finds the segmenter."""
     with tempfile.TemporaryDirectory(prefix="tomoscale-bundle-") as folder:
         target = Path(folder) / "bundle"
         bundle = bundles.write_segmenter(config, trained, target, run_id=run_id, cases=cases, parent=parent)
-        return registry.register(bundle, config.model or config.name, run_id=run_id)
+        registration.store_bundle(bundle, join(config.runs, config.name))
+
+
+def _registered(config: FinetuneJobConfig, trainings: Sequence[Training], run_id: str) -> list[Training]:
+    """The trainings, the one whose segmenter is registered with its version.
+
+    A job that began before segmenters were stored has registered its own when it was trained.
+
+    Raises:
+        ConfigError: it did so under another name.
+        StackError: the segmenter could not be registered.
+    """
+    url, name = join(config.runs, config.name), config.model or config.name
+    if not registration.is_stored(url):
+        for training in trainings:
+            if training.version and registry.resolve(f"models:/{name}/{training.version}").run_id != run_id:
+                raise ConfigError(
+                    f"model {name!r} of job {config.name!r}",
+                    expected="the name that its segmenter was registered under",
+                    found="another, and a segmenter that an earlier version of tomoscale did not store",
+                    remedy="leave the name as it was, or run the job under another name",
+                )
+        return list(trainings)
+    command = f"`tomoscale finetune CONFIG`, with model=NAME for another name than {name!r},"
+    version = registration.register_stored(url, name, run_id=run_id, command=command)
+    which = registered_start(config), config.seeds[0]
+    return [replace(t, version=version if (t.start, t.seed) == which else None) for t in trainings]
 
 
 def _log_training(api: Any, config: FinetuneJobConfig, run_id: str, training: Training) -> None:

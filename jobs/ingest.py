@@ -5,25 +5,35 @@ any process: over Ray tasks where that process is in a cluster, over threads whe
 """
 
 import os
+import re
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import PurePath
 
 import ray
 
 from jobs.configs import IngestConfig
 from jobs.driver import guarded, load
 from jobs.on_ray.map import ray_map
+from jobs.on_ray.room import require_room
 from jobs.on_ray.session import connect
 from jobs.output import Progress as Bar
 from storage.datasets import simulated
 from storage.errors import ConfigError, NotFound
 from storage.format.manifest import Manifest
 from storage.format.notes import note_kinds
-from storage.ingest.pipeline import IngestReport, Progress, map_threads, run, unread
+from storage.ingest.items import Discovery
+from storage.ingest.mapping import map_threads
+from storage.ingest.pipeline import IngestReport, Progress, run, unread
 from storage.ingest.policy import IngestPolicy
+from storage.ingest.quarantine import by_reason
+from storage.ingest.readers.registry import format_of
 
 SIMULATED = "simulated"
+MOST_LINES = 10
+"""More orphans of one kind are counted, and a few named."""
 
 
 def ingest(
@@ -56,7 +66,16 @@ def ingest(
             bar.append(Bar("ingest", p.total, "volumes"))
         bar[0].update(p.done, f"{p.mb_per_s:.1f} MB/s")
 
-    report = run(source, data, policy, mapper=mapper, progress=progress, append=append)
+    report = run(
+        source,
+        data,
+        policy,
+        mapper=mapper,
+        progress=progress,
+        discovered=lambda discovery: say("\n".join(outline(discovery))),
+        refusals=lambda refused: say("\n".join(f"  {line}" for line in by_reason(refused))),
+        append=append,
+    )
     say(describe(report, data))
     return report
 
@@ -80,6 +99,40 @@ def ensure_data(data: str, source: str | None) -> None:
         ingest(source, data)
 
 
+def outline(discovery: Discovery) -> list[str]:
+    """What a folder holds, before anything of it is read: whose the scans are, and what has no place."""
+    items = discovery.items
+    volumes: defaultdict[str, list[str]] = defaultdict(list)
+    for item in items:
+        volumes[item.subject].append("" if format_of(item.kind).hides_identity else item.name)
+    labelled = sum(item.label is not None for item in items)
+    lines = [f"{len(items)} volumes of {len(volumes)} subjects, {labelled} with a label map"]
+    several = sorted((subject, names) for subject, names in volumes.items() if len(names) > 1)
+    if several:
+        examples = [f"{subject} ({', '.join(names[:3])})" for subject, names in several if names[0]][:3]
+        lines.append(
+            f"  subjects: {len(several)} with several volumes{': ' if examples else ''}{', '.join(examples)}; if that "
+            "is wrong, set subject_pattern or subject_table"
+        )
+    lines += [f"  note: {note}" for note in discovery.notes]
+    kinds: defaultdict[str, list[str]] = defaultdict(list)
+    for orphan in discovery.orphans:
+        kinds[re.sub(r" named [^;]*", " of its name", orphan.what)].append(str(orphan))
+    for kind, orphans in kinds.items():
+        examples = orphans if len(orphans) <= MOST_LINES else orphans[:3]
+        lines += [f"  orphan: {orphan}" for orphan in examples]
+        if len(orphans) > len(examples):
+            lines.append(f"  orphan: and {len(orphans) - len(examples)} more: {kind}")
+    if discovery.ignored:
+        suffixes = Counter(PurePath(path).suffix.lower() or "no suffix" for path in discovery.ignored)
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())
+        lines.append(
+            f"  ignored: {len(discovery.ignored)} files that no reader knows ({counts}), the first: "
+            f"{discovery.ignored[0]}"
+        )
+    return lines
+
+
 def describe(report: IngestReport, data: str) -> str:
     """What a run did, for a person."""
     lines = [
@@ -87,10 +140,6 @@ def describe(report: IngestReport, data: str) -> str:
         f" {report.written} written, {report.skipped} already there, {report.bytes_in / 1e6:.1f} MB"
         f" in {report.seconds:.1f} s"
     ]
-    lines += [f"  orphan: {orphan}" for orphan in report.orphans]
-    if report.ignored:
-        lines.append(f"  ignored: {len(report.ignored)} files that no reader knows, the first: {report.ignored[0]}")
-    lines += [f"  refused: {refused}" for refused in report.quarantined]
     lines += [f"  note: {warning}" for warning in report.warnings]
     volumes = zip(report.manifest.column("volume_id"), report.manifest.column("notes"), strict=True)
     lines += [f"  note: {kind}" for kind in note_kinds(volumes)]
@@ -110,6 +159,7 @@ def main(argv: Sequence[str]) -> int:
             remedy="check the path; every volume below a folder is taken",
         )
     connect()
+    require_room("a task of the ingest", "", cpus=1)
     ingest(config.source, config.data, config.policy, append=config.append, say=lambda line: print(line, flush=True))
     return 0
 

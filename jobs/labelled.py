@@ -25,8 +25,8 @@ def draw(manifest: Manifest, config: LabelledConfig) -> Subjects:
         raise RefusedInput(
             f"labelled subjects of {config.data}",
             expected=f"{config.subjects} with label {config.label!r} in the train split",
-            found=str(len(names)),
-            remedy="lower labelled.subjects or ingest more labelled volumes",
+            found=f"{len(names)}{_elsewhere(manifest, config.label)}",
+            remedy="lower labelled.subjects, ingest more labelled volumes, or ingest with other split fractions",
         )
     order = np.random.Generator(np.random.Philox(key=config.subjects_seed)).permutation(len(names))
     drawn = [names[i] for i in order[: config.subjects]]
@@ -36,7 +36,7 @@ def draw(manifest: Manifest, config: LabelledConfig) -> Subjects:
         raise RefusedInput(
             f"test split of {config.data}",
             expected=f"volumes with label {config.label!r}",
-            found="none",
+            found=f"none{_elsewhere(manifest, config.label)}",
             remedy="ingest with a larger test fraction",
         )
     limit = len(test) if config.test_limit is None else config.test_limit
@@ -45,6 +45,21 @@ def draw(manifest: Manifest, config: LabelledConfig) -> Subjects:
         inner=tuple(i for name in inner for i in by_subject[name]),
         test=tuple(test[:limit]),
     )
+
+
+def _elsewhere(manifest: Manifest, label: str) -> str:
+    """In which splits subjects with a label are, and the labels that there are where none has this one."""
+    counts: dict[str, set[str]] = {}
+    others: set[str] = set()
+    for record in manifest.records():
+        others |= {info.name for info in record.labels}
+        if label in record.map_names():
+            counts.setdefault(record.split, set()).add(record.subject)
+    if counts:
+        return f" (by split: {', '.join(f'{split} {len(counts[split])}' for split in sorted(counts))})"
+    if others:
+        return f"; its labels are {', '.join(map(repr, sorted(others)))}"
+    return "; no volume has a label"
 
 
 def value_names(manifest: Manifest, label: str, values: Sequence[int]) -> dict[int, str]:

@@ -4,6 +4,7 @@ By hand: a table is also a text that tests and pages compare, and a log wants pl
 terminals writes.
 """
 
+import io
 import itertools
 import json
 import math
@@ -57,6 +58,22 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value)
+
+
+def open_streams() -> None:
+    """Let anything be printed to standard output and standard error, wherever they go.
+
+    What the encoding of a terminal does not have, such as an umlaut in ASCII, is written as an escape; a stream that
+    was closed before this process began takes everything and keeps nothing.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  as long as the process
+        elif isinstance(stream, io.TextIOWrapper) and (
+            stream.errors == "strict" or "utf" not in stream.encoding.lower()
+        ):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def emit(data: Any, as_json: bool, text: str) -> None:

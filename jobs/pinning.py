@@ -30,8 +30,9 @@ from storage.objects import ByteStore, join, open_store
 J = TypeVar("J", TuneConfig, FinetuneJobConfig)
 KEY = "job.json"
 SETTINGS = "settings"
-# Where and how many at a time, but not what comes out.
-_FREE = ("runs", "experiment", "concurrent", "cpus_per_trial", "gpus_per_trial", "cpus_per_run", "gpus_per_run")
+# Where, how many at a time and under which name the stored segmenter is registered, but not what comes out.
+_PLACES, _AMOUNTS = ("runs", "experiment", "model"), ("concurrent", "cpus_per_trial", "gpus_per_trial")
+_FREE = (*_PLACES, *_AMOUNTS, "cpus_per_run", "gpus_per_run")
 # The same of a pre-training. How often to log or save, of `engine`, may change too; it says so itself.
 _FREE_OF_PRETRAIN: dict[str, Any] = {
     "probe": ProbeConfig(),
@@ -61,7 +62,9 @@ def pinned(config: J) -> J:
         if _keep(store, KEY, {"asked": settings, SETTINGS: resolved(config), "config": resolved(fixed)}):
             return fixed
         note = json.loads(store.get(KEY))  # another start of this job was first
-    if note["asked"] != settings:
+    # Notes of before have the name of the model in their digest.
+    of_before = {**plain, "model": note["config"]["model"]} if "model" in plain else plain
+    if note["asked"] not in (settings, digest(config.model_copy(update=of_before))):
         raise ConfigError(
             f"job {config.name!r}",
             expected=f"the settings that it was started with, kept at {store.url}/{KEY}",

@@ -13,6 +13,7 @@ import ray
 from jobs.configs import PretrainConfig, SuperpixelConfig
 from jobs.driver import guarded, load
 from jobs.on_ray.map import ray_map
+from jobs.on_ray.room import require_room
 from jobs.on_ray.session import connect
 from jobs.output import Progress as Bar
 from ssl_core.config import resolved
@@ -21,7 +22,7 @@ from ssl_core.superpixels.settings import Superpixels
 from ssl_core.views.types import ViewSpec
 from storage.format.manifest import Manifest
 from storage.ingest import derived_maps as derive
-from storage.ingest.pipeline import map_threads
+from storage.ingest.mapping import map_threads
 
 
 def compute(data: str, settings: Superpixels, *, say: Callable[[str], None] = print) -> derive.DeriveReport:
@@ -84,6 +85,7 @@ def main(argv: Sequence[str]) -> int:
     """Driver of the Ray job."""
     config = load(SuperpixelConfig, argv, "jobs.superpixels")
     connect()
+    require_room("a task of the super-pixels", "", cpus=1)
     compute(config.data, config.superpixels, say=lambda line: print(line, flush=True))
     return 0
 

@@ -7,10 +7,12 @@ for each other's CPUs. The search is written to the store and goes on after the 
 
 import json
 import os
+import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import PurePosixPath
 from typing import Any
 
 from jobs import driver
@@ -22,10 +24,14 @@ from jobs.tracking import runs as tracking
 from ssl_core.config import parse, resolved
 from ssl_core.downstream.records import from_fields
 from ssl_core.downstream.search import SearchResult, Trial, TrialSettings
-from storage.errors import StackError
+from storage.errors import NotFound, StackError
+from storage.objects import join, open_store
 
 # Ray Tune is imported in functions: it reads `_RAY` from the environment, and a wrong configuration need not wait.
 METRIC = "inner_dice"
+TRIALS = "trials.json"
+"""Ids of a search's trials in the order of their numbers, below `<runs>/<name>`."""
+
 _RAY = {
     "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0 the older reporter is silent; the newer one is not
     # Ray would take Ctrl-C for the end of the search, and half of one would be reported as the whole.
@@ -60,9 +66,11 @@ def main(argv: Sequence[str]) -> int:
     """Driver: search, log trials to MLflow as child runs, write `result.json`."""
     config = driver.load(TuneConfig, argv, "jobs.tune")
     os.environ.update(_RAY)
+    from jobs.on_ray.room import require_room
     from jobs.on_ray.session import connect
 
     connect()
+    require_room("a trial", "cpus_per_trial or gpus_per_trial", cpus=config.cpus_per_trial, gpus=config.gpus_per_trial)
     api = tracking.client()
     config = pinned(config)
     run_id = tracking.open_run(api, config.experiment, config.name, "tune", params=resolved(config), tags={})
@@ -71,7 +79,8 @@ def main(argv: Sequence[str]) -> int:
     )
     began = time.monotonic()
     try:
-        trials = trials_of(config, search(config))
+        results = list(search(config))
+        trials = trials_of(config, results, numbers_of(config, results))
         for item in trials:
             _log_trial(api, config, run_id, item)
         result = searched(config, trials, run_id=run_id, seconds=time.monotonic() - began)
@@ -141,22 +150,55 @@ def search(config: TuneConfig) -> Any:
     return tuner.fit()
 
 
-def trials_of(config: TuneConfig, results: Iterable[Any]) -> tuple[Trial, ...]:
-    """What each of Ray Tune's results was and came to, in the order of creation."""
+def numbers_of(config: TuneConfig, results: Sequence[Any]) -> dict[str, int]:
+    """The number of each trial by its id, the same at every start of the search.
+
+    Ray Tune lists the trials of a continued search by when they last reported. The ids are therefore kept beside the
+    search's state, first in the order of creation; a trial that is new to the list comes after those in it.
+
+    Args:
+        config: The search.
+        results: Ray Tune's, in any order.
+
+    Raises:
+        StoreError: the list cannot be read or written.
+    """
+    store = open_store(join(config.runs, config.name))
+    try:
+        ids: list[str] = json.loads(store.get(TRIALS))
+    except NotFound:
+        ids = []
+    new = [result for result in results if result.metrics["trial_id"] not in ids]
+    if new:
+        ids += [result.metrics["trial_id"] for result in sorted(new, key=_created)]
+        store.put(TRIALS, json.dumps(ids).encode())
+    return {trial_id: number for number, trial_id in enumerate(ids)}
+
+
+def trials_of(config: TuneConfig, results: Iterable[Any], numbers: Mapping[str, int]) -> tuple[Trial, ...]:
+    """What each of Ray Tune's results was and came to, by number.
+
+    Args:
+        config: The search.
+        results: Ray Tune's, in any order.
+        numbers: From `numbers_of`.
+    """
     trials = []
-    for number, result in enumerate(results):
+    for result in results:
+        trial_id = result.metrics["trial_id"]
         frame = result.metrics_dataframe
         scores = _last_attempt(frame) if frame is not None and METRIC in frame else ()
         trials.append(
             Trial(
-                trial=number,
+                trial=numbers[trial_id],
                 settings=from_fields(TrialSettings, result.config),
                 scores=scores,
                 stopped_early=bool(scores) and len(scores) < config.finetune.epochs and result.error is None,
                 error=None if result.error is None else last_line(result.error),
+                id=trial_id,
             )
         )
-    return tuple(trials)
+    return tuple(sorted(trials, key=lambda item: item.trial))
 
 
 def searched(config: TuneConfig, trials: tuple[Trial, ...], *, run_id: str, seconds: float) -> SearchResult:
@@ -182,6 +224,20 @@ def searched(config: TuneConfig, trials: tuple[Trial, ...], *, run_id: str, seco
     return SearchResult(trials, best.settings, words, config.finetune.epochs, run_id, seconds)
 
 
+def _created(result: Any) -> tuple[int, str]:
+    """When a trial was created, as its folder says it: Ray Tune puts a count of trials after the id."""
+    trial_id, folder = result.metrics["trial_id"], PurePosixPath(result.path).name
+    count = re.search(rf"_{re.escape(trial_id)}_(\d+)", folder)
+    if count is None:
+        raise StackError(
+            f"folder {folder} of a trial",
+            expected=f"the id {trial_id} and a number after it",
+            found="another name",
+            remedy="install the Ray of requirements.lock",
+        )
+    return int(count[1]), trial_id
+
+
 def _last_attempt(frame: Any) -> tuple[float, ...]:
     """The metric by epoch; a trial that began again after a death has reported its first epochs twice."""
     epochs = frame["epoch"].tolist()
@@ -199,7 +255,7 @@ def _log_trial(api: Any, config: TuneConfig, run_id: str, item: Trial) -> None:
         f"{config.name}-{item.trial}",
         "trial",
         params=asdict(item.settings),
-        tags={"tomoscale.stopped_early": str(item.stopped_early)},
+        tags={"tomoscale.stopped_early": str(item.stopped_early), "tomoscale.trial": item.id},
         parent=run_id,
     )
     points = [tracking.point(epoch, {METRIC: score}) for epoch, score in enumerate(item.scores, 1)]

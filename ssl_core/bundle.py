@@ -2,9 +2,9 @@
 
 ```
 bundle.json           format, kind, name, lineage, metrics, SHA-256 of every other file
-weights.safetensors   tensors under the stock network's own names
+weights.safetensors   tensors under the stock network's own names, each once; its metadata names those that share one
 architecture.json     stock class and arguments, backbone name and arguments, levels, names of the encoder's tensors
-preprocess.json       axes, spacing, intensity policy, channels, window, label values and names
+preprocess.json       axes, spacing, intensity policy, channels, window, label values and names, what it learned from
 evaluation.json       split, measure and score of each held-out case, where there was an evaluation
 MODEL_CARD.md         for people
 tomoscale_portable/   the code of `ssl_core.portable`, as it was when the bundle was written
@@ -17,13 +17,16 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -38,9 +41,11 @@ from ssl_core.networks.registry import architecture as architecture_of
 from ssl_core.portable import network as portable_network
 from ssl_core.portable.predictor import FORMAT, Predictor, check_bundle
 from ssl_core.portable.preprocess import Preprocess
-from ssl_core.portable.safetensors import read_safetensors
+from ssl_core.portable.safetensors import read_safetensors, same_tensors
+from ssl_core.portable.training_data import TrainingData
 from storage.errors import ConfigError, RefusedInput
 from storage.format.records import VolumeRecord
+from storage.intensity_stats import STATS_ORDER
 
 _BORROWED = {
     "errors.py": storage.errors,
@@ -147,6 +152,49 @@ def stored_spacing(
     return (d, h, w), "bspline" if ways == {"bspline"} else "linear"
 
 
+def training_data(records: Iterable[VolumeRecord]) -> TrainingData:
+    """What of its training volumes a bundle records, from their manifest.
+
+    Raises:
+        ValueError: no volume.
+    """
+    volumes = list(records)
+    if not volumes:
+        raise ValueError("no training volume")
+    spacings = np.array([record.spacing_mm for record in volumes])
+    sources = np.array([_source_spacing(record) for record in volumes])
+    fields = spacings * np.array([record.shape_DHW for record in volumes])
+    channels = range(min(record.channels for record in volumes))
+    return TrainingData(
+        volumes=len(volumes),
+        modalities=tuple(sorted({record.modality for record in volumes})),
+        spacing_mm=_range(spacings),
+        source_mm=_range(sources),
+        field_mm=_range(fields),
+        intensities=tuple(
+            {
+                key: (min(record.stats[c][key] for record in volumes), max(record.stats[c][key] for record in volumes))
+                for key in STATS_ORDER
+            }
+            for c in channels
+        ),
+    )
+
+
+def _source_spacing(record: VolumeRecord) -> tuple[float, ...]:
+    """The spacing before ingest resampled the volume, which is in its notes only."""
+    for note in record.notes:
+        match = re.match(r"resampled from ([\d.e+-]+)x([\d.e+-]+)x([\d.e+-]+) to ", note)
+        if match:
+            return tuple(map(float, match.groups()))
+    return record.spacing_mm
+
+
+def _range(triples: NDArray[np.float64]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    (a, b, c), (x, y, z) = triples.min(axis=0).tolist(), triples.max(axis=0).tolist()
+    return (a, b, c), (x, y, z)
+
+
 def fingerprint(bundle: str | os.PathLike[str]) -> str:
     """SHA-256 of `bundle.json`, which holds the digests of all other files."""
     return hashlib.sha256((Path(bundle) / "bundle.json").read_bytes()).hexdigest()
@@ -156,8 +204,9 @@ def _write(work: Path, kind: str, backbone: Backbone, facts: BundleFacts) -> Non
     keys = backbone.encoder_keys()
     state = backbone.net.state_dict()
     stored = keys if kind == "encoder" else list(state)
-    tensors = {key: state[key].detach().cpu().contiguous().clone() for key in stored}
-    save_file(tensors, work / "weights.safetensors")
+    others = same_tensors({key: state[key] for key in stored})
+    tensors = {key: state[key].detach().cpu().contiguous().clone() for key in stored if key not in others}
+    save_file(tensors, work / "weights.safetensors", others)
     architecture = {
         "class": _class_of(backbone),
         "arguments": _stock_arguments(backbone),
@@ -177,6 +226,7 @@ def _write(work: Path, kind: str, backbone: Backbone, facts: BundleFacts) -> Non
         intensity=facts.intensity.model_dump(mode="json"),
         patch_DHW=facts.patch_DHW,
         labels=facts.labels,
+        training=facts.training,
     )
     _dump(work / "architecture.json", architecture)
     _dump(work / "preprocess.json", plan.dump())

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ssl_core.portable.network import PACKAGES
 from ssl_core.portable.preprocess import Preprocess
+from ssl_core.portable.training_data import TrainingData
 from ssl_core.views.intensity import IntensityPolicy
 
 CODE = "tomoscale_portable"
@@ -26,6 +27,7 @@ class BundleFacts:
         spacing_mm: (D, H, W) of training where volumes are resampled at prediction too; None keeps their own. See
             `ssl_core.bundle.stored_spacing`.
         interpolation: How they are resampled.
+        training: The volumes it learned from, see `ssl_core.bundle.training_data`; None says nothing of them.
         lineage: Data fingerprint, configuration digest, parent model version, run id and the like.
         metrics: Figures for the card, with the split they come from in their names.
         evaluation: What `jobs.tracking.models.promote` compares: `split`, `measure`, and `cases` with one value each.
@@ -38,6 +40,7 @@ class BundleFacts:
     labels: tuple[tuple[int, str], ...] = ()
     spacing_mm: tuple[float, float, float] | None = None
     interpolation: Literal["linear", "bspline"] = "linear"
+    training: TrainingData | None = None
     lineage: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     evaluation: Mapping[str, Any] | None = None
@@ -58,6 +61,8 @@ def model_card(kind: str, facts: BundleFacts, plan: Preprocess, stock_class: str
     verb = "mask" if kind == "segmenter" else "features"
     needed = ", ".join(PACKAGES[stock_class])
     spacing = "each volume's own" if plan.spacing_mm is None else f"resampled to {plan.spacing_mm} mm (D, H, W)"
+    if plan.spacing_mm is None and plan.training is not None:
+        spacing += " within that of the training volumes, else resampled to the nearest of it"
     lines = [
         f"# {facts.name}",
         "",
@@ -91,6 +96,8 @@ def model_card(kind: str, facts: BundleFacts, plan: Preprocess, stock_class: str
         f"- window: {plan.patch_DHW} voxels (D, H, W)",
         "",
     ]
+    if plan.training is not None:
+        lines += ["## Learned from", "", *_learned_from(plan.training), ""]
     if plan.labels:
         lines += ["## Labels", "", *(f"- {value}: {name}" for value, name in plan.labels), ""]
     if facts.metrics:
@@ -106,3 +113,21 @@ def model_card(kind: str, facts: BundleFacts, plan: Preprocess, stock_class: str
         "",
     ]
     return "\n".join(lines)
+
+
+def _learned_from(data: TrainingData) -> list[str]:
+    """What a scan to predict should be like."""
+    lengths = {"voxels": data.spacing_mm, "voxels before ingest resampled them": data.source_mm}
+    if data.source_mm == data.spacing_mm:
+        del lengths["voxels before ingest resampled them"]
+    lengths["field of view"] = data.field_mm
+    lines = [f"- {data.volumes} volumes, modality {', '.join(name or 'not named' for name in data.modalities)}"]
+    lines += [f"- {name}: {_text(low)} to {_text(high)} mm (D, H, W)" for name, (low, high) in lengths.items()]
+    for c, channel in enumerate(data.intensities):
+        low, high = channel["p0_5"][0], channel["p99_5"][1]
+        lines.append(f"- foreground intensities of channel {c}: {low:.4g} to {high:.4g}")
+    return [*lines, "- what lies far outside is refused, what lies a little outside is noted"]
+
+
+def _text(triple: tuple[float, float, float]) -> str:
+    return " x ".join(f"{value:.4g}" for value in triple)

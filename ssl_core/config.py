@@ -6,23 +6,72 @@ Unknown keys are refused with the nearest known name. Inside the library, functi
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+import re
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from storage.errors import ConfigError
 
+LONGEST_EDGE, MOST_VOXELS = 4096, 1 << 30
+"""Of a crop; no device holds the activations of a larger one."""
+
 
 class Config(BaseModel):
-    """Base of every configuration model: frozen, and closed to unknown keys."""
+    """Base of every configuration model: frozen, closed to unknown keys, and every number finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
+
+def _crop(value: tuple[int, int, int]) -> tuple[int, int, int]:
+    if not all(1 <= edge <= LONGEST_EDGE for edge in value) or math.prod(value) > MOST_VOXELS:
+        raise ValueError(f"edges from 1 to {LONGEST_EDGE} voxels, at most {MOST_VOXELS} voxels in all")
+    return value
+
+
+CropSize = Annotated[tuple[int, int, int], AfterValidator(_crop)]
+"""Voxels of a crop along D, H, W."""
 
 C = TypeVar("C", bound=Config)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: a key once, `1e-3` a number, and neither `1:30` nor `010` a number of another base."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """A mapping whose keys differ; those that `<<` merges in may be replaced."""
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name, line = str(getattr(key, "value", "")), key.start_mark.line + 1
+            if name in lines:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {name!r} twice, on lines {lines[name]} and {line}: keep one", key.start_mark
+                )
+            lines[name] = line
+        return super().construct_mapping(node, deep)
+
+
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] not in _NUMBERS]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_NUMBERS[0], re.compile(r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    _NUMBERS[1],
+    re.compile(
+        r"""^([-+]?([0-9][0-9_]*\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?
+        |[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$""",
+        re.VERBOSE,
+    ),
+    list("-+0123456789."),
+)
 
 
 def load(kind: type[C], source: str | Path | dict[str, Any], overrides: Iterable[str] = ()) -> C:
@@ -37,11 +86,13 @@ def load(kind: type[C], source: str | Path | dict[str, Any], overrides: Iterable
     else:
         name = str(source)
         try:
-            data = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
+            data = _yaml(Path(source).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(name, expected="a readable YAML file", found=str(error.strerror)) from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(name, expected="a YAML mapping", found=" ".join(str(error).split())) from error
+        except (yaml.YAMLError, ValueError) as error:
+            problem = getattr(error, "problem", None) if "twice" in str(error) else None
+            found = problem or " ".join(str(error).split())
+            raise ConfigError(name, expected="a YAML mapping", found=found) from error
         data = {} if data is None else data
         if not isinstance(data, dict):
             raise ConfigError(name, expected="a YAML mapping at the top", found=type(data).__name__)
@@ -52,6 +103,7 @@ def load(kind: type[C], source: str | Path | dict[str, Any], overrides: Iterable
 
 def parse(kind: type[C], data: dict[str, Any], name: str = "config") -> C:
     """Validate a mapping; see `load`."""
+    _check_values(kind, data, name)
     try:
         return kind.model_validate(data)
     except ValidationError as error:
@@ -114,9 +166,51 @@ def _override(data: dict[str, Any], item: str) -> None:
             raise ConfigError(f"override {item!r}", expected=f"{part!r} to be a group of keys", found=repr(child))
         node = child
     try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {item!r}", expected="a YAML value after '='", found=text) from error
+        node[last] = _yaml(text)
+    except (yaml.YAMLError, ValueError) as error:
+        problem = getattr(error, "problem", None) if "twice" in str(error) else None
+        raise ConfigError(f"override {item!r}", expected="a YAML value after '='", found=problem or text) from error
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
+def _check_values(kind: Any, value: Any, name: str, path: str = "") -> None:
+    """Refuse numbers that are infinite or none, and true and false where a number is meant.
+
+    pydantic would take `true` for 1, and an infinite number wherever only a lower bound is given.
+
+    Args:
+        kind: Annotation of the value: a model, a type, or a form of several.
+        value: What YAML gave.
+        name: What messages call the source.
+        path: Dotted keys that lead to the value.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    thing = f"{name}: {path}" if path else name
+    if isinstance(value, bool):
+        if not {bool, Any} & set(_leaves(kind)):
+            raise ConfigError(thing, expected="no true or false here", found=str(value).lower(), remedy="write a value")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(thing, expected="a finite number", found=str(value), remedy="write one, or leave the key out")
+    elif isinstance(value, Mapping):
+        models = [leaf for leaf in _leaves(kind) if isinstance(leaf, type) and issubclass(leaf, BaseModel)]
+        fields = models[0].model_fields if models else {}
+        for key, item in value.items():
+            annotation = fields[key].annotation if key in fields else Any if models or Any in _leaves(kind) else kind
+            _check_values(annotation, item, name, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            _check_values(kind, item, name, f"{path}.{number}")
+
+
+def _leaves(kind: Any) -> list[Any]:
+    """The plain types that an annotation is made of."""
+    parts = [part for part in get_args(kind) if part is not Ellipsis]
+    return [leaf for part in parts for leaf in _leaves(part)] if parts else [kind]
 
 
 def _places(kind: type[BaseModel], group: str = "") -> Iterator[str]:

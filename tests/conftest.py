@@ -17,15 +17,8 @@ HERE = Path(__file__).parent
 SHARED = {"service": "services", "contract": "contracts", "distributed": "ranks"}
 # They start servers of their own, and take minutes.
 APART = {"test_pretrain_survives", "test_search_survives", "test_separate_environment"}
-# The longest first, so that all processes end at about the same time.
-FIRST = (
-    "test_pretrain_survives",
-    "services",
-    "contracts",
-    "test_search_survives",
-    "ranks",
-    "test_separate_environment",
-)
+# The longest first, so that all processes end at about the same time; not three stacks of servers at once.
+FIRST = ("test_pretrain_survives", "contracts", "services", "ranks", "test_search_survives")
 _scratch = pytest.StashKey[str]()
 
 

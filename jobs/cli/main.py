@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from jobs.cli import interrupts
 from jobs.cli.verbs import bench, data, demo, models, stack, train
 from jobs.cli.verbs import jobs as submit
+from jobs.output import open_streams
 from jobs.tracking.runs import in_our_words
 from storage.errors import TomoscaleError
 
@@ -47,12 +48,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code."""
+    open_streams()
     if argv is None:
         interrupts.watch()
-    arguments = _parse(argv)
     try:
-        code: int | None = arguments.run(arguments)
-        sys.stdout.flush()  # a reader that went away shows here, and not when the interpreter ends
+        try:
+            arguments = _parse(argv)
+            code: int | None = arguments.run(arguments)
+        finally:
+            sys.stdout.flush()  # a reader that went away shows here, and not when the interpreter ends
         return code or 0
     except KeyboardInterrupt:
         print("tomoscale: interrupted", file=sys.stderr)
@@ -60,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_gone():
             return 128 + signal.SIGPIPE  # as with `| head`: nothing to say, and nobody to say it to
-        return _failed(_of_the_system(error), 1)
+        code = _failed(_of_the_system(error), 1)
+        _drop_unwritten()
+        return code
     except Exception as error:
         failure = error if isinstance(error, TomoscaleError) else in_our_words(error)
         if failure is None:
@@ -83,6 +89,14 @@ def _of_the_system(error: OSError) -> str:
     expected, remedy = _SYSTEM[error.errno]
     thing = str(error.filename or "a file of this command")
     return str(TomoscaleError(thing, expected=expected, found=reason, remedy=remedy))
+
+
+def _drop_unwritten() -> None:
+    """Forget output that a full disk did not take: the interpreter would fail over it again as it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _reader_gone() -> bool:

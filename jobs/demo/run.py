@@ -212,7 +212,7 @@ class Demo:
             for rank, volume in (("best", ranked[-1]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[0])):
                 record = manifest.record(manifest.index_of(volume))
                 source, written = folder / record.source, self.out / f"prediction-{rank}.nii.gz"
-                predictor.predict_file(source, written)
+                predictor.predict_file(source, written, overwrite=True, force=True)
                 image, mask = (cast(SpatialImage, nibabel.load(path)) for path in (source, written))
                 if image.shape[:3] != mask.shape or not np.allclose(image.affine, mask.affine):
                     raise ConfigError(

@@ -35,31 +35,28 @@ def loss_figure(points: Sequence[CurvePoint]) -> bytes:
 
 
 def dice_figure(trainings: Sequence[Training]) -> bytes:
-    """PNG of Dice per test subject, mean over labels and seeds, one box and its points a start, pairs joined."""
+    """PNG of Dice per test subject, mean over labels: a column of dots for each seed of a start, and a bar at its mean.
+
+    Grey lines join the means of one seed, so that starts whose order depends on the seed show it.
+    """
     starts = list(dict.fromkeys(training.start for training in trainings))
-    by_subject = {start: subject_dice(trainings, start) for start in starts}
-    subjects = sorted({subject for scores in by_subject.values() for subject in scores})
-    values = {start: np.array([scores[subject] for subject in subjects]) for start, scores in by_subject.items()}
+    seeds = list(dict.fromkeys(training.seed for training in trainings))
+    step = min(0.16, 0.7 / len(seeds))
+    jitter = np.random.default_rng(0)
     drawing, axis = plt.subplots(figsize=(7.2, 3.2))
-    jitter = np.random.default_rng(0).uniform(-0.07, 0.07, len(subjects))
-    if len(starts) == 2:
-        for i in range(len(subjects)):
-            pair = [values[s][i] for s in starts]
-            axis.plot([1 + jitter[i], 2 + jitter[i]], pair, color="#9aa3af", lw=0.6, alpha=0.55, zorder=1)
-    for i, start in enumerate(starts, 1):
-        axis.boxplot(
-            values[start],
-            positions=[i],
-            widths=0.34,
-            showfliers=False,
-            medianprops={"color": INK, "lw": 1.6},
-            boxprops={"color": INK},
-            whiskerprops={"color": INK},
-            capprops={"color": INK},
-        )
-        axis.scatter(i + jitter, values[start], s=15, color=COLOURS[(i - 1) % len(COLOURS)], alpha=0.85, zorder=3, lw=0)
+    means: dict[int, list[tuple[float, float]]] = {}
+    for training in trainings:
+        number = starts.index(training.start)
+        x = number + 1 + step * (seeds.index(training.seed) - (len(seeds) - 1) / 2)
+        dice = np.array(list(subject_dice([training], training.start).values()))
+        spread = jitter.uniform(-0.3 * step, 0.3 * step, len(dice))
+        axis.scatter(x + spread, dice, s=13, color=COLOURS[number % len(COLOURS)], alpha=0.7, zorder=2, lw=0)
+        axis.plot([x - 0.4 * step, x + 0.4 * step], [dice.mean()] * 2, color=INK, lw=1.8, zorder=4)
+        means.setdefault(training.seed, []).append((x, float(dice.mean())))
+    for points in means.values():
+        axis.plot(*zip(*points, strict=True), color="#9aa3af", lw=0.7, alpha=0.7, zorder=1)
     axis.set_xticks(range(1, len(starts) + 1), starts)
-    axis.set_ylabel("Dice of a test subject\n(mean of labels and seeds)")
+    axis.set_ylabel("Dice of a test subject\n(mean of labels)")
     return chart(drawing, [axis])
 
 
@@ -73,7 +70,10 @@ def render(summary: DemoSummary, pictures: Mapping[str, bytes], captions: Mappin
     """
     shots = {name: Picture(png, captions.get(name, "")) for name, png in pictures.items()}
     comparison = summary.finetune
-    dice = "Each dot is a held-out subject; grey lines join the same subject."
+    dice = (
+        "Each dot is a held-out subject in one training, each column of dots a seed, each bar its mean; grey lines join"
+        " the same seed."
+    )
     return page(
         "report.html.j2",
         summary=summary,

@@ -2,7 +2,7 @@
 
 import sys
 
-from jobs.driver import guarded  # before Ray, which reads its environment when it is imported
+from jobs.driver import guarded
 from jobs.pretrain.driver import main
 
 if __name__ == "__main__":

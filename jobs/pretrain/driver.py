@@ -23,6 +23,7 @@ from jobs.ingest import ensure_data
 from jobs.on_ray.failures import FINAL, StopOnFinalErrors
 from jobs.on_ray.filesystem import storage_for
 from jobs.on_ray.patches import patch_ray_to_share_evenly
+from jobs.on_ray.room import require_room
 from jobs.on_ray.session import connect
 from jobs.output import last_line
 from jobs.pinning import as_started, note_start
@@ -30,10 +31,11 @@ from jobs.pretrain.inputs import open_manifest
 from jobs.pretrain.loop import JOURNAL, collectives_backend
 from jobs.pretrain.worker import train_loop
 from jobs.superpixels import ensure_superpixels
-from jobs.tracking import bundles, models, runs
+from jobs.tracking import bundles, registration, runs
 from ssl_core.config import resolved
 from ssl_core.train import checkpoint
 from storage.errors import StackError, TomoscaleError
+from storage.objects import join
 
 # Counted, not timed as `storage.objects.retry` does: between two failures lie hours of training.
 _CONTROLLER_TRIES = 5
@@ -44,6 +46,14 @@ def main(argv: Sequence[str]) -> int:
     config = load(PretrainConfig, argv, "jobs.pretrain")
 
     connect()
+    need = config.cluster
+    require_room(
+        "a training worker",
+        "cluster.workers, cluster.cpus_per_worker or cluster.gpu",
+        cpus=need.cpus_per_worker,
+        gpus=int(need.gpu),
+        count=need.min_workers or need.workers,
+    )
     api = runs.client()
     ensure_data(config.data, config.source)
 
@@ -161,7 +171,9 @@ def _complete(api: Any, config: PretrainConfig, run_id: str, directory: Path) ->
     api.set_tag(run_id, "tomoscale.samples", meta["samples"])
     with tempfile.TemporaryDirectory(prefix="tomoscale-bundle-") as folder:
         bundle = bundles.write_encoder(config, directory, Path(folder) / "bundle", run_id=run_id)
-        return models.register(bundle, config.model_name, run_id=run_id)
+        command = f"`tomoscale pretrain CONFIG`, with model=NAME for another name than {config.model_name!r},"
+        place = join(config.runs, config.name)
+        return registration.register(bundle, config.model_name, run_id=run_id, place=place, command=command)
 
 
 def _ended(config: PretrainConfig, reason: str) -> StackError:

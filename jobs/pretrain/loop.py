@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from jobs import driver
 from jobs.configs import PretrainConfig
 from jobs.pinning import SETTINGS, identity, require_same
 from jobs.pretrain.inputs import open_manifest, stream_spec, view_spec
@@ -105,6 +106,8 @@ def run(
     """
     collectives = current()
     manifest = open_manifest(config)
+    split = manifest.select(split=config.stream.split).tolist()
+    driver.check_channels(manifest, split, f"backbone {config.backbone.name}", config.backbone.arguments)
     what = identity(config, manifest)
     engine = build_engine(config, device)
     record, journal = SampleRecord(), list[Point]()

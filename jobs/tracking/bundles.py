@@ -14,9 +14,9 @@ from torch import Tensor
 from jobs.configs import FinetuneJobConfig, PretrainConfig
 from jobs.tracking import models as registry
 from jobs.tracking.runs import Point
-from ssl_core.bundle import stored_spacing, write_bundle
+from ssl_core.bundle import stored_spacing, training_data, write_bundle
 from ssl_core.bundle_card import BundleFacts
-from ssl_core.config import digest
+from ssl_core.config import digest, parse
 from ssl_core.downstream.finetune import TrainedSegmenter
 from ssl_core.downstream.scores import CaseScore
 from ssl_core.methods.base import method_class
@@ -68,7 +68,7 @@ def write_encoder(config: PretrainConfig, directory: Path, target: Path, *, run_
     }
     last = Point.from_json(meta["journal"][-1]).metrics
     manifest = Manifest.open(config.data, meta["fingerprint"])
-    records = (record for record in manifest.records() if record.split == config.stream.split)
+    records = [record for record in manifest.records() if record.split == config.stream.split]
     notes: tuple[str, ...] = ()
     try:
         spacing_mm, interpolation = stored_spacing(records)
@@ -81,6 +81,7 @@ def write_encoder(config: PretrainConfig, directory: Path, target: Path, *, run_
         intensity=config.intensity,
         spacing_mm=spacing_mm,
         interpolation=interpolation,
+        training=training_data(records),
         notes=notes,
         lineage=lineage,
         metrics={
@@ -106,7 +107,8 @@ def write_segmenter(
     mean = sum(c.scores.dice for c in cases) / len(cases)
     subjects = sorted({c.subject for c in cases})
     used = (*trained.subjects.train, *trained.subjects.inner)
-    spacing_mm, interpolation = stored_spacing(manifest.record(i) for i in used)
+    records = [manifest.record(i) for i in used]
+    spacing_mm, interpolation = stored_spacing(records)
     facts = BundleFacts(
         name=config.model or config.name,
         patch_DHW=config.finetune.patch_DHW,
@@ -122,6 +124,7 @@ def write_segmenter(
         metrics={"test Dice": mean},
         spacing_mm=spacing_mm,
         interpolation=interpolation,
+        training=training_data(records),
         # Of what, too: another label map on the same volumes is another question. A case is a subject, since two
         # volumes of one are not independent.
         evaluation={
@@ -158,7 +161,7 @@ def read_encoder(bundle: Path) -> EncoderBundle:
         backbone=architecture["backbone"],
         arguments=architecture["backbone_arguments"],
         weights={key: weights[key] for key in architecture["encoder_keys"]},
-        intensity=IntensityPolicy.model_validate(plan["intensity"]),
+        intensity=parse(IntensityPolicy, plan["intensity"], f"{bundle / 'preprocess.json'}: intensity"),
         lineage=card["lineage"],
     )
 

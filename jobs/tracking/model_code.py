@@ -23,9 +23,14 @@ class Bundle:
     """
 
     def load_context(self, context: Any) -> None:
-        """Build the network on the accelerator when there is one; `model_config={"device": "cpu"}` says otherwise."""
-        root = Path(context.artifacts["bundle"])
-        self._predictor = _portable(root).Predictor(root, (context.model_config or {}).get("device"))
+        """Build the network on the accelerator when there is one; `model_config={"device": "cpu"}` says otherwise.
+
+        `model_config={"force": True}` predicts what is far from all that the model learned from, instead of refusing.
+        """
+        root, settings = Path(context.artifacts["bundle"]), context.model_config or {}
+        self._portable = _portable(root)
+        self._predictor = self._portable.Predictor(root, settings.get("device"))
+        self._force = bool(settings.get("force"))
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """Mask or features of one volume, or a list of them, one an item.
@@ -33,7 +38,8 @@ class Bundle:
         Args:
             context: MLflow's.
             model_input: A path of a `.nii` or `.nii.gz` file; a dict with `image` (I, J, K) and `affine` (4, 4), as
-                nibabel reads them; a list of either; or a table, which MLflow's scoring server makes of lists.
+                nibabel reads them, and `force` where a refusal is not wanted; a list of either; or a table, which
+                MLflow's scoring server makes of lists.
             params: None are known.
         """
         if hasattr(model_input, "columns"):
@@ -47,9 +53,21 @@ class Bundle:
 
     def _one(self, item: Any) -> Any:
         run = self._predictor.predict if self._predictor.kind == "segmenter" else self._predictor.features
+        force = self._force or (isinstance(item, dict) and bool(item.get("force")))
+        options = {"force": True} if force else {}  # the code of a bundle from before knows no such argument
         if isinstance(item, dict):
-            return run(np.asarray(item["image"]), np.asarray(item["affine"], dtype=np.float64))
-        return run(str(item))
+            if set(item) - {"image", "affine", "force"} or "image" not in item:
+                raise self._portable.predictor.ConfigError(
+                    "dictionary",
+                    expected="`image` (I, J, K), its `affine` (4, 4), and nothing else but `force`",
+                    found=", ".join(sorted(map(str, item))) or "nothing",
+                    remedy="give both, or the path of a file",
+                )
+            affine = item.get("affine")
+            return run(
+                np.asarray(item["image"]), None if affine is None else np.asarray(affine, dtype=np.float64), **options
+            )
+        return run(str(item), **options)
 
 
 class BundleModel(Bundle, PythonModel):

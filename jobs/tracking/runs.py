@@ -84,10 +84,12 @@ def client() -> Any:
 
 
 def in_our_words(error: Exception) -> StackError | None:
-    """What MLflow refused or failed to do; None for an error that is not MLflow's."""
+    """What MLflow refused or failed to do, in this process or in a task; None for an error that is not MLflow's."""
     loaded = sys.modules.get("mlflow.exceptions")  # nothing of MLflow's was raised where it was not imported
     if loaded is None or not isinstance(error, loaded.MlflowException):
         return None
+    cause = getattr(error, "cause", None)  # Ray's error of a task is MLflow's too, and its text a remote traceback
+    error = cause if isinstance(cause, loaded.MlflowException) else error
     return StackError(
         f"MLflow at {os.environ.get('MLFLOW_TRACKING_URI', '')}",
         expected="the request to be accepted",

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ssl_core.downstream.paired_test import Paired, compare
+from ssl_core.downstream.paired_test import PairedTrainings, compare_trainings
 from ssl_core.downstream.records import from_fields
 from ssl_core.downstream.scores import METRICS, CaseScore, Scores, mean_scores, sd_scores
+from storage.errors import ConfigError
 
 ONE_START = "One start only: nothing to compare."
 
@@ -94,7 +95,7 @@ class Comparison:
     Attributes:
         rows: One for each start and label.
         trainings: In the order of the starts and seeds.
-        test: First start against the second over subjects; None where there is one start.
+        test: First start against the second over trainings and subjects; None where there is one start.
         model: Registered name of the segmenter.
         version: Its version; None where none was registered.
         registered_start: The start whose first seed was registered.
@@ -105,7 +106,7 @@ class Comparison:
 
     rows: tuple[StartRow, ...]
     trainings: tuple[Training, ...]
-    test: Paired | None
+    test: PairedTrainings | None
     model: str
     version: str | None
     registered_start: str
@@ -115,7 +116,7 @@ class Comparison:
 
     @property
     def statement(self) -> str:
-        """What the paired test says, in one sentence."""
+        """What the paired test says of these trainings."""
         return ONE_START if self.test is None else self.test.statement
 
     def to_json(self) -> dict[str, Any]:
@@ -139,6 +140,8 @@ class Comparison:
     def from_json(cls, data: Mapping[str, Any]) -> "Comparison":
         """Inverse of `to_json`, but for the trainings' versions, of which it has the one that was registered.
 
+        Results of before hold a test over subjects alone. It is made again of their cases, over trainings and subjects.
+
         Raises:
             RefusedInput: an entry is missing.
         """
@@ -153,7 +156,7 @@ class Comparison:
             for run in data["runs"]
         )
         rows = tuple(StartRow.from_json(row) for row in data["rows"])
-        test = None if data["test"]["statement"] == ONE_START else from_fields(Paired, data["test"])
+        test = _stored_test(data["test"], trainings)
         return from_fields(cls, {**data, "rows": rows, "trainings": trainings, "test": test})
 
 
@@ -185,13 +188,36 @@ def start_rows(trainings: Sequence[Training], starts: Sequence[str]) -> tuple[St
     return tuple(rows)
 
 
-def paired_test_of(trainings: Sequence[Training], starts: Sequence[str]) -> Paired | None:
-    """Paired test of the first start against the second over subjects; None where there is one start."""
+def paired_test_of(trainings: Sequence[Training], starts: Sequence[str]) -> PairedTrainings | None:
+    """The first start against the second, paired by seed and subject; None where there is one start.
+
+    Raises:
+        ConfigError: a seed or a subject of one start is missing in the other.
+    """
     if len(starts) < 2:
         return None
     a, b = starts[:2]
-    first, second = (subject_dice(trainings, start) for start in (a, b))
-    subjects = sorted({*first, *second})
-    seeds = sum(training.start == a for training in trainings)
-    a_N, b_N = (np.array([scores[subject] for subject in subjects]) for scores in (first, second))
-    return compare(a_N, b_N, a=a, b=b, seeds=seeds)
+    first, second = (_dice_by_seed(trainings, start) for start in (a, b))
+    if {seed: set(dice) for seed, dice in first.items()} != {seed: set(dice) for seed, dice in second.items()}:
+        raise ConfigError(
+            f"trainings of {a} and {b}", expected="the same seeds and test subjects", found="others", remedy=_REMEDY
+        )
+    d_SN = np.array([[dice[s] - second[seed][s] for s in dice] for seed, dice in first.items()])
+    return compare_trainings(d_SN, a=a, b=b)
+
+
+_REMEDY = "run the job again under another name"
+
+
+def _stored_test(data: Mapping[str, Any], trainings: Sequence[Training]) -> PairedTrainings | None:
+    if data["statement"] == ONE_START:
+        return None
+    if "n_seeds" in data:
+        return from_fields(PairedTrainings, data)
+    return paired_test_of(trainings, list(dict.fromkeys(training.start for training in trainings)))
+
+
+def _dice_by_seed(trainings: Sequence[Training], start: str) -> dict[int, dict[str, float]]:
+    """Mean Dice of each test subject over its volumes and labels, for each seed of a start."""
+    group = [training for training in trainings if training.start == start]
+    return {training.seed: subject_dice([training], start) for training in group}

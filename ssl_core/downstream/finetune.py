@@ -8,15 +8,15 @@ the sliding window that prediction uses.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ssl_core.config import Config
+from ssl_core.config import Config, CropSize
 from ssl_core.downstream.scores import CaseScore, dice, score_case
 from ssl_core.networks.backbone import Backbone
 from ssl_core.networks.registry import build
@@ -24,6 +24,7 @@ from ssl_core.networks.weights import load_exact
 from ssl_core.portable.windows import slide
 from ssl_core.train.engine import NonFiniteError
 from ssl_core.train.schedule import warmup_cosine
+from ssl_core.views.augment.presets import PRESETS
 from ssl_core.views.intensity import IntensityPolicy, normalise_array
 from ssl_core.views.make import make_views
 from ssl_core.views.placement_size import host_size
@@ -40,7 +41,7 @@ class FinetuneConfig(Config):
     epochs: int = Field(10, ge=1, description="Epochs; the inner metric is measured after each")
     steps_per_epoch: int = Field(10, ge=1, description="Optimizer steps of an epoch")
     batch: int = Field(4, ge=1, description="Crops of a step")
-    patch_DHW: tuple[int, int, int] = Field((32, 48, 32), description="Crop and sliding window, voxels (D, H, W)")
+    patch_DHW: CropSize = Field((32, 48, 32), description="Crop and sliding window, voxels (D, H, W)")
     lr: float = Field(2e-3, gt=0, description="Peak learning rate (AdamW)")
     encoder_lr_scale: float = Field(
         1.0,
@@ -55,8 +56,18 @@ class FinetuneConfig(Config):
         (0.0, 0.0, 0.5), description="Flip probability along D, H, W; W at 0 where a label names a side"
     )
     scale: tuple[float, float] = Field((0.9, 1.1), description="In-plane zoom")
-    rotate_degrees: float = Field(10.0, ge=0, description="Largest rotation about D")
+    rotate_degrees: float = Field(10.0, ge=0, le=180, description="Largest rotation about D")
     intensity: str = Field("light", description="Intensity augmentation")
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> Self:
+        if not 0 < self.scale[0] <= self.scale[1] <= 10:
+            raise ValueError(f"scale: two numbers above 0 and at most 10, the lower first, not {self.scale}")
+        if not all(0 <= share <= 1 for share in self.flip):
+            raise ValueError(f"flip: three probabilities from 0 to 1, not {self.flip}")
+        if self.intensity not in PRESETS:
+            raise ValueError(f"intensity: one of {', '.join(PRESETS)}, not {self.intensity!r}")
+        return self
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,12 @@ class Trial:
     """One trial.
 
     Attributes:
-        trial: Its number, in the order of creation.
+        trial: Its number, in the order of creation; the same at every start of its search.
         settings: What it was trained with.
         scores: Dice of the inner split by epoch, of its last attempt.
         stopped_early: Whether the scheduler ended it before its last epoch.
         error: Why it failed, in one line; None where it did not.
+        id: Its id in the search's state, from its creation on; empty in results from before it was noted.
     """
 
     trial: int
@@ -39,6 +40,7 @@ class Trial:
     scores: tuple[float, ...]
     stopped_early: bool
     error: str | None
+    id: str = ""
 
     @property
     def last(self) -> float | None:
@@ -61,6 +63,7 @@ class Trial:
             "stopped_early": self.stopped_early,
             "status": self.status,
             "error": self.error,
+            "id": self.id,
         }
 
     @classmethod
@@ -70,7 +73,7 @@ class Trial:
         Raises:
             RefusedInput: an entry is missing.
         """
-        return from_fields(cls, {**data, "settings": from_fields(TrialSettings, data)})
+        return from_fields(cls, {"id": "", **data, "settings": from_fields(TrialSettings, data)})
 
 
 @dataclass(frozen=True)

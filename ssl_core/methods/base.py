@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, cast, runtim
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ssl_core.config import Config, parse
+from ssl_core.config import Config, CropSize, parse
 from ssl_core.distributed import Collectives, Single
 from ssl_core.networks.backbone import Backbone
 from ssl_core.views.types import RoleSpec, View, ViewBatch, ViewSpec
@@ -64,9 +64,7 @@ _SOURCE = "source: the group's line, else our choice"
 class Crops(Config):
     """The crops that a method compares, and how they are augmented."""
 
-    size_DHW: tuple[int, int, int] = Field(
-        default=(64, 64, 64), description=f"Voxels of a view along D, H, W; {_SOURCE}"
-    )
+    size_DHW: CropSize = Field(default=(64, 64, 64), description=f"Voxels of a view along D, H, W; {_SOURCE}")
     scale: tuple[float, float] = Field(
         default=(1.0, 1.0),
         description=f"Lowest and highest ratio of the box cut from the volume to the view; {_SOURCE}",
@@ -99,6 +97,14 @@ class Crops(Config):
         description="Named list of intensity changes: `light` is PGL's (second-hand), `strong` ours, `genesis` nnssl's,"
         " `pcrlv2` its code's",
     )
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> Self:
+        if not 0 < self.scale[0] <= self.scale[1] <= 10:
+            raise ValueError(f"scale: two numbers above 0 and at most 10, the lower first, not {self.scale}")
+        if not all(0 <= share <= 1 for share in self.flip):
+            raise ValueError(f"flip: three probabilities from 0 to 1, not {self.flip}")
+        return self
 
     def role(self, name: str, count: int, **changes: Any) -> RoleSpec:
         """A role of views with these settings."""

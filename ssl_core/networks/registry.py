@@ -1,6 +1,8 @@
 """Backbones by name. Networks of optional packages are imported when they are asked for."""
 
+import difflib
 import importlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ssl_core.networks.feature_centres import offsets
@@ -15,6 +17,73 @@ _WHERE = {  # name: module of this package, its architecture, the extra that bri
     "swin_unetr": ("swin_unetr", "SWIN_UNETR", "swin"),
     "unet": ("unet", "UNET", ""),
 }
+
+# Their arguments, so that a configuration is checked without the seconds that importing a network takes. A test
+# compares them with the classes of the locked versions.
+_PORTS = "spatial_dims in_channels out_channels "
+_ARGUMENTS = {
+    name: (_PORTS + rest).split()
+    for name, rest in {
+        "basic_unet": "features act norm bias dropout upsample",
+        "dynunet": "kernel_size strides upsample_kernel_size filters dropout norm_name act_name deep_supervision"
+        " deep_supr_num res_block trans_bias",
+        "resenc": "preset n_stages features_per_stage conv_op kernel_sizes strides n_blocks_per_stage"
+        " n_conv_per_stage_decoder conv_bias norm_op norm_op_kwargs dropout_op dropout_op_kwargs nonlin nonlin_kwargs"
+        " deep_supervision block bottleneck_channels stem_channels",
+        "segresnet": "init_filters dropout_prob act norm norm_name num_groups use_conv_final blocks_down blocks_up"
+        " upsample_mode",
+        "swin_unetr": "patch_size depths num_heads window_size qkv_bias mlp_ratio feature_size norm_name drop_rate"
+        " attn_drop_rate dropout_path_rate normalize norm_layer patch_norm use_checkpoint downsample use_v2 use_hyena"
+        " hyena_stages hyena_kernel_size hyena_kernel_mlp_dim hyena_kernel_layers hyena_mask_max_attenuation"
+        " hyena_fft_padding hyena_grid_type hyena_use_chunked_fft hyena_use_fft_short_conv hyena_omega_0 hyena_l_cache"
+        " hyena_short_conv_fft_chunks use_flash_attention",
+        "unet": "channels strides kernel_size up_kernel_size num_res_units act norm dropout bias adn_ordering",
+    }.items()
+}
+# Of those, numbers of channels, blocks and voxels: whole numbers from 1 on, or lists of them.
+_COUNTS = {
+    *("spatial_dims", "in_channels", "out_channels", "features", "kernel_size", "strides", "upsample_kernel_size"),
+    *("filters", "deep_supr_num", "n_stages", "features_per_stage", "kernel_sizes", "n_blocks_per_stage", "channels"),
+    *("n_conv_per_stage_decoder", "init_filters", "num_groups", "blocks_down", "blocks_up", "patch_size", "depths"),
+    *("num_heads", "window_size", "feature_size", "up_kernel_size"),
+}
+_SHARES = {"dropout", "dropout_prob", "drop_rate", "attn_drop_rate", "dropout_path_rate"}
+MOST = 1 << 16
+"""Channels, blocks or voxels of one layer."""
+
+
+def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that a named network does not have, and sizes that no network has, without importing it.
+
+    Raises:
+        ConfigError: names the argument.
+    """
+    for key, value in arguments.items():
+        thing = f"backbone.arguments.{key}"
+        if key not in _ARGUMENTS[name]:
+            near = difflib.get_close_matches(str(key), _ARGUMENTS[name], n=1)
+            raise ConfigError(
+                thing,
+                expected=f"an argument of {name}: {', '.join(_ARGUMENTS[name])}",
+                found=f"unknown key {key!r}",
+                remedy=f"did you mean {near[0]!r}?" if near else "remove it",
+            )
+        leaves = list(_flat(value))
+        if key in _COUNTS and value is not None:
+            if not leaves or any(type(leaf) is not int or not 1 <= leaf <= MOST for leaf in leaves):
+                raise ConfigError(thing, expected=f"whole numbers from 1 to {MOST}", found=repr(value))
+            if key == "spatial_dims" and value not in (2, 3):
+                raise ConfigError(thing, expected="2 or 3", found=repr(value))
+        if key in _SHARES and any(isinstance(leaf, int | float) and not 0 <= leaf < 1 for leaf in leaves):
+            raise ConfigError(thing, expected="shares from 0 to below 1", found=repr(value))
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value
 
 
 def backbone_names() -> list[str]:

@@ -14,9 +14,14 @@ def main() -> int:
     parser.add_argument("input")
     parser.add_argument("output")
     parser.add_argument("--device", default=None)
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT where it is there")
+    parser.add_argument("--force", action="store_true", help="predict what is far from all that the model learned from")
     arguments = parser.parse_args()
     try:
-        mask = Predictor(arguments.bundle, arguments.device).predict_file(arguments.input, arguments.output)
+        predictor = Predictor(arguments.bundle, arguments.device, lambda note: print(f"note: {note}", file=sys.stderr))
+        mask = predictor.predict_file(
+            arguments.input, arguments.output, overwrite=arguments.overwrite, force=arguments.force
+        )
     except TomoscaleError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

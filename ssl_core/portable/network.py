@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import RefusedInput
+from .safetensors import same_tensors
 
 _NETS = "monai.networks.nets."
 PACKAGES = {
@@ -65,7 +66,7 @@ def load(name: str, network: nn.Module, weights: dict[str, Tensor], keys: list[s
         keys: The encoder's names in the stock network's state.
 
     Raises:
-        RefusedInput: a name missing or left over, another shape or another dtype.
+        RefusedInput: a name missing or left over, another shape or dtype, or several values for one tensor.
     """
     state = network.state_dict()
     required = set(state if keys is None else keys)
@@ -81,6 +82,19 @@ def load(name: str, network: nn.Module, weights: dict[str, Tensor], keys: list[s
             expected=f"{len(required)} tensors of the stock network, by name, shape and dtype",
             found=f"{len(wrong)} that do not match: " + ", ".join(wrong[:5]),
             remedy="the bundle is damaged or of another version; pull it again",
+        )
+    # Bundles of before hold a tensor once for each name that the network has for it.
+    differing = [
+        other
+        for other, one in same_tensors(state).items()
+        if other in weights and one in weights and not torch.equal(weights[other], weights[one])
+    ]
+    if differing:
+        raise RefusedInput(
+            name,
+            expected="equal values under all names of one tensor",
+            found=f"{len(differing)} that differ, the first: {differing[0]}",
+            remedy="the bundle is damaged; train it again",
         )
     network.load_state_dict({**state, **weights}, strict=True)
 

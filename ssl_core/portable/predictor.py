@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,21 @@ from torch import Tensor
 from .errors import ConfigError, RefusedInput
 from .geometry import Canonical, back_to_grid, to_canonical
 from .grid import spacing_dhw
+from .intensity_stats import channel_foreground
 from .network import build, feature_maps, load, logits
 from .nifti import Nifti, read_nifti, write_nifti
 from .preprocess import Preprocess, prepare
 from .safetensors import read_safetensors
+from .training_data import refuse
 from .windows import slide, slide_features
 
 FORMAT = "tomoscale-bundle/1"
+LARGEST = 1e38
+"""Of a voxel's value: float32, in which networks compute, holds the difference of two such."""
+
+
+def _warn(note: str) -> None:
+    warnings.warn(note, UserWarning, stacklevel=4)
 
 
 class Predictor:
@@ -30,6 +39,7 @@ class Predictor:
     Args:
         bundle: Directory written by `ssl_core.bundle.write_bundle`, or pulled from a registry.
         device: `cpu`, `cuda`, `cuda:1`; None takes the accelerator when there is one.
+        report: Hears what a scan is a little outside of, and what a bundle does not say; None warns (`UserWarning`).
 
     Attributes:
         kind: `segmenter` or `encoder`.
@@ -40,7 +50,12 @@ class Predictor:
         RefusedInput: a file is missing, does not match its digest, or names something unknown.
     """
 
-    def __init__(self, bundle: str | os.PathLike[str], device: str | None = None) -> None:
+    def __init__(
+        self,
+        bundle: str | os.PathLike[str],
+        device: str | None = None,
+        report: Callable[[str], None] | None = None,
+    ) -> None:
         root = Path(bundle)
         self.card = check_bundle(root)
         self.kind: str = self.card["kind"]
@@ -53,33 +68,57 @@ class Predictor:
         load(name, network, read_safetensors(name), keys)
         self.network = network.to(self.device)
         self.dims = int(self.architecture["dims"])
+        self._report = report or _warn
+        self._silent_bundle = self.plan.training is None
 
     def forward(self, x_BCDHW: Tensor) -> Tensor:
         """Logits of a batch of windows, (B, K, D, H, W)."""
         return logits(self.network, self.dims, x_BCDHW)
 
     def predict(
-        self, source: str | os.PathLike[str] | NDArray[Any], affine: NDArray[Any] | None = None
+        self, source: str | os.PathLike[str] | NDArray[Any], affine: NDArray[Any] | None = None, *, force: bool = False
     ) -> NDArray[Any]:
         """Mask of one volume, in the grid of the input.
 
         Args:
             source: A `.nii` or `.nii.gz` file, or an array (I, J, K) or (I, J, K, C) in file order.
             affine: (4, 4) of an array; voxel-centre indices to RAS+ mm.
+            force: Predict what is far from all that the model learned from, with a note instead of a refusal.
 
         Returns:
             (I, J, K) of the label values in `preprocess.json`, uint8 where they fit, else int32.
 
         Raises:
-            RefusedInput: the volume cannot be read or has another number of channels.
+            RefusedInput: the volume cannot be read, has another number of channels, or is far from what the model
+                learned from.
             ConfigError: the bundle holds an encoder, or an array came without its affine.
         """
-        return self._predict(*_volume(source, affine))
+        return self._predict(*_volume(source, affine), force)
 
-    def predict_file(self, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> NDArray[Any]:
-        """Mask of a file, also written as NIfTI with the geometry fields of the input; returns the mask."""
+    def predict_file(
+        self,
+        source: str | os.PathLike[str],
+        target: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        force: bool = False,
+    ) -> NDArray[Any]:
+        """Mask of a file, also written as NIfTI with the geometry fields of the input; returns the mask.
+
+        Args:
+            source: A `.nii` or `.nii.gz` file.
+            target: File to write, whole or not at all.
+            overwrite: Replace a file that is there; never the source.
+            force: As for `predict`.
+
+        Raises:
+            ConfigError: see `check_target`.
+            RefusedInput: as for `predict`.
+        """
+        check_target(source, target, overwrite=overwrite)
         image = read_nifti(source)
-        mask = self._predict(str(source), image.array, image.affine)
+        mask = self._predict(str(source), image.array, image.affine, force)
+        check_target(source, target, overwrite=overwrite)  # again: minutes may have passed
         write_nifti(target, mask, image.affine, like=image)
         return mask
 
@@ -88,6 +127,8 @@ class Predictor:
         source: str | os.PathLike[str] | NDArray[Any],
         affine: NDArray[Any] | None = None,
         level: int = -1,
+        *,
+        force: bool = False,
     ) -> NDArray[np.float32]:
         """Features of one volume on the canonical grid.
 
@@ -95,14 +136,15 @@ class Predictor:
             source: As for `predict`.
             affine: As for `predict`.
             level: Level of the pyramid, 0 the finest.
+            force: As for `predict`.
 
         Returns:
-            (E, D/stride, H/stride, W/stride); feature k lies at voxels k * stride onwards of the canonical volume
-            (after the resampling of `preprocess.json`, if any).
+            (E, D/stride, H/stride, W/stride); feature k lies at voxels k * stride onwards of the canonical volume,
+            after resampling to the nearest spacing that the model learned from (`Preprocess.target_spacing`).
         """
         name, array, matrix = _volume(source, affine)
         volume = self._canonical(name, array, matrix)
-        image, air = prepare(volume.values_CDHW, volume.affine, self.plan)
+        image, air = self._prepared(name, volume.values_CDHW, volume.affine, None, "", force)
         entry = self.architecture["levels"][level]
         if not entry["module"]:
             raise ConfigError(
@@ -124,6 +166,10 @@ class Predictor:
         values_CDHW: NDArray[Any],
         affine: NDArray[np.float64],
         stats: Sequence[dict[str, float]] | None = None,
+        *,
+        name: str = "volume",
+        modality: str = "",
+        force: bool = False,
     ) -> NDArray[Any]:
         """Mask (D, H, W) of a canonical volume of values; what `predict` does between reading and re-orienting.
 
@@ -131,21 +177,73 @@ class Predictor:
             values_CDHW: Intensities after scale and offset.
             affine: (4, 4); gives the spacing.
             stats: Recorded foreground statistics of each channel, see `prepare`; None computes them.
+            name: What messages call the volume.
+            modality: `CT`, `MR`, ... where it is known.
+            force: As for `predict`.
         """
         if self.kind != "segmenter":
             raise ConfigError(
                 "predict", expected="a segmenter bundle", found=f"an {self.kind} bundle", remedy="use `features`"
             )
-        image, air = prepare(values_CDHW, affine, self.plan, stats)
-        classes = slide(self.forward, image, air, self.plan.patch_DHW, device=self.device).argmax(0).numpy()
-        if self.plan.spacing_mm is not None:
-            classes = back_to_grid(classes, self.plan.spacing_mm, values_CDHW.shape[1:], spacing_dhw(affine))
+        image, air = self._prepared(name, values_CDHW, affine, stats, modality, force)
+        logits_KDHW = slide(self.forward, image, air, self.plan.patch_DHW, device=self.device)
+        if not torch.isfinite(logits_KDHW).all():  # the largest of numbers that are none would be the background
+            raise RefusedInput(
+                name,
+                expected="finite output of the network",
+                found="NaN or infinity",
+                remedy="check the intensities of the volume, and the model on one that it learned from",
+            )
+        classes = logits_KDHW.argmax(0).numpy()
+        target_mm = self.plan.target_spacing(spacing_dhw(affine))
+        if target_mm is not None:
+            classes = back_to_grid(classes, target_mm, values_CDHW.shape[1:], spacing_dhw(affine))
         values = [value for value, _ in self.plan.labels]
         return np.array(values, np.uint8 if max(values) < 256 else np.int32)[classes]
 
-    def _predict(self, name: str, array: NDArray[Any], affine: NDArray[Any]) -> NDArray[Any]:
+    def _predict(self, name: str, array: NDArray[Any], affine: NDArray[Any], force: bool) -> NDArray[Any]:
         volume = self._canonical(name, array, affine)
-        return volume.to_file(self.segment(volume.values_CDHW, volume.affine))
+        return volume.to_file(self.segment(volume.values_CDHW, volume.affine, name=name, force=force))
+
+    def _prepared(
+        self,
+        name: str,
+        values_CDHW: NDArray[Any],
+        affine: NDArray[np.float64],
+        stats: Sequence[dict[str, float]] | None,
+        modality: str,
+        force: bool,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The network's input and its value of air, of a scan that is like those of training."""
+        if values_CDHW.shape[0] != self.plan.channels:
+            raise RefusedInput(
+                name,
+                expected=f"a volume of {self.plan.channels} channel(s)",
+                found=str(values_CDHW.shape[0]),
+                remedy="use a model of as many channels",
+            )
+        training = self.plan.training
+        if training is None:
+            if self._silent_bundle:
+                self._silent_bundle = False
+                self._report(
+                    f"{self.card.get('name', 'the model')}: its bundle, written by an earlier version, does not say"
+                    " which spacing, field of view, modality and intensities it learned from: scans are taken as they"
+                    " are; train it again for a bundle that does"
+                )
+            return prepare(values_CDHW, affine, self.plan, stats)
+        refused, noted = training.check_geometry(values_CDHW.shape[1:], spacing_dhw(affine))
+        if refused and not force:  # before the intensities of what may be no scan at all are measured
+            raise refuse(name, refused)
+        if stats is None:
+            stats = channel_foreground(values_CDHW)[1]
+        absolute = self.plan.intensity["kind"] in ("ct", "none")
+        far, near = training.check_intensities(values_CDHW, stats, modality, absolute)
+        if far and not force:
+            raise refuse(name, far)
+        for note in (*refused, *far, *noted, *near):
+            self._report(f"{name}: {note}")
+        return prepare(values_CDHW, affine, self.plan, stats)
 
     def _canonical(self, name: str, array: NDArray[Any], affine: NDArray[Any]) -> Canonical:
         channels = array.shape[3] if array.ndim == 4 else 1
@@ -160,7 +258,53 @@ class Predictor:
             raise RefusedInput(
                 name, expected="finite voxels", found="NaN or infinity", remedy="replace them before predicting"
             )
+        largest = max(abs(float(array.max())), abs(float(array.min()))) if array.size else 0.0
+        if largest > LARGEST:
+            raise RefusedInput(
+                name,
+                expected=f"values that float32 can compute with, up to {LARGEST:g}",
+                found=f"{largest:g}",
+                remedy="replace outliers, or scale the volume down",
+            )
         return to_canonical(name, array, affine)
+
+
+def check_target(source: str | os.PathLike[str], target: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Refuse to write a mask where something would be lost.
+
+    Args:
+        source: The scan.
+        target: Where its mask is to go.
+        overwrite: Whether another file may be replaced.
+
+    Raises:
+        ConfigError: another ending than `.nii` and `.nii.gz`, the scan itself under whatever name, a folder, or a file
+            or link that is there.
+    """
+    path = Path(target)
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise ConfigError(
+            "output",
+            expected="a name that ends in .nii or .nii.gz",
+            found=str(path),
+            remedy="give a mask such a name",
+        )
+    if path.exists() and Path(source).exists() and path.samefile(source):
+        raise ConfigError(
+            str(path),
+            expected="another file than the scan",
+            found=f"the scan itself, {source}",
+            remedy="give the mask a name of its own",
+        )
+    if path.is_dir():
+        raise ConfigError(str(path), expected="a file to write", found="a folder", remedy="name a file in it")
+    if os.path.lexists(path) and not overwrite:
+        raise ConfigError(
+            str(path),
+            expected="a new file",
+            found="a link" if path.is_symlink() else "a file that is there",
+            remedy="give another name, or replace it with `--overwrite` (Python: overwrite=True)",
+        )
 
 
 def check_bundle(root: Path) -> dict[str, Any]:

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import RefusedInput
-from .grid import resample
+from .grid import resample, spacing_dhw
 from .intensity_stats import STATS_ORDER, channel_foreground
+from .training_data import MOST_VOXELS, TrainingData
 
 AXES = "DHW, D inferior to superior, H posterior to anterior, W left to right"
 LEAST_SPREAD = 1e-30
@@ -23,11 +24,12 @@ class Preprocess:
 
     Attributes:
         channels: Input channels.
-        spacing_mm: (D, H, W) that volumes are resampled to; None keeps each volume's own.
+        spacing_mm: (D, H, W) that volumes are resampled to; None keeps each volume's own where training had such.
         interpolation: How they are resampled, `linear` or `bspline`.
         intensity: `kind` and the constants of the policy; see `constants`.
         patch_DHW: Sliding window, voxels.
         labels: (value in the mask, name) of each class; class 0 is the background.
+        training: What the network learned from; None in a bundle that does not say it.
     """
 
     channels: int
@@ -36,6 +38,7 @@ class Preprocess:
     intensity: dict[str, Any]
     patch_DHW: tuple[int, int, int]
     labels: tuple[tuple[int, str], ...]
+    training: TrainingData | None = None
 
     @classmethod
     def parse(cls, name: str, data: dict[str, Any]) -> "Preprocess":
@@ -47,7 +50,7 @@ class Preprocess:
         try:
             if data["axes"] != AXES:
                 raise ValueError(f"axes {data['axes']!r}")
-            spacing, patch = data["spacing_mm"], data["patch_DHW"]
+            spacing, patch, training = data["spacing_mm"], data["patch_DHW"], data.get("training")
             result = cls(
                 channels=int(data["channels"]),
                 spacing_mm=None if spacing is None else (float(spacing[0]), float(spacing[1]), float(spacing[2])),
@@ -55,6 +58,7 @@ class Preprocess:
                 intensity=dict(data["intensity"]),
                 patch_DHW=(int(patch[0]), int(patch[1]), int(patch[2])),
                 labels=tuple((int(entry["value"]), str(entry["name"])) for entry in data["labels"]),
+                training=None if training is None else TrainingData.parse(training),
             )
             constants(result.intensity, dict.fromkeys(STATS_ORDER, 0.0))
         except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -76,7 +80,17 @@ class Preprocess:
             "intensity": self.intensity,
             "patch_DHW": list(self.patch_DHW),
             "labels": [{"value": value, "name": name} for value, name in self.labels],
+            "training": None if self.training is None else self.training.dump(),
         }
+
+    def target_spacing(self, spacing_mm: tuple[float, float, float]) -> tuple[float, float, float] | None:
+        """The spacing that a volume of this one is brought to before the network; None leaves it as it is.
+
+        That which ingest resampled the training volumes to, or else the nearest that they had.
+        """
+        if self.spacing_mm is not None or self.training is None:
+            return self.spacing_mm
+        return self.training.nearest_spacing(spacing_mm)
 
 
 def constants(policy: Mapping[str, Any], stats: Mapping[str, float]) -> tuple[float, float, float, float]:
@@ -133,14 +147,24 @@ def prepare(
         The network's input (C, D, H, W), and the value of "air", with which crops are padded beyond the volume, (C,).
 
     Raises:
-        RefusedInput: `stats` of another number of channels.
+        RefusedInput: `stats` of another number of channels, or more voxels at the target spacing than memory holds.
     """
     channels = values_CDHW.shape[0]
     if stats is not None and len(stats) != channels:
         raise RefusedInput("statistics", expected=f"{channels}, one of each channel", found=str(len(stats)))
     stored_CDHW = values_CDHW
-    if plan.spacing_mm is not None:
-        values_CDHW, _ = resample(values_CDHW, affine, plan.spacing_mm, plan.interpolation)
+    target_mm = plan.target_spacing(spacing_dhw(affine))
+    if target_mm is not None:
+        old_mm = spacing_dhw(affine)
+        size = [max(1.0, n * o / t) for n, o, t in zip(values_CDHW.shape[1:], old_mm, target_mm, strict=True)]
+        if channels * math.prod(size) > MOST_VOXELS:
+            raise RefusedInput(
+                "resampling",
+                expected=f"at most {MOST_VOXELS} voxels at {target_mm} mm (D, H, W)",
+                found=f"{channels * math.prod(size):.3g}, of voxels of {old_mm} mm",
+                remedy="check the spacing in the header, or cut the scan to the region of interest",
+            )
+        values_CDHW, _ = resample(values_CDHW, affine, target_mm, plan.interpolation)
     # Larger voxels average noise away: statistics of the finer grid are not those that training saw.
     channel_stats = stats if stats is not None and values_CDHW is stored_CDHW else channel_foreground(values_CDHW)[1]
     image, air = np.empty(values_CDHW.shape, np.float32), np.empty(channels, np.float32)

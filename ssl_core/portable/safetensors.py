@@ -1,10 +1,13 @@
 """A reader of the safetensors format: 8 bytes of header length, a JSON header, raw little-endian tensors.
 
-The package `safetensors` is not part of the environment that a bundle may count on.
+The package `safetensors` is not part of the environment that a bundle may count on. Tensors that several names share
+are stored once; the header's metadata names the others, `{"other name": "stored name"}`, as that package's `save_model`
+does.
 """
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ _DTYPES = {
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a file, on the CPU, by name.
+    """All tensors of a file, on the CPU, by name; names that share a tensor have the same one.
 
     Raises:
         RefusedInput: truncated file, a header that is not JSON, an unknown dtype, or a tensor outside the file.
@@ -36,11 +39,29 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
             raise ValueError(f"{len(data)} bytes for a header of {length}")
         header: dict[str, Any] = json.loads(data[8 : 8 + length])
         body = memoryview(data)[8 + length :]
-        return {key: _tensor(key, entry, body) for key, entry in header.items() if key != "__metadata__"}
-    except (ValueError, KeyError, TypeError) as error:
+        others: dict[str, str] = header.pop("__metadata__", {})
+        tensors = {key: _tensor(key, entry, body) for key, entry in header.items()}
+        shared = {other: tensors[key] for other, key in others.items() if key in tensors and other not in tensors}
+        return tensors | shared
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RefusedInput(
             name, expected="a whole safetensors file", found=str(error), remedy="pull the bundle again"
         ) from error
+
+
+def same_tensors(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names whose tensor is that of another name: the same memory, shape and type.
+
+    Returns:
+        Each such name to the first with the fewest parts, which is not among the keys.
+    """
+    groups: dict[Any, list[str]] = {}
+    for name, tensor in state.items():
+        if tensor.numel():
+            place = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+            groups.setdefault(place, []).append(name)
+    first = {name: min(names, key=lambda n: n.count(".")) for names in groups.values() for name in names}
+    return {name: one for name, one in first.items() if name != one}
 
 
 def _tensor(key: str, entry: dict[str, Any], body: memoryview) -> Tensor:

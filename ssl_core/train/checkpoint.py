@@ -267,3 +267,21 @@ def _flush(path: Path) -> None:
 def _flush_folder(path: Path) -> None:
     with contextlib.suppress(OSError):  # some file systems cannot flush a directory
         _flush(path)
+
+
+def require_same_tensors(what: str, own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    """Refuse a state whose tensors are not those of the method that is to have it.
+
+    Raises:
+        ConfigError: names the first that is missing, new, or of another shape or dtype.
+    """
+    for name in sorted(own.keys() | other.keys()):
+        expected = "none" if name not in own else f"{tuple(own[name].shape)} {own[name].dtype}"
+        actual = "none" if name not in other else f"{tuple(other[name].shape)} {other[name].dtype}"
+        if expected != actual:
+            raise ConfigError(
+                f"checkpoint's {what} tensor {name!r}",
+                expected=expected,
+                found=actual,
+                remedy="resume with the method and network that wrote it",
+            )

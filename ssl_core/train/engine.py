@@ -22,7 +22,7 @@ from ssl_core.config import Config, digest
 from ssl_core.distributed import Collectives, Single
 from ssl_core.methods.base import LossTerms, Method, StepContext
 from ssl_core.networks import batch_norm, recompute
-from ssl_core.train import determinism
+from ssl_core.train import checkpoint, determinism
 from ssl_core.train.gradients import FlatGradients, Verdict
 from ssl_core.train.optim import NamedOptimizer
 from ssl_core.train.schedule import cosine, warmup_cosine
@@ -72,7 +72,7 @@ class EngineConfig(Config):
         "less memory, more time",
     )
     deterministic: bool = Field(default=True, description="Deterministic kernels where torch has them; slower on CUDA")
-    seed: int = Field(default=0, ge=0, description="Seed of everything drawn inside a step")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of everything drawn inside a step")
     log_every: int = Field(default=10, ge=1, description="Steps between reports")
     checkpoint_every: int = Field(default=200, ge=1, description="Steps between checkpoints")
     probe_every: int = Field(
@@ -83,6 +83,8 @@ class EngineConfig(Config):
     def _warmup_fits(self) -> "EngineConfig":
         if self.warmup_steps >= self.steps and self.steps > 1:
             raise ValueError(f"warmup_steps below steps ({self.steps}), not {self.warmup_steps}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas from 0 to below 1, not {self.betas}")
         return self
 
     def digest(self) -> str:
@@ -250,7 +252,7 @@ class Engine:
                 remedy="start a new run under another name, or allow the change explicitly",
             )
         own = self.method.state_dict()
-        _require_same_tensors("method", own, state["method"])
+        checkpoint.require_same_tensors("method", own, state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         with torch.no_grad():
             for name, tensor in own.items():
@@ -385,16 +387,3 @@ def resolve_precision(setting: str, device: torch.device) -> str:
 def _named_values(terms: LossTerms, total: Tensor) -> dict[str, Tensor]:
     losses = {f"loss/{name}": value for name, value in terms.terms.items()}
     return {"loss": total} | losses | {f"monitor/{name}": value for name, value in terms.monitors.items()}
-
-
-def _require_same_tensors(what: str, own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
-    for name in sorted(own.keys() | other.keys()):
-        expected = "none" if name not in own else f"{tuple(own[name].shape)} {own[name].dtype}"
-        actual = "none" if name not in other else f"{tuple(other[name].shape)} {other[name].dtype}"
-        if expected != actual:
-            raise ConfigError(
-                f"checkpoint's {what} tensor {name!r}",
-                expected=expected,
-                found=actual,
-                remedy="resume with the method and network that wrote it",
-            )

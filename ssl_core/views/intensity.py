@@ -6,12 +6,12 @@ channel has its own statistics and so its own constants; those of a policy (`ct`
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ssl_core.config import Config
@@ -19,6 +19,9 @@ from ssl_core.portable import preprocess
 from ssl_core.to_device import to_device
 from storage.errors import ConfigError
 from storage.intensity_stats import STATS_ORDER
+
+WIDEST_WINDOW = 1e6
+"""HU; float32 tells single units apart within it."""
 
 
 class IntensityPolicy(Config):
@@ -34,6 +37,20 @@ class IntensityPolicy(Config):
     high: float = Field(325.0, description="ct: upper end of the window, HU (PGL's clip, second-hand)")
     mean: float = Field(-158.58, description="ct: subtracted, HU (lung CT fingerprint, second-hand)")
     std: float = Field(324.70, description="ct: divided by, HU (lung CT fingerprint, second-hand)")
+
+    @model_validator(mode="after")
+    def _check_window(self) -> Self:
+        """A window that is none, or constants far from it, make every voxel the same to the network."""
+        width = self.high - self.low
+        if self.kind != "ct":
+            return self
+        if not 0 < width <= WIDEST_WINDOW:
+            raise ValueError(f"low ({self.low:g}) below high ({self.high:g}), at most {WIDEST_WINDOW:g} apart")
+        if not width * 1e-3 <= self.std <= width * 1e3:
+            raise ValueError(f"std ({self.std:g}) from a thousandth of the window of {width:g} to a thousand times it")
+        if not self.low - 10 * width <= self.mean <= self.high + 10 * width:
+            raise ValueError(f"mean ({self.mean:g}) in or near the window from {self.low:g} to {self.high:g}")
+        return self
 
 
 def normalise(

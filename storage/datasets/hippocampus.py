@@ -91,6 +91,7 @@ def fetch_hippocampus(
 
 def _download(url: str, partial: Path, progress: Report | None, timeout_s: float, tries: int) -> None:
     problem = ""
+    # By hand: each try goes on where the last one ended, so that tries are bounded and a slow line is not.
     for attempt in range(tries):
         if attempt:
             time.sleep(min(2.0**attempt / 4, 4))

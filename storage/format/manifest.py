@@ -16,7 +16,6 @@ import json
 import threading
 import zlib
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import pairwise
@@ -26,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from cachetools import LRUCache
 
 from storage.errors import ConfigError, CorruptChunk, NotFound, StoreError
 from storage.format.manifest_rows import SCHEMA, from_row, to_row
@@ -70,7 +70,7 @@ class Manifest:
                 remedy="read it with the version of this project that wrote it, or ingest again into an empty store",
             )
         self._rows, self._per_group = file.rows, file.rows_per_group
-        self._groups: OrderedDict[int, pa.Table] = OrderedDict()
+        self._groups: LRUCache[int, pa.Table] = LRUCache(GROUPS_KEPT)
         self._lock = threading.Lock()
 
     @classmethod
@@ -219,14 +219,11 @@ class Manifest:
 
     def _group(self, g: int) -> pa.Table:
         with self._lock:
-            if g in self._groups:
-                self._groups.move_to_end(g)
-                return self._groups[g]
-        table = self._file.group(g)
-        with self._lock:
-            self._groups[g] = table
-            if len(self._groups) > GROUPS_KEPT:
-                self._groups.popitem(last=False)
+            table = self._groups.get(g)
+        if table is None:
+            table = self._file.group(g)
+            with self._lock:
+                self._groups[g] = table
         return table
 
 

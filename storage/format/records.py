@@ -45,7 +45,7 @@ class DerivedRecord:
         name: Key below `labels/`; ends in a digest of what made it, so that another setting is another map.
         made: What made it, as text.
         regions: Different values but 0.
-        content_sha256: Digest of its values, as `volumewriter.content_sha256` makes it.
+        content_sha256: Digest of its values, as `volume_writer.content_sha256` makes it.
         dtype: Stored dtype.
     """
 

@@ -23,7 +23,7 @@ from storage.errors import ConfigError, NotFound, RefusedInput, StoreError
 from storage.format.manifest import Manifest, update
 from storage.format.records import DerivedRecord, VolumeRecord
 from storage.format.volume_writer import write_derived
-from storage.ingest.pipeline import map_threads
+from storage.ingest.mapping import map_threads
 from storage.objects import ByteStore, open_store
 from storage.reading.volume_store import VolumeStore
 
@@ -82,7 +82,7 @@ class Mapper(Protocol):
     """Maps a module-level function over picklable work and yields results in any order."""
 
     def __call__(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-        """See `storage.ingest.pipeline.map_threads`."""
+        """See `storage.ingest.mapping.map_threads`."""
 
 
 def lacking(manifest: Manifest, name: str) -> list[int]:

@@ -14,7 +14,8 @@ class IngestItem:
         label: Absolute path of the label map or DICOM segmentation, if any.
         subject: What the split is made by. Of a DICOM series, the PatientID as found: never written anywhere as it is.
         source: Path of the first image relative to the ingested folder, or of the folder that holds the series.
-        study, series: DICOM instance UIDs as found; empty otherwise.
+        study, series: DICOM instance UIDs as found; of BIDS, participant and session as the study; empty otherwise.
+        columns: What a subject table says of it beside the person.
         channels: The four digits in the names of `images` that are channels; a volume that lacks one is refused.
     """
 
@@ -27,6 +28,7 @@ class IngestItem:
     study: str = ""
     series: str = ""
     channels: tuple[str, ...] = ()
+    columns: tuple[tuple[str, str], ...] = ()
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -51,10 +53,13 @@ class Discovery:
     """What `discover` found, in the order of the names.
 
     `orphans` name images without a label (they are items all the same, unlabelled) and labels without an image (they
-    are not). `ignored` are the files that no reader knows.
+    are not). `ignored` are the files that no reader knows, `refused` those that cannot be told apart by their names,
+    `notes` what was in doubt about whose a scan is.
     """
 
     root: str
     items: tuple[IngestItem, ...]
     orphans: tuple[Orphan, ...]
     ignored: tuple[str, ...]
+    refused: tuple[Orphan, ...] = ()
+    notes: tuple[str, ...] = ()

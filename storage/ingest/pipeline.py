@@ -11,16 +11,14 @@ Memory of a task: at most about 26 bytes a voxel of the larger of source and res
 copies, percentile copy, stored int16, label); `ReadPolicy.max_voxels` bounds it.
 """
 
-import os
 import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from storage.errors import NotFound, RefusedInput, StoreError
 from storage.format.layout import choose_layout
@@ -41,18 +39,18 @@ from storage.ingest.claims import (
 from storage.ingest.dataset_facts import dataset_facts
 from storage.ingest.deidentify import Pseudonyms, load_salt
 from storage.ingest.discover import discover, legible
-from storage.ingest.items import IngestItem, Orphan
+from storage.ingest.items import Discovery, IngestItem, Orphan
+from storage.ingest.label_like import check_told
+from storage.ingest.mapping import HERE, map_threads
+from storage.ingest.names.table import with_columns
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.prepare import prepare
-from storage.ingest.publish import check_subjects, folders_of_people, publish
-from storage.ingest.quarantine import QUARANTINE, Quarantined, read_quarantine, write_quarantine
+from storage.ingest.publish import check_subjects, publish
+from storage.ingest.quarantine import QUARANTINE, Quarantined, by_reason, read_quarantine, write_quarantine
 from storage.ingest.readers.registry import format_of, split_name
 from storage.ingest.source_digest import source_digest, source_state
 from storage.objects import ByteStore, open_store
 from storage.objects.fsync import file_system_of, unforced
-
-W = TypeVar("W")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,34 +128,6 @@ class Mapper(Protocol):
         """See `map_threads` for the plain case."""
 
 
-def map_serial(function: Callable[[Work], Outcome], items: Iterable[Work]) -> Iterator[Outcome]:
-    """One volume after another, in this thread."""
-    return map(function, items)
-
-
-def map_threads(function: Callable[[W], R], items: Iterable[W]) -> Iterator[R]:
-    """A thread a core, with as many volumes in memory; decompression and hashing run outside the interpreter lock."""
-    workers = min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers, thread_name_prefix="ingest") as pool:
-        running: set[Future[R]] = set()
-        try:
-            for item in items:
-                running.add(pool.submit(function, item))
-                if len(running) > workers:
-                    done, running = wait(running, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
-            while running:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-        finally:
-            for future in running:
-                future.cancel()
-
-
-HERE = (map_serial, map_threads)
-"""Mappers whose tasks write from this machine: what they wrote, its system can force to the disk at the end."""
-
-
 def run(
     src: str,
     dst: str,
@@ -165,6 +135,8 @@ def run(
     *,
     mapper: Mapper = map_threads,
     progress: Callable[[Progress], None] | None = None,
+    discovered: Callable[[Discovery], None] | None = None,
+    refusals: Callable[[Sequence[Quarantined]], None] | None = None,
     append: bool = False,
     name: str = "",
     pseudonyms: Pseudonyms | None = None,
@@ -177,6 +149,8 @@ def run(
         policy: See `IngestPolicy`.
         mapper: How tasks are run.
         progress: Called after each volume, in the calling thread.
+        discovered: Called with what the folder holds, before anything is read.
+        refusals: Called with the refused volumes, where there are any, however the run ends.
         append: Keep published volumes that `src` does not hold; otherwise the new manifest is `src` and nothing else.
         name: Of the data set; the last part of the URL when empty.
         pseudonyms: Salt of identifiers; the user's (`load_salt`) when None and needed.
@@ -188,8 +162,9 @@ def run(
     """
     policy = policy or IngestPolicy()
     started = time.monotonic()
-    discovery = discover(src, policy.subject_pattern)
-    check_subjects(src, [item.subject for item in discovery.items], 1 if append else policy.min_subjects)
+    discovery = discover(src, policy.subject_pattern, policy.subject_table)
+    if discovered is not None:
+        discovered(discovery)
     store = open_store(dst)
     before = _published(store)
     refused_before = read_quarantine(store)[1]
@@ -197,38 +172,47 @@ def run(
         pseudonyms = load_salt(store.url, used=any(record.source.startswith(HIDDEN) for record in before))
     facts = dataset_facts(discovery.root, name or dst.rstrip("/").rpartition("/")[2])
     works = _plan(discovery.items, dst, policy, pseudonyms, before, facts.modality)
+    refused = [_clash(orphan, policy, pseudonyms) for orphan in discovery.refused]
     outcomes: list[Outcome] = []
-    resumed = any(True for _ in store.list("ingest/"))
-    with file_system_of(store) as disk:
-        device = disk.device if disk is not None and mapper in HERE else None
-        works = [replace(work, resumed=resumed, unforced=device) for work in works]
-        for outcome in mapper(ingest_work, works):
-            outcomes.append(outcome)
-            if progress is not None:
-                progress(_progress(outcomes, len(works), time.monotonic() - started))
-        if disk is not None:  # also for what an earlier run wrote and did not get to force
-            disk.sync()
-    refused = tuple(sorted((o.refused for o in outcomes if o.refused), key=lambda q: q.source))
+    try:
+        subjects = [item.subject for item in discovery.items]
+        check_subjects(src, subjects, 1 if append else policy.min_subjects, refused)
+        resumed = any(True for _ in store.list("ingest/"))
+        with file_system_of(store) as disk:
+            device = disk.device if disk is not None and mapper in HERE else None
+            works = [replace(work, resumed=resumed, unforced=device) for work in works]
+            for outcome in mapper(ingest_work, works):
+                outcomes.append(outcome)
+                if outcome.refused is not None:
+                    refused.append(outcome.refused)
+                if progress is not None:
+                    progress(_progress(outcomes, len(works), time.monotonic() - started))
+            if disk is not None:  # also for what an earlier run wrote and did not get to force
+                disk.sync()
+    finally:
+        refused.sort(key=lambda q: q.source)
+        if refused and refusals is not None:
+            refusals(refused)
     records = [o.record for o in outcomes if o.record]
     stale = {work.source for work in works} | (set() if append else set(refused_before))
     write_quarantine(store, refused, stale)
-    if len(refused) > policy.max_failed * len(works):
+    if len(refused) > policy.max_failed * (len(works) + len(discovery.refused)):
         raise RefusedInput(
             src,
             expected=f"at most {policy.max_failed:.0%} of the volumes refused",
-            found=f"{len(refused)} of {len(works)}, the first: {refused[0]}",
+            found=f"{len(refused)} of {len(works) + len(discovery.refused)}: {'; '.join(by_reason(refused))}",
             remedy=f"see {QUARANTINE} in the store; repair them, or raise max_failed",
         )
-    manifest, warnings = publish(store, records, policy, facts.dataset, before, append=append)
+    manifest, warnings = publish(store, records, policy, facts.dataset, before, append=append, refused=refused)
     _drop_side_records(store, records)
     return IngestReport(
         published=len(manifest),
         written=sum(o.record is not None and not o.skipped for o in outcomes),
         skipped=sum(o.skipped for o in outcomes),
-        quarantined=refused,
+        quarantined=tuple(refused),
         orphans=discovery.orphans,
         ignored=discovery.ignored,
-        warnings=(*warnings, *(folders_of_people(discovery.items) if policy.subject_pattern is None else ())),
+        warnings=(*warnings, *discovery.notes),
         manifest=manifest,
         bytes_in=sum(o.bytes_in for o in outcomes),
         seconds=time.monotonic() - started,
@@ -277,7 +261,8 @@ def ingest_item(work: Work) -> tuple[VolumeRecord, bool]:
     if earlier is None and work.resumed:
         earlier = recorded(store, work.volume_id, digest, version)
     if earlier is not None:
-        return replace(earlier, subject=work.subject, study=work.study), True
+        check_told(work.item.source, earlier.notes, policy)
+        return _of_this_run(earlier, work), True
     ready = prepare(work.item, policy, work.modality)
     if source_state(work.item) != state:  # or the digest would be of other bytes than the voxels
         raise RefusedInput(
@@ -319,7 +304,22 @@ def ingest_item(work: Work) -> tuple[VolumeRecord, bool]:
         layout=layout,
     )
     replace(sidecar, record=record, forced=work.unforced is None).save(store)
-    return record, False
+    return _of_this_run(record, work), False
+
+
+def _of_this_run(record: VolumeRecord, work: Work) -> VolumeRecord:
+    """The record with what a later run may say otherwise: whose it is, and what a subject table adds."""
+    columns = () if hides(work.item, work.policy) else work.item.columns
+    notes = with_columns(record.notes, columns)
+    return replace(record, subject=work.subject, study=work.study, notes=notes)
+
+
+def _clash(orphan: Orphan, policy: IngestPolicy, pseudonyms: Pseudonyms | None) -> Quarantined:
+    """The refusal of a file that no item was made of, since another claims its name."""
+    if policy.identifiers != "hash" or pseudonyms is None:
+        return Quarantined(orphan.source, orphan.source, orphan.what)
+    reason = "expected one file for one name; found others as well; remove or rename one of them"
+    return Quarantined(orphan.source, f"{HIDDEN}{pseudonyms.of('source', orphan.source)}", reason)
 
 
 def _drop_side_records(store: ByteStore, records: Iterable[VolumeRecord]) -> None:

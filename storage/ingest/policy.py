@@ -11,7 +11,7 @@ from storage.ingest.readers.raw import ReadPolicy
 VERSION = 1
 """Raised, from the first release on, when the same source and policy would give other voxels or facts than before."""
 
-_OUTSIDE = {"split", "seed", "min_subjects", "max_failed", "subject_pattern"}
+_OUTSIDE = {"split", "seed", "min_subjects", "max_failed", "subject_pattern", "subject_table", "label_maps"}
 
 
 class IngestPolicy(BaseModel):
@@ -45,6 +45,15 @@ class IngestPolicy(BaseModel):
         description="auto: DICOM patients, studies, series and paths as salted hashes, file names kept; hash: both",
     )
     subject_pattern: str | None = Field(default=None, description="regular expression that finds the subject in a path")
+    subject_table: str | None = Field(
+        default=None,
+        description="CSV or participants.tsv that says whose a file or subject is (column person); absolute, or below "
+        "the ingested folder",
+    )
+    label_maps: Literal["refuse", "keep"] = Field(
+        default="refuse",
+        description="an image of a few values in patches, as label maps are: refuse it, or publish it as an image",
+    )
     crop_DHW: tuple[int, int, int] = Field(default=(96, 96, 96), description="usual crop; chunks are chosen for it")
     split: tuple[float, float, float] = Field(
         default=(0.7, 0.1, 0.2), description="shares of subjects: train, val, test"

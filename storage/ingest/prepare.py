@@ -16,6 +16,7 @@ from storage import geometry
 from storage.errors import RefusedInput
 from storage.format.records import ChannelStats
 from storage.ingest.items import IngestItem
+from storage.ingest.label_like import check_no_label_map
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.readers.raw import RawVolume
 from storage.ingest.readers.read import read_item, read_label
@@ -96,6 +97,7 @@ def prepare(item: IngestItem, policy: IngestPolicy, modality: str = "") -> Prepa
     notes = raw.notes
     orientation = geometry.orientation(raw.affine)
     image, affine = geometry.canonicalise(raw.array_CDHW, raw.affine)
+    check_no_label_map(item.source, image, policy, notes)
     label_DHW = None if label is None else _matched_label(item, label, raw, image, affine, policy, notes)
     whole = image.dtype.kind in "iu"
     kind = policy.modality or raw.modality or modality or _looks_like_ct(image, notes)

@@ -9,10 +9,9 @@ published, merges, and replaces the pointer only if nobody else did meanwhile; w
 - maps that were computed meanwhile stay with their volumes, and published subjects keep their split.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import PurePosixPath
 from typing import Any
 
 from storage.errors import RefusedInput
@@ -20,13 +19,10 @@ from storage.format.manifest import Manifest, update
 from storage.format.records import VolumeRecord
 from storage.ingest import splits
 from storage.ingest.claims import image_digest
-from storage.ingest.items import IngestItem
+from storage.ingest.names.subjects import EACH_FILE
 from storage.ingest.policy import IngestPolicy
-from storage.ingest.readers.registry import format_of
+from storage.ingest.quarantine import Quarantined, by_reason
 from storage.objects import ByteStore
-
-_A_FEW = 20
-"""Scans that one person may have."""
 
 
 def publish(
@@ -37,6 +33,7 @@ def publish(
     before: Sequence[VolumeRecord] = (),
     *,
     append: bool = False,
+    refused: Sequence[Quarantined] = (),
 ) -> tuple[Manifest, tuple[str, ...]]:
     """Assign splits, note duplicates, check for leaks, and replace the manifest in one step.
 
@@ -45,6 +42,7 @@ def publish(
         dataset: Facts of the data set.
         before: What was published when the run began.
         append: Keep those too.
+        refused: What this run refused: named where too few subjects are left.
 
     Returns:
         The manifest and what a reader should know about it.
@@ -71,44 +69,43 @@ def publish(
         if others and latest is not None:
             facts = _joined(latest.dataset, dataset, warnings)
         earlier = _splits(own.values(), (*before, *published))
-        return Manifest.from_records(_split([*own.values(), *others], policy, earlier, store.url, warnings), facts)
+        return Manifest.from_records(
+            _split([*own.values(), *others], policy, earlier, store.url, warnings, refused), facts
+        )
 
     return update(store, merged), tuple(warnings)
 
 
-def check_subjects(thing: str, subjects: Iterable[str], least: int) -> None:
+def check_subjects(thing: str, subjects: Sequence[str], least: int, refused: Sequence[Quarantined] = ()) -> None:
     """Refuse fewer subjects than `least`.
 
+    Args:
+        thing: What the error names.
+        subjects: Of each volume that is left.
+        refused: Volumes that were refused, which may be why.
+
     Raises:
-        RefusedInput: names `thing`.
+        RefusedInput: too few subjects, with the reasons of the refusals, or the names that were taken for one person's.
     """
     count = len(set(subjects))
-    if count < least:
+    if count >= least:
+        return
+    expected = f"at least {least} subjects, to be split into training and test"
+    if refused:
         raise RefusedInput(
             thing,
-            expected=f"at least {least} subjects, to be split into training and test",
-            found=f"{count}",
-            remedy="add subjects, correct subject_pattern, or set min_subjects to 1 for a store that is never split",
+            expected=f"{expected}, after the refused volumes are left out",
+            found=f"{count}; {'; '.join(by_reason(refused))}",
+            remedy="repair the refused volumes, or see what the policy can do with them",
         )
-
-
-def folders_of_people(items: Iterable[IngestItem]) -> tuple[str, ...]:
-    """A warning where several folders hold a few volumes each, all of which count as subjects of their own.
-
-    Such folders are often a person's, whose scans would come into different splits, and no check can see it.
-    """
-    folders: defaultdict[str, list[str]] = defaultdict(list)
-    for item in items:
-        if not format_of(item.kind).hides_identity and item.subject == item.name:
-            folders[str(PurePosixPath(item.source).parent)].append(item.source)
-    several = {folder: names for folder, names in folders.items() if len(names) > 1}
-    if len(several) < 2 or max(map(len, several.values())) > _A_FEW:
-        return ()
-    folder, names = min(several.items())
-    return (
-        f"{len(several)} folders hold several volumes that count as different subjects, such as {folder} with "
-        f"{len(names)}: if a folder is one person's, set subject_pattern, or it may be in training and test",
-    )
+    remedy = "add subjects, correct subject_pattern, or set min_subjects to 1 for a store that is never split"
+    if len(subjects) > count:
+        times = Counter(subjects).most_common(1)[0][1]
+        remedy = (
+            f"if the {times} volumes of one of them are different people, set subject_pattern='{EACH_FILE}' or a "
+            f"subject_table; else {remedy}"
+        )
+    raise RefusedInput(thing, expected=expected, found=f"{count}", remedy=remedy)
 
 
 def _under_published_ids(records: Iterable[VolumeRecord], published: Sequence[VolumeRecord]) -> dict[str, VolumeRecord]:
@@ -119,7 +116,7 @@ def _under_published_ids(records: Iterable[VolumeRecord], published: Sequence[Vo
     for record in records:
         same = versions.get(_version(record))
         if same is not None:
-            record = replace(same, subject=record.subject, study=record.study)
+            record = replace(same, subject=record.subject, study=record.study, notes=record.notes)
         elif record.volume_id in ids:
             raise RefusedInput(
                 f"volume {record.volume_id}",
@@ -169,9 +166,10 @@ def _split(
     earlier: Mapping[str, str],
     thing: str,
     warnings: list[str],
+    refused: Sequence[Quarantined],
 ) -> list[VolumeRecord]:
     """The records with their splits, and notes on equal content."""
-    check_subjects(thing, [record.subject for record in records], policy.min_subjects)
+    check_subjects(thing, [record.subject for record in records], policy.min_subjects, refused)
     members = [(record.subject, image_digest(record)) for record in records]
     # Other policies make other voxels of the same file: whoever has its copy under another name is the same person too.
     members += [(record.subject, f"source {record.source_sha256}") for record in records if record.source_sha256]

@@ -1,6 +1,8 @@
 """The list of refused volumes in a store, `quarantine.jsonl`: one JSON object a line, source and reason."""
 
 import json
+import re
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +11,7 @@ from storage.objects import ByteStore
 
 QUARANTINE = "quarantine.jsonl"
 _TRIES = 50
+_EXAMPLES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,25 @@ class Quarantined:
     def __str__(self) -> str:
         """One line."""
         return f"{self.source}: {self.reason}"
+
+
+def by_reason(refused: Sequence[Quarantined]) -> list[str]:
+    """One line a reason, with its count and the first names, the most frequent first; numbers make no other reason."""
+    groups: defaultdict[str, list[Quarantined]] = defaultdict(list)
+    for one in refused:
+        groups[_kind(one)].append(one)
+    lines = []
+    for group in sorted(groups.values(), key=len, reverse=True):
+        names = ", ".join(one.source for one in group[:_EXAMPLES])
+        more = f" and {len(group) - _EXAMPLES} more" if len(group) > _EXAMPLES else ""
+        lines.append(f"{len(group)} refused ({names}{more}): {group[0].reason}")
+    return lines
+
+
+def _kind(one: Quarantined) -> str:
+    """The reason without names and numbers."""
+    words = (word for word in one.reason.split() if "/" not in word and "." not in word.strip(".,;:"))
+    return re.sub(r"\d+", "#", " ".join(words))
 
 
 def read_quarantine(store: ByteStore) -> tuple[bytes | None, dict[str, str]]:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from unicodedata import category
 from urllib.parse import unquote, urlsplit
 
 from storage.errors import ConfigError
@@ -17,10 +18,10 @@ def open_store(url: str, policy: RetryPolicy | None = None) -> ByteStore:
     Credentials and endpoints come from the ordinary AWS environment, never from the URL.
 
     Raises:
-        ConfigError: the URL is malformed, carries credentials, or names an unknown scheme.
+        ConfigError: see `check_url`, or the URL is malformed or names an unknown scheme.
     """
     policy = policy or RetryPolicy.from_environment()
-    refuse_credentials(url)
+    check_url(url)
     if "://" not in url:
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/|(s3|file|memory|https?):", url):  # silently a folder of that odd name
             raise ConfigError(url, expected="two slashes behind the scheme, as in s3://bucket", found="fewer")
@@ -51,6 +52,34 @@ def open_store(url: str, policy: RetryPolicy | None = None) -> ByteStore:
     from storage.objects.any_fsspec import FsspecStore
 
     return FsspecStore(url, policy)
+
+
+def check_url(url: str) -> None:
+    """Refuse a URL that carries credentials, or that could mean another place than it says.
+
+    Backends differ on `.`, `..` and empty parts of a path: some resolve them, some take them as names. An empty URL, as
+    of a variable that is not set, would be the current folder. A plain path is the file system's to resolve.
+
+    Raises:
+        ConfigError: names what is wrong.
+    """
+    refuse_credentials(url)
+    remedy = "write the place out, such as s3://bucket/folder or file:///data/folder"
+    if not url.strip():
+        raise ConfigError("URL", expected="the place of a store", found=repr(url), remedy=f"{remedy}; . is this folder")
+    if any(category(character) == "Cc" for character in url):
+        raise ConfigError(repr(url), expected="a URL without control characters", found="one", remedy=remedy)
+    scheme, mark, rest = url.partition("://")
+    if not mark or scheme == "file" or "::" in url:
+        return
+    if url != url.strip():
+        raise ConfigError(repr(url), expected="a URL without spaces around it", found="some", remedy=remedy)
+    parts = rest.removesuffix("/").split("/") if rest else []
+    wrong = ("", ".", "..") if scheme in ("s3", "memory") else (".", "..")
+    if any(unquote(part) in wrong for part in parts):
+        raise ConfigError(
+            url, expected="a path without empty parts, '.' and '..'", found=f"the path {rest}", remedy=remedy
+        )
 
 
 def refuse_credentials(url: str) -> None:

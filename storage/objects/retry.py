@@ -1,6 +1,7 @@
 """Retries for object stores: capped exponential backoff with full jitter under one deadline.
 
 The libraries below keep their own retries off, since nested retries multiply (platform defaults hang for minutes).
+By hand, because libraries of retries bound the start of the last attempt and not its end.
 """
 
 import os

@@ -3,7 +3,6 @@
 import math
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from cachetools import LRUCache
 
 from storage.errors import CorruptChunk, NotFound, StoreError
 from storage.fork_guard import same_process
@@ -316,28 +316,21 @@ class Executor:
 
 
 class Recent(Generic[T]):
-    """A bounded map of the entries used last."""
+    """A map of the `most` entries used last, for threads."""
 
     def __init__(self, most: int) -> None:
-        self._most = most
-        self._entries: OrderedDict[Hashable, T] = OrderedDict()
+        self._entries: LRUCache[Hashable, T] = LRUCache(most)
         self._lock = threading.Lock()
 
     def peek(self, key: Hashable) -> T | None:
         """The entry, or None."""
         with self._lock:
-            if key in self._entries:
-                self._entries.move_to_end(key)
-                return self._entries[key]
-            return None
+            return self._entries.get(key)
 
     def put(self, key: Hashable, value: T) -> None:
         """Add an entry; the one unused longest goes."""
         with self._lock:
             self._entries[key] = value
-            self._entries.move_to_end(key)
-            if len(self._entries) > self._most:
-                self._entries.popitem(last=False)
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """The entry, made where it is missing; two threads may both make it."""

@@ -13,6 +13,7 @@ from jobs import driver, submit
 from jobs.configs import FinetuneJobConfig, PretrainConfig, TuneConfig
 from jobs.tracking import models as registry
 from jobs.tracking import runs as tracking
+from jobs.tune import METRIC
 from ssl_core.config import parse
 from storage.objects import open_store
 from tests.kit.ahead import Ahead
@@ -117,6 +118,38 @@ def test_a_search_goes_on_after_its_drivers_death(searched: tuple[dict[str, Any]
     assert run.info.status == "FINISHED"
     children = api.search_runs([run.info.experiment_id], f"tags.mlflow.parentRunId = '{run.info.run_id}'")
     assert len(children) == 5
+    require_its_own_points(result, children)
+
+
+def require_its_own_points(result: dict[str, Any], children: list[Any]) -> None:
+    """Each child has the parameters and the points of one trial, and its id."""
+    api = tracking.client()
+    by_id = {trial["id"]: trial for trial in result["trials"]}
+    assert sorted(child.data.tags["tomoscale.trial"] for child in children) == sorted(by_id)
+    for child in children:
+        trial = by_id[child.data.tags["tomoscale.trial"]]
+        assert child.info.run_name.endswith(f"-{trial['trial']}")
+        assert float(child.data.params["lr"]) == trial["lr"]
+        points = api.get_metric_history(child.info.run_id, METRIC)
+        assert [p.value for p in sorted(points, key=lambda p: p.step)] == pytest.approx(trial["scores"])
+
+
+def test_a_search_sent_again_mixes_no_trials(
+    local_stack: StackInfo, phantoms: str, encoder: str, searched: tuple[dict[str, Any], list[str]]
+) -> None:
+    """It was continued after a death, and has ended: a second start lists its trials in another order."""
+    before, _ = searched
+    api = tracking.client()
+    run = api.get_run(before["run_id"])
+    job = parse(TuneConfig, common("search", phantoms) | {"encoders": [encoder, "none"], "trials": 5, "concurrent": 2})
+    job = job.model_copy(update={"name": run.data.tags["tomoscale.job"]})
+    submit.run(local_stack.jobs_address, "jobs.tune", job, job.name, show=lambda _: None)
+    again = driver.read_result("s3://runs", job.name)
+    assert again["trials"] == before["trials"]
+    assert again["chosen"] == before["chosen"]
+    children = api.search_runs([run.info.experiment_id], f"tags.mlflow.parentRunId = '{run.info.run_id}'")
+    assert len(children) == 5
+    require_its_own_points(again, children)
 
 
 def test_fine_tuning_keeps_what_was_done_before_its_drivers_death(

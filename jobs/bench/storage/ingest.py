@@ -268,6 +268,7 @@ def _cpu_s() -> float:
 def ours(job: Mapping[str, Any]) -> None:
     """Ingest the files of a job."""
     from storage.ingest import pipeline as ingest
+    from storage.ingest.mapping import map_serial, map_threads
     from storage.ingest.policy import IngestPolicy
 
     source = Path(job["target"]) / "source"
@@ -276,7 +277,7 @@ def ours(job: Mapping[str, Any]) -> None:
         (source / Path(path).name).symlink_to(path)
     spacing = "native" if job["spacing_mm"] is None else float(job["spacing_mm"])
     policy = IngestPolicy(spacing_mm=spacing, min_subjects=1)
-    mapper = ingest.map_serial if job["cores"] == 1 else ingest.map_threads
+    mapper = map_serial if job["cores"] == 1 else map_threads
     report = ingest.run(str(source), (Path(job["target"]) / "store").as_uri(), policy, mapper=mapper)
     if report.published != len(job["files"]):
         raise StoreError("bench ingest", expected=f"{len(job['files'])} volumes", found=f"{report.published}")

@@ -39,6 +39,7 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     evaluate.add_argument("data", help="URL of a store with labels")
     evaluate.add_argument("--split", default="test", help="split of the manifest (default: test)")
     evaluate.add_argument("--label", default="label", help="name of the label map (default: label)")
+    _add_force(evaluate)
     evaluate.add_argument("--tolerance-mm", type=float, default=1.0, help="tolerance of the NSD (default: 1)")
     add_json(evaluate)
     add_state(evaluate)
@@ -48,8 +49,15 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     predict.add_argument("model", help="model URI, or a bundle's folder")
     predict.add_argument("input", type=Path, help=".nii or .nii.gz")
     predict.add_argument("output", type=Path, help=".nii or .nii.gz to write")
+    predict.add_argument("--overwrite", action="store_true", help="replace the output where it is there")
+    _add_force(predict)
     add_state(predict)
     predict.set_defaults(run=_predict)
+
+
+def _add_force(verb: argparse.ArgumentParser) -> None:
+    text = "predict what is far from all that the model learned from (spacing, field of view, intensities), with a note"
+    verb.add_argument("--force", action="store_true", help=text)
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -125,7 +133,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             record = manifest.record(index)
             values = store.read_volume(record.volume_id) * record.scale + record.offset
             affine = np.array(record.affine).reshape(4, 4)
-            mask = predictor.segment(values, affine, record.stats)
+            mask = predictor.segment(
+                values,
+                affine,
+                record.stats,
+                name=record.volume_id,
+                modality=record.modality,
+                force=arguments.force,
+            )
             truth = store.read_volume(record.volume_id, label=arguments.label)[0]
             scores = score_case(
                 mask, truth, labels=names, spacing_mm=record.spacing_mm, tolerance_mm=arguments.tolerance_mm
@@ -148,29 +163,26 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    if not arguments.output.name.endswith((".nii", ".nii.gz")):
-        raise ConfigError(
-            "output",
-            expected="a name that ends in .nii or .nii.gz",
-            found=str(arguments.output),
-            remedy="give a mask such a name",
-        )
+    from ssl_core.portable.predictor import check_target
+
     if not arguments.input.is_file():
         raise ConfigError(str(arguments.input), expected="a NIfTI file", found="no such file", remedy="check the path")
     if not arguments.output.parent.is_dir():
         raise ConfigError(str(arguments.output.parent), expected="a folder", found="none", remedy="create it first")
+    check_target(arguments.input, arguments.output, overwrite=arguments.overwrite)
     use_stack(arguments)
     with tempfile.TemporaryDirectory(prefix="tomoscale-model-") as folder:
         predictor = _predictor(arguments.model, Path(folder))
-        mask = _write_mask(predictor, arguments.input, arguments.output)
+        mask = _write_mask(predictor, arguments)
     counts = {name: int((mask == value).sum()) for value, name in predictor.plan.labels}
     print(f"{arguments.output}: {mask.shape}, voxels {counts}", file=sys.stderr)
     return 0
 
 
-def _write_mask(predictor: Any, source: Path, target: Path) -> Any:
+def _write_mask(predictor: Any, arguments: argparse.Namespace) -> Any:
+    source, target = arguments.input, arguments.output
     try:
-        return predictor.predict_file(source, target)
+        return predictor.predict_file(source, target, overwrite=arguments.overwrite, force=arguments.force)
     except OSError as error:
         if error.filename == str(source):
             raise
@@ -191,7 +203,7 @@ def _predictor(model: str, folder: Path) -> Any:
         from jobs.tracking import models as registry
 
         bundle = registry.pull(model, folder / "bundle")
-    predictor = Predictor(bundle)
+    predictor = Predictor(bundle, report=lambda note: print(f"note: {note}", file=sys.stderr))
     if predictor.kind != "segmenter":
         raise ConfigError(
             f"model {model}",

@@ -11,7 +11,7 @@ import pydicom
 
 from storage import geometry
 from storage.errors import RefusedInput
-from storage.ingest.readers.dicom_series import DAMAGED
+from storage.ingest.readers.dicom_file import DAMAGED, be_quiet, opened
 from storage.ingest.readers.raw import RawVolume
 
 READER = f"pydicom-seg/{pydicom.__version__}"
@@ -29,7 +29,9 @@ def read_segmentation(path: str, image: RawVolume) -> RawVolume:
     """
     thing = "segmentation"  # a path may name a patient
     try:
-        dataset: Any = pydicom.dcmread(path)
+        be_quiet()
+        with opened(path) as file:
+            dataset: Any = pydicom.dcmread(file)
         if str(dataset.SegmentationType) != "BINARY":
             raise RefusedInput(thing, expected="a binary segmentation", found="a fractional or label map one")
         pixels = np.asarray(dataset.pixel_array)

@@ -1,48 +1,37 @@
 """Finding DICOM series in a tree of files, by content and not by name.
 
-Files belong together by SeriesInstanceUID, wherever they lie. A DICOMDIR is not needed: it lists files that are found
+Files belong together by SeriesInstanceUID, wherever they lie; those without one by folder, study, series number and
+modality. A DICOMDIR is not needed: it lists files that are found
 anyway, and goes stale when they are copied.
 """
 
 import os
-import struct
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pydicom
-from pydicom.errors import BytesLengthException, InvalidDicomError
+from pydicom.uid import UID
 
 from storage.ingest.items import IngestItem, Orphan
+from storage.ingest.readers.dicom_file import DAMAGED, be_quiet, opened
 from storage.ingest.readers.reader import Grouping
 
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 """Storage of segmentations, and of those as label maps, which are no images either."""
 DICOMDIR = "1.2.840.10008.1.3.10"
-DAMAGED = (
-    OSError,
-    InvalidDicomError,
-    BytesLengthException,
-    AttributeError,
-    EOFError,
-    LookupError,
-    NotImplementedError,
-    OverflowError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
-"""What pydicom raises on a damaged header, when it is read or, since values are parsed late, when one is asked for."""
 _DAMAGED_FILE = "a DICOM file whose header is damaged: the series that it belongs to is read without it"
 _HOLDS_NOTHING = "an empty or unreadable file beside a series: if it is a slice, the series is read without it"
-_NAMED = (".dcm", ".ima")
+_NAMED = (".dcm", ".ima", ".dcm.gz")
+_NO_UID = "none"
 _TAGS = [
     "SOPClassUID",
     "SeriesInstanceUID",
     "StudyInstanceUID",
     "PatientID",
+    "SeriesNumber",
+    "Modality",
     "Rows",
     "Columns",
     "ReferencedSeriesSequence",
@@ -71,7 +60,7 @@ def discover_dicom(files: list[Path], top: Path) -> Grouping:
     for path in files:
         dataset = header(path)
         if dataset is None:
-            if _says_dicom(path) or path.suffix.lower() in _NAMED:
+            if _says_dicom(path) or _is_named(path):
                 orphans.append(Orphan(path.relative_to(top).as_posix(), _DAMAGED_FILE))
             left.append(path)
             continue
@@ -82,8 +71,8 @@ def discover_dicom(files: list[Path], top: Path) -> Grouping:
         uid = str(dataset.get("SeriesInstanceUID") or "")
         if kind in SEGMENTATIONS:
             segmentations.append((path, _referenced(dataset)))
-        elif uid and "Rows" in dataset:
-            entry = series[uid]
+        elif "Rows" in dataset:
+            entry = series[uid or _stand_in(path, dataset)]
             entry.files.append(path)
             entry.kinds.add(kind)
             entry.study = str(dataset.get("StudyInstanceUID") or "") or entry.study
@@ -95,11 +84,13 @@ def discover_dicom(files: list[Path], top: Path) -> Grouping:
             series[uid].files.append(path)  # a slice cut short, for which reading will refuse the series
             continue
         left.append(path)
-        if uid in series or (not (uid and kind) and (_says_dicom(path) or path.suffix.lower() in _NAMED)):
+        if (what := _object_of(kind)) and uid:
+            orphans += [Orphan(path.relative_to(top).as_posix(), f"{what}: no image, and left out")] * (uid in series)
+        elif uid in series or (not (uid and kind) and (_says_dicom(path) or _is_named(path))):
             orphans.append(Orphan(path.relative_to(top).as_posix(), _DAMAGED_FILE))
     beside = {file.parent for entry in series.values() for file in entry.files}
     for path in left:
-        if path.parent in beside and path.suffix.lower() not in _NAMED and _holds_nothing(path):
+        if path.parent in beside and not _is_named(path) and _holds_nothing(path):
             orphans.append(Orphan(path.relative_to(top).as_posix(), _HOLDS_NOTHING))
     labels: dict[str, Path] = {}
     for path, referenced in segmentations:
@@ -117,19 +108,40 @@ def discover_dicom(files: list[Path], top: Path) -> Grouping:
 def header(path: Path) -> Any | None:
     """The identifying tags of a DICOM file; None where it is something else.
 
-    A file without the 128-byte preamble is taken only when it is named .dcm or .ima, for otherwise any file would do.
+    A file without the 128-byte preamble is taken only when it is named .dcm, .ima or .dcm.gz, for otherwise any file
+    would do.
     """
-    force = path.suffix.lower() in _NAMED
+    force = _is_named(path)
     if not force and not _says_dicom(path):
         return None
+    be_quiet()
     try:
-        dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS, force=force)
+        with opened(path) as file:
+            dataset = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS, force=force)
         for tag in _TAGS:
             dataset.get(tag)
         dataset.file_meta.get("MediaStorageSOPClassUID")
     except DAMAGED:
         return None
     return dataset
+
+
+def _is_named(path: Path) -> bool:
+    return path.name.lower().endswith(_NAMED)
+
+
+def _stand_in(path: Path, dataset: Any) -> str:
+    """A key for the series of a file that names none."""
+    parts = (dataset.get(tag) for tag in ("StudyInstanceUID", "SeriesNumber", "Modality", "PatientID"))
+    return "\0".join([_NO_UID, str(path.parent), *(str(part or "") for part in parts)])
+
+
+def _object_of(kind: str) -> str:
+    """What a standard object without pixels is called, such as Raw Data Storage; empty where that is not known."""
+    uid = UID(kind)
+    if not kind or uid.is_private or not uid.name.endswith("Storage") or "Image" in uid.name:
+        return ""
+    return uid.name.removesuffix(" Storage")
 
 
 def _says_dicom(path: Path) -> bool:
@@ -157,14 +169,15 @@ def _item(uid: str, entry: _Series, label: Path | None, top: Path) -> IngestItem
     files = sorted(entry.files)
     folder = files[0].parent.relative_to(top).as_posix()
     name = folder if folder != "." else files[0].stem
+    unnamed = uid.startswith(_NO_UID)
     return IngestItem(
         name=name,
         kind="dicom",
         images=tuple(str(path) for path in files),
         label=None if label is None else str(label),
         # anonymised exports often blank the id: then those of one study are at least of one person
-        subject=entry.patient or entry.study or uid,
+        subject=entry.patient or entry.study or (name if unnamed else uid),
         source=folder if folder != "." else files[0].name,
         study=entry.study,
-        series=uid,
+        series="" if unnamed else uid,
     )

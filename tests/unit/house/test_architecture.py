@@ -149,6 +149,36 @@ def test_the_loop_of_pre_training_needs_no_ray() -> None:
     assert done.stdout == "set()\n"
 
 
+def test_ray_shows_every_line_of_a_job() -> None:
+    """It reads what to do with lines that are alike when it is imported, so a job says so before."""
+    program = "import jobs.ingest; from ray._private.ray_constants import RAY_DEDUP_LOGS; print(RAY_DEDUP_LOGS)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("imported", "absent"),
+    [("storage, ssl_core", ("ray", "mlflow")), ("storage", ("torch", "monai", "ray", "mlflow"))],
+)
+def test_what_is_below_imports_nothing_of_what_is_above(imported: str, absent: tuple[str, ...]) -> None:
+    program = f"import sys, {imported}; print([name for name in {absent} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_no_module_of_storage_brings_torch_or_ray() -> None:
+    modules = [name.removesuffix(".__init__") for name in house.sources() if name.startswith("storage.")]
+    product = [name for name in modules if not name.startswith("storage.testing")]  # kits need pytest
+    program = f"""
+import importlib, sys
+for name in {product}:
+    importlib.import_module(name)
+print([name for name in ("torch", "monai", "ray", "mlflow") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_portable_code_needs_only_what_a_bare_environment_has() -> None:
     allowed = {"numpy", "torch", "monai", "scipy"} | set(sys.stdlib_module_names)
     for path in sources("ssl_core/portable"):

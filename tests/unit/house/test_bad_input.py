@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jobs import ingest
@@ -420,6 +421,57 @@ def test_an_encoder_does_not_segment(command: Command, tmp_path: Path) -> None:
     code, message = command("predict", str(encoder), str(scan), str(tmp_path / "mask.nii.gz"))
     assert code == 2
     check(message, str(encoder), "a segmenter", "an encoder", "tomoscale finetune")
+
+
+def _scan_and_mask(tmp_path: Path) -> tuple[Path, Path]:
+    """A scan and a mask that somebody drew, with links to both."""
+    (tmp_path / "case").mkdir()
+    scan = save_nifti(tmp_path / "case/scan.nii.gz", phantom())
+    manual = tmp_path / "case/manual.nii.gz"
+    manual.write_bytes(b"drawn by hand")
+    (tmp_path / "case/link.nii.gz").symlink_to("scan.nii.gz")
+    (tmp_path / "case/hard.nii.gz").hardlink_to(scan)
+    (tmp_path / "case/other.nii.gz").symlink_to("manual.nii.gz")
+    (tmp_path / "case/nowhere.nii.gz").symlink_to("absent.nii.gz")
+    return scan, manual
+
+
+@pytest.mark.parametrize("name", ["scan", "link", "../case/scan", "hard", "manual", "other", "nowhere", "folder"])
+def test_prediction_replaces_neither_the_scan_nor_what_is_there(
+    command: Command, tmp_path: Path, segmenter: Path, name: str
+) -> None:
+    scan, manual = _scan_and_mask(tmp_path)
+    (tmp_path / "case/folder.nii.gz").mkdir()
+    before = scan.read_bytes()
+    target = tmp_path / "case" / f"{name}.nii.gz"
+    code, message = command("predict", str(segmenter), str(scan), str(target))
+    assert code == 2
+    check(message, str(target), "expected ")
+    if (target.exists() and target.samefile(scan)) or target.is_dir():
+        code, _ = command("predict", str(segmenter), str(scan), str(target), "--overwrite")
+        assert code == 2
+    assert scan.read_bytes() == before
+    assert manual.read_bytes() == b"drawn by hand"
+    assert (tmp_path / "case/nowhere.nii.gz").is_symlink()
+    assert not (tmp_path / "case/absent.nii.gz").exists()
+
+
+def test_prediction_replaces_a_mask_when_told(command: Command, tmp_path: Path, segmenter: Path) -> None:
+    scan, manual = _scan_and_mask(tmp_path)
+    assert command("predict", str(segmenter), str(scan), str(manual), "--overwrite")[0] == 0
+    assert manual.read_bytes()[:2] == b"\x1f\x8b"
+    assert not list((tmp_path / "case").glob(".*"))
+
+
+@pytest.mark.parametrize("value", [1e300, -1e39, 2e38])
+def test_prediction_of_values_beyond_float32(command: Command, tmp_path: Path, segmenter: Path, value: float) -> None:
+    array = phantom().astype(np.float64)
+    array[3, 3, 3] = value
+    scan = save_nifti(tmp_path / "scan.nii.gz", array)
+    code, message = command("predict", str(segmenter), str(scan), str(tmp_path / "mask.nii.gz"))
+    assert code == 3
+    check(message, str(scan), "float32")
+    assert not (tmp_path / "mask.nii.gz").exists()
 
 
 @pytest.mark.parametrize(

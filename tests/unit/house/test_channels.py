@@ -26,6 +26,7 @@ from ssl_core.views.placement_size import host_size
 from ssl_core.views.types import RoleSpec, ViewSpec
 from storage.errors import ConfigError, CorruptChunk, RefusedInput
 from storage.format import manifest as manifest_module
+from storage.format import manifest_rows
 from storage.format.manifest import Manifest
 from storage.format.records import stats_to_items
 from storage.ingest.claims import Sidecar, side_key
@@ -210,7 +211,7 @@ def test_statistics_of_the_first_channel_only_are_refused(monkeypatch: pytest.Mo
         url = (tmp_path / name).as_uri()
         published, _ = publish_phantoms(url, [(8, 9, 10)], channels=channels)
         with monkeypatch.context() as earlier:
-            earlier.setattr(manifest_module, "stats_to_items", lambda stats: stats_to_items(stats[:1]))
+            earlier.setattr(manifest_rows, "stats_to_items", lambda stats: stats_to_items(stats[:1]))
             old = Manifest.from_records(published.records(), published.dataset)
         old.write(open_store(url))
         if channels == 1:

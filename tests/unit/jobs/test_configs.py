@@ -1,14 +1,16 @@
 """Configurations: closed to unknown keys, with a hint; stable digests; checked before anything is sent."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jobs.cli import main as cli
-from jobs.configs import FinetuneJobConfig, IngestConfig, PretrainConfig, TuneConfig
+from jobs.configs import FinetuneJobConfig, IngestConfig, PretrainConfig, TuneConfig, registrable
 from jobs.demo import presets
 from ssl_core.config import Config, digest, dump_yaml, load, parse, resolved
+from ssl_core.networks import registry
 from storage.errors import ConfigError
 
 
@@ -33,6 +35,39 @@ def plan(**changes: Any) -> dict[str, Any]:
         (plan(cluster={"workers": 2, "min_workers": 3}), "min_workers (3) to be at most workers (2)"),
         (plan(model="team:encoder"), "model; expected a name without any of"),
         ({"data": "x"}, "name"),
+        (plan(data=""), "the place of a store"),
+        (plan(data="s3://b/a/../c"), "without empty parts"),
+        (plan(intensity={"kind": "ct", "low": 300, "high": -300}), "intensity; expected low (300) below high (-300)"),
+        (plan(intensity={"kind": "ct", "std": 0}), "intensity; expected std (0)"),
+        (plan(intensity={"kind": "ct", "std": -5}), "intensity; expected std (-5)"),
+        (plan(intensity={"kind": "ct", "mean": 1e9}), "intensity; expected mean"),
+        (plan(intensity={"kind": "ct", "high": 1e30}), "intensity; expected low"),
+        (plan(intensity={"kind": "ct", "low": float("nan")}), "intensity.low; expected a finite number; found nan"),
+        (plan(intensity={"kind": "ct", "std": "inf"}), "intensity.std; expected a finite number"),
+        (plan(engine={"lr": float("inf")}), "engine.lr; expected a finite number; found inf"),
+        (plan(engine={"lr": "nan"}), "engine.lr"),
+        (plan(engine={"betas": [0.9, float("nan")]}), "engine.betas.1; expected a finite number"),
+        (plan(engine={"betas": [0.9, 1.5]}), "betas from 0 to below 1"),
+        (plan(engine={"steps": True, "warmup_steps": 0}), "engine.steps; expected no true or false here; found true"),
+        (plan(engine={"final_weight_decay": False}), "engine.final_weight_decay; expected no true or false"),
+        (plan(engine={"betas": [True, 0.9]}), "engine.betas.0; expected no true or false"),
+        (plan(engine={"seed": 2**70}), "engine.seed"),
+        (plan(method={"name": "pgl", "hidden": True}), "method pgl: hidden; expected no true or false"),
+        (plan(method={"name": "pgl", "crops": {"size_DHW": [0, 32, 32]}}), "crops.size_DHW; expected edges from 1"),
+        (plan(method={"name": "pgl", "crops": {"size_DHW": [-8, 32, 32]}}), "crops.size_DHW; expected edges from 1"),
+        (plan(method={"name": "pgl", "crops": {"size_DHW": [4000, 4000, 4000]}}), "crops.size_DHW; expected edges"),
+        (plan(method={"name": "pgl", "crops": {"flip": [0.5, 0.5, 1.5]}}), "three probabilities"),
+        (plan(method={"name": "pgl", "crops": {"scale": [1.2, 0.8]}}), "the lower first"),
+        (plan(method={"name": "pgl", "crops": {"flip": [0, 0, float("nan")]}}), "crops.flip.2; expected a finite"),
+        (plan(backbone={"arguments": {"featurs": [8] * 6}}), "did you mean 'features'?"),
+        (plan(backbone={"name": "unet", "arguments": {"features": [8] * 6}}), "backbone.arguments.features"),
+        (plan(backbone={"arguments": {"features": []}}), "backbone.arguments.features; expected whole numbers"),
+        (plan(backbone={"arguments": {"features": [8, 8, 0, 8, 8, 8]}}), "backbone.arguments.features"),
+        (plan(backbone={"arguments": {"in_channels": -1}}), "backbone.arguments.in_channels"),
+        (plan(backbone={"arguments": {"in_channels": True}}), "backbone.arguments.in_channels"),
+        (plan(backbone={"arguments": {"dropout": float("nan")}}), "backbone.arguments.dropout; expected a finite"),
+        (plan(backbone={"arguments": {"spatial_dims": 4}}), "backbone.arguments.spatial_dims"),
+        (plan(stream={"threads": 10**9}), "stream.threads"),
     ],
 )
 def test_an_unknown_or_wrong_key_is_refused_with_its_name(data: dict[str, Any], hint: str) -> None:
@@ -59,6 +94,94 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str | None) 
         path.write_text(text)
     with pytest.raises(ConfigError, match=r"c\.yaml"):
         load(PretrainConfig, path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "engine: {lr: 0.01, steps: 50}\nstream: {global_batch: 4}\nengine: {steps: 70}\n",
+            "'engine' twice, on lines 3",
+        ),
+        ("engine:\n  lr: 0.01\n  lr: 0.5\n", "key 'lr' twice, on lines 4 and 5"),
+        ("engine: {lr: 0.01, 'lr': 0.5}\n", "key 'lr' twice, on lines 3 and 3"),
+        ("data: memory://y\n", "key 'data' twice, on lines 2 and 3"),
+        ("method: {name: pgl, crops: {flip: [0, 0, 0], flip: [1, 1, 1]}}\n", "key 'flip' twice"),
+        ("engine: {steps: 1:30}\n", "engine.steps; expected a valid integer; found '1:30'"),
+        ("engine: {lr: .inf}\n", "engine.lr; expected a finite number"),
+        ("intensity: {kind: ct, low: .nan}\n", "intensity.low; expected a finite number"),
+        ("backbone: {arguments: {dropout: .NaN}}\n", "backbone.arguments.dropout; expected a finite number"),
+    ],
+)
+def test_what_yaml_drops_or_takes_for_another_number_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("name: n\ndata: memory://x\n" + text)
+    assert cli.main(["plan", "pretrain", str(path)]) == 2
+    with pytest.raises(ConfigError) as caught:
+        load(PretrainConfig, path)
+    assert words in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_an_override_names_a_key_once() -> None:
+    with pytest.raises(ConfigError, match="key 'lr' twice"):
+        load(PretrainConfig, plan(), ["engine={lr: 1, lr: 2}"])
+
+
+def test_numbers_are_read_as_people_mean_them(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "name: n\ndata: memory://x\nengine: &e {lr: 1e-3, final_lr: 2.5E-4, steps: 1_000, clip: .5, seed: 010}\n"
+        "method: {name: pgl, w_global: 3}\nbackbone: {arguments: {dropout: 1e-1}}\n"
+    )
+    config = load(PretrainConfig, path)
+    assert (config.engine.lr, config.engine.final_lr, config.engine.steps) == (1e-3, 2.5e-4, 1000)
+    assert (config.engine.clip, config.engine.seed) == (0.5, 10)
+    assert config.backbone.arguments == {"dropout": 0.1}
+    path.write_text("name: n\ndata: memory://x\nbase: &b {lr: 1}\nengine: {<<: *b, lr: 2}\n")
+    with pytest.raises(ConfigError, match="unknown key 'base'"):
+        load(PretrainConfig, path)
+
+
+def test_known_arguments_of_a_backbone_are_those_of_its_class() -> None:
+    packages = {"swin_unetr": "einops", "resenc": "dynamic_network_architectures"}
+    for name, arguments in registry._ARGUMENTS.items():
+        if name in packages:
+            pytest.importorskip(packages[name])
+        stock = type(registry.build(name).net)
+        expected = {p for p in inspect.signature(stock.__init__).parameters if p != "self"}
+        if name == "resenc":
+            expected = expected - {"input_channels", "num_classes"} | {"preset"}
+        assert set(arguments) == expected | {"spatial_dims", "in_channels", "out_channels"}, name
+    every = {key for arguments in registry._ARGUMENTS.values() for key in arguments}
+    assert every >= registry._COUNTS | registry._SHARES
+
+
+@pytest.mark.parametrize("name", ["pgl-v1.2", "a.b", "x" * 300])
+def test_a_job_whose_model_could_not_be_registered_is_refused_before_it_runs(name: str, tmp_path: Path) -> None:
+    labelled = {"starts": {"a": "models:/e@candidate"}, "labelled": LABELLED}
+    for kind, data in ((PretrainConfig, {"data": "memory://x"}), (FinetuneJobConfig, labelled)):
+        with pytest.raises(ConfigError, match="set `model`"):
+            parse(kind, {"name": name, **data})
+        with pytest.raises(ConfigError, match="model; expected a name"):
+            parse(kind, {"name": "n", "model": name, **data})
+        assert parse(kind, {"name": name, "model": "encoder", **data}).model == "encoder"
+    path = tmp_path / "c.yaml"
+    path.write_text(f"name: {name}\ndata: memory://x\n")
+    assert cli.main(["plan", "pretrain", str(path)]) == 2
+
+
+def test_names_of_models_are_those_that_mlflow_takes() -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.validation import _validate_logged_model_name, _validate_model_name
+
+    for name in [f"a{chr(code)}b" for code in range(1, 0x180)] + ["", " ", ".", "..", "a/../b", "a%20b", "encoder.v2"]:
+        try:
+            _validate_logged_model_name(name)
+            _validate_model_name(name)
+        except MlflowException:
+            assert not registrable(name), name
+    assert registrable("pgl-2024_small encoder")
 
 
 def test_presets_are_valid_and_resolved_forms_come_back_equal() -> None:

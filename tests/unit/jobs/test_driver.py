@@ -2,15 +2,23 @@
 
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from mlflow.exceptions import MlflowException
 
 from jobs import driver
 from jobs.pretrain import driver as pretrain
-from storage.errors import RefusedInput
+from storage.errors import ConfigError, RefusedInput
+from storage.format.manifest import Manifest
+from storage.format.volume import Membership, Provenance, Volume
+from storage.format.volume_writer import write_volume
+from storage.objects import open_store
 from storage.objects.retry import RetryPolicy
+from tests.kit.phantoms import write_phantoms
+from tests.kit.pretraining import config, train
 
 
 class Tracker:
@@ -31,6 +39,25 @@ def test_a_job_that_was_stopped_has_not_failed(error: BaseException, status: str
     api = Tracker()
     driver.end_failed(api, "run", error)
     assert api.status == status
+
+
+def test_a_network_of_other_channels_than_the_data_is_refused_before_it_trains(tmp_path: Path) -> None:
+    url = (tmp_path / "store").as_uri()
+    records = list(write_phantoms(url, 4).records())
+    two = Volume(np.zeros((2, 20, 24, 22), np.int16), spacing_mm=(1, 1, 1), affine=np.eye(4))
+    provenance = Provenance(source="two")
+    membership = Membership(subject="two", split="train")
+    more = write_volume(open_store(url), "two", two, membership=membership, provenance=provenance)
+    manifest = Manifest.from_records([*records, more], {"name": "phantoms"})
+    manifest.write(open_store(url))
+    everyone = range(len(manifest))
+    with pytest.raises(ConfigError, match=r"volume two; expected 1 channel\(s\), as the encoder takes; found 2"):
+        driver.check_channels(manifest, everyone, "the encoder", {})
+    with pytest.raises(ConfigError, match="volume phantom-000; expected 2"):
+        driver.check_channels(manifest, everyone, "the encoder", {"in_channels": 2})
+    with pytest.raises(ConfigError, match="volume two; expected 1"):
+        train(config(url, "simclr"), tmp_path / "run")
+    driver.check_channels(manifest, [manifest.index_of("two")], "the encoder", {"in_channels": 2})
 
 
 def test_a_failed_job_says_one_line_and_where_only_when_asked(

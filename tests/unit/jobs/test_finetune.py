@@ -10,7 +10,7 @@ from jobs.configs import FinetuneJobConfig
 from jobs.finetune import compared, device_for
 from jobs.tracking.bundles import write_segmenter
 from ssl_core.config import parse
-from ssl_core.downstream.comparison import ONE_START, Comparison, Training
+from ssl_core.downstream.comparison import ONE_START, Comparison, Training, paired_test_of
 from ssl_core.downstream.finetune import Subjects, TrainedSegmenter, build_segmenter
 from ssl_core.downstream.scores import CaseScore
 from ssl_core.views.intensity import IntensityPolicy
@@ -83,8 +83,9 @@ def comparison(**changes: object) -> Comparison:
 
 def test_the_test_pairs_subjects_whatever_ended_first() -> None:
     result = comparison().to_json()
-    assert result["test"]["n"] == 7
+    assert (result["test"]["n"], result["test"]["n_seeds"]) == (7, 2)
     assert result["test"]["difference"] == pytest.approx(6 * 0.3 / 7)
+    assert result["test"]["by_seed"] == pytest.approx([6 * 0.2 / 7, 6 * 0.4 / 7]), "seed 3 first, as configured"
     assert [(r["start"], r["seed"]) for r in result["runs"]] == [("pre", 3), ("pre", 1), ("none", 3), ("none", 1)]
     assert result["cases"][0]["start"] == "pre"
     assert [(r["start"], r["cases"], r["seeds"]) for r in result["rows"]] == [("pre", 8, 2), ("none", 8, 2)]
@@ -106,6 +107,27 @@ def test_a_result_has_the_keys_that_it_always_had() -> None:
     assert list(training("pre", 3).to_json()) == ["start", "seed", "history", "cases", "version", "seconds"]
     alone = comparison(starts={"pre": "models:/e/1"}).to_json()
     assert alone["test"] == {"statement": ONE_START}
+
+
+def test_a_result_of_before_is_read_and_says_what_its_trainings_can_show() -> None:
+    """Its test was over subjects alone, and called chance a gain."""
+    data = json.loads(json.dumps(comparison().to_json()))
+    new = data["test"]
+    data["test"] = {
+        "n": 7, "difference": 0.257, "low": 0.2, "high": 0.3, "p": 0.0078, "better": 1.0, "effect": 1.0,
+        "significant": True, "statement": "pre scored higher than none on these cases: +0.257 Dice.",
+    }  # fmt: skip
+    again = Comparison.from_json(data)
+    assert again.statement == new["statement"]
+    assert again.statement.startswith("In these 2 trainings of each start, pre minus none was ")
+    assert again.test is not None
+    assert not again.test.significant
+
+
+def test_trainings_that_do_not_pair_are_refused() -> None:
+    pre, other = training("pre", 3), training("none", 1)
+    with pytest.raises(ConfigError, match="same seeds and test subjects"):
+        paired_test_of([pre, other], ["pre", "none"])
 
 
 @pytest.mark.parametrize("changes", [{}, {"starts": {"pre": "models:/e/1"}}])

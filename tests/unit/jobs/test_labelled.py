@@ -98,8 +98,16 @@ def test_too_few_labelled_subjects_are_counted(manifest: Manifest) -> None:
     assert "labelled.subjects" in text
 
 
+def test_subjects_of_another_split_are_counted_there(manifest: Manifest) -> None:
+    with pytest.raises(RefusedInput, match=r"found 8 \(by split: test 3, train 8\)"):
+        draw(manifest, config(subjects=9))
+    tests = Manifest.from_records([r for r in manifest.records() if r.split == "test"], {"name": "t"})
+    with pytest.raises(RefusedInput, match=r"found 0 \(by split: test 3\).*other split fractions"):
+        draw(tests, config())
+
+
 def test_another_label_is_named(manifest: Manifest) -> None:
-    with pytest.raises(RefusedInput, match="'tumour'.*found 0"):
+    with pytest.raises(RefusedInput, match="'tumour'.*found 0; its labels are 'label'"):
         draw(manifest, config(label="tumour"))
 
 

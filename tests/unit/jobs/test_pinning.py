@@ -3,7 +3,7 @@
 import pytest
 
 from jobs import pinning
-from jobs.configs import TuneConfig
+from jobs.configs import FinetuneJobConfig, TuneConfig
 from jobs.pinning import pinned
 from ssl_core.config import parse
 from storage.errors import ConfigError, NotFound
@@ -31,6 +31,30 @@ def test_the_manifest_of_the_first_start_stays() -> None:
         pinned(config(seed=3, concurrent=9, space={"lr": [0.1, 0.2]}))
     assert caught.value.found == "space.lr=[0.1, 0.2] (was [0.0003, 0.01]), seed=3 (was 0)"
     assert pinned(config(name="other")).labelled.fingerprint != first
+
+
+def test_the_name_of_a_model_may_change_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its segmenter is stored: a rerun registers it under another name and trains nothing."""
+    write_phantoms(DATA, 6)
+    labelled = {"data": DATA, "label": "labels", "subjects": 4, "inner": 1}
+    job = {"name": "fine", "runs": RUNS, "starts": {"a": ".", "b": "none"}, "labelled": labelled}
+
+    def tuned(**changes: object) -> FinetuneJobConfig:
+        return parse(FinetuneJobConfig, job | changes)
+
+    assert pinned(tuned(model="one")).model == "one"
+    assert pinned(tuned(model="other")).model == "other"
+    assert pinned(tuned()).model is None
+    with pytest.raises(ConfigError, match="choose another name") as caught:
+        pinned(tuned(model="other", seeds=[5]))
+    assert "seeds=" in caught.value.found
+    assert "model" not in caught.value.found
+    # A note of before has the model's name in its digest.
+    with monkeypatch.context() as patch:
+        patch.setattr(pinning, "_FREE", tuple(name for name in pinning._FREE if name != "model"))
+        pinned(tuned(name="before", model="one"))
+    assert pinned(tuned(name="before", model="one")).model == "one"
+    assert pinned(tuned(name="before", model="other")).model == "other"
 
 
 def test_of_two_starts_at_once_the_first_decides(monkeypatch: pytest.MonkeyPatch) -> None:

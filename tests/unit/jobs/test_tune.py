@@ -1,13 +1,23 @@
 """What a search makes of its trials."""
 
+import itertools
 import json
 import signal
+from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
+from ray import tune as ray_tune
+from ray.tune.analysis.experiment_analysis import ExperimentAnalysis
+from ray.tune.experiment import Experiment
+from ray.tune.experiment.trial import Trial
+from ray.tune.result_grid import ResultGrid
+from ray.tune.search.optuna import OptunaSearch
+from ray.tune.search.search_generator import SearchGenerator
 from ray.tune.tune import _setup_signal_catching
 
 from jobs import tune
@@ -18,20 +28,68 @@ from storage.errors import StackError
 
 CONFIG = parse(
     TuneConfig,
-    {"name": "s", "encoders": ["models:/e/1"], "labelled": {"data": "memory://x"}, "finetune": {"epochs": 3}},
+    {
+        "name": "s",
+        "runs": "memory://test-tune",
+        "encoders": ["models:/e/1"],
+        "labelled": {"data": "memory://x"},
+        "finetune": {"epochs": 3},
+    },
 )
+
+
+COUNT = itertools.count(1)
 
 
 def trial(scores: list[float], error: Exception | None = None, epochs: list[int] | None = None) -> Any:
     epochs = epochs or list(range(1, len(scores) + 1))
     frame = pd.DataFrame({"epoch": epochs, tune.METRIC: scores}) if scores else None
     settings = {"encoder": "models:/e/1", "lr": sum(scores), "encoder_lr_scale": 1.0}
-    return SimpleNamespace(metrics_dataframe=frame, config=settings, error=error)
+    number = next(COUNT)
+    facts = {"metrics": {"trial_id": f"{number:08x}"}, "path": f"runs/s/trial_{number:08x}_{number}_lr=0.1_2026-01-01"}
+    return SimpleNamespace(metrics_dataframe=frame, config=settings, error=error, **facts)
+
+
+def grid(trials: Sequence[Trial], folder: Path) -> ResultGrid:
+    """What `Tuner.fit` returns of these trials, in their order."""
+    return ResultGrid(ExperimentAnalysis(str(folder), trials=list(trials)))
+
+
+def idle(config: dict[str, Any]) -> None:
+    """A trainable that is never run."""
+
+
+def real_trials(folder: Path, total: int) -> list[Trial]:
+    """Ray Tune's own trials with reports on disk, as its searcher draws them; they need no cluster."""
+    space = {"lr": ray_tune.uniform(0.1, 0.9), "encoder_lr_scale": ray_tune.choice([1.0])}
+    space["encoder"] = ray_tune.choice(["models:/e/1"])
+    searcher = OptunaSearch(metric=tune.METRIC, mode="max", seed=0)
+    searcher.set_search_properties(tune.METRIC, "max", space)
+    generator = SearchGenerator(searcher)
+    generator.add_configurations([Experiment(folder.name, idle, num_samples=total, storage_path=folder.parent)])
+    trials = []
+    for _ in range(total):
+        one = generator.next_trial()
+        assert one is not None
+        one.storage.trial_dir_name = one._generate_dirname()
+        place = folder / one.storage.trial_dir_name
+        place.mkdir(parents=True)
+        with open(place / "result.json", "w", encoding="utf-8") as file:
+            for epoch in (1, 2, 3):
+                score = one.config["lr"] / 10 + epoch / 100
+                report = {"epoch": epoch, tune.METRIC: score, "trial_id": one.trial_id, "config": one.config}
+                one.update_last_result(dict(report))
+                file.write(json.dumps(report) + "\n")
+        trials.append(one)
+    (folder / "experiment_state-2026.json").write_text("{}")
+    return trials
 
 
 def summary(*results: Any) -> dict[str, Any]:
     """As another job reads it: through JSON and back."""
-    result = tune.searched(CONFIG, tune.trials_of(CONFIG, results), run_id="r", seconds=1.0)
+    config = CONFIG.model_copy(update={"name": f"s{next(COUNT)}"})
+    numbers = tune.numbers_of(config, results)
+    result = tune.searched(CONFIG, tune.trials_of(CONFIG, results, numbers), run_id="r", seconds=1.0)
     data: dict[str, Any] = json.loads(json.dumps(result.to_json()))
     assert SearchResult.from_json(data) == result
     return data
@@ -63,6 +121,33 @@ def test_only_the_last_attempt_of_a_trial_counts() -> None:
     found = summary(again, whole)["trials"]
     assert [t["scores"] for t in found] == [[0.15], [0.1, 0.2, 0.3]]
     assert [t["stopped_early"] for t in found] == [True, False]
+
+
+def test_a_trial_keeps_its_number_whatever_order_a_continued_search_lists(tmp_path: Path) -> None:
+    """Ray Tune lists the trials of a restored search by when they last reported, the last one first."""
+    config = CONFIG.model_copy(update={"runs": str(tmp_path), "name": "many"})
+    trials = real_trials(tmp_path / "many", 6)
+    orders = [trials[:4], trials[::-1], [trials[i] for i in (3, 5, 0, 4, 2, 1)]]
+    numbered = []
+    for order in orders:
+        results = list(grid(order, tmp_path / "many"))
+        numbered.append(tune.trials_of(config, results, tune.numbers_of(config, results)))
+    assert numbered[1] == numbered[2]
+    assert numbered[1][:4] == numbered[0], "two more were created after the first start had ended"
+    assert [t.id for t in numbered[1]] == [t.trial_id for t in trials]
+    assert [t.trial for t in numbered[1]] == list(range(6))
+    assert [t.settings.lr for t in numbered[1]] == [t.config["lr"] for t in trials]
+    for item in numbered[1]:
+        assert item.scores == pytest.approx([item.settings.lr / 10 + epoch / 100 for epoch in (1, 2, 3)])
+    best = {tune.searched(config, trials, run_id="r", seconds=1.0).choice for trials in numbered[1:]}
+    assert len(best) == 1
+
+
+def test_a_trial_of_a_result_from_before_is_read() -> None:
+    data = summary(trial([0.1, 0.2, 0.3]))
+    for item in data["trials"]:
+        del item["id"]
+    assert SearchResult.from_json(data).trials[0].id == ""
 
 
 def test_ctrl_c_ends_a_search_and_does_not_complete_it(monkeypatch: pytest.MonkeyPatch) -> None:

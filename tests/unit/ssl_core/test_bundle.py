@@ -15,6 +15,7 @@ from ssl_core.bundle import fingerprint, load_backbone, write_bundle
 from ssl_core.networks import build
 from ssl_core.portable import Predictor
 from ssl_core.portable.predictor import check_bundle
+from ssl_core.portable.safetensors import read_safetensors, same_tensors
 from storage.errors import ConfigError, RefusedInput
 from tests.kit.bundles import FEATURES, LABELS, encoder, facts, network, scan, segmenter
 
@@ -62,6 +63,46 @@ def test_every_backbone_makes_a_bundle(tmp_path: Path, name: str, arguments: dic
     again = load_backbone(bundle)
     keys = net.encoder_keys() if kind == "encoder" else list(net.net.state_dict())
     assert all(torch.equal(net.net.state_dict()[k], again.net.state_dict()[k]) for k in keys)
+
+
+_SHARING = [
+    ("dynunet", {"filters": [4, 8, 16, 16]}),
+    ("resenc", {"n_blocks_per_stage": [1, 1, 1], "features_per_stage": [4, 8, 8]}),
+]
+
+
+@pytest.mark.parametrize("kind", ["encoder", "segmenter"])
+@pytest.mark.parametrize(("name", "arguments"), _SHARING, ids=["dynunet", "resenc"])
+def test_a_tensor_with_several_names_is_stored_once(tmp_path: Path, name: str, arguments: dict, kind: str) -> None:
+    if name == "resenc":
+        pytest.importorskip("dynamic_network_architectures")
+    net = build(name, **arguments, out_channels=3)
+    bundle = write_bundle(tmp_path / "b", kind, net, facts())  # type: ignore[arg-type]
+    state = net.net.state_dict()
+    keys = net.encoder_keys() if kind == "encoder" else list(state)
+    once = {state[key].data_ptr(): state[key].nbytes for key in keys}
+    path = bundle / "weights.safetensors"
+    header = int.from_bytes(path.read_bytes()[:8], "little")
+    assert len(once) < len(keys)
+    assert path.stat().st_size - 8 - header == sum(once.values())
+    weights = read_safetensors(path)
+    assert set(weights) == set(keys)
+    assert all(torch.equal(weights[key], state[key]) for key in keys)
+    again = load_backbone(bundle).net.state_dict()
+    assert all(torch.equal(again[key], state[key]) for key in keys)
+
+
+def test_copies_of_one_tensor_that_differ_are_refused(tmp_path: Path) -> None:
+    """Bundles of before hold copies, all under one digest; which of them counted was a matter of order."""
+    from ssl_core.portable.network import load
+
+    net = build("dynunet", filters=[4, 8, 16, 16]).net
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    load("weights", net, state, None)
+    other = next(iter(same_tensors(net.state_dict())))
+    state[other] += 1
+    with pytest.raises(RefusedInput, match="differ"):
+        load("weights", net, state, None)
 
 
 def test_nothing_in_a_bundle_is_a_pickle(segmenter: Path, encoder: Path) -> None:

@@ -222,6 +222,30 @@ def test_a_reader_that_goes_away_is_met_with_silence(
         assert process.returncode == 141
 
 
+def test_output_that_nobody_can_take_leaves_no_traceback(tmp_path: Path) -> None:
+    """Closed before the start, an encoding without the letter, a reader that is gone before the help is written."""
+    program = [sys.executable, "-m", "jobs.cli.main"]
+    scan = str(tmp_path / "J\u00fcrgen.nii.gz")
+    cases = {
+        "closed": ('exec "$@" >&-', ["--help"], 0),
+        "both closed": ('exec "$@" >&- 2>&-', ["predict", "model", scan, "mask.nii.gz"], 2),
+        "full": ('exec "$@" >/dev/full', ["methods"], 1),
+        "reader gone": ('"$@" | true; exit ${PIPESTATUS[0]}', ["--help"], None),
+        "ascii": ('PYTHONIOENCODING=ascii:strict exec "$@" 2>&1', ["predict", "model", scan, "mask.nii.gz"], 2),
+        "ascii page": ('LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 exec "$@"', ["methods", "pgl"], 0),
+    }
+    for name, (shell, words, code) in cases.items():
+        done = subprocess.run(
+            ["bash", "-c", shell, "bash", *program, *words], cwd=ROOT, capture_output=True, check=False, timeout=240
+        )
+        text = (done.stdout + done.stderr).decode()
+        assert "Traceback" not in text, name
+        assert "Exception ignored" not in text, name
+        assert done.returncode in ((0, 141) if code is None else (code,)), (name, text)
+        if name == "ascii":
+            assert "J\\xfcrgen" in text
+
+
 def test_a_broken_connection_is_no_broken_pipe(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,8 +15,8 @@ from jobs.output import to_json
 from jobs.pages import report
 from jobs.pages.html import page as html_page
 from jobs.pages.summary import DataFacts, DemoSummary, PredictedCase, Predictions, PretrainFacts
-from ssl_core.downstream.comparison import Comparison, StartRow, Training
-from ssl_core.downstream.paired_test import Paired
+from ssl_core.downstream.comparison import Comparison, StartRow, Training, subject_dice
+from ssl_core.downstream.paired_test import PairedTrainings
 from ssl_core.downstream.scores import CaseScore
 from ssl_core.downstream.search import SearchResult, Trial, TrialSettings
 from tests.kit.scores import scores
@@ -46,7 +46,7 @@ def comparison(starts: tuple[str, ...], volumes_of: str = "-", flip: bool = Fals
     return Comparison(
         rows=tuple(StartRow(start, NASTY, 2, 4, mean, sd) for start in starts),
         trainings=tuple(trainings),
-        test=Paired(4, -0.012, -0.03, 0.01, 0.4, 0.5, 0.1, False, STATEMENT),
+        test=PairedTrainings(4, 2, -0.012, (-0.02, -0.004), -0.03, 0.01, 0.4, 0.5, 0.1, False, STATEMENT),
         model="seg",
         version="1",
         registered_start=starts[0],
@@ -216,6 +216,19 @@ def test_a_dot_is_a_subject_however_many_volumes_it_has() -> None:
     assert report.dice_figure(twice) == report.dice_figure(once)
 
 
+def test_dots_are_of_each_seed_and_not_of_their_mean() -> None:
+    """Two seeds that differ by much have the mean of two that agree, and another picture."""
+    agree = comparison(("encoder", "scratch")).trainings
+    apart = []
+    for training in agree:
+        by = 0.2 if training.seed else -0.2
+        cases = (replace(case, scores=scores(dice=case.scores.dice + by)) for case in training.cases)
+        apart.append(replace(training, cases=tuple(cases)))
+    for start in ("encoder", "scratch"):
+        assert subject_dice(apart, start) == pytest.approx(subject_dice(agree, start))
+    assert report.dice_figure(apart) != report.dice_figure(agree)
+
+
 @pytest.mark.parametrize("encoder", ["none", "models:/e/1"])
 def test_a_search_that_one_side_had_no_part_in_is_said(encoder: str) -> None:
     search = summary().search
@@ -234,6 +247,6 @@ def test_the_summary_on_disk_has_the_keys_that_it_always_had() -> None:
     assert list(data["predict"]["cases"]["worst"]) == ["input", "output", "dice"]
     assert data["pretrain"]["points"][0] == [1, 0, {"loss": 1.0, "loss/global": 0.6, "loss/local": 0.4}]
     assert data["search"]["chosen"] == "trial 0, lr 1.00e-03"
-    trial_keys = "trial encoder lr encoder_lr_scale epochs scores last stopped_early status error"
+    trial_keys = "trial encoder lr encoder_lr_scale epochs scores last stopped_early status error id"
     assert list(data["search"]["trials"][0]) == trial_keys.split()
     assert len(data["finetune"]["cases"]) == 16

@@ -24,7 +24,7 @@ from storage.format.records import DerivedRecord, LabelRecord, VolumeRecord
 from storage.format.volume import Volume
 from storage.format.volume_writer import write_volume
 from storage.ingest import derived_maps as derive
-from storage.ingest.pipeline import map_serial
+from storage.ingest.mapping import map_serial
 from storage.ingest.pipeline import run as ingest
 from storage.ingest.policy import IngestPolicy
 from storage.objects import open_store

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from storage.errors import ConfigError, NotFound, RefusedInput, StoreError
 from storage.format.manifest import Manifest
 from storage.ingest import pipeline as ingest
-from storage.ingest.pipeline import map_serial, map_threads, run
+from storage.ingest.mapping import map_serial, map_threads
+from storage.ingest.pipeline import run
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.prepare import ROBUST_RANGES, quantise
 from storage.ingest.readers.raw import ReadPolicy

@@ -147,6 +147,38 @@ def test_a_bad_url_is_refused_without_repeating_its_secret(url: str) -> None:
     assert "secret" not in str(caught.value) or url == "http://[secret/x"
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        " ",
+        "s3://volumes/a/../b",
+        "s3://volumes/./x",
+        "s3://volumes/a//b",
+        "s3://volumes/..",
+        "s3://volumes/a\x01b",
+        "s3://volumes/%2e%2e/x",
+        "s3:///x",
+        " s3://volumes/x",
+        "s3://volumes/x\n",
+        "memory://a/../b",
+        "https://h/a/../b",
+        "gs://b/../c",
+        "file:///a\x00b",
+        "a\tb",
+        "s3://volumes//",
+    ],
+)
+def test_a_url_that_could_mean_another_place_is_refused_before_any_request(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("socket.socket", None)  # no request, not even of credentials
+    with pytest.raises(ConfigError, match="expected"):
+        open_store(url)
+    assert not list(tmp_path.iterdir())
+
+
 def test_odd_but_right_urls_mean_what_they_say(tmp_path: Path) -> None:
     for name in ("a#b", "a?b", "a%20b", "ü b", "c:d", "x@y"):
         FileStore(tmp_path / name).put("k", name.encode())
