@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test coverage lint types check clean
+.PHONY: demo test fuzz coverage lint types check clean
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -18,6 +18,12 @@ demo: $(READY)
 # Services mostly wait, so that three processes keep two cores busy. With ARGS it is pytest with these, in one process.
 test: $(READY)
 	$(BIN)/pytest $(or $(ARGS),-n 3 --dist loadgroup)
+
+# Damaged files for every reader, others each round, for FUZZ_MINUTES in all.
+FUZZ_MINUTES ?= 10
+fuzz: $(READY)
+	TOMOSCALE_FUZZ_MINUTES=$(FUZZ_MINUTES) $(BIN)/pytest --timeout 0 \
+		tests/unit/storage/ingest/test_fuzz.py tests/unit/ssl_core/portable/test_one_nifti_header.py $(ARGS)
 
 coverage: $(READY)
 	$(BIN)/pytest -n 3 --dist loadgroup -m "not service" --cov --cov-report=

@@ -278,7 +278,8 @@ def _from_qform(name: str, record: Any) -> Affine:
     sizes = np.abs(np.asarray(record["pixdim"][1:4], np.float64))
     sizes[2] *= -1.0 if qfac < 0 else 1.0
     affine = np.eye(4)
-    affine[:3, :3] = rotation * sizes
+    with np.errstate(invalid="ignore"):  # what is not finite then, who checks the affine refuses
+        affine[:3, :3] = rotation * sizes
     affine[:3, 3] = np.asarray(record["qoffset"], np.float64)
     return affine
 

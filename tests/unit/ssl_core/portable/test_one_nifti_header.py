@@ -8,7 +8,6 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ssl_core.portable.nifti import Nifti, write_nifti
@@ -17,11 +16,11 @@ from storage.errors import RefusedInput
 from storage.ingest.readers.nifti import read_nifti as read_for_ingest
 from storage.ingest.readers.raw import RawVolume, ReadPolicy
 from storage.nifti_header import NIFTI1, NIFTI2
+from tests.kit.fuzz import DAMAGE, damaged, fuzz
 from tests.kit.scans import phantom, save_nifti
 
 AFFINE = np.array([[1.2, 0, 0, -10], [0, 1.3, 0, -12], [0, 0, 2.0, 5], [0, 0, 0, 1.0]])
 SHAPE = (4, 5, 6)
-FIXTURE = [HealthCheck.function_scoped_fixture]  # each example writes its files anew
 
 
 @pytest.fixture(autouse=True)
@@ -104,28 +103,31 @@ FIELDS = {
 }
 
 
-@settings(
-    max_examples=150, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(data=st.data())
-def test_ingest_and_prediction_read_one_volume_of_any_header_or_both_refuse(tmp_path: Path, data: Any) -> None:
-    names = data.draw(st.lists(st.sampled_from(sorted(FIELDS)), min_size=1, max_size=5, unique=True))
-    if data.draw(st.booleans()):  # the forms that count for less are seen only where sform says nothing
+@st.composite
+def _headers(draw: Any) -> tuple[dict[str, Any], Any, str]:
+    names = draw(st.lists(st.sampled_from(sorted(FIELDS)), min_size=1, max_size=5, unique=True))
+    if draw(st.booleans()):  # the forms that count for less are seen only where sform says nothing
         names = sorted({*names, "sform_code"})
-    fields = {name: data.draw(FIELDS[name], label=name) for name in names}
-    layout, order = data.draw(st.sampled_from([NIFTI1, NIFTI2])), data.draw(st.sampled_from("<>"))
-    _same_or_refused(_file(tmp_path / "a.nii", fields, layout, order))
+    fields = {name: draw(FIELDS[name]) for name in names}
+    return fields, draw(st.sampled_from([NIFTI1, NIFTI2])), draw(st.sampled_from("<>"))
 
 
-@settings(max_examples=80, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(changes=st.lists(st.tuples(st.integers(0, 347), st.integers(0, 255)), min_size=1, max_size=8))
-def test_ingest_and_prediction_agree_on_headers_of_which_bytes_are_wrong(tmp_path: Path, changes: Any) -> None:
+def test_ingest_and_prediction_read_one_volume_of_any_header_or_both_refuse(tmp_path: Path) -> None:
+    def target(header: tuple[dict[str, Any], Any, str]) -> None:
+        _same_or_refused(_file(tmp_path / "a.nii", *header))
+
+    fuzz(target, _headers(), 150, 0.1)
+
+
+def test_ingest_and_prediction_agree_on_headers_of_which_bytes_are_wrong(tmp_path: Path) -> None:
     path = _file(tmp_path / "a.nii", {})
-    data = bytearray(path.read_bytes())
-    for at, value in changes:
-        data[at] = value
-    path.write_bytes(data)
-    _same_or_refused(path)
+    whole = path.read_bytes()
+
+    def target(changes: list[tuple[str, int, int]]) -> None:
+        path.write_bytes(damaged(whole, changes))
+        _same_or_refused(path)
+
+    fuzz(target, DAMAGE, 80, 0.1)
 
 
 @pytest.mark.parametrize("layout", [NIFTI1, NIFTI2])

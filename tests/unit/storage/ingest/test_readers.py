@@ -2,9 +2,7 @@
 
 import gzip
 import os
-import shutil
 import zlib
-from contextlib import suppress
 from pathlib import Path
 
 import nibabel as nib
@@ -12,8 +10,6 @@ import numpy as np
 import pytest
 import SimpleITK
 import zarr
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from storage import geometry
 from storage.errors import ConfigError, RefusedInput
@@ -24,43 +20,11 @@ from storage.ingest.policy import IngestPolicy
 from storage.ingest.prepare import prepare
 from storage.ingest.readers.raw import ReadPolicy
 from storage.ingest.readers.read import read_any, read_item, read_label
-from storage.ingest.source_digest import source_digest, source_state
 from storage.objects import open_store
-from tests.kit.scans import disc, folder, phantom, save_dicom, save_nifti, segmentation, slices
+from tests.kit.formats import save_big_endian, save_itk, save_mgz, save_nifti2, save_pair
+from tests.kit.scans import disc, folder, phantom, save_nifti
 
 AFFINE = np.array([[-1.5, 0, 0, 30], [0, 0, 2.0, -10], [0, 1.25, 0, 5], [0, 0, 0, 1.0]])
-
-
-def save_itk(path: Path, array_DHW: np.ndarray, affine: np.ndarray) -> Path:
-    image = SimpleITK.GetImageFromArray(array_DHW)
-    lps = np.diag([-1.0, -1, 1, 1]) @ affine
-    spacing = np.linalg.norm(lps[:3, :3], axis=0)
-    image.SetSpacing(spacing.tolist())
-    image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
-    image.SetOrigin(lps[:3, 3].tolist())
-    SimpleITK.WriteImage(image, str(path))
-    return path
-
-
-def save_mgz(path: Path, array_DHW: np.ndarray, affine: np.ndarray) -> Path:
-    nib.save(nib.freesurfer.MGHImage(array_DHW.T.astype(np.int16), affine), path)
-    return path
-
-
-def save_pair(path: Path, array_DHW: np.ndarray, affine: np.ndarray) -> Path:
-    nib.save(nib.Nifti1Pair(array_DHW.T, affine), path)
-    return path
-
-
-def save_nifti2(path: Path, array_DHW: np.ndarray, affine: np.ndarray) -> Path:
-    return save_nifti(path, array_DHW, affine, nib.Nifti2Image)
-
-
-def save_big_endian(path: Path, array_DHW: np.ndarray, affine: np.ndarray) -> Path:
-    header = nib.Nifti1Header(endianness=">")
-    header.set_data_dtype(np.dtype(">i2"))
-    nib.save(nib.Nifti1Image(array_DHW.T, affine, header), path)
-    return path
 
 
 @pytest.mark.parametrize(
@@ -582,73 +546,6 @@ def test_read_any_takes_one_volume(tmp_path):
         read_any(str(tmp_path))
     with pytest.raises(ConfigError, match="no such file"):
         read_any(str(tmp_path / "none.nii.gz"))
-
-
-def save_ome_zarr(path: Path, array_DHW: np.ndarray, affine: np.ndarray) -> Path:
-    store = open_store(str(path))
-    write_volume(store, "v", Volume(array_DHW[None], spacing_mm=(1.25, 2.0, 1.5), affine=affine))
-    (path / "volumes" / "v").rename(path.with_suffix(".made"))
-    shutil.rmtree(path)
-    path.with_suffix(".made").rename(path)
-    return path
-
-
-def save_zarr(path: Path, array_DHW: np.ndarray, affine: np.ndarray) -> Path:
-    zarr.create_array(store=str(path), data=array_DHW, chunks=(4, 5, 6))
-    return path
-
-
-def save_series(path: Path, array_DHW: np.ndarray, affine: np.ndarray) -> Path:
-    datasets = slices(array_DHW)
-    save_dicom(path, datasets)
-    save_dicom(path / "seg", [segmentation(datasets, disc(array_DHW.shape))])
-    return path
-
-
-FUZZED = {
-    "a.nii": (save_nifti, "a.nii"),
-    "a2.nii": (save_nifti2, "a2.nii"),
-    "a.nii.gz": (save_nifti, "a.nii.gz"),
-    "a.hdr": (save_pair, "a.hdr"),
-    "a.mha": (save_itk, "a.mha"),
-    "a.mhd": (save_itk, "a.mhd"),
-    "a.nrrd": (save_itk, "a.nrrd"),
-    "a.nhdr": (save_itk, "a.nhdr"),
-    "a.mgz": (save_mgz, "a.mgz"),
-    "bare.zarr": (save_zarr, "bare.zarr/zarr.json"),
-    "a.zarr": (save_ome_zarr, "a.zarr/zarr.json"),
-    "a-array.zarr": (save_ome_zarr, "a-array.zarr/0/zarr.json"),
-    "dicom": (save_series, "dicom/*"),
-    "dicom-seg": (save_series, "dicom-seg/seg/*"),
-}
-"""Format: what writes it, and the file whose header is damaged."""
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", sorted(FUZZED))
-@settings(max_examples=20, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(changes=st.lists(st.tuples(st.integers(0, 1500), st.integers(0, 255)), min_size=1, max_size=6))
-def test_damaged_headers_are_read_or_refused_and_nothing_else(tmp_path, name, changes):
-    save, part = FUZZED[name]
-    shutil.rmtree(tmp_path)
-    tmp_path.mkdir()
-    path = save(tmp_path / name, phantom((4, 5, 6)), AFFINE)
-    damaged = next(p for p in sorted(tmp_path.glob(part)) if p.is_file())
-    opener = gzip.open if damaged.suffix in (".gz", ".mgz") else open
-    with opener(damaged, "rb") as file:
-        data = bytearray(file.read())
-    for at, value in changes:
-        data[at % min(len(data), 1500)] = value
-    with opener(damaged, "wb") as file:
-        file.write(bytes(data))
-    with suppress(RefusedInput):  # any other error fails the test
-        for item in discover(path).items:
-            assert source_digest(item)
-            assert source_state(item) == source_state(item)
-            ready = prepare(item, IngestPolicy(read=ReadPolicy(max_voxels=100_000)))
-            assert np.isfinite(ready.affine).all()
-            assert ready.stored_CDHW.dtype in (np.int16, np.float32)
-            assert np.isfinite(ready.stored_CDHW).all()
 
 
 def test_the_formats_folder_reads_as_its_readme_says():
