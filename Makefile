@@ -26,7 +26,7 @@ fuzz: $(READY)
 		tests/unit/storage/ingest/test_fuzz.py tests/unit/ssl_core/portable/test_one_nifti_header.py $(ARGS)
 
 coverage: $(READY)
-	$(BIN)/pytest -n 3 --dist loadgroup -m "not service" --cov --cov-report=
+	$(BIN)/pytest -n 3 --dist loadgroup --cov --cov-report=
 	$(BIN)/python docs/coverage.py
 
 lint: $(READY)

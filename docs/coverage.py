@@ -14,9 +14,9 @@ TOPS = ("storage", "ssl_core", "jobs", "cluster")
 LARGEST = 12
 HEAD = """# Coverage
 
-Lines and branches that the tests run, by `make coverage`. Processes that tests start are measured too. The tests on
-real services (`-m service`) are left out: they kill their processes, and a killed process writes nothing down. So what
-runs only on Ray, MLflow or S3 counts as not run here.
+Lines and branches that the tests run, by `make coverage`. Only what runs in the processes of the tests themselves
+counts. What they start does not: ranks, drivers and workers of Ray, the command line as a program. So code that only
+runs there is tested by the service and distributed tests, and counts as not run here.
 
 """
 
