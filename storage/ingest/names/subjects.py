@@ -49,6 +49,7 @@ def subjects_by_name(names: Sequence[str], top: str) -> Subjects:
     for name, path in _folders_first(paths, notes).items():
         paths[name] = path
     cores = {name: _core(path[-1]) if path else () for name, path in paths.items()}
+    cores = _numbered(paths, cores)
     cores = _without_giants(paths, cores, notes)
     cores = _without_numbers(paths, cores, notes)
     spelling: dict[tuple[str, ...], str] = {}
@@ -95,9 +96,11 @@ def _folders_first(paths: dict[str, tuple[str, ...]], notes: list[str]) -> dict[
         weak = all(all(word.may_qualify for word in one) for one in words)
         again = all(folders_of[_series_key(paths[name][-1])] > 1 for name in names)
         numbers = all(one[-1:] and one[-1].text.isdigit() and int(one[-1].text) <= A_FEW for one in words)
+        if any(person_end(one) for one in words):
+            continue
         if weak or (len(people) > 1 and (again or (numbers and all(len(one) == 1 for one in words)))):
             out.update(dict.fromkeys(names, _identity(folder)))
-            if len(names) > 1 and not weak:
+            if len(names) > 1 and not (weak and any(word.numbered for word in words_of(folder[-1]))):
                 doubtful.append(names[0])
     if doubtful:
         notes.append(
@@ -124,14 +127,25 @@ def _core(segment: str) -> tuple[Word, ...]:
         return words
     rest = tuple(word for word in words if not word.qualifies)
     sure = tuple(word for word in rest if not word.may_qualify)
-    if any(word.numbered for word in sure) or (sure and not any(word.numbered for word in rest)):
-        rest = sure
+    rest = sure or rest
     if not rest:
         rest = tuple(word for word in words if not word.qualifies) or words
     if end := person_end(rest):
         return rest[:end]
     numbered = [at for at, word in enumerate(rest) if word.numbered]
     return rest[: numbered[-1] + 1] if numbered else rest
+
+
+def _numbered(paths: dict[str, tuple[str, ...]], cores: dict[str, tuple[Word, ...]]) -> dict[str, tuple[Word, ...]]:
+    """With the number of `scan_1_abdomen` and `scan_2_abdomen`, where the word that is left is the same in all."""
+    whole: dict[str, tuple[Word, ...]] = {}
+    for name, core in cores.items():
+        words = tuple(word for word in words_of(paths[name][-1]) if not word.qualifies) if paths[name] else ()
+        if len(words) > len(core) and not any(w.numbered for w in core) and any(w.numbered for w in words):
+            whole[name] = words
+    if len({key_of(cores[name]) for name in whole}) == 1:
+        return cores | whole
+    return cores
 
 
 def _without_giants(
