@@ -137,13 +137,13 @@ def _core(segment: str) -> tuple[Word, ...]:
 
 
 def _numbered(paths: dict[str, tuple[str, ...]], cores: dict[str, tuple[Word, ...]]) -> dict[str, tuple[Word, ...]]:
-    """With the number of `scan_1_abdomen` and `scan_2_abdomen`, where the word that is left is the same in all."""
+    """With the number of `scan_1_abdomen` and `scan_2_abdomen`, where the word behind it is the same in all."""
     whole: dict[str, tuple[Word, ...]] = {}
     for name, core in cores.items():
         words = tuple(word for word in words_of(paths[name][-1]) if not word.qualifies) if paths[name] else ()
-        if len(words) > len(core) and not any(w.numbered for w in core) and any(w.numbered for w in words):
+        if len(words) > len(core) and not any(w.numbered for w in core) and words[0].numbered:
             whole[name] = words
-    if len({key_of(cores[name]) for name in whole}) == 1:
+    if len(whole) == len(cores) and len({key_of(cores[name]) for name in whole}) == 1:
         return cores | whole
     return cores
 

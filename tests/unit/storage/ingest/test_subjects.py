@@ -87,6 +87,7 @@ def test_scans_that_differ_in_visit_side_or_series_are_never_split(person, kinds
         ("scan_01", "scan_02", "volume-0", "volume-1", "img0001", "img0002", "pet0", "pet1", "i32", "u8"),
         ("1.3.6.1.4.1.14519.5.2.1.6279.6001.1", "1.3.6.1.4.1.14519.5.2.1.6279.6001.2"),
         ("siteA/001", "siteA/002", "siteB/001"),
+        ("scan_1_abdomen", "scan_2_abdomen", "scan_3_abdomen"),
         ("chaos/p0", "chaos/p1", "kits/p0", "kits/p1"),
         ("002_S_0295", "002_S_0413", "003_S_0901"),
     ],
