@@ -1,13 +1,16 @@
 """The fine-tuning job around the trainer."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from jobs.configs import FinetuneJobConfig
-from jobs.finetune import compared, device_for
+from jobs.finetune import _registered, compared, device_for
+from jobs.tracking import models, registration
 from jobs.tracking.bundles import write_segmenter
 from ssl_core.config import parse
 from ssl_core.downstream.comparison import ONE_START, Comparison, Training, paired_test_of
@@ -107,6 +110,34 @@ def test_a_result_has_the_keys_that_it_always_had() -> None:
     assert list(training("pre", 3).to_json()) == ["start", "seed", "history", "cases", "version", "seconds"]
     alone = comparison(starts={"pre": "models:/e/1"}).to_json()
     assert alone["test"] == {"statement": ONE_START}
+
+
+def test_a_rerun_under_another_model_name_registers_and_trains_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = {"one": "4", "other": "1"}
+    monkeypatch.setattr(models, "register", lambda bundle, name, run_id: versions[name])
+    config = parse(FinetuneJobConfig, JOB | {"runs": f"file://{tmp_path}"})
+    ended = [replace(training(start, seed), version=None) for start in config.starts for seed in config.seeds]
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "bundle.json").write_text("{}")
+    registration.store_bundle(tmp_path / "bundle", f"file://{tmp_path}/n")
+    for name, version in versions.items():
+        one = config.model_copy(update={"model": name})
+        result = compared(one, _registered(one, ended, "r"), run_id="r", seconds=1.0)
+        assert (result.model, result.version) == (name, version)
+        assert [(t.start, t.seed) for t in result.trainings if t.version] == [("pre", 3)]
+
+
+def test_a_job_of_before_keeps_the_name_that_its_segmenter_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It registered while it trained, and stored nothing that could be registered again."""
+    runs = {"models:/one/7": "r", "models:/other/7": "of another job"}
+    monkeypatch.setattr(models, "resolve", lambda uri: SimpleNamespace(run_id=runs[uri]))
+    config = parse(FinetuneJobConfig, JOB | {"runs": "memory://finetune-before", "model": "one"})
+    ended = [training(start, seed) for start in config.starts for seed in config.seeds]
+    assert _registered(config, ended, "r") == ended
+    with pytest.raises(ConfigError, match="'other'.*leave the name as it was"):
+        _registered(config.model_copy(update={"model": "other"}), ended, "r")
 
 
 def test_a_result_of_before_is_read_and_says_what_its_trainings_can_show() -> None:
