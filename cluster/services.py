@@ -201,8 +201,7 @@ def _ray(state_dir: Path, ports: dict[str, dict[str, int]], cpus: int) -> Made:
     extra: dict[str, str | None] = {
         # A job's `python -m jobs.pretrain` must find this environment.
         "PATH": os.pathsep.join([binaries, os.environ.get("PATH", os.defpath)]),
-        "RAY_START_HOOK": "cluster.ray_hooks.at_start",
-        "RAY_agent_register_timeout_ms": "180000",  # a busy machine takes more than the 30 s of Ray
+        "RAY_START_HOOK": "cluster.ray_hooks.leave_out_ray_client",
         "RAY_task_oom_retries": "3",  # without it a volume too large for the node is tried for ever
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
         "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
