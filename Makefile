@@ -17,7 +17,7 @@ demo: $(READY)
 
 # Services mostly wait, so that three processes keep two cores busy. With ARGS it is pytest with these, in one process.
 test: $(READY)
-	$(BIN)/pytest $(or $(ARGS),-n 3 --dist loadgroup --no-loadscope-reorder)
+	$(BIN)/pytest $(or $(ARGS),-n 3 --dist loadfile --no-loadscope-reorder)
 
 # Damaged files for every reader, others each round, for FUZZ_MINUTES in all.
 FUZZ_MINUTES ?= 10
@@ -26,7 +26,7 @@ fuzz: $(READY)
 		tests/unit/storage/ingest/test_fuzz.py tests/unit/ssl_core/portable/test_one_nifti_header.py $(ARGS)
 
 coverage: $(READY)
-	$(BIN)/pytest -n 3 --dist loadgroup --no-loadscope-reorder --cov --cov-report=
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --cov --cov-report=
 	$(BIN)/python docs/coverage.py
 
 lint: $(READY)

@@ -13,12 +13,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HERE = Path(__file__).parent
-# Files that share a server, or a pool of ranks, are run by one process. Else each file is dealt by itself.
-SHARED = {"service": "services", "contract": "contracts", "distributed": "ranks"}
-# They start servers of their own, and take minutes.
-APART = {"test_pretrain_survives", "test_search_survives", "test_separate_environment"}
-# The longest first, so that all processes end at about the same time; not three stacks of servers at once.
-FIRST = ("test_pretrain_survives", "contracts", "services", "ranks", "test_search_survives")
+# The longest first, so that all processes of `-n` end at about the same time.
+FIRST = ("service/test_pretrain_survives.py", "contract/test_methods.py", "service/test_search_survives.py", "service")
 _scratch = pytest.StashKey[str]()
 
 
@@ -37,17 +33,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Deal groups to processes; each group keeps its order."""
-    groups = [_group(item.path) for item in items]
-    for item, group in zip(items, groups, strict=True):
-        item.add_marker(pytest.mark.xdist_group(group))
-    rank = {group: number for number, group in enumerate(FIRST)}
-    order = sorted(range(len(items)), key=lambda i: rank.get(groups[i], len(FIRST)))
-    items[:] = [items[i] for i in order]
+    """Files are dealt in the order of collection, each to one process, as what a module's fixtures start is costly."""
+    items.sort(key=lambda item: _rank(item.path.relative_to(HERE).as_posix()))
 
 
-def _group(path: Path) -> str:
-    if path.stem in APART:
-        return path.stem
-    folder = path.relative_to(HERE).parts[0]
-    return SHARED.get(folder, str(path.relative_to(HERE)))
+def _rank(file: str) -> int:
+    return next((number for number, prefix in enumerate(FIRST) if file.startswith(prefix)), len(FIRST))
