@@ -53,7 +53,7 @@ class Bundle:
 
     def _one(self, item: Any) -> Any:
         run = self._predictor.predict if self._predictor.kind == "segmenter" else self._predictor.features
-        force = self._force or (isinstance(item, dict) and bool(item.get("force")))
+        force = self._force or (isinstance(item, dict) and bool(np.any(item.get("force", False))))
         options = {"force": True} if force else {}  # the code of a bundle from before knows no such argument
         if isinstance(item, dict):
             if set(item) - {"image", "affine", "force"} or "image" not in item:

@@ -333,8 +333,8 @@ def _example(plan: Mapping[str, Any]) -> dict[str, Any]:
     i, j, k = np.meshgrid(*(np.arange(n) for n in (12, 12, 12)), indexing="ij")
     ball = ((i - 5.5) ** 2 + (j - 5.5) ** 2 + (k - 5.5) ** 2 < 16).astype(np.float32) * 100
     image = ball if plan["channels"] == 1 else np.stack([ball] * int(plan["channels"]), axis=-1)
-    # It is like no scan: a model that knows what it learned from would refuse it.
-    return {"image": image, "affine": np.eye(4), **({"force": True} if plan.get("training") else {})}
+    # It is like no scan: a model that knows what it learned from would refuse it. MLflow wants all values as arrays.
+    return {"image": image, "affine": np.eye(4), **({"force": np.array([True])} if plan.get("training") else {})}
 
 
 def _public(package: str) -> str:
