@@ -125,7 +125,7 @@ def test_what_makes_the_host_wait_is_named_by_its_line(name: str) -> None:
     with pretended_device() as seen:
         x = torch.ones(3, device=DEVICE)
         WAITING[name](x)
-    assert [wait.where.partition(":")[0] for wait in seen.waits] == ["unit/test_pretended_device.py"]
+    assert [wait.where.partition(":")[0] for wait in seen.waits] == ["testing/test_pretended_device.py"]
 
 
 @pytest.mark.parametrize("name", FREE)
