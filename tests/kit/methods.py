@@ -1,5 +1,6 @@
 """Registered methods with changed settings and views for them, and what several methods promise alike."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ def on_slices(name: str, **settings: Any) -> tuple[torch.nn.Module, ViewBatch]:
     random = np.random.default_rng(0)
     blocks = random.random((4, *host_size(spec))).astype(np.float32)
     maps = {m: np.stack([superpixels(b, "slices", scale=1e3) for b in blocks]) for m in spec.maps}
-    views = make_views(host, spec, seed=0, policy=crops.AS_STORED, maps=maps)
+    views = make_views(replace(host, maps_BDHW=maps), spec, seed=0, policy=crops.AS_STORED)
     torch.manual_seed(0)
     return kind(config, build("basic_unet", spatial_dims=2, features=(4, 4, 8, 8, 8, 4))).train(), views
 

@@ -1,5 +1,7 @@
 """What registered methods have in common, and what registration gives them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -145,7 +147,7 @@ def test_it_trains_on_views_made_of_crops(name: str) -> None:
     maps = {
         m: np.arange(host.label_BDHW.size, dtype=np.int32).reshape(host.label_BDHW.shape) // 64 + 1 for m in spec.maps
     }
-    views = make_views(host, spec, seed=0, policy=crops.AS_STORED, maps=maps)
+    views = make_views(replace(host, maps_BDHW=maps), spec, seed=0, policy=crops.AS_STORED)
     torch.manual_seed(0)
     method = kind(config, build("basic_unet", features=(4, 4, 8, 8, 8, 4))).train()
     losses = train(method, views, range(2), torch.optim.SGD(trained(method), lr=1e-3))
