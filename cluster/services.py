@@ -29,6 +29,8 @@ BUCKETS = ("volumes", "runs", "mlflow")
 MLFLOW_USER = "admin"
 OBJECT_STORE_BYTES = 256 * 1024**2
 PATIENCE_S = 10.0  # a server on a busy machine may be slow and well
+# Ray waits 30 s for its own node, which no setting changes, and then ends with these words.
+IMPATIENT = "timed out during startup"
 DRIVER_SLOTS = 16
 SOCKETS = Path("/tmp")  # where weed puts its sockets, whatever TMPDIR says
 # One port a purpose; the first is the one that clients use.

@@ -154,11 +154,13 @@ def _start(
         for name, server in list(waiting.items()):
             service = state.services[name]
             if _main(state, name) is None:
-                if name in missing:
+                if name not in missing:  # it was dying when `up` looked, as after a kill a moment ago
+                    progress(f"{services.TITLES[name]} has ended meanwhile; starting it")
+                    missing.append(name)
+                elif services.IMPATIENT in _tail(server.log):
+                    progress(f"this machine is busy, and {services.TITLES[name]} gave up on itself; starting it again")
+                else:
                     raise _died(server)
-                # It was dying when `up` looked, as after a kill a moment ago.
-                progress(f"{services.TITLES[name]} has ended meanwhile; starting it")
-                missing.append(name)
                 waiting[name] = _launch(state_dir, state, [name], requested, cpus)[name]
                 continue
             why[name] = server.probe()
