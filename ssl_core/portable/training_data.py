@@ -127,7 +127,7 @@ class TrainingData:
             refused.append(f"a CT{'' if modality else ' by its values'}, {learned}")
         elif modality and modalities and modality not in modalities and "" not in self.modalities:
             refused.append(f"modality {modality}, {learned}")
-        for c, (channel, table) in enumerate(zip(stats, self.intensities, strict=False)):
+        for c, (channel, table) in enumerate(zip(stats, self.intensities, strict=True)):
             where = f" in channel {c}" if len(stats) > 1 else ""
             low, high = table["p0_5"][0], table["p99_5"][1]
             span = channel["p99_5"] - channel["p0_5"]
