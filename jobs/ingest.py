@@ -5,16 +5,14 @@ any process: over Ray tasks where that process is in a cluster, over threads whe
 """
 
 import os
-import re
 import sys
-from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import PurePath
 
 import ray
 
 from jobs.configs import IngestConfig
+from jobs.data_check import outline
 from jobs.driver import guarded, load
 from jobs.on_ray.map import ray_map
 from jobs.on_ray.room import require_room
@@ -24,16 +22,12 @@ from storage.datasets import simulated
 from storage.errors import ConfigError, NotFound
 from storage.format.manifest import Manifest
 from storage.format.notes import note_kinds
-from storage.ingest.items import Discovery
 from storage.ingest.mapping import map_threads
 from storage.ingest.pipeline import IngestReport, Progress, run, unread
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.quarantine import by_reason
-from storage.ingest.readers.registry import format_of
 
 SIMULATED = "simulated"
-MOST_LINES = 10
-"""More orphans of one kind are counted, and a few named."""
 
 
 def ingest(
@@ -97,40 +91,6 @@ def ensure_data(data: str, source: str | None) -> None:
                 remedy=f"ingest first: tomoscale data ingest FOLDER {data}",
             ) from error
         ingest(source, data)
-
-
-def outline(discovery: Discovery) -> list[str]:
-    """What a folder holds, before anything of it is read: whose the scans are, and what has no place."""
-    items = discovery.items
-    volumes: defaultdict[str, list[str]] = defaultdict(list)
-    for item in items:
-        volumes[item.subject].append("" if format_of(item.kind).hides_identity else item.name)
-    labelled = sum(item.label is not None for item in items)
-    lines = [f"{len(items)} volumes of {len(volumes)} subjects, {labelled} with a label map"]
-    several = sorted((subject, names) for subject, names in volumes.items() if len(names) > 1)
-    if several:
-        examples = [f"{subject} ({', '.join(names[:3])})" for subject, names in several if names[0]][:3]
-        lines.append(
-            f"  subjects: {len(several)} with several volumes{': ' if examples else ''}{', '.join(examples)}; if that "
-            "is wrong, set subject_pattern or subject_table"
-        )
-    lines += [f"  note: {note}" for note in discovery.notes]
-    kinds: defaultdict[str, list[str]] = defaultdict(list)
-    for orphan in discovery.orphans:
-        kinds[re.sub(r" named [^;]*", " of its name", orphan.what)].append(str(orphan))
-    for kind, orphans in kinds.items():
-        examples = orphans if len(orphans) <= MOST_LINES else orphans[:3]
-        lines += [f"  orphan: {orphan}" for orphan in examples]
-        if len(orphans) > len(examples):
-            lines.append(f"  orphan: and {len(orphans) - len(examples)} more: {kind}")
-    if discovery.ignored:
-        suffixes = Counter(PurePath(path).suffix.lower() or "no suffix" for path in discovery.ignored)
-        counts = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())
-        lines.append(
-            f"  ignored: {len(discovery.ignored)} files that no reader knows ({counts}), the first: "
-            f"{discovery.ignored[0]}"
-        )
-    return lines
 
 
 def describe(report: IngestReport, data: str) -> str:

@@ -119,15 +119,27 @@ def canonicalise(array_CDHW: Array, affine: Affine) -> tuple[Array, Affine]:
         The array (C, D, H, W), C-contiguous, and its affine. Every voxel keeps its value and its place in mm.
     """
     source, flip = nearest_axes(affine)
-    sizes = array_CDHW.shape[:0:-1]  # along i, j, k
     moved = array_CDHW.transpose(0, *(3 - source[a] for a in (2, 1, 0)))
     moved = np.flip(moved, tuple(axis for axis, a in ((1, 2), (2, 1), (3, 0)) if flip[a]))
+    return np.ascontiguousarray(moved), canonical_grid(array_CDHW.shape[1:], affine)[1]
+
+
+def canonical_grid(shape_DHW: tuple[int, ...], affine: Affine) -> tuple[tuple[int, int, int], Affine]:
+    """Shape and affine of a volume after `canonicalise`.
+
+    Args:
+        shape_DHW: (k, j, i).
+        affine: 4x4, index (i, j, k, 1) to RAS+ mm.
+    """
+    source, flip = nearest_axes(affine)
+    sizes = shape_DHW[::-1]  # along i, j, k
     step = np.zeros((4, 4))  # new index -> old index
     step[3, 3] = 1
     for a in range(3):
         step[source[a], a] = -1 if flip[a] else 1
         step[source[a], 3] = sizes[source[a]] - 1 if flip[a] else 0
-    return np.ascontiguousarray(moved), np.asarray(affine, np.float64) @ step
+    shape = (sizes[source[2]], sizes[source[1]], sizes[source[0]])
+    return shape, np.asarray(affine, np.float64) @ step
 
 
 def resample(

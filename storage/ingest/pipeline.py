@@ -224,15 +224,19 @@ def ingest_work(work: Work) -> Outcome:
     try:
         record, skipped = ingest_item(work)
     except RefusedInput as error:
-        parts = [f"expected {error.expected}" if error.expected else "", f"found {error.found}" if error.found else ""]
-        reason = "; ".join(part for part in (*parts, error.remedy) if part)
-        personal = format_of(work.item.kind).hides_identity
-        thing = "" if personal else _relative_thing(error.thing, work.item)
-        reason = legible(f"{thing}{reason}")
-        if not personal and hides(work.item, work.policy):
-            reason = _without_names(reason, work.item)
-        return Outcome(None, Quarantined(work.item.source, work.source, reason), False, _size(work.item))
-    return Outcome(record, None, skipped, 0 if skipped else _size(work.item))
+        refused = Quarantined(work.item.source, work.source, reason_of(error, work.item, work.policy))
+        return Outcome(None, refused, False, size_of(work.item))
+    return Outcome(record, None, skipped, 0 if skipped else size_of(work.item))
+
+
+def reason_of(error: RefusedInput, item: IngestItem, policy: IngestPolicy) -> str:
+    """Why an item was refused, as it may be written down: without names where those are hidden."""
+    parts = [f"expected {error.expected}" if error.expected else "", f"found {error.found}" if error.found else ""]
+    reason = "; ".join(part for part in (*parts, error.remedy) if part)
+    personal = format_of(item.kind).hides_identity
+    thing = "" if personal else _relative_thing(error.thing, item)
+    reason = legible(f"{thing}{reason}")
+    return _without_names(reason, item) if not personal and hides(item, policy) else reason
 
 
 def unread(work: Work, how: str) -> Outcome:
@@ -241,7 +245,7 @@ def unread(work: Work, how: str) -> Outcome:
         f"expected a process that ends; found it killed each time, {how}; "
         "lower read.max_voxels, give its node more memory, or convert the file"
     )
-    return Outcome(None, Quarantined(work.item.source, work.source, reason), False, _size(work.item))
+    return Outcome(None, Quarantined(work.item.source, work.source, reason), False, size_of(work.item))
 
 
 def ingest_item(work: Work) -> tuple[VolumeRecord, bool]:
@@ -392,7 +396,8 @@ def _without_names(reason: str, item: IngestItem) -> str:
     return re.sub(r"\S*[/\\]\S*", "(a path)", reason)  # of other files, or cut off
 
 
-def _size(item: IngestItem) -> int:
+def size_of(item: IngestItem) -> int:
+    """Bytes of the files of an item."""
     size = 0
     for path in item.files:
         with suppress(OSError):

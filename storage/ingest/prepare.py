@@ -86,14 +86,7 @@ def prepare(item: IngestItem, policy: IngestPolicy, modality: str = "") -> Prepa
         raw = read_item(item, policy.read)
         label = read_label(item, policy.read, raw)
     except LIBRARY_FAULTS as error:
-        # a library's message may quote a header, and a DICOM header may not be quoted
-        text = "" if format_of(item.kind).hides_identity else f": {' '.join(str(error).split())[:200]}"
-        raise RefusedInput(
-            item.source,
-            expected="a file that its library can read",
-            found=f"{type(error).__name__}{text}",
-            remedy="the header is damaged or unusual; open it in another tool and export it again",
-        ) from error
+        raise unreadable(item, error) from error
     notes = raw.notes
     orientation = geometry.orientation(raw.affine)
     image, affine = geometry.canonicalise(raw.array_CDHW, raw.affine)
@@ -103,7 +96,7 @@ def prepare(item: IngestItem, policy: IngestPolicy, modality: str = "") -> Prepa
     kind = policy.modality or raw.modality or modality or _looks_like_ct(image, notes)
     native = geometry.spacing_dhw(affine)
     target = policy.target_spacing(native)
-    _check_resampled(item.source, image.shape, native, target, policy)
+    check_resampled(item.source, image.shape, native, target, policy)
     resized, new_affine = geometry.resample(image, affine, target, policy.image_interpolation)
     if resized is not image:
         if resized.min() == resized.max():
@@ -135,10 +128,29 @@ def prepare(item: IngestItem, policy: IngestPolicy, modality: str = "") -> Prepa
     return Prepared(stored, affine, spacing, orientation, kind, scale, offset, stats, box, label_DHW, raw.reader, notes)
 
 
-def _check_resampled(
+def unreadable(item: IngestItem, error: BaseException) -> RefusedInput:
+    """The refusal of an item on which a format library failed with one of `LIBRARY_FAULTS`."""
+    # a library's message may quote a header, and a DICOM header may not be quoted
+    text = "" if format_of(item.kind).hides_identity else f": {' '.join(str(error).split())[:200]}"
+    return RefusedInput(
+        item.source,
+        expected="a file that its library can read",
+        found=f"{type(error).__name__}{text}",
+        remedy="the header is damaged or unusual; open it in another tool and export it again",
+    )
+
+
+def check_resampled(
     thing: str, shape: tuple[int, ...], native: tuple[float, ...], target: tuple[float, ...], policy: IngestPolicy
-) -> None:
-    """Refuse what would not fit the memory of a task, before it is made."""
+) -> tuple[int, ...]:
+    """The shape (D, H, W) at the target spacing.
+
+    Args:
+        shape: (C, D, H, W), of which each voxel is `native` mm large.
+
+    Raises:
+        RefusedInput: it would not fit the memory of a task.
+    """
     size = tuple(max(1, round(n * was / new)) for n, was, new in zip(shape[1:], native, target, strict=True))
     if math.prod(size) * shape[0] > policy.read.max_voxels:
         raise RefusedInput(
@@ -147,6 +159,7 @@ def _check_resampled(
             found=f"shape {(shape[0], *size)}, {math.prod(size) * shape[0]:,} voxels",
             remedy="choose a larger spacing_mm, or raise read.max_voxels where a task may use about 26 bytes a voxel",
         )
+    return size
 
 
 def quantise(
@@ -213,19 +226,51 @@ def _matched_label(
     array, own = label.array_CDHW, label.affine
     if policy.read.shear == "correct" and geometry.shear(own) > 1e-3:
         array, own = geometry.straighten(array, own, labels=True)
-    turned, own = geometry.canonicalise(array, own)
     shape = (image.shape[1], image.shape[2], image.shape[3])
+    axes = label_axes(thing, array.shape[1:], own, raw.affine, (shape, affine), policy, notes)
+    turned, _ = geometry.canonicalise(array, axes)
+    notes.extend(f"label: {note}" for note in label.notes)
+    if not turned.any():
+        notes.append("label holds background only")
+    matched: Array = turned[0]
+    return matched
+
+
+def label_axes(
+    thing: str,
+    shape_DHW: tuple[int, ...],
+    own: geometry.Affine,
+    raw: geometry.Affine,
+    image: tuple[Triple, geometry.Affine],
+    policy: IngestPolicy,
+    notes: list[str],
+) -> geometry.Affine:
+    """The affine whose axes a label map is turned by: its own, or its image's where its own says nothing.
+
+    Args:
+        shape_DHW: Of the map in the axes of its file.
+        own: Affine of the map.
+        raw: Affine of the image, as read.
+        image: Shape (D, H, W) and affine of the image in canonical axes.
+
+    Raises:
+        RefusedInput: the map does not lie on its image's grid, and the policy does not ignore that.
+    """
+    shape, affine = image
+    turned, turned_affine = geometry.canonical_grid(shape_DHW, own)
     spacing = geometry.spacing_dhw(affine)
-    apart = geometry.corner_distance(own, affine, shape) if turned.shape[1:] == shape else math.inf
+    apart = geometry.corner_distance(turned_affine, affine, shape) if turned == shape else math.inf
     ignored = policy.label_affine == "ignore" and apart > 0.1 * min(spacing)
+    axes = own
     if ignored and apart > 0.1 * min(n * s for n, s in zip(shape, spacing, strict=True)):
         # So far off, the header says nothing of the axes either: voxels lie as the image's do. By less, it only errs.
-        turned, _ = geometry.canonicalise(array, raw.affine)
-    if turned.shape[1:] != shape:
+        axes = raw
+        turned, _ = geometry.canonical_grid(shape_DHW, raw)
+    if turned != shape:
         raise RefusedInput(
             thing,
             expected=f"the image's shape {shape} (D, H, W)",
-            found=str(turned.shape[1:]),
+            found=str(turned),
             remedy="was it drawn on another image? resample it onto this one, or remove it",
         )
     if ignored:
@@ -238,11 +283,7 @@ def _matched_label(
             found=f"corners {apart:.3g} mm apart",
             remedy="set label_affine to ignore if only the header is wrong",
         )
-    notes.extend(f"label: {note}" for note in label.notes)
-    if not turned.any():
-        notes.append("label holds background only")
-    matched: Array = turned[0]
-    return matched
+    return axes
 
 
 def _looks_like_ct(image: Array, notes: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""data ingest | append | superpixels | verify | show | fetch."""
+"""data check | ingest | append | superpixels | verify | show | fetch."""
 
 import argparse
 import os
@@ -14,7 +14,7 @@ import numpy as np
 
 from jobs.cli.verbs.common import add_json, add_state, job_address, salt_here, use_stack
 from jobs.output import Progress, emit, table, write_page
-from storage.errors import ConfigError
+from storage.errors import ConfigError, RefusedInput
 
 if TYPE_CHECKING:
     from ssl_core.config import C
@@ -23,8 +23,13 @@ if TYPE_CHECKING:
 
 def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register the verbs."""
-    data = verbs.add_parser("data", help="volumes: ingest, append, superpixels, verify, show, fetch")
+    data = verbs.add_parser("data", help="volumes: check, ingest, append, superpixels, verify, show, fetch")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    check = actions.add_parser("check", help="what an ingest would make of a folder, from names and headers")
+    check.add_argument("source", help="folder of NIfTI, DICOM, NRRD, MHA, MGZ or Zarr volumes")
+    check.add_argument("policy", nargs="*", default=[], metavar="key=value", help="ingest policy, as of `data ingest`")
+    add_json(check)
+    check.set_defaults(run=_check)
     for name, text in (
         ("ingest", "bring a folder of scans into a store; idempotent, and a killed run goes on"),
         ("append", "ingest, and keep what the store has already"),
@@ -66,6 +71,24 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     fetch.add_argument("dataset", choices=["hippocampus"])
     fetch.add_argument("folder", type=Path, help="where to put it")
     fetch.set_defaults(run=_fetch)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from jobs import data_check
+    from ssl_core.config import load
+    from storage.ingest.policy import IngestPolicy
+
+    policy = load(IngestPolicy, {}, arguments.policy)
+    bar: list[Progress] = []
+
+    def progress(done: int, total: int) -> None:
+        if not bar:
+            bar.append(Progress("headers", total, "volumes"))
+        bar[0].update(done)
+
+    report = data_check.check(arguments.source, policy, progress)
+    emit(data_check.facts(report), arguments.json, data_check.describe(report))
+    return RefusedInput.exit_code if report.problem else 0
 
 
 def _ingest(arguments: argparse.Namespace) -> int:
@@ -199,6 +222,8 @@ def _notes(manifest: Any) -> "tuple[NoteKind, ...]":
 
 
 def _facts(manifest: Any) -> dict[str, Any]:
+    from jobs.data_check import span
+
     shapes, spacings = np.array(manifest.column("shape_DHW")), np.array(manifest.column("spacing_mm"))
     labels: Counter[str] = Counter()
     voxels: Counter[str] = Counter()
@@ -211,10 +236,6 @@ def _facts(manifest: Any) -> dict[str, Any]:
         for item in record.derived:
             derived[item.name].append(item.regions)
             recipes[item.name] = item.made
-
-    def span(values: Any) -> str:
-        low, middle, high = values.min(0), np.median(values, 0), values.max(0)
-        return " x ".join(f"{a:g}..{c:g} (median {b:g})" for a, b, c in zip(low, middle, high, strict=True))
 
     return {
         "manifest": manifest.fingerprint,

@@ -30,7 +30,7 @@ from storage.ingest.readers.dicom_file import DAMAGED, SECONDARY_CAPTURES, Slice
 from storage.ingest.readers.dicom_grid import at_positions, decimals, on_grid
 from storage.ingest.readers.dicom_seg import read_segmentation
 from storage.ingest.readers.dicom_series import discover_dicom
-from storage.ingest.readers.raw import RawVolume, ReadPolicy, check_size
+from storage.ingest.readers.raw import RawVolume, ReadPolicy, VolumeHeader, check_size
 from storage.ingest.readers.reader import Grouping
 
 READER = f"pydicom/{pydicom.__version__}"
@@ -56,6 +56,11 @@ class DicomReader:
     def read(self, files: Sequence[str], policy: ReadPolicy, thing: str) -> RawVolume:
         """See `read_series`."""
         return read_series(files, policy, thing)
+
+    def header(self, files: Sequence[str], policy: ReadPolicy, thing: str) -> VolumeHeader:
+        """See `read_series`."""
+        raw = read_series(files, policy, thing)
+        return VolumeHeader(raw.shape_CDHW, raw.affine, raw.modality, tuple(raw.notes))
 
     def read_label(self, path: str, policy: ReadPolicy, image: RawVolume) -> RawVolume:
         """See `read_segmentation`."""

@@ -10,7 +10,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from storage.ingest.readers.raw import (
     Array,
     RawVolume,
     ReadPolicy,
+    VolumeHeader,
+    channels_of_series,
     check_size,
     last_line,
     pick_series,
@@ -60,7 +62,7 @@ _LENGTHS = re.compile(r"^(?:spacings|space directions)\s*:|^\s*Element(?:Spacing
 
 def itk_reader() -> FileReader:
     """The reader of the formats."""
-    return FileReader(read_itk, parts_of=pixel_files)
+    return FileReader(read_itk, parts_of=pixel_files, header_of=read_itk_header)
 
 
 def pixel_files(path: str) -> list[str]:
@@ -77,24 +79,10 @@ def read_itk(path: str, policy: ReadPolicy) -> RawVolume:
     Raises:
         RefusedInput: names the file and what is wrong with it.
     """
-    reader = _itk.ImageFileReader()
-    reader.SetFileName(path)
-    try:
-        reader.ReadImageInformation()
-        size = tuple(int(n) for n in reader.GetSize())
-        check_size(path, (*size, int(reader.GetNumberOfComponents())), policy)
-        parts = _parts(path, size)
+    with _readable(path):
+        reader, size, parts = _opened(path, policy)
         image = reader.Execute()
-    except RuntimeError as error:
-        raise RefusedInput(
-            path,
-            expected="a readable NRRD or MetaImage volume",
-            found=last_line(error),
-            remedy="the file is truncated, damaged or another format",
-        ) from error
     notes: list[str] = []
-    if len(size) < 3:
-        raise RefusedInput(path, expected="three axes", found=f"size {size}", remedy="a slice is no volume")
     array: Array = _itk.GetArrayFromImage(image)
     if any(Path(part).stat().st_size * len(parts) < array.nbytes for part in parts):
         raise RefusedInput(
@@ -112,11 +100,54 @@ def read_itk(path: str, policy: ReadPolicy) -> RawVolume:
     if len(size) > 3:
         array = array.reshape(-1, *array.shape[-3:])  # the slowest axis is the series
     series = len(array)
-    if series > 1:
-        array = pick_series(path, array, policy, notes)
+    array = pick_series(path, array, policy, notes)
     unit_mm = _unit_mm(path, header, notes)
     affine = geometry.check_affine(_affine(header, image, unit_mm, notes), path, unit_mm)
     return RawVolume(array, affine, READER, _modality(image), notes, series=series)
+
+
+def read_itk_header(path: str, policy: ReadPolicy) -> VolumeHeader:
+    """What `read_itk` would return, from the header alone.
+
+    Raises:
+        RefusedInput: names the file and what is wrong with its header.
+    """
+    with _readable(path):
+        image, size, _ = _opened(path, policy)
+    notes: list[str] = []
+    header = _header(path)
+    components = int(image.GetNumberOfComponents())
+    shape = (components if components > 1 else math.prod(size[3:]), *size[2::-1])
+    channels = channels_of_series(path, shape, policy, notes)
+    unit_mm = _unit_mm(path, header, notes)
+    affine = geometry.check_affine(_affine(header, image, unit_mm, notes), path, unit_mm)
+    return VolumeHeader((channels, *shape[1:]), affine, _modality(image), tuple(notes))
+
+
+def _opened(path: str, policy: ReadPolicy) -> tuple[Any, tuple[int, ...], list[str]]:
+    """ITK's reader after it read the header, the size (i, j, k, ...), and the files of voxels that the header lists."""
+    reader = _itk.ImageFileReader()
+    reader.SetFileName(path)
+    reader.ReadImageInformation()
+    size = tuple(int(n) for n in reader.GetSize())
+    check_size(path, (*size, int(reader.GetNumberOfComponents())), policy)
+    if len(size) < 3:
+        raise RefusedInput(path, expected="three axes", found=f"size {size}", remedy="a slice is no volume")
+    return reader, size, _parts(path, size)
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """ITK's faults as refusals that name the file."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RefusedInput(
+            path,
+            expected="a readable NRRD or MetaImage volume",
+            found=last_line(error),
+            remedy="the file is truncated, damaged or another format",
+        ) from error
 
 
 def _affine(header: str, image: Any, unit_mm: float, notes: list[str]) -> Affine:

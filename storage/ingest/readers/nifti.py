@@ -16,19 +16,30 @@ from isal import igzip, isal_zlib
 
 from storage import geometry
 from storage.errors import RefusedInput
-from storage.ingest.readers.raw import Array, RawVolume, ReadPolicy, check_size, read_bytes, series_note
+from storage.ingest.readers.raw import (
+    Affine,
+    Array,
+    RawVolume,
+    ReadPolicy,
+    VolumeHeader,
+    check_size,
+    read_bytes,
+    series_note,
+)
 from storage.ingest.readers.reader import FileReader
-from storage.nifti_header import MOST_BYTES, glimpse, parse_header, scaled
+from storage.nifti_header import MOST_BYTES, NiftiHeader, glimpse, parse_header, scaled
 
 READER = "nifti/1"
 PIXEL_SUFFIXES = (".img", ".img.gz")
+_HEAD_BYTES = 1 << 16
+"""Of a file, which hold its header, gzipped or not."""
 _gzip_file: Any = igzip.IGzipFile  # untyped
 _gzip_error: Any = isal_zlib.error
 
 
 def nifti_reader() -> FileReader:
     """The reader of the format."""
-    return FileReader(read_nifti, parts_of=pixel_files)
+    return FileReader(read_nifti, parts_of=pixel_files, header_of=read_nifti_header)
 
 
 def pixel_files(path: str) -> list[str]:
@@ -42,20 +53,12 @@ def read_nifti(path: str, policy: ReadPolicy) -> RawVolume:
     Raises:
         RefusedInput: names the file and what is wrong with it.
     """
-    pair = path.lower().endswith(".hdr")
-    pixels = path
-    if pair:
-        pixels = next((p for p in pixel_files(path) if Path(p).exists()), "")
-        if not pixels:
-            raise RefusedInput(path, expected="an .img or .img.gz file beside it", found="none")
+    pixels = _pixels(path)
+    notes: list[str] = []
     with _Source(path) as source:
-        header = parse_header(path, source.read(MOST_BYTES), pair=pair)
-        notes = list(header.notes)
-        check_size(path, header.shape, policy)
-        affine = geometry.check_affine(header.affine, path, header.unit_mm)
-        shape = _four_d(path, header.shape, policy, notes)
+        header, shape, affine = _parsed(path, source, policy, notes)
         size = math.prod(shape) * header.dtype.itemsize
-        if pair:
+        if pixels != path:
             with _Source(pixels) as other:
                 data = other.take(header.offset, size)
         else:
@@ -75,12 +78,54 @@ def read_nifti(path: str, policy: ReadPolicy) -> RawVolume:
     )
 
 
-class _Source:
-    """Bytes of a plain or gzipped file, read no further than asked for."""
+def read_nifti_header(path: str, policy: ReadPolicy) -> VolumeHeader:
+    """What `read_nifti` would return, from the first bytes of the file.
 
-    def __init__(self, path: str) -> None:
+    Raises:
+        RefusedInput: names the file and what is wrong with its header.
+    """
+    _pixels(path)
+    notes: list[str] = []
+    with _Source(path, _HEAD_BYTES) as source:
+        _, shape, affine = _parsed(path, source, policy, notes)
+    return VolumeHeader((1,) * (4 - len(shape)) + shape[::-1], affine, notes=tuple(notes))
+
+
+def _pixels(path: str) -> str:
+    """The file that holds the voxels: `path`, or the one beside a header.
+
+    Raises:
+        RefusedInput: there is none beside the header.
+    """
+    if not path.lower().endswith(".hdr"):
+        return path
+    pixels = next((p for p in pixel_files(path) if Path(p).exists()), "")
+    if not pixels:
+        raise RefusedInput(path, expected="an .img or .img.gz file beside it", found="none")
+    return pixels
+
+
+def _parsed(
+    path: str, source: "_Source", policy: ReadPolicy, notes: list[str]
+) -> tuple[NiftiHeader, tuple[int, ...], Affine]:
+    """The header, the shape (I, J, K) or (I, J, K, T) that the policy takes of it, and its affine."""
+    header = parse_header(path, source.read(MOST_BYTES), pair=path.lower().endswith(".hdr"))
+    notes += header.notes
+    check_size(path, header.shape, policy)
+    affine = geometry.check_affine(header.affine, path, header.unit_mm)
+    return header, _four_d(path, header.shape, policy, notes), affine
+
+
+class _Source:
+    """Bytes of a plain or gzipped file, read no further than asked for.
+
+    Args:
+        most: Bytes of the file that are needed; all of them by default.
+    """
+
+    def __init__(self, path: str, most: int | None = None) -> None:
         self._path = path
-        data = read_bytes(path)
+        data = read_bytes(path, most)
         if data[:2] == b"\x1f\x8b":
             self._file: Any = _gzip_file(fileobj=io.BytesIO(data), mode="rb")
         elif path.lower().endswith(".gz"):

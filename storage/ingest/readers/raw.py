@@ -73,11 +73,34 @@ class RawVolume:
     scale: float = 1.0
     offset: float = 0.0
 
+    @property
+    def shape_CDHW(self) -> tuple[int, ...]:
+        """Of the array."""
+        return self.array_CDHW.shape
 
-def read_bytes(path: str) -> bytes:
-    """The whole file, or a refusal that names it."""
+
+@dataclass(frozen=True, slots=True)
+class VolumeHeader:
+    """What is known of a volume before its voxels are read.
+
+    Args:
+        shape_CDHW: (C, k, j, i), after `ReadPolicy.four_d`: the shape of `RawVolume.array_CDHW`.
+        affine: As of `RawVolume`.
+        modality: As of `RawVolume`.
+        notes: What was assumed or chosen.
+    """
+
+    shape_CDHW: tuple[int, ...]
+    affine: Affine
+    modality: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def read_bytes(path: str, most: int | None = None) -> bytes:
+    """The whole file or its first `most` bytes, or a refusal that names it."""
     try:
-        return Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            return file.read() if most is None else file.read(most)
     except OSError as error:
         raise RefusedInput(path, expected="a readable file", found=error.strerror or type(error).__name__) from error
 
@@ -100,19 +123,30 @@ def check_size(thing: str, shape: tuple[int, ...], policy: ReadPolicy) -> None:
 
 def pick_series(path: str, array_CDHW: Array, policy: ReadPolicy, notes: list[str]) -> Array:
     """Apply the policy for several volumes in one file."""
-    series = len(array_CDHW)
+    return array_CDHW[: channels_of_series(path, array_CDHW.shape, policy, notes)]
+
+
+def channels_of_series(path: str, shape_CDHW: tuple[int, ...], policy: ReadPolicy, notes: list[str]) -> int:
+    """How many of the volumes in one file, counted by its first axis, the policy takes.
+
+    Raises:
+        RefusedInput: there are several, and the policy takes no series.
+    """
+    series = shape_CDHW[0]
+    if series == 1:
+        return 1
     if policy.four_d == "refuse":
         raise RefusedInput(
             path,
             expected="one volume",
-            found=f"a series of {series}, each of shape {array_CDHW.shape[1:]}",
+            found=f"a series of {series}, each of shape {shape_CDHW[1:]}",
             remedy="set read.four_d to first (take the first volume) or channels (take all as channels)",
         )
     if policy.four_d == "first":
         notes.append(f"first of {series} volumes")
-        return array_CDHW[:1]
+        return 1
     notes.append(series_note(series))
-    return array_CDHW
+    return series
 
 
 def series_note(series: int) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from storage.ingest.items import IngestItem, Orphan
-from storage.ingest.readers.raw import RawVolume, ReadPolicy
+from storage.ingest.readers.raw import RawVolume, ReadPolicy, VolumeHeader
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,9 @@ class Reader(Protocol):
             thing: What errors call the volume.
         """
 
+    def header(self, files: Sequence[str], policy: ReadPolicy, thing: str) -> VolumeHeader:
+        """What `read` would return, without voxels where the format allows that. Arguments and errors as of `read`."""
+
     def read_label(self, path: str, policy: ReadPolicy, image: RawVolume) -> RawVolume:
         """Read a label map.
 
@@ -74,12 +77,14 @@ class FileReader:
         parts_of: See `Reader.parts`; by default a file holds all of a volume.
         labels_in: See `Reader.labels_inside`; by default a volume holds no label maps.
         label_of: See `Reader.read_label`; by default a label map is a volume like others.
+        header_of: Reads the header of one file alone; by default the file is read whole.
     """
 
     read_file: Callable[[str, ReadPolicy], RawVolume]
     parts_of: Callable[[str], list[str]] = _none
     labels_in: Callable[[str], list[str]] = _none
     label_of: Callable[[str, ReadPolicy, RawVolume], RawVolume] | None = None
+    header_of: Callable[[str, ReadPolicy], VolumeHeader] | None = None
 
     def group(self, files: list[Path], top: Path) -> Grouping:
         """See `Reader`: nothing is told by content."""
@@ -96,6 +101,13 @@ class FileReader:
     def read(self, files: Sequence[str], policy: ReadPolicy, thing: str) -> RawVolume:
         """See `Reader`."""
         return self.read_file(files[0], policy)
+
+    def header(self, files: Sequence[str], policy: ReadPolicy, thing: str) -> VolumeHeader:
+        """See `Reader`."""
+        if self.header_of is not None:
+            return self.header_of(files[0], policy)
+        raw = self.read_file(files[0], policy)
+        return VolumeHeader(raw.shape_CDHW, raw.affine, raw.modality, tuple(raw.notes))
 
     def read_label(self, path: str, policy: ReadPolicy, image: RawVolume) -> RawVolume:
         """See `Reader`."""

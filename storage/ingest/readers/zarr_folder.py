@@ -5,6 +5,8 @@ anterior and right, unless the group carries an affine as this project writes it
 """
 
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,16 @@ import zarr
 
 from storage import geometry
 from storage.errors import RefusedInput
-from storage.ingest.readers.raw import Affine, Array, RawVolume, ReadPolicy, check_size, pick_series
+from storage.ingest.readers.raw import (
+    Affine,
+    Array,
+    RawVolume,
+    ReadPolicy,
+    VolumeHeader,
+    channels_of_series,
+    check_size,
+    pick_series,
+)
 from storage.ingest.readers.reader import FileReader
 
 READER = f"zarr/{zarr.__version__}"
@@ -33,7 +44,7 @@ _TO_MM = {
 
 def zarr_reader() -> FileReader:
     """The reader of the format."""
-    return FileReader(read_zarr, labels_in=own_labels, label_of=_read_label)
+    return FileReader(read_zarr, labels_in=own_labels, label_of=_read_label, header_of=read_zarr_header)
 
 
 def own_labels(path: str) -> list[str]:
@@ -61,11 +72,45 @@ def read_zarr(path: str, policy: ReadPolicy) -> RawVolume:
     Raises:
         RefusedInput: names the folder and what is wrong with it.
     """
+    notes: list[str] = []
+    image = _opened(path, policy, notes)
+    array: Array = np.asarray(image.node[...])
+    array = array.reshape(-1, *array.shape[-3:])
+    series = len(array)
+    if not image.channels:
+        array = pick_series(path, array, policy, notes)
+    scale, offset = image.scale, image.offset
+    if (scale, offset) != (1.0, 0.0):
+        array = array.astype(np.float32) * np.float32(scale) + np.float32(offset)
+    return RawVolume(array, image.affine, READER, notes=notes, series=series, scale=scale, offset=offset)
+
+
+def read_zarr_header(path: str, policy: ReadPolicy) -> VolumeHeader:
+    """What `read_zarr` would return, from the metadata alone. Errors as of `read_zarr`."""
+    notes: list[str] = []
+    image = _opened(path, policy, notes)
+    shape: tuple[int, ...] = (math.prod(image.node.shape[:-3]), *image.node.shape[-3:])
+    if not image.channels:
+        shape = (channels_of_series(path, shape, policy, notes), *shape[1:])
+    return VolumeHeader(shape, image.affine, notes=tuple(notes))
+
+
+@dataclass(frozen=True, slots=True)
+class _Image:
+    """An array and what its group says: `channels`, whether its first axis is of channels, `affine` to RAS+ mm."""
+
+    node: Any
+    channels: bool
+    scale: float
+    offset: float
+    affine: Affine
+
+
+def _opened(path: str, policy: ReadPolicy, notes: list[str]) -> _Image:
     try:
         node: Any = zarr.open(path, mode="r")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RefusedInput(path, expected="a Zarr array or OME-Zarr image", found=str(error)[:200]) from error
-    notes: list[str] = []
     spacing, origin = [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]
     axes = ""
     affine: Affine | None = None
@@ -94,19 +139,12 @@ def read_zarr(path: str, policy: ReadPolicy) -> RawVolume:
     if axes and axes[-3:] != "zyx":
         raise RefusedInput(path, expected="axes that end in z, y, x", found=repr(axes))
     _count_chunks(array_node, notes)
-    array: Array = np.asarray(array_node[...])
-    array = array.reshape(-1, *array.shape[-3:])
-    series = len(array)
-    if series > 1 and not axes.startswith("c"):
-        array = pick_series(path, array, policy, notes)
-    if (scale, offset) != (1.0, 0.0):
-        array = array.astype(np.float32) * np.float32(scale) + np.float32(offset)
     if affine is None:
         affine = np.diag([*spacing[::-1], 1.0])
         affine[:3, 3] = origin[::-1]
         notes.append("no orientation stored: z, y, x taken to grow to superior, anterior, right")
     affine = geometry.check_affine(affine, path, unit_mm)
-    return RawVolume(array, affine, READER, notes=notes, series=series, scale=scale, offset=offset)
+    return _Image(array_node, axes.startswith("c"), scale, offset, affine)
 
 
 def _count_chunks(array: Any, notes: list[str]) -> None:
