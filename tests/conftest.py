@@ -7,14 +7,19 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 # A shell that starts a program in the background has it, and all that it starts, ignore Ctrl-C, which tests send.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HERE = Path(__file__).parent
-# The longest first, so that all processes of `-n` end at about the same time.
-FIRST = ("service/test_pretrain_survives.py", "contract/test_methods.py", "service/test_search_survives.py", "service")
+# A stack fills the cores while it starts, and Ray gives its node 30 s for that: no two at a time.
+STACK = "service/stack/"
+# The longest first, so that all processes of `-n` end at about the same time; of those with a stack, first those whose
+# stacks are their own.
+FIRST = (f"{STACK}test_stack_lifecycle.py", STACK, "contract/test_methods.py", "service")
 _scratch = pytest.StashKey[str]()
 
 
@@ -32,8 +37,15 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(config.stash[_scratch], ignore_errors=True)
 
 
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
+    """Each file goes to one process, as what a module's fixtures start is costly; files with a stack go to the same."""
+    scheduler = LoadFileScheduling(config, log)
+    scheduler._split_scope = lambda nodeid: STACK if STACK in nodeid else nodeid.partition("::")[0]
+    return scheduler
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files are dealt in the order of collection, each to one process, as what a module's fixtures start is costly."""
+    """Files are dealt in the order of collection."""
     items.sort(key=lambda item: _rank(item.path.relative_to(HERE).as_posix()))
 
 

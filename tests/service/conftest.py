@@ -1,6 +1,5 @@
 """Fixtures of the service tests."""
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -41,10 +40,7 @@ def running_stack() -> Iterator[Path]:
     """State folder of a whole local stack on free ports, started once."""
     folder = Path(tempfile.mkdtemp(prefix="ts-", dir="/tmp"))  # short: Ray's sockets have a length limit
     try:
-        # One after another: of several that start at once Ray gives up, as it gives a node 30 s.
-        with (Path(tempfile.gettempdir()) / "starting").open("w") as turn:
-            fcntl.flock(turn, fcntl.LOCK_EX)
-            stack.up(folder, progress=print)
+        stack.up(folder, progress=print)
         yield folder
     finally:
         stack.down(folder, purge=True)

@@ -15,10 +15,10 @@ from cluster.stack import StackInfo
 from jobs.cli import main as cli
 from jobs.cli.verbs.common import use_stack
 from storage.objects import open_store
+from tests.kit import ROOT
 from tests.kit.phantoms import write_phantoms
 from tests.kit.scans import folder
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.service
 
 
