@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jobs.output import table
+from ssl_core.config import Config
 from storage.format.notes import note_kinds
 from storage.ingest.deidentify import load_salt
 from storage.ingest.items import Discovery
@@ -20,6 +21,12 @@ from storage.ingest.readers.registry import FORMATS, format_of
 
 MOST_LINES = 10
 """More orphans of one kind are counted, and a few named."""
+
+
+class CheckConfig(Config):
+    """What a check is told."""
+
+    policy: IngestPolicy = IngestPolicy()
 
 
 def outline(discovery: Discovery) -> list[str]:

@@ -15,6 +15,7 @@ from storage import geometry
 from storage.errors import RefusedInput
 from storage.ingest import splits
 from storage.ingest.claims import hides
+from storage.ingest.dataset_facts import dataset_facts
 from storage.ingest.deidentify import Pseudonyms
 from storage.ingest.discover import discover
 from storage.ingest.items import Discovery, IngestItem
@@ -40,6 +41,7 @@ class VolumePreview:
     Args:
         shape_CDHW: As it would be stored.
         spacing_mm: As it would be stored, along D, H, W.
+        modality: As headers or the data set name it; an ingest also tells CT by its values.
         voxels: To be read, its channels and label counted.
         notes: What was assumed or chosen.
         label_checked: Whether it has no label map, or one that lies on its grid.
@@ -110,8 +112,9 @@ def preview(
     discovery = discover(src, policy.subject_pattern, policy.subject_table)
     volumes: list[VolumePreview] = []
     refused = [Quarantined(orphan.source, orphan.source, orphan.what) for orphan in discovery.refused]
+    modality = dataset_facts(discovery.root, "").modality
     with ThreadPoolExecutor(THREADS) as pool:
-        looks = pool.map(lambda item: _looked_at(item, policy), discovery.items)
+        looks = pool.map(lambda item: _looked_at(item, policy, modality), discovery.items)
         for done, look in enumerate(looks, 1):
             if isinstance(look, VolumePreview):
                 volumes.append(look)
@@ -131,16 +134,16 @@ def preview(
     )
 
 
-def _looked_at(item: IngestItem, policy: IngestPolicy) -> VolumePreview | Quarantined:
+def _looked_at(item: IngestItem, policy: IngestPolicy, modality: str) -> VolumePreview | Quarantined:
     try:
-        return _volume(item, policy)
+        return _volume(item, policy, modality)
     except RefusedInput as error:
         return Quarantined(item.source, item.source, reason_of(error, item, policy))
     except LIBRARY_FAULTS as error:
         return Quarantined(item.source, item.source, reason_of(unreadable(item, error), item, policy))
 
 
-def _volume(item: IngestItem, policy: IngestPolicy) -> VolumePreview:
+def _volume(item: IngestItem, policy: IngestPolicy, modality: str) -> VolumePreview:
     """What becomes of an item, with the checks of `prepare.prepare` that need no voxels.
 
     Raises:
@@ -157,7 +160,7 @@ def _volume(item: IngestItem, policy: IngestPolicy) -> VolumePreview:
     channels = header.shape_CDHW[0]
     stored = check_resampled(item.source, (channels, *shape), native, target, policy)
     voxels = math.prod(header.shape_CDHW) + (0 if item.label is None else math.prod(shape))
-    modality = policy.modality or header.modality
+    modality = policy.modality or header.modality or modality
     checked = item.label is None or label is not None
     return VolumePreview(item, (channels, *stored), target, modality, voxels, header.notes, checked)
 

@@ -75,10 +75,8 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     from jobs import data_check
-    from ssl_core.config import load
-    from storage.ingest.policy import IngestPolicy
 
-    policy = load(IngestPolicy, {}, arguments.policy)
+    policy = _configured(data_check.CheckConfig, {}, "policy", arguments.policy).policy
     bar: list[Progress] = []
 
     def progress(done: int, total: int) -> None:

@@ -57,7 +57,7 @@ def start(*arguments: str, **changes: Any) -> "subprocess.Popen[str]":
 def test_the_verbs_are_those_that_are_promised() -> None:
     for verb in (
         *("demo", "up", "down", "status", "env", "doctor", "methods", "plan", "pretrain", "tune", "finetune"),
-        *("data ingest", "data append", "data verify", "data show", "data fetch", "evaluate", "predict"),
+        *("data check", "data ingest", "data append", "data verify", "data show", "data fetch", "evaluate", "predict"),
         *("models list", "models show", "models promote", "models pull"),
         *("jobs list", "jobs status", "jobs logs", "jobs stop", "bench reads", "bench overhead"),
     ):
