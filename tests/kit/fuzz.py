@@ -1,11 +1,15 @@
 """Fuzzing for as long as there is time: a fixed round of examples in `make test`, as many as fit in `make fuzz`."""
 
+import faulthandler
 import os
 import re
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from hypothesis import HealthCheck, given, seed, settings
@@ -15,6 +19,8 @@ MINUTES = float(os.environ.get("TOMOSCALE_FUZZ_MINUTES", "0"))
 """For all targets together; 0 is one round for each."""
 MOST_SECONDS = 20.0
 """Processor time of one damaged file of a few kB."""
+_MOST_WALL_SECONDS = 15 * MOST_SECONDS
+"""On the clock, which a busy machine stretches."""
 MOST_MIB = 256
 """Memory that one may take, beyond what the process had before."""
 
@@ -74,9 +80,24 @@ def fuzz(target: Callable[[Any], None], strategy: st.SearchStrategy[Any], exampl
 
 @contextmanager
 def within_limits() -> Iterator[None]:
-    """Fails where what is done inside takes more processor time or memory than stated above."""
+    """Fails where what is done inside takes more processor time or memory than stated above.
+
+    A loop in Python ends at the limit. One in a library, which looks at no signal, ends the process with a traceback.
+    """
+
+    def late(number: int, frame: FrameType | None) -> None:
+        raise AssertionError(f"more than {MOST_SECONDS:g} s")
+
     before, start = _reset_peak_mib(), time.process_time()
-    yield
+    handler = signal.signal(signal.SIGPROF, late)
+    faulthandler.dump_traceback_later(_MOST_WALL_SECONDS, exit=True, file=sys.__stderr__)
+    signal.setitimer(signal.ITIMER_PROF, MOST_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        faulthandler.cancel_dump_traceback_later()
+        signal.signal(signal.SIGPROF, handler)
     seconds, mib = time.process_time() - start, _peak_mib() - before
     assert seconds <= MOST_SECONDS, f"{seconds:.1f} s"
     assert mib <= MOST_MIB, f"{mib:.0f} MiB"

@@ -1,6 +1,7 @@
 """Every reader against damaged files: they are read or refused, in bounded time and memory."""
 
 import gzip
+import itertools
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import pytest
 
 from storage.errors import RefusedInput
 from storage.ingest.discover import discover
+from storage.ingest.items import IngestItem
 from storage.ingest.policy import IngestPolicy
-from storage.ingest.prepare import prepare
-from storage.ingest.readers.raw import ReadPolicy
+from storage.ingest.prepare import LIBRARY_FAULTS, prepare, unreadable
+from storage.ingest.readers.raw import ReadPolicy, VolumeHeader
+from storage.ingest.readers.read import read_item_header
 from storage.ingest.readers.registry import FORMATS
 from storage.ingest.source_digest import source_digest, source_state
+from tests.kit import fuzz as limits
 from tests.kit.formats import (
     save_big_endian,
     save_itk,
@@ -50,6 +54,13 @@ FUZZED = {
 """Format: what writes it, and the file whose header is damaged."""
 
 
+def read_item_header_or_refusal(item: IngestItem) -> VolumeHeader | RefusedInput:
+    try:
+        return read_item_header(item, POLICY.read)
+    except (RefusedInput, *LIBRARY_FAULTS) as error:
+        return error if isinstance(error, RefusedInput) else unreadable(item, error)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", sorted(FUZZED))
 def test_damaged_files_are_read_or_refused_and_nothing_else(tmp_path: Path, name: str) -> None:
@@ -66,7 +77,9 @@ def test_damaged_files_are_read_or_refused_and_nothing_else(tmp_path: Path, name
             for item in discover(path).items:
                 assert source_digest(item)
                 assert source_state(item) == source_state(item)
+                foreseen = read_item_header_or_refusal(item)
                 ready = prepare(item, POLICY)
+                assert not isinstance(foreseen, RefusedInput), f"ingest takes what `data check` refuses: {foreseen}"
                 assert np.isfinite(ready.affine).all()
                 assert ready.stored_CDHW.dtype in (np.int16, np.float32)
                 assert np.isfinite(ready.stored_CDHW).all()
@@ -82,3 +95,9 @@ def test_every_format_is_fuzzed(tmp_path: Path) -> None:
 def test_the_limits_of_a_fuzzed_file_are_noticed() -> None:
     with pytest.raises(AssertionError, match="MiB"), within_limits():
         np.ones(300 << 17).sum()
+
+
+def test_a_file_that_never_ends_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MOST_SECONDS", 0.2)
+    with pytest.raises(AssertionError, match="more than"), within_limits():
+        all(True for _ in itertools.count())
