@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.bench.device import rate
+from jobs.bench.device import rate, step
 from jobs.bench.storage import loader
 from jobs.cli import main as cli
 
@@ -14,6 +14,9 @@ from jobs.cli import main as cli
 def _no_stack(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TOMOSCALE_STATE", str(tmp_path / "none"))
     monkeypatch.setattr(rate, "SHAPES", ((8, 16),))  # the machine's own rate takes many seconds
+    small = ("basic_unet", {"features": (4, 4, 8, 8, 8, 4)})  # bf16 is slow on most CPUs
+    for name in step.BACKBONES:
+        monkeypatch.setitem(step.BACKBONES, name, small)
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name, raising=False)
 
