@@ -2,12 +2,10 @@
 
 import gzip
 import logging
-from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
-import SimpleITK
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence as DicomSequence
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless, generate_uid
@@ -16,46 +14,13 @@ from storage.errors import RefusedInput
 from storage.ingest.discover import discover
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.prepare import prepare
-from storage.ingest.readers.dicom_file import read_header
-from storage.ingest.readers.raw import RawVolume, ReadPolicy
+from storage.ingest.readers.dicom.file import read_header
+from storage.ingest.readers.raw import ReadPolicy
 from storage.ingest.readers.read import read_any, read_item
+from tests.kit.dicom_files import compressed, read, refusal
 from tests.kit.scans import disc, phantom, save_dicom, segmentation, slices
 
 ARRAY = phantom((8, 12, 10)) + np.int16(1000)
-
-
-def read(root: Path, datasets: list[Dataset], policy: ReadPolicy | None = None) -> RawVolume:
-    save_dicom(root, datasets)
-    return read_any(str(root), policy)
-
-
-def refusal(root: Path, datasets: list[Dataset], policy: ReadPolicy | None = None) -> RefusedInput:
-    with pytest.raises(RefusedInput) as refused:
-        read(root, datasets, policy)
-    return refused.value
-
-
-def compressed(root: Path, array_DHW: np.ndarray, compressor: str) -> list[Path]:
-    """A CT series that GDCM writes, of signed values."""
-    root.mkdir(parents=True)
-    series = generate_uid()
-    paths = []
-    for k, plane in enumerate(array_DHW):
-        image = SimpleITK.GetImageFromArray(plane[None])
-        tags = {"0008|0060": "CT", "0020|000e": series, "0020|000d": "1.2.3", "0010|0020": "P", "0028|1053": "1"}
-        tags |= {"0020|0032": f"-10\\-12\\{2 * k}", "0020|0037": "1\\0\\0\\0\\1\\0", "0028|0030": "1.5\\0.75"}
-        tags |= {"0008|0018": generate_uid(), "0028|1052": "0"}
-        for tag, value in tags.items():
-            image.SetMetaData(tag, value)
-        writer = SimpleITK.ImageFileWriter()
-        writer.SetImageIO("GDCMImageIO")
-        writer.KeepOriginalImageUIDOn()
-        writer.UseCompressionOn()
-        writer.SetCompressor(compressor)
-        paths.append(root / f"{k}.dcm")
-        writer.SetFileName(str(paths[-1]))
-        writer.Execute(image)
-    return paths
 
 
 @pytest.mark.parametrize("compressor", ["JPEG", "JPEG2000"])
