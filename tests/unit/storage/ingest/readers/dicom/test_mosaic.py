@@ -29,7 +29,7 @@ def of_nibabel(ds: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Voxels (D, H, W) and RAS affine of their indices (i, j, k), by nibabel alone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from nibabel.nicom.dicomwrappers import MosaicWrapper, XX
+        from nibabel.nicom.dicomwrappers import MosaicWrapper
 
         wrapped: Any = MosaicWrapper(ds)
         array = np.asarray(wrapped.get_data())  # rows, columns, slices
