@@ -5,10 +5,11 @@ import logging
 
 import numpy as np
 import pydicom
+import pydicom.data
 import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence as DicomSequence
-from pydicom.uid import ExplicitVRLittleEndian, RLELossless, generate_uid
+from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless, generate_uid
 
 from storage.errors import RefusedInput
 from storage.ingest.discover import discover
@@ -38,6 +39,28 @@ def test_losslessly_compressed_slices_are_read_whole(tmp_path, compressor):
     paths[3].write_bytes(paths[3].read_bytes()[:-60])
     with pytest.raises(RefusedInput, match="file 4 of the series"):
         read_any(str(tmp_path / "a"))
+
+
+@pytest.mark.parametrize(
+    ("name", "syntax"),
+    [
+        ("MR_small_jpeg_ls_lossless.dcm", JPEGLSLossless),
+        ("MR_small_jp2klossless.dcm", JPEG2000Lossless),
+        ("MR_small_RLE.dcm", RLELossless),
+    ],
+)
+def test_slices_that_other_programs_compressed_have_the_voxels_of_the_plain_file(tmp_path, name, syntax):
+    """One image of pydicom's package, which holds it plain and as others compressed it."""
+    plain, path = (str(pydicom.data.get_testdata_file(n, download=False)) for n in ("MR_small.dcm", name))
+    datasets = [pydicom.dcmread(path) for _ in range(3)]
+    for k, ds in enumerate(datasets):
+        assert ds.file_meta.TransferSyntaxUID == syntax
+        ds.ImagePositionPatient = [0, 0, 2 * k]
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    raw = read(tmp_path, datasets)
+    values = np.frombuffer(pydicom.dcmread(plain).PixelData, "<i2").reshape(datasets[0].Rows, datasets[0].Columns)
+    assert len(np.unique(values)) > 100
+    np.testing.assert_array_equal(raw.array_CDHW[0], np.stack([values] * 3))
 
 
 def test_run_length_coded_slices_are_read_whole(tmp_path):
