@@ -22,10 +22,12 @@ from storage.datasets import simulated
 from storage.errors import ConfigError, NotFound
 from storage.format.manifest import Manifest
 from storage.format.notes import note_kinds
+from storage.ingest.claims import HIDDEN
 from storage.ingest.mapping import map_threads
 from storage.ingest.pipeline import IngestReport, Progress, run, unread
 from storage.ingest.policy import IngestPolicy
-from storage.ingest.quarantine import by_reason
+from storage.ingest.quarantine import Quarantined, by_reason, key_file
+from storage.objects import open_store
 
 SIMULATED = "simulated"
 
@@ -67,7 +69,7 @@ def ingest(
         mapper=mapper,
         progress=progress,
         discovered=lambda discovery: say("\n".join(outline(discovery))),
-        refusals=lambda refused: say("\n".join(f"  refused: {line}" for line in by_reason(refused))),
+        refusals=lambda refused: say("\n".join(refusals(refused, data))),
         append=append,
     )
     say(describe(report, data))
@@ -91,6 +93,16 @@ def ensure_data(data: str, source: str | None) -> None:
                 remedy=f"ingest first: tomoscale data ingest FOLDER {data}",
             ) from error
         ingest(source, data)
+
+
+def refusals(refused: Sequence[Quarantined], data: str) -> list[str]:
+    """What was refused, by reason, and where it is said which files these are."""
+    lines = [f"  refused: {line}" for line in by_reason(refused)]
+    if any(one.stored.startswith(HIDDEN) for one in refused):
+        path = key_file(open_store(data).url)
+        where = "in" if path.is_file() else "not known, for this file could not be written:"
+        lines.append(f"  refused: the store names no path; digests and paths are {where} {path}, on this machine only")
+    return lines
 
 
 def describe(report: IngestReport, data: str) -> str:

@@ -21,6 +21,7 @@ STACK = "service/stack/"
 # stacks are their own.
 FIRST = (f"{STACK}test_stack_lifecycle.py", STACK, "contract/test_methods.py", "service")
 _scratch = pytest.StashKey[str]()
+_state = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,11 +31,15 @@ def pytest_configure(config: pytest.Config) -> None:
         # What killed processes and libraries leave in the folder for temporary files goes with it.
         config.stash[_scratch] = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="tt-")
         tempfile.tempdir = None
+    if not hasattr(config, "workerinput"):  # what an ingest keeps in the user's state folder; workers inherit it
+        config.stash[_state] = os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="tt-state-")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     if _scratch in config.stash:
         shutil.rmtree(config.stash[_scratch], ignore_errors=True)
+    if _state in config.stash:
+        shutil.rmtree(config.stash[_state], ignore_errors=True)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:

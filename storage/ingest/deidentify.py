@@ -110,7 +110,7 @@ def load_salt(store_url: str, environment: Mapping[str, str] | None = None, *, u
     if text:
         return Pseudonyms(_long_enough("TOMOSCALE_SALT", text.encode()))
     salt_file = env.get("TOMOSCALE_SALT_FILE", "")
-    path = Path(salt_file).expanduser() if salt_file else _state_folder(env) / f"{_name_of(store_url)}.salt"
+    path = Path(salt_file).expanduser() if salt_file else state_file(store_url, "salts", ".salt", env)
     if salt_file or path.exists():
         try:
             return Pseudonyms(_long_enough(str(path), path.read_bytes().strip()))
@@ -137,14 +137,16 @@ def _long_enough(thing: str, salt: bytes) -> bytes:
     return salt
 
 
-def _state_folder(env: Mapping[str, str]) -> Path:
-    base = env.get("XDG_STATE_HOME", "")
-    return (Path(base) if base else Path.home() / ".local" / "state") / "tomoscale" / "salts"
-
-
-def _name_of(store_url: str) -> str:
+def state_file(store_url: str, folder: str, suffix: str, environment: Mapping[str, str] | None = None) -> Path:
+    """Where the user's own state folder has what belongs to a store and must not lie in it."""
+    base = (os.environ if environment is None else environment).get("XDG_STATE_HOME", "")
     readable = re.sub(r"[^A-Za-z0-9]+", "-", store_url).strip("-")[-40:]
-    return f"{readable}-{hashlib.sha256(store_url.rstrip('/').encode()).hexdigest()[:12]}"
+    name = f"{readable}-{hashlib.sha256(store_url.rstrip('/').encode()).hexdigest()[:12]}{suffix}"
+    try:
+        state = Path(base) if base else Path.home() / ".local" / "state"
+    except RuntimeError:  # a user without a home, as in some containers
+        state = Path("/.local/state")
+    return state / "tomoscale" / folder / name
 
 
 def _create(path: Path) -> bytes:

@@ -11,7 +11,6 @@ Memory of a task: at most about 26 bytes a voxel of the larger of source and res
 copies, percentile copy, stored int16, label); `ReadPolicy.max_voxels` bounds it.
 """
 
-import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,7 +37,7 @@ from storage.ingest.claims import (
 )
 from storage.ingest.dataset_facts import dataset_facts
 from storage.ingest.deidentify import Pseudonyms, load_salt
-from storage.ingest.discover import discover, legible
+from storage.ingest.discover import discover
 from storage.ingest.items import Discovery, IngestItem, Orphan
 from storage.ingest.label_like import check_told
 from storage.ingest.mapping import HERE, map_threads
@@ -46,8 +45,17 @@ from storage.ingest.names.table import with_columns
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.prepare import prepare
 from storage.ingest.publish import check_subjects, publish
-from storage.ingest.quarantine import QUARANTINE, Quarantined, by_reason, read_quarantine, write_quarantine
-from storage.ingest.readers.registry import format_of, split_name
+from storage.ingest.quarantine import (
+    QUARANTINE,
+    Origin,
+    Quarantined,
+    by_reason,
+    origin_of,
+    read_quarantine,
+    reason_of,
+    write_keys,
+    write_quarantine,
+)
 from storage.ingest.source_digest import source_digest, source_state
 from storage.objects import ByteStore, open_store
 from storage.objects.fsync import file_system_of, unforced
@@ -172,7 +180,7 @@ def run(
         pseudonyms = load_salt(store.url, used=any(record.source.startswith(HIDDEN) for record in before))
     facts = dataset_facts(discovery.root, name or dst.rstrip("/").rpartition("/")[2])
     works = _plan(discovery.items, dst, policy, pseudonyms, before, facts.modality)
-    refused = [_clash(orphan, policy, pseudonyms) for orphan in discovery.refused]
+    refused = [_clash(orphan, policy, pseudonyms, discovery.root) for orphan in discovery.refused]
     outcomes: list[Outcome] = []
     try:
         subjects = [item.subject for item in discovery.items]
@@ -191,6 +199,7 @@ def run(
                 disk.sync()
     finally:
         refused.sort(key=lambda q: q.source)
+        write_keys(store.url, refused, refused_before)
         if refused and refusals is not None:
             refusals(refused)
     records = [o.record for o in outcomes if o.record]
@@ -224,19 +233,13 @@ def ingest_work(work: Work) -> Outcome:
     try:
         record, skipped = ingest_item(work)
     except RefusedInput as error:
-        refused = Quarantined(work.item.source, work.source, reason_of(error, work.item, work.policy))
-        return Outcome(None, refused, False, size_of(work.item))
+        return _refused(work, reason_of(error, work.item, work.policy))
     return Outcome(record, None, skipped, 0 if skipped else size_of(work.item))
 
 
-def reason_of(error: RefusedInput, item: IngestItem, policy: IngestPolicy) -> str:
-    """Why an item was refused, as it may be written down: without names where those are hidden."""
-    parts = [f"expected {error.expected}" if error.expected else "", f"found {error.found}" if error.found else ""]
-    reason = "; ".join(part for part in (*parts, error.remedy) if part)
-    personal = format_of(item.kind).hides_identity
-    thing = "" if personal else _relative_thing(error.thing, item)
-    reason = legible(f"{thing}{reason}")
-    return _without_names(reason, item) if not personal and hides(item, policy) else reason
+def _refused(work: Work, reason: str) -> Outcome:
+    refused = Quarantined(work.item.source, work.source, reason, origin_of(work.item))
+    return Outcome(None, refused, False, size_of(work.item))
 
 
 def unread(work: Work, how: str) -> Outcome:
@@ -245,7 +248,7 @@ def unread(work: Work, how: str) -> Outcome:
         f"expected a process that ends; found it killed each time, {how}; "
         "lower read.max_voxels, give its node more memory, or convert the file"
     )
-    return Outcome(None, Quarantined(work.item.source, work.source, reason), False, size_of(work.item))
+    return _refused(work, reason)
 
 
 def ingest_item(work: Work) -> tuple[VolumeRecord, bool]:
@@ -318,12 +321,13 @@ def _of_this_run(record: VolumeRecord, work: Work) -> VolumeRecord:
     return replace(record, subject=work.subject, study=work.study, notes=notes)
 
 
-def _clash(orphan: Orphan, policy: IngestPolicy, pseudonyms: Pseudonyms | None) -> Quarantined:
+def _clash(orphan: Orphan, policy: IngestPolicy, pseudonyms: Pseudonyms | None, root: str) -> Quarantined:
     """The refusal of a file that no item was made of, since another claims its name."""
     if policy.identifiers != "hash" or pseudonyms is None:
         return Quarantined(orphan.source, orphan.source, orphan.what)
     reason = "expected one file for one name; found others as well; remove or rename one of them"
-    return Quarantined(orphan.source, f"{HIDDEN}{pseudonyms.of('source', orphan.source)}", reason)
+    stored = f"{HIDDEN}{pseudonyms.of('source', orphan.source)}"
+    return Quarantined(orphan.source, stored, reason, Origin(str(Path(root, orphan.source))))
 
 
 def _drop_side_records(store: ByteStore, records: Iterable[VolumeRecord]) -> None:
@@ -375,25 +379,6 @@ def _progress(outcomes: Sequence[Outcome], total: int, seconds: float) -> Progre
         sum(o.bytes_in for o in outcomes),
         seconds,
     )
-
-
-def _relative_thing(thing: str, item: IngestItem) -> str:
-    """The name in a message, when it is more than the file itself, without the path to the folder."""
-    root = legible(item.images[0]).removesuffix(item.source)
-    name = legible(thing).replace(root, "")
-    return "" if name == item.source else f"{name}: "
-
-
-def _without_names(reason: str, item: IngestItem) -> str:
-    """A reason as it may be stored where names are hidden: file names name people, and libraries quote them too."""
-    root = legible(item.images[0]).removesuffix(item.source)
-    paths = [legible(path) for path in item.files]
-    names = {item.name, *paths, *(path.removeprefix(root) for path in paths), *(Path(path).name for path in paths)}
-    names |= {split_name(Path(path).name)[0] for path in paths}
-    for name in sorted(names, key=len, reverse=True):
-        if len(name) > 2:  # less names nobody, and is part of many words
-            reason = reason.replace(name, "(a name)")
-    return re.sub(r"\S*[/\\]\S*", "(a path)", reason)  # of other files, or cut off
 
 
 def size_of(item: IngestItem) -> int:

@@ -19,11 +19,11 @@ from storage.ingest.dataset_facts import dataset_facts
 from storage.ingest.deidentify import Pseudonyms
 from storage.ingest.discover import discover
 from storage.ingest.items import Discovery, IngestItem
-from storage.ingest.pipeline import reason_of, size_of
+from storage.ingest.pipeline import size_of
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.prepare import LIBRARY_FAULTS, check_resampled, label_axes, unreadable
 from storage.ingest.publish import check_subjects
-from storage.ingest.quarantine import Quarantined
+from storage.ingest.quarantine import Quarantined, reason_of
 from storage.ingest.readers.read import read_item_header, read_label_header
 
 THREADS = min(16, 4 * (os.cpu_count() or 1))

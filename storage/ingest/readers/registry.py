@@ -44,7 +44,7 @@ class Format:
 _ROOM = "storage.ingest.readers"
 FORMATS: tuple[Format, ...] = (
     Format("nifti", "NIfTI", f"{_ROOM}.nifti", "nifti_reader", (".nii", ".nii.gz", ".hdr"), headers=(".hdr",)),
-    Format("dicom", "DICOM", f"{_ROOM}.dicom", "DicomReader", hides_identity=True),
+    Format("dicom", "DICOM", f"{_ROOM}.dicom.reader", "DicomReader", hides_identity=True),
     Format("nrrd", "NRRD", f"{_ROOM}.itk", "itk_reader", (".nrrd", ".nhdr"), headers=(".nhdr",)),
     Format("meta", "MHA/MHD", f"{_ROOM}.itk", "itk_reader", (".mha", ".mhd"), headers=(".mhd",)),
     Format("mgz", "MGZ", f"{_ROOM}.mgz", "mgz_reader", (".mgz", ".mgh")),

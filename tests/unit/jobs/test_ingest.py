@@ -6,7 +6,7 @@ import pytest
 
 from cluster import jobclient
 from jobs.cli import main as cli
-from tests.kit.scans import folder
+from tests.kit.scans import folder, phantom, save_dicom, slices
 
 pytestmark = pytest.mark.usefixtures("nothing_configured")
 
@@ -50,3 +50,19 @@ def test_a_pre_training_that_would_ingest_without_the_salt_is_refused(
     (tmp_path / "c.yaml").write_text("name: n\ndata: memory://x\nsource: /scans\n")
     assert cli.main(["pretrain", str(tmp_path / "c.yaml"), "--address", "http://127.0.0.1:1"]) == 2
     assert "tomoscale data ingest /scans memory://x" in capsys.readouterr().err
+
+
+def test_the_end_of_an_ingest_names_the_file_that_says_what_was_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of hidden sources the store holds digests alone."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    for k in range(3):
+        datasets = slices(phantom(seed=k), patient=f"P{k}")
+        save_dicom(tmp_path / "scans" / str(k), datasets if k else datasets[:3] + datasets[4:])
+    store = f"file://{tmp_path}/store"
+    assert cli.main(["data", "ingest", str(tmp_path / "scans"), store, "--local", "split=[0.5, 0, 0.5]"]) == 0
+    out = capsys.readouterr().out
+    assert "slices missing" in out
+    (keys,) = (tmp_path / "state" / "tomoscale" / "refused").iterdir()
+    assert f"digests and paths are in {keys}, on this machine only" in out

@@ -1,5 +1,6 @@
 """Nothing of a DICOM header reaches the store but what is on the list."""
 
+import json
 import os
 import stat
 from pathlib import Path
@@ -14,6 +15,7 @@ from storage.format.manifest import Manifest
 from storage.ingest import pipeline as ingest
 from storage.ingest.deidentify import CODES, NUMBERS, Pseudonyms, allowed_facts, load_salt
 from storage.ingest.policy import IngestPolicy
+from storage.ingest.quarantine import key_file
 from tests.kit.scans import disc, phantom, save_dicom, save_nifti, segmentation, slices
 
 SECRETS = [
@@ -202,3 +204,56 @@ def test_pseudonyms_differ_by_kind_and_value():
     names = Pseudonyms(b"0123456789abcdef")
     assert names.of("subject", "A") == names.of("subject", " A ")
     assert len({names.of("subject", "A"), names.of("study", "A"), names.of("subject", "B")}) == 3
+
+
+def test_only_the_owner_of_the_data_can_tell_what_was_refused(tmp_path, monkeypatch):
+    """The store holds a digest; a file of the user's, in no store, leads from it to the files."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    source, dst = tmp_path / "Doe_Jane", tmp_path / "store"
+    for k, name in enumerate(("one", "two", "three", "four")):
+        datasets = identified(f"MRN-471{k}", k)
+        save_dicom(source / name, datasets[:3] + datasets[4:] if k > 1 else datasets)
+    series = datasets[0].SeriesInstanceUID
+    salt, policy = Pseudonyms(b"a salt of the user's own"), IngestPolicy(split=(0.5, 0, 0.5), max_failed=1)
+    report = ingest.run(str(source), dst.as_uri(), policy, pseudonyms=salt)
+    assert (report.published, len(report.quarantined)) == (2, 2)
+    keys = key_file(dst.as_uri())
+    assert keys.is_relative_to(tmp_path / "state")
+    assert stat.S_IMODE(keys.stat().st_mode) == 0o600
+    assert stat.S_IMODE(keys.parent.stat().st_mode) == 0o700
+    lines = [json.loads(line) for line in keys.read_text().splitlines()]
+    stored = [json.loads(line) for line in (dst / "quarantine.jsonl").read_text().splitlines()]
+    assert [line["source"] for line in lines] == [line["source"] for line in stored]
+    by_path = {line["path"]: line for line in lines}
+    line = by_path[str(source / "four" / "IM0000")]
+    assert (line["files"], line["series"]) == (5, series)
+    data = store_bytes(dst)
+    for secret in (b"Doe", b"IM0000", series.encode(), bytes(tmp_path)):
+        assert secret not in data
+    save_dicom(source / "three", identified("MRN-4712", 2))  # repaired: another series id, as of another export
+    for path in (source / "four").iterdir():
+        path.unlink()
+    ingest.run(str(source), dst.as_uri(), policy, pseudonyms=salt)
+    ingest.run(str(source), dst.as_uri(), policy, pseudonyms=salt)
+    assert not keys.exists() or "four" not in keys.read_text()
+
+
+def test_a_key_file_that_cannot_be_written_stops_no_ingest(tmp_path, monkeypatch):
+    (tmp_path / "state").write_text("a file where a folder should be")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    datasets = identified("MRN-4711", 0)
+    for k in range(3):
+        save_dicom(tmp_path / "src" / str(k), identified(f"MRN-{k}", k) if k else [*datasets[:2], *datasets[3:]])
+    policy = IngestPolicy(split=(0.5, 0, 0.5))
+    report = ingest.run(str(tmp_path / "src"), str(tmp_path / "store"), policy, pseudonyms=Pseudonyms(b"0" * 16))
+    assert report.published == 2
+
+
+def test_names_that_are_not_hidden_need_no_key_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    for k in range(2):
+        save_nifti(tmp_path / "src" / f"{k}.nii.gz", phantom(seed=k))
+    (tmp_path / "src" / "broken.nii.gz").write_text("no volume")
+    report = ingest.run(str(tmp_path / "src"), str(tmp_path / "store"), IngestPolicy(split=(0.5, 0, 0.5)))
+    assert len(report.quarantined) == 1
+    assert not (tmp_path / "state").exists()

@@ -11,7 +11,7 @@ from pydicom.uid import ExplicitVRLittleEndian, MediaStorageDirectoryStorage, ge
 
 from storage.errors import ConfigError, RefusedInput
 from storage.ingest.discover import discover
-from storage.ingest.readers.dicom_series import header
+from storage.ingest.readers.dicom.series import header
 from storage.ingest.readers.raw import ReadPolicy
 from storage.ingest.readers.read import read_item, read_label
 from storage.ingest.readers.registry import split_name

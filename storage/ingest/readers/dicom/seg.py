@@ -11,7 +11,7 @@ import pydicom
 
 from storage import geometry
 from storage.errors import RefusedInput
-from storage.ingest.readers.dicom_file import DAMAGED, be_quiet, opened
+from storage.ingest.readers.dicom.file import DAMAGED, be_quiet, opened
 from storage.ingest.readers.raw import RawVolume
 
 READER = f"pydicom-seg/{pydicom.__version__}"

@@ -73,6 +73,8 @@ class Slice:
         header: The data set of its file, without pixels.
         groups: Where attributes of the plane are looked for, in this order: its functional groups, then `header`.
         decimals: Decimals that its position is written with, along x, y, z.
+        rows, columns: Its size in pixels.
+        corner: Row and column of its first pixel in the stored image, of which it is a part.
         along: Position along the common normal of the series, in mm.
         values: Rescaled pixels, once they are read.
     """
@@ -89,6 +91,9 @@ class Slice:
     slope: float
     intercept: float
     decimals: tuple[int, int, int]
+    rows: int
+    columns: int
+    corner: tuple[int, int] = (0, 0)
     along: float = 0.0
     values: Array | None = None
 
@@ -96,6 +101,7 @@ class Slice:
 def be_quiet() -> None:
     """Keep pydicom's warnings off the console and out of logs: they quote UIDs and values of headers."""
     warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
+    warnings.filterwarnings("ignore", message="The DICOM readers are highly experimental")  # of nibabel, on import
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 
 
@@ -111,13 +117,24 @@ def opened(path: str | Path) -> Iterator[Any]:
 
 
 def read_header(path: str) -> Any:
-    """The standard elements of a file without its pixels; private ones, which may be large, are left out."""
+    """The elements of a file without its pixels; private ones, which may be large, of a mosaic only: it needs them."""
     be_quiet()
     with opened(path) as file:
         dataset: Any = pydicom.dcmread(file, stop_before_pixels=True, force=True)
-    for tag in [tag for tag in tuple(dataset.keys()) if tag.is_private]:
-        del dataset[tag]
+    if not is_mosaic(dataset):
+        drop_private(dataset)
     return dataset
+
+
+def is_mosaic(header: Any) -> bool:
+    """Whether the planes of a volume lie side by side in one image, as Siemens writes them."""
+    return "MOSAIC" in (header.get("ImageType") or [])
+
+
+def drop_private(header: Any) -> None:
+    """Delete the private elements of a header."""
+    for tag in [tag for tag in tuple(header.keys()) if tag.is_private]:
+        del header[tag]
 
 
 def read_values(thing: str, planes: Sequence[Slice]) -> None:
@@ -169,7 +186,9 @@ def read_planes(thing: str, planes: Sequence[Slice]) -> None:
             remedy="the file is damaged: export it again",
         )
     for plane in planes:
-        plane.values = _rescaled(array[plane.frame], plane.slope, plane.intercept)
+        top, left = plane.corner
+        part = array[plane.frame][top : top + plane.rows, left : left + plane.columns]
+        plane.values = _rescaled(part, plane.slope, plane.intercept)
 
 
 def _transfer_syntax(dataset: Any) -> UID:

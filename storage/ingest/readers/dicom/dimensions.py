@@ -17,7 +17,7 @@ from pydicom.datadict import dictionary_has_tag, dictionary_VR, keyword_for_tag
 from pydicom.tag import Tag
 
 from storage.errors import RefusedInput
-from storage.ingest.readers.dicom_file import DAMAGED, Slice
+from storage.ingest.readers.dicom.file import DAMAGED, Slice
 
 Value = Any
 """A number, a text, a tuple of them, or None where the attribute is missing."""
@@ -87,7 +87,7 @@ _INDEX = "dimension index of "
 _CODES = frozenset(
     {"ORIGINAL", "DERIVED", "PRIMARY", "SECONDARY", "AXIAL", "LOCALIZER", "OTHER", "M", "P", "R", "I"}
     | {"MAGNITUDE", "PHASE", "REAL", "IMAGINARY", "MIXED", "ADC", "FA", "TRACEW", "DIFFUSION", "WATER", "FAT"}
-    | {"IN_PHASE", "OPP_PHASE", "OUT_PHASE", "MPR", "MIP", "NORM", "ND", "ADD", "HELIX", "SUBTRACTION"}
+    | {"IN_PHASE", "OPP_PHASE", "OUT_PHASE", "MPR", "MIP", "MOSAIC", "NORM", "ND", "ADD", "HELIX", "SUBTRACTION"}
     | {"PERFUSION", "VELOCITY"}
 )
 """Values of ImageType that messages quote; others may be free text."""

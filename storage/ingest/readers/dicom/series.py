@@ -15,7 +15,7 @@ import pydicom
 from pydicom.uid import UID
 
 from storage.ingest.items import IngestItem, Orphan
-from storage.ingest.readers.dicom_file import DAMAGED, be_quiet, opened
+from storage.ingest.readers.dicom.file import DAMAGED, be_quiet, opened
 from storage.ingest.readers.reader import Grouping
 
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")

@@ -1,7 +1,6 @@
 """Images at one position are told apart by their headers; slices of several acquisitions are no volume."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,14 +8,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset
-from pydicom.sequence import Sequence as DicomSequence
-from pydicom.tag import Tag
 from pydicom.uid import generate_uid
 
 from storage.errors import RefusedInput
-from storage.ingest.readers import dicom, dicom_file
-from storage.ingest.readers.raw import RawVolume, ReadPolicy
+from storage.ingest.readers.dicom import file, reader
+from storage.ingest.readers.raw import ReadPolicy
 from storage.ingest.readers.read import read_any
+from tests.kit.dicom_files import framed, read, refusal
 from tests.kit.scans import phantom, save_dicom, slices
 
 COUNT = 4
@@ -36,17 +34,6 @@ def images(number: int, tags: Callable[[int, int], dict[str, Any]], seed: int = 
                 setattr(ds, keyword, value)
             out.append(ds)
     return [out[at] for at in draw.permutation(len(out))]
-
-
-def read(root: Path, datasets: list[Dataset], policy: ReadPolicy | None = None) -> RawVolume:
-    save_dicom(root, datasets)
-    return read_any(str(root), policy)
-
-
-def refusal(root: Path, datasets: list[Dataset], policy: ReadPolicy | None = None) -> RefusedInput:
-    with pytest.raises(RefusedInput) as refused:
-        read(root, datasets, policy)
-    return refused.value
 
 
 def clock(x: int, k: int) -> str:
@@ -158,31 +145,6 @@ def test_a_copy_of_a_series_is_no_second_time_point(tmp_path):
     assert raw.notes[0] == "8 slices were there twice; one of each kept"
 
 
-def framed(datasets: list[Dataset], content: Callable[[Dataset], Dataset], pointers: list[str]) -> Dataset:
-    """One multi-frame object of these images, each frame's own groups made by `content`."""
-    ds = datasets[0]
-    frames = []
-    for one in datasets:
-        frame, position = content(one), Dataset()
-        position.ImagePositionPatient = one.ImagePositionPatient
-        frame.PlanePositionSequence = DicomSequence([position])
-        frames.append(frame)
-    shared, orientation, measures = Dataset(), Dataset(), Dataset()
-    orientation.ImageOrientationPatient, measures.PixelSpacing = ds.ImageOrientationPatient, ds.PixelSpacing
-    shared.PlaneOrientationSequence, shared.PixelMeasuresSequence = [orientation], [measures]
-    ds.DimensionIndexSequence = []
-    for keyword in pointers:
-        item = Dataset()
-        item.DimensionIndexPointer = Tag(keyword) if keyword else 0x00211001
-        ds.DimensionIndexSequence.append(item)
-    ds.PixelData = b"".join(one.PixelData for one in datasets)
-    ds.SharedFunctionalGroupsSequence, ds.PerFrameFunctionalGroupsSequence = [shared], frames
-    ds.NumberOfFrames = len(frames)
-    for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"):
-        delattr(ds, keyword)
-    return ds
-
-
 @pytest.mark.parametrize(
     ("pointer", "label"),
     [
@@ -213,7 +175,7 @@ def test_frames_are_told_apart_by_their_functional_groups(tmp_path):
         frame.MRDiffusionSequence = [diffusion]
         return frame
 
-    ds = framed(images(4, lambda x, k: {"AcquisitionNumber": x + 1}), content, [])
+    ds = framed(images(4, lambda x, k: {"AcquisitionNumber": x + 1}), content)
     raw = read(tmp_path, [ds], CHANNELS)
     np.testing.assert_array_equal(raw.array_CDHW, TRUTH)
     assert "DiffusionGradientOrientation (4 values)" in raw.notes[0]
@@ -267,11 +229,11 @@ def test_what_differs_from_slice_to_slice_of_one_acquisition_is_taken(tmp_path):
 def test_a_series_in_time_is_read_in_linear_time(tmp_path, monkeypatch, told):
     """Headers decide, and each file is opened once for its header and at most once for its pixels."""
     headers, pixels, decoded = [], [], []
-    monkeypatch.setattr(dicom, "read_header", lambda path, f=dicom.read_header: headers.append(path) or f(path))
+    monkeypatch.setattr(reader, "read_header", lambda path, f=reader.read_header: headers.append(path) or f(path))
     monkeypatch.setattr(
-        dicom_file, "read_planes", lambda thing, s, f=dicom_file.read_planes: pixels.append(s[0].path) or f(thing, s)
+        file, "read_planes", lambda thing, s, f=file.read_planes: pixels.append(s[0].path) or f(thing, s)
     )
-    monkeypatch.setattr(dicom_file, "_decode", lambda *a, f=dicom_file._decode: decoded.append(1) or f(*a))
+    monkeypatch.setattr(file, "_decode", lambda *a, f=file._decode: decoded.append(1) or f(*a))
     datasets = images(4, TOLD_APART["AcquisitionTime"] if told else lambda x, k: {})
     save_dicom(tmp_path, datasets)
     with pytest.raises(RefusedInput):

@@ -3,6 +3,7 @@
 Each image (or frame of a multi-frame object) says where its first pixel lies and how its rows and columns run. From
 that, and not from instance numbers or file names, follow the order, the gaps and the tilt:
 
+- a Siemens mosaic: split into its slices, a series of mosaics is one in time;
 - slices of other size or direction than most: refused; a localiser does not belong to a volume;
 - slices of several acquisitions, which another echo time, kernel or frame of reference tells: refused;
 - the same slice twice: one is dropped with a note; different images at each position are told apart by their headers
@@ -25,11 +26,20 @@ from pydicom.errors import BytesLengthException
 from storage import geometry
 from storage.errors import RefusedInput
 from storage.ingest.deidentify import allowed_facts
-from storage.ingest.readers.dicom_dimensions import attributes
-from storage.ingest.readers.dicom_file import DAMAGED, SECONDARY_CAPTURES, Slice, read_header, read_values, values_of
-from storage.ingest.readers.dicom_grid import at_positions, decimals, on_grid
-from storage.ingest.readers.dicom_seg import read_segmentation
-from storage.ingest.readers.dicom_series import discover_dicom
+from storage.ingest.readers.dicom.dimensions import attributes
+from storage.ingest.readers.dicom.file import (
+    DAMAGED,
+    SECONDARY_CAPTURES,
+    Slice,
+    is_mosaic,
+    read_header,
+    read_values,
+    values_of,
+)
+from storage.ingest.readers.dicom.grid import at_positions, decimals, on_grid
+from storage.ingest.readers.dicom.mosaic import split
+from storage.ingest.readers.dicom.seg import read_segmentation
+from storage.ingest.readers.dicom.series import discover_dicom
 from storage.ingest.readers.raw import RawVolume, ReadPolicy, VolumeHeader, check_size
 from storage.ingest.readers.reader import Grouping
 
@@ -112,10 +122,11 @@ def _which(headers: Sequence[Any], files: int) -> str:
 
 def _read_series(files: Sequence[str], policy: ReadPolicy, thing: str, headers: list[Any]) -> RawVolume:
     slices: list[Slice] = []
+    notes: list[str] = []
     for number, path in enumerate(files):
-        slices += _slices(path, number, thing, headers)
+        slices += _slices(path, number, thing, headers, notes)
         if policy.four_d != "first":  # before all are read: what they hold will be in memory
-            check_size(thing, (len(slices), int(slices[0].header.Rows), int(slices[0].header.Columns)), policy)
+            check_size(thing, (len(slices), slices[0].rows, slices[0].columns), policy)
     first = slices[0].header
     patients = {str(s.header.get("PatientID") or "").strip() for s in slices} - {""}
     if len(patients) > 1:
@@ -125,7 +136,7 @@ def _read_series(files: Sequence[str], policy: ReadPolicy, thing: str, headers: 
             found=f"{len(patients)} patient ids under one series",
             remedy="ids were changed in part, or one series id was given to several patients: anonymise it again",
         )
-    notes: list[str] = []
+    notes = list(dict.fromkeys(notes))
     _check_one_direction(thing, slices)
     normal = np.cross(slices[0].row, slices[0].column)
     for s in slices:
@@ -134,10 +145,9 @@ def _read_series(files: Sequence[str], policy: ReadPolicy, thing: str, headers: 
     facts = attributes(slices)
     places = at_positions(thing, slices, facts, policy, notes)
     channels = len(places[0])
-    rows, columns = int(first.Rows), int(first.Columns)
     if len(places) < 2:
         raise RefusedInput(thing, expected="at least two slices", found="one", remedy="a slice is no volume")
-    check_size(thing, (channels, len(places), rows, columns), policy)
+    check_size(thing, (channels, len(places), slices[0].rows, slices[0].columns), policy)
     used = [s for place in places for s in place]
     read_values(thing, used)
     volume = np.stack([np.stack([values_of(place[c]) for place in places]) for c in range(channels)])
@@ -157,13 +167,13 @@ def _read_series(files: Sequence[str], policy: ReadPolicy, thing: str, headers: 
     return RawVolume(volume, geometry.check_affine(affine, thing), READER, modality, notes, own)
 
 
-def _slices(path: str, number: int, thing: str, headers: list[Any]) -> list[Slice]:
+def _slices(path: str, number: int, thing: str, headers: list[Any], notes: list[str]) -> list[Slice]:
     """The planes of one file, whose header is added to `headers`."""
     try:
         header = read_header(path)
         headers.append(header)
         _check_pixels(thing, header)
-        framed = int(header.get("NumberOfFrames") or 1) > 1 or "PerFrameFunctionalGroupsSequence" in header
+        framed = _is_framed(header)
         planes = _frames(header) if framed else [(0, [header])]
         if framed and int(header.get("NumberOfFrames") or 1) != len(planes):
             raise RefusedInput(
@@ -196,6 +206,8 @@ def _slices(path: str, number: int, thing: str, headers: list[Any]) -> list[Slic
                     slope,
                     intercept,
                     (decimals(position[0]), decimals(position[1]), decimals(position[2])),
+                    int(header.Rows),
+                    int(header.Columns),
                 )
             )
     except DAMAGED as error:
@@ -205,7 +217,7 @@ def _slices(path: str, number: int, thing: str, headers: list[Any]) -> list[Slic
             found=f"file {number + 1} of the series without one of them, or damaged ({type(error).__name__})",
             remedy="export the series again, as image slices of one scan",
         ) from error
-    return out
+    return split(thing, out[0], notes) if is_mosaic(header) else out
 
 
 def _check_pixels(thing: str, header: Any) -> None:
@@ -217,11 +229,13 @@ def _check_pixels(thing: str, header: Any) -> None:
             found="secondary captures, such as screenshots, which have no position",
             remedy="leave them out: they are no volume",
         )
-    if "MOSAIC" in (header.get("ImageType") or []):
+    if is_mosaic(header) and (
+        int(header.get("NumberOfFrames") or 1) > 1 or "PerFrameFunctionalGroupsSequence" in header
+    ):
         raise RefusedInput(
             thing,
-            expected="one plane an image",
-            found="a Siemens mosaic, whose planes lie side by side in one image",
+            expected="one plane a frame, or one mosaic an image",
+            found="several mosaics in one image",
             remedy="convert the series to NIfTI with dcm2niix",
         )
     meaning = str(header.get("PhotometricInterpretation") or "MONOCHROME2")
@@ -242,6 +256,10 @@ def _check_pixels(thing: str, header: Any) -> None:
             found="a modality look-up table",
             remedy="apply it in another tool and export the series again",
         )
+
+
+def _is_framed(header: Any) -> bool:
+    return int(header.get("NumberOfFrames") or 1) > 1 or "PerFrameFunctionalGroupsSequence" in header
 
 
 def _frames(header: Any) -> list[tuple[int, list[Any]]]:
@@ -271,7 +289,7 @@ def _find(groups: Sequence[Any], keyword: str, default: Any = None) -> Any:
 def _check_one_direction(thing: str, slices: list[Slice]) -> None:
     """Refuse a series whose planes differ in size, direction or pixel spacing by more than rounding."""
     limit = np.array([0, 0, *[1e-3] * 6, 1e-4, 1e-4])
-    rest = np.array([[int(s.header.Rows), int(s.header.Columns), *s.row, *s.column, *s.spacing] for s in slices])
+    rest = np.array([[s.rows, s.columns, *s.row, *s.column, *s.spacing] for s in slices])
     counts: list[int] = []
     while len(rest) and len(counts) < _MOST_KINDS:
         like = (np.abs(rest - rest[0]) <= limit).all(axis=1)

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from storage import geometry
 from storage.errors import RefusedInput
-from storage.ingest.readers.dicom_dimensions import Value, check_same, differing, told_apart
-from storage.ingest.readers.dicom_file import Slice, read_values, values_of
+from storage.ingest.readers.dicom.dimensions import Value, check_same, differing, told_apart
+from storage.ingest.readers.dicom.file import Slice, read_values, values_of
 from storage.ingest.readers.raw import Affine, Array, ReadPolicy
 
 POSITION_TOLERANCE = 0.01

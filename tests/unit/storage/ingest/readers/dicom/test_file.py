@@ -2,60 +2,26 @@
 
 import gzip
 import logging
-from pathlib import Path
 
 import numpy as np
 import pydicom
+import pydicom.data
 import pytest
-import SimpleITK
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence as DicomSequence
-from pydicom.uid import ExplicitVRLittleEndian, RLELossless, generate_uid
+from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless, generate_uid
 
 from storage.errors import RefusedInput
 from storage.ingest.discover import discover
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.prepare import prepare
-from storage.ingest.readers.dicom_file import read_header
-from storage.ingest.readers.raw import RawVolume, ReadPolicy
+from storage.ingest.readers.dicom.file import read_header
+from storage.ingest.readers.raw import ReadPolicy
 from storage.ingest.readers.read import read_any, read_item
+from tests.kit.dicom_files import compressed, read, refusal
 from tests.kit.scans import disc, phantom, save_dicom, segmentation, slices
 
 ARRAY = phantom((8, 12, 10)) + np.int16(1000)
-
-
-def read(root: Path, datasets: list[Dataset], policy: ReadPolicy | None = None) -> RawVolume:
-    save_dicom(root, datasets)
-    return read_any(str(root), policy)
-
-
-def refusal(root: Path, datasets: list[Dataset], policy: ReadPolicy | None = None) -> RefusedInput:
-    with pytest.raises(RefusedInput) as refused:
-        read(root, datasets, policy)
-    return refused.value
-
-
-def compressed(root: Path, array_DHW: np.ndarray, compressor: str) -> list[Path]:
-    """A CT series that GDCM writes, of signed values."""
-    root.mkdir(parents=True)
-    series = generate_uid()
-    paths = []
-    for k, plane in enumerate(array_DHW):
-        image = SimpleITK.GetImageFromArray(plane[None])
-        tags = {"0008|0060": "CT", "0020|000e": series, "0020|000d": "1.2.3", "0010|0020": "P", "0028|1053": "1"}
-        tags |= {"0020|0032": f"-10\\-12\\{2 * k}", "0020|0037": "1\\0\\0\\0\\1\\0", "0028|0030": "1.5\\0.75"}
-        tags |= {"0008|0018": generate_uid(), "0028|1052": "0"}
-        for tag, value in tags.items():
-            image.SetMetaData(tag, value)
-        writer = SimpleITK.ImageFileWriter()
-        writer.SetImageIO("GDCMImageIO")
-        writer.KeepOriginalImageUIDOn()
-        writer.UseCompressionOn()
-        writer.SetCompressor(compressor)
-        paths.append(root / f"{k}.dcm")
-        writer.SetFileName(str(paths[-1]))
-        writer.Execute(image)
-    return paths
 
 
 @pytest.mark.parametrize("compressor", ["JPEG", "JPEG2000"])
@@ -73,6 +39,28 @@ def test_losslessly_compressed_slices_are_read_whole(tmp_path, compressor):
     paths[3].write_bytes(paths[3].read_bytes()[:-60])
     with pytest.raises(RefusedInput, match="file 4 of the series"):
         read_any(str(tmp_path / "a"))
+
+
+@pytest.mark.parametrize(
+    ("name", "syntax"),
+    [
+        ("MR_small_jpeg_ls_lossless.dcm", JPEGLSLossless),
+        ("MR_small_jp2klossless.dcm", JPEG2000Lossless),
+        ("MR_small_RLE.dcm", RLELossless),
+    ],
+)
+def test_slices_that_other_programs_compressed_have_the_voxels_of_the_plain_file(tmp_path, name, syntax):
+    """One image of pydicom's package, which holds it plain and as others compressed it."""
+    plain, path = (str(pydicom.data.get_testdata_file(n, download=False)) for n in ("MR_small.dcm", name))
+    datasets = [pydicom.dcmread(path) for _ in range(3)]
+    for k, ds in enumerate(datasets):
+        assert ds.file_meta.TransferSyntaxUID == syntax
+        ds.ImagePositionPatient = [0, 0, 2 * k]
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    raw = read(tmp_path, datasets)
+    values = np.frombuffer(pydicom.dcmread(plain).PixelData, "<i2").reshape(datasets[0].Rows, datasets[0].Columns)
+    assert len(np.unique(values)) > 100
+    np.testing.assert_array_equal(raw.array_CDHW[0], np.stack([values] * 3))
 
 
 def test_run_length_coded_slices_are_read_whole(tmp_path):
