@@ -40,7 +40,7 @@ from storage.ingest.readers.dicom.grid import at_positions, decimals, on_grid
 from storage.ingest.readers.dicom.mosaic import split
 from storage.ingest.readers.dicom.seg import read_segmentation
 from storage.ingest.readers.dicom.series import discover_dicom
-from storage.ingest.readers.raw import RawVolume, ReadPolicy, VolumeHeader, check_size
+from storage.ingest.readers.raw import Array, RawVolume, ReadPolicy, VolumeHeader, check_size
 from storage.ingest.readers.reader import Grouping
 
 READER = f"pydicom/{pydicom.__version__}"
@@ -68,8 +68,8 @@ class DicomReader:
         return read_series(files, policy, thing)
 
     def header(self, files: Sequence[str], policy: ReadPolicy, thing: str) -> VolumeHeader:
-        """See `read_series`."""
-        raw = read_series(files, policy, thing)
+        """See `read_series`: every file's header is read, and its pixels only where copies have to be told apart."""
+        raw = read_series(files, policy, thing, pixels=False)
         return VolumeHeader(raw.shape_CDHW, raw.affine, raw.modality, tuple(raw.notes))
 
     def read_label(self, path: str, policy: ReadPolicy, image: RawVolume) -> RawVolume:
@@ -77,15 +77,18 @@ class DicomReader:
         return read_segmentation(path, image)
 
 
-def read_series(files: Sequence[str], policy: ReadPolicy, thing: str) -> RawVolume:
+def read_series(files: Sequence[str], policy: ReadPolicy, thing: str, *, pixels: bool = True) -> RawVolume:
     """Read the files of one series as a volume.
+
+    Args:
+        pixels: Whether its values are wanted; without, all are 0.
 
     Raises:
         RefusedInput: names the series by `thing` and says what is wrong and which series it is; quotes no header text.
     """
     headers: list[Any] = []
     try:
-        return _read_series(files, policy, thing, headers)
+        return _read_series(files, policy, thing, headers, pixels)
     except BytesLengthException as error:  # no relative of any other error; others are caught where they say more
         raise RefusedInput(
             thing,
@@ -120,7 +123,7 @@ def _which(headers: Sequence[Any], files: int) -> str:
     return f"; series: {' '.join([*parts, f'in {files} files'])}"
 
 
-def _read_series(files: Sequence[str], policy: ReadPolicy, thing: str, headers: list[Any]) -> RawVolume:
+def _read_series(files: Sequence[str], policy: ReadPolicy, thing: str, headers: list[Any], pixels: bool) -> RawVolume:
     slices: list[Slice] = []
     notes: list[str] = []
     for number, path in enumerate(files):
@@ -147,10 +150,13 @@ def _read_series(files: Sequence[str], policy: ReadPolicy, thing: str, headers: 
     channels = len(places[0])
     if len(places) < 2:
         raise RefusedInput(thing, expected="at least two slices", found="one", remedy="a slice is no volume")
-    check_size(thing, (channels, len(places), slices[0].rows, slices[0].columns), policy)
+    shape = (channels, len(places), slices[0].rows, slices[0].columns)
+    check_size(thing, shape, policy)
     used = [s for place in places for s in place]
-    read_values(thing, used)
-    volume = np.stack([np.stack([values_of(place[c]) for place in places]) for c in range(channels)])
+    volume: Array = np.broadcast_to(np.float32(0), shape)
+    if pixels:
+        read_values(thing, used)
+        volume = np.stack([np.stack([values_of(place[c]) for place in places]) for c in range(channels)])
     for s in slices:
         s.values = None  # in the volume now
     volume, affine = on_grid(thing, volume, [place[0] for place in places], normal, policy, notes)
@@ -229,9 +235,7 @@ def _check_pixels(thing: str, header: Any) -> None:
             found="secondary captures, such as screenshots, which have no position",
             remedy="leave them out: they are no volume",
         )
-    if is_mosaic(header) and (
-        int(header.get("NumberOfFrames") or 1) > 1 or "PerFrameFunctionalGroupsSequence" in header
-    ):
+    if is_mosaic(header) and _is_framed(header):
         raise RefusedInput(
             thing,
             expected="one plane a frame, or one mosaic an image",

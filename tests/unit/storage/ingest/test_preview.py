@@ -12,6 +12,7 @@ from storage.ingest.deidentify import Pseudonyms
 from storage.ingest.pipeline import run
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.preview import preview
+from storage.ingest.readers.dicom import reader
 from storage.ingest.readers.raw import ReadPolicy
 from tests.kit.formats import (
     save_big_endian,
@@ -66,6 +67,19 @@ def test_no_voxel_is_read(tmp_path: Path) -> None:
     assert (len(look.volumes), look.refused) == (4, ())
     with pytest.raises(RefusedInput):
         run(str(src), (tmp_path / "store").as_uri())
+
+
+@pytest.mark.parametrize("shift_mm", [0.0, 0.9], ids=["straight", "tilted"])
+def test_no_pixel_of_a_series_is_read(shift_mm: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_dicom(tmp_path / "src" / "s", slices(phantom(), shift_mm=shift_mm))
+    report = run(str(tmp_path / "src"), (tmp_path / "store").as_uri(), ALONE, pseudonyms=Pseudonyms(b"s" * 16))
+
+    def read(*_: object) -> None:
+        raise AssertionError("pixels")
+
+    monkeypatch.setattr(reader, "read_values", read)
+    (volume,), (record,) = preview(str(tmp_path / "src"), ALONE).volumes, report.manifest.records()
+    assert volume.shape_CDHW[1:] == record.shape_DHW
 
 
 def test_refusals_and_their_reasons_are_those_of_the_ingest(tmp_path: Path) -> None:
