@@ -11,6 +11,7 @@ import zarr
 from storage.format.volume import Volume
 from storage.format.volume_writer import write_volume
 from storage.objects import open_store
+from tests.kit.dicom_files import mosaic
 from tests.kit.scans import disc, save_dicom, save_nifti, segmentation, slices
 
 
@@ -64,4 +65,9 @@ def save_series(path: Path, array_DHW: np.ndarray, affine: np.ndarray) -> Path:
     datasets = slices(array_DHW)
     save_dicom(path, datasets)
     save_dicom(path / "seg", [segmentation(datasets, disc(array_DHW.shape))])
+    return path
+
+
+def save_mosaic(path: Path, array_DHW: np.ndarray, affine: np.ndarray) -> Path:
+    save_dicom(path, [mosaic(array_DHW, normal=(0, 0, 1), element=True)])
     return path

@@ -111,14 +111,15 @@ def _csa_header(header: Any) -> Mapping[str, Any]:
     Raises:
         ValueError, OSError and the like: it is damaged.
     """
-    from nibabel.nicom.csareader import CSAError, read  # late: few files need it
+    from nibabel.nicom import csareader  # late: few files need it
 
+    untyped: Any = csareader
     value = _in_block(header, 0x0029, "SIEMENS CSA HEADER", 0x10)
     if value is None or not bytes(value).strip(b"\0 "):
         return {}
     try:
-        tags = read(bytes(value))["tags"]
-    except (CSAError, AssertionError) as error:
+        tags = untyped.read(bytes(value))["tags"]
+    except (csareader.CSAError, AssertionError) as error:
         raise ValueError("damaged") from error
     listed = {name: [item for item in tag["items"] if item != ""] for name, tag in tags.items()}
     return {name: items if len(items) > 1 else items[0] for name, items in listed.items() if items}

@@ -22,6 +22,7 @@ from tests.kit.formats import (
     save_big_endian,
     save_itk,
     save_mgz,
+    save_mosaic,
     save_nifti2,
     save_ome_zarr,
     save_pair,
@@ -49,6 +50,7 @@ FUZZED = {
     "a.zarr": (save_ome_zarr, "a.zarr/zarr.json"),
     "a-array.zarr": (save_ome_zarr, "a-array.zarr/0/zarr.json"),
     "dicom": (save_series, "dicom/*"),
+    "dicom-mosaic": (save_mosaic, "dicom-mosaic/*"),
     "dicom-seg": (save_series, "dicom-seg/seg/*"),
 }
 """Format: what writes it, and the file whose header is damaged."""
