@@ -20,6 +20,7 @@ import torch
 from jobs import driver
 from jobs import labelled as split
 from jobs.configs import FinetuneJobConfig, LabelledConfig
+from jobs.lease import Lease
 from jobs.pinning import pinned
 from jobs.tracking import bundles, registration
 from jobs.tracking import models as registry
@@ -162,13 +163,21 @@ def main(argv: Sequence[str]) -> int:
     """Driver: all starts and seeds, statistics, MLflow, `result.json`."""
     config = driver.load(FinetuneJobConfig, argv, "jobs.finetune")
     # Late: a wrong configuration need not wait for Ray, which reads settings from the environment when it is imported.
-    import ray
-
     from jobs.on_ray.room import require_room
-    from jobs.on_ray.session import connect, result_of
+    from jobs.on_ray.session import connect
 
     connect()
     require_room("a training", "cpus_per_run or gpus_per_run", cpus=config.cpus_per_run, gpus=config.gpus_per_run)
+    with Lease(config.runs, config.name, "finetune") as lease:
+        return _compare(config, lease)
+
+
+def _compare(config: FinetuneJobConfig, lease: Lease) -> int:
+    """The job, as the only one of its name."""
+    import ray  # late, as in `main`
+
+    from jobs.on_ray.session import result_of
+
     api = tracking.client()
     config = pinned(config)
     run_id = tracking.open_run(api, config.experiment, config.name, "finetune", params=resolved(config), tags={})
@@ -192,6 +201,7 @@ def main(argv: Sequence[str]) -> int:
                 running.append(task.remote(resolved(config), run_id, *todo.pop(0)))
             done, running = ray.wait(running, num_returns=1)
             training: Training = result_of(done[0])
+            lease.check()
             _log_training(api, config, run_id, training)
             results.put(_key(training.start, training.seed), json.dumps(training.to_json()).encode())
             trainings.append(training)
@@ -202,6 +212,7 @@ def main(argv: Sequence[str]) -> int:
         comparison = compared(config, trainings, run_id=run_id, seconds=time.monotonic() - began)
         driver.write_result(config.runs, config.name, comparison.to_json())
     except BaseException as error:
+        lease.check()  # the run in MLflow is another job's as well
         driver.end_failed(api, run_id, error)
         raise
     driver.end_run(api, run_id, "FINISHED")

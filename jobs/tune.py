@@ -18,6 +18,7 @@ from typing import Any
 from jobs import driver
 from jobs.configs import SearchSpace, TuneConfig
 from jobs.finetune import train_from
+from jobs.lease import Lease
 from jobs.output import last_line
 from jobs.pinning import pinned
 from jobs.tracking import runs as tracking
@@ -71,6 +72,12 @@ def main(argv: Sequence[str]) -> int:
 
     connect()
     require_room("a trial", "cpus_per_trial or gpus_per_trial", cpus=config.cpus_per_trial, gpus=config.gpus_per_trial)
+    with Lease(config.runs, config.name, "tune") as lease:
+        return _search(config, lease)
+
+
+def _search(config: TuneConfig, lease: Lease) -> int:
+    """The job, as the only one of its name."""
     api = tracking.client()
     config = pinned(config)
     run_id = tracking.open_run(api, config.experiment, config.name, "tune", params=resolved(config), tags={})
@@ -80,6 +87,7 @@ def main(argv: Sequence[str]) -> int:
     began = time.monotonic()
     try:
         results = list(search(config))
+        lease.check()
         trials = trials_of(config, results, numbers_of(config, results))
         for item in trials:
             _log_trial(api, config, run_id, item)
@@ -87,6 +95,7 @@ def main(argv: Sequence[str]) -> int:
         api.set_tag(run_id, "tomoscale.best", json.dumps(asdict(result.best)))
         driver.write_result(config.runs, config.name, result.to_json())
     except BaseException as error:
+        lease.check()  # the run in MLflow is another job's as well
         driver.end_failed(api, run_id, error)
         raise
     driver.end_run(api, run_id, "FINISHED")

@@ -20,6 +20,7 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from jobs.configs import PretrainConfig
 from jobs.driver import end_failed, end_run, load
 from jobs.ingest import ensure_data
+from jobs.lease import Lease
 from jobs.on_ray.failures import FINAL, StopOnFinalErrors
 from jobs.on_ray.filesystem import storage_for
 from jobs.on_ray.patches import patch_ray_to_share_evenly
@@ -29,7 +30,7 @@ from jobs.output import last_line
 from jobs.pinning import as_started, note_start
 from jobs.pretrain.inputs import open_manifest
 from jobs.pretrain.loop import JOURNAL, collectives_backend
-from jobs.pretrain.worker import train_loop
+from jobs.pretrain.worker import KIND, train_loop
 from jobs.superpixels import ensure_superpixels
 from jobs.tracking import bundles, registration, runs
 from ssl_core.config import resolved
@@ -54,6 +55,12 @@ def main(argv: Sequence[str]) -> int:
         gpus=int(need.gpu),
         count=need.min_workers or need.workers,
     )
+    with Lease(config.runs, config.name, KIND) as lease:
+        return _train(config, lease)
+
+
+def _train(config: PretrainConfig, lease: Lease) -> int:
+    """The job, as the only one of its name."""
     api = runs.client()
     ensure_data(config.data, config.source)
 
@@ -75,9 +82,11 @@ def main(argv: Sequence[str]) -> int:
     print(f"MLflow run {run_id}", flush=True)
     began = time.monotonic()
     try:
-        with fit(pinned, run_id).as_directory() as directory:
+        with fit(pinned, run_id, lease.token).as_directory() as directory:
+            lease.check()
             version = _complete(api, pinned, run_id, Path(directory))
     except BaseException as error:
+        lease.check()  # the run in MLflow is another job's as well
         end_failed(api, run_id, error)
         raise
     end_run(api, run_id, "FINISHED")
@@ -88,10 +97,15 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def fit(config: PretrainConfig, run_id: str) -> Any:
+def fit(config: PretrainConfig, run_id: str, lease: str) -> Any:
     """Train with Ray Train until done; returns the last checkpoint.
 
     A controller that dies of its storage is started again under the same name, with growing pauses.
+
+    Args:
+        config: The job.
+        run_id: Its MLflow run.
+        lease: Token of its lease, without which no checkpoint is written.
 
     Raises:
         TomoscaleError: training failed for good: the error of a worker that another try would meet again, or a
@@ -106,7 +120,7 @@ def fit(config: PretrainConfig, run_id: str) -> Any:
     while True:
         trainer = TorchTrainer(
             train_loop,
-            train_loop_config={"config": resolved(config), "run_id": run_id},
+            train_loop_config={"config": resolved(config), "run_id": run_id, "lease": lease},
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 use_gpu=need.gpu,
