@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -25,6 +26,7 @@ from jobs.pinning import pinned
 from jobs.tracking import bundles, registration
 from jobs.tracking import models as registry
 from jobs.tracking import runs as tracking
+from jobs.tracking.outage import through_outage
 from ssl_core.config import parse, resolved
 from ssl_core.downstream.comparison import Comparison, Training, paired_test_of, start_rows
 from ssl_core.downstream.finetune import (
@@ -202,7 +204,8 @@ def _compare(config: FinetuneJobConfig, lease: Lease) -> int:
             done, running = ray.wait(running, num_returns=1)
             training: Training = result_of(done[0])
             lease.check()
-            _log_training(api, config, run_id, training)
+            words = f"the result of {training.start} seed {training.seed}"
+            through_outage(partial(_log_training, api, config, run_id, training), words)
             results.put(_key(training.start, training.seed), json.dumps(training.to_json()).encode())
             trainings.append(training)
             dice = mean_scores(training.cases).dice

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -22,6 +23,7 @@ from jobs.lease import Lease
 from jobs.output import last_line
 from jobs.pinning import pinned
 from jobs.tracking import runs as tracking
+from jobs.tracking.outage import through_outage
 from ssl_core.config import parse, resolved
 from ssl_core.downstream.records import from_fields
 from ssl_core.downstream.search import SearchResult, Trial, TrialSettings
@@ -90,9 +92,10 @@ def _search(config: TuneConfig, lease: Lease) -> int:
         lease.check()
         trials = trials_of(config, results, numbers_of(config, results))
         for item in trials:
-            _log_trial(api, config, run_id, item)
+            through_outage(partial(_log_trial, api, config, run_id, item), f"the result of trial {item.trial}")
         result = searched(config, trials, run_id=run_id, seconds=time.monotonic() - began)
-        api.set_tag(run_id, "tomoscale.best", json.dumps(asdict(result.best)))
+        best = json.dumps(asdict(result.best))
+        through_outage(lambda: api.set_tag(run_id, "tomoscale.best", best), "what was found best")
         driver.write_result(config.runs, config.name, result.to_json())
     except BaseException as error:
         lease.check()  # the run in MLflow is another job's as well

@@ -33,6 +33,7 @@ from jobs.pretrain.loop import JOURNAL, collectives_backend
 from jobs.pretrain.worker import KIND, train_loop
 from jobs.superpixels import ensure_superpixels
 from jobs.tracking import bundles, registration, runs
+from jobs.tracking.outage import through_outage
 from ssl_core.config import resolved
 from ssl_core.train import checkpoint
 from storage.errors import StackError, TomoscaleError
@@ -179,10 +180,12 @@ def _complete(api: Any, config: PretrainConfig, run_id: str, directory: Path) ->
     """Fill gaps in the metrics, export the encoder and register it."""
 
     meta = checkpoint.read_meta(directory)
-    sent = runs.backfill(api, run_id, [runs.Point.from_json(item) for item in meta[JOURNAL]])
+    journal = [runs.Point.from_json(item) for item in meta[JOURNAL]]
+    points = f"the points of {config.name}, which is trained and lies below {join(config.runs, config.name)}"
+    sent = through_outage(lambda: runs.backfill(api, run_id, journal), points)
     if sent:
         print(f"sent {sent} points that MLflow had missed", flush=True)
-    api.set_tag(run_id, "tomoscale.samples", meta["samples"])
+    through_outage(lambda: api.set_tag(run_id, "tomoscale.samples", meta["samples"]), points)
     with tempfile.TemporaryDirectory(prefix="tomoscale-bundle-") as folder:
         bundle = bundles.write_encoder(config, directory, Path(folder) / "bundle", run_id=run_id)
         command = f"`tomoscale pretrain CONFIG`, with model=NAME for another name than {config.model_name!r},"
