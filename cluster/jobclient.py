@@ -2,16 +2,16 @@
 
 import contextlib
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from cluster import state as states
+from cluster.patience import OUTAGE_S, UnknownJob, forgotten, through_outage
 from storage.errors import StackError
 
 if TYPE_CHECKING:
@@ -31,21 +31,7 @@ EXCLUDES = (
 )
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _environment_lock = threading.Lock()
-OUTAGE_S = 3600.0
 _REQUEST_S = (10.0, 120.0)  # to connect, and between two bytes of an answer
-_NOTICE_S = 10.0  # an outage that is shorter is not worth a line
-_GATEWAY = re.compile(r"status code (502|503|504)\b")
-T = TypeVar("T")
-
-
-class Unreachable(StackError):
-    """The job server was away for too long to go on watching a job, which goes on."""
-
-    exit_code = 4
-
-
-class UnknownJob(StackError):
-    """The cluster has no job of that id."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +167,7 @@ def status(
         with _client(address, token, job) as client:
             return _info(client.get_job_info(job))
 
-    return _through_outage(look, address, job, outage_s, say) if outage_s else look()
+    return through_outage(look, address, job, outage_s, say) if outage_s else look()
 
 
 def logs(address: str, job: str, *, token: str | None = None) -> str:
@@ -227,7 +213,7 @@ def follow(
     printed, pause, is_first = 0, 0.3, True
     while True:
         try:
-            ended, text = _through_outage(look, address, job, outage_s, say)
+            ended, text = through_outage(look, address, job, outage_s, say)
         except UnknownJob as error:
             if is_first:
                 raise
@@ -277,44 +263,6 @@ def stop_all(address: str, *, wait_s: float = 10.0, token: str | None = None) ->
         while time.monotonic() < deadline and any(client.get_job_status(job) not in ENDED for job in running):
             time.sleep(0.3)
     return running
-
-
-def forgotten(address: str, job: str) -> UnknownJob:
-    """The error of a job that was submitted at this address and is not there any more."""
-    return UnknownJob(
-        f"job {job}",
-        expected=f"the cluster at {address} to have it still",
-        found="a cluster without it: its head was started anew and lost its jobs, or the address leads to another one",
-        remedy="send the same configuration again; the same name goes on from its last checkpoint",
-    )
-
-
-def _through_outage(look: Callable[[], T], address: str, job: str, outage_s: float, say: Callable[[str], None]) -> T:
-    """What `look` returns, asked again while the job server is away, for `outage_s` seconds."""
-    began, clock, pause, is_noticed = time.monotonic(), time.strftime("%H:%M:%S"), 0.5, False
-    while True:
-        try:
-            result = look()
-        except StackError as error:
-            if not (isinstance(error.__cause__, ConnectionError) or _GATEWAY.search(str(error.__cause__))):
-                raise
-            spent = time.monotonic() - began
-            if spent >= outage_s:
-                raise Unreachable(
-                    f"Ray jobs at {address}",
-                    expected="a job server",
-                    found=f"that it was not reachable since {clock}, for {spent:.0f} s: {error.found}",
-                    remedy=f"the job goes on as far as this machine can tell; tomoscale jobs logs {job} --follow",
-                ) from error
-            if spent >= _NOTICE_S and not is_noticed:
-                say(f"{address} is not reachable since {clock} ({error.found}); the job goes on, and this keeps trying")
-                is_noticed = True
-            time.sleep(min(pause, outage_s))
-            pause = min(5.0, 2 * pause)
-            continue
-        if is_noticed:
-            say(f"{address} is reachable again, after {time.monotonic() - began:.0f} s")
-        return result
 
 
 def _limit_requests() -> None:

@@ -77,9 +77,10 @@ def is_away(error: BaseException) -> bool:
     """Whether an error says that the server is away or overloaded, and not that it refused."""
     import requests  # late, with MLflow: not every job has them
     from mlflow.exceptions import RestException
+    from requests.exceptions import RetryError  # of answers such as 503, after the client's own repetitions
 
     for cause in _causes(error):
-        if isinstance(cause, ConnectionError | TimeoutError | requests.ConnectionError | requests.Timeout):
+        if isinstance(cause, ConnectionError | TimeoutError | requests.ConnectionError | requests.Timeout | RetryError):
             return True
         if isinstance(cause, requests.HTTPError) and cause.response is not None:
             return cause.response.status_code == 429 or cause.response.status_code >= 500

@@ -4,7 +4,7 @@ import argparse
 import sys
 import time
 
-from cluster import jobclient
+from cluster import jobclient, patience
 from jobs.cli.verbs.common import add_json, add_state, job_address, use_stack
 from jobs.output import emit, table
 
@@ -55,7 +55,7 @@ def _logs(arguments: argparse.Namespace) -> int:
         jobclient.status(address, arguments.id)  # a wrong address is no outage
         for text in jobclient.follow(address, arguments.id, say=_say):
             print(text, end="", flush=True)
-        job = jobclient.status(address, arguments.id, outage_s=jobclient.OUTAGE_S, say=_say)
+        job = jobclient.status(address, arguments.id, outage_s=patience.OUTAGE_S, say=_say)
         return 0 if job.status == "SUCCEEDED" else 1
     print(jobclient.logs(address, arguments.id), end="")
     return 0

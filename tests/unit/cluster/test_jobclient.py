@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import cluster
-from cluster import jobclient
+from cluster import jobclient, patience
 from cluster import state as states
 from storage.errors import StackError
 
@@ -145,7 +145,7 @@ class Server:
     def __init__(self, patch: pytest.MonkeyPatch, *answers: str) -> None:
         self.answers, self.requests = list(answers), 0
         patch.setattr("ray.job_submission.JobSubmissionClient", lambda *_, **__: self)
-        patch.setattr(jobclient, "_NOTICE_S", 0.2)
+        patch.setattr(patience, "_NOTICE_S", 0.2)
         patch.setattr(jobclient.time, "sleep", lambda s, real=time.sleep: real(min(s, 0.1)))
 
     def get_job_status(self, job: str) -> str:
@@ -179,7 +179,7 @@ def test_a_network_that_is_away_is_no_failed_job(monkeypatch: pytest.MonkeyPatch
 
 def test_a_client_that_gives_up_has_an_exit_code_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     Server(monkeypatch, "RUNNING", "away")
-    with pytest.raises(jobclient.Unreachable, match="not reachable since .*refused; the job goes on") as caught:
+    with pytest.raises(patience.Unreachable, match="not reachable since .*refused; the job goes on") as caught:
         list(jobclient.follow(URL, "job", token="", outage_s=0.3))
     assert caught.value.exit_code == 4
 
@@ -197,11 +197,11 @@ def test_an_interrupt_ends_the_watching_of_a_network_that_is_away(monkeypatch: p
 
 def test_a_job_that_its_cluster_forgot_is_told_from_a_wrong_name(monkeypatch: pytest.MonkeyPatch) -> None:
     Server(monkeypatch, "RUNNING", UNKNOWN)
-    with pytest.raises(jobclient.UnknownJob, match="its head was started anew and lost its jobs") as caught:
+    with pytest.raises(patience.UnknownJob, match="its head was started anew and lost its jobs") as caught:
         list(jobclient.follow(URL, "job", token=""))
     assert "send the same configuration again" in caught.value.remedy
     Server(monkeypatch, UNKNOWN)
-    with pytest.raises(jobclient.UnknownJob, match="none of that name; `tomoscale jobs list`"):
+    with pytest.raises(patience.UnknownJob, match="none of that name; `tomoscale jobs list`"):
         list(jobclient.follow(URL, "job", token=""))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster import jobclient
+from cluster import jobclient, patience
 from cluster.jobclient import JobInfo
 from jobs import submit
 from ssl_core.config import Config
@@ -102,7 +102,7 @@ def test_a_job_that_the_cluster_lost_is_not_called_a_wrong_name(monkeypatch: pyt
     Server(monkeypatch, ("SUCCEEDED", ""))
 
     def follow(address: str, job: str, **_: object) -> object:
-        raise jobclient.UnknownJob(f"job {job}", found="none of that name")
+        raise patience.UnknownJob(f"job {job}", found="none of that name")
 
     monkeypatch.setattr(jobclient, "follow", follow)
     with pytest.raises(StackError, match="its head was started anew.*send the same configuration again"):
