@@ -13,6 +13,7 @@ T = TypeVar("T")
 WAIT_VARIABLE = "TOMOSCALE_MLFLOW_WAIT_S"
 WAIT_S = 3600.0
 _FIRST_PAUSE_S, _MAX_PAUSE_S, _SAY_S = 1.0, 30.0, 300.0
+_BUSY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "RESOURCE_EXHAUSTED", "REQUEST_LIMIT_EXCEEDED")
 _STATUS = re.compile(r"failed with error code (429|5\d\d)\b")
 
 
@@ -84,7 +85,8 @@ def is_away(error: BaseException) -> bool:
             return True
         if isinstance(cause, requests.HTTPError) and cause.response is not None:
             return cause.response.status_code == 429 or cause.response.status_code >= 500
-        if isinstance(cause, RestException) and cause.get_http_status_code() >= 500:
+        # What the answer says itself: the code of one that says none is by default that of a server which failed.
+        if isinstance(cause, RestException) and cause.json.get("error_code") in _BUSY:
             return True
         if _STATUS.search(str(cause)):
             return True

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import requests
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import MlflowException, RestException
 
 from jobs.pretrain import driver
 from jobs.tracking import models, outage, registration
@@ -123,6 +123,9 @@ def test_errors_of_an_absent_server_are_told_from_others() -> None:
     assert not outage.is_away(answer(404))
     assert not outage.is_away(MlflowException("Registered model name cannot contain '%'"))
     assert not outage.is_away(KeyError("no route"))
+    assert outage.is_away(RestException({"error_code": "TEMPORARILY_UNAVAILABLE"}))
+    assert not outage.is_away(RestException({"error_code": "RESOURCE_DOES_NOT_EXIST"}))
+    assert not outage.is_away(RestException({"detail": "of a proxy"}))
 
 
 def test_a_job_that_waited_long_enough_says_that_nothing_is_lost(
