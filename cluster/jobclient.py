@@ -277,7 +277,7 @@ def _limit_requests() -> None:
         return plain(self, *arguments, **{"timeout": _REQUEST_S, **options})
 
     limited.is_limited = True  # type: ignore[attr-defined]
-    SubmissionClient._do_request = limited
+    SubmissionClient._do_request = limited  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
