@@ -4,15 +4,15 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from cluster import state as states
-from storage.errors import StackError, StoreError
-from storage.objects.retry import ATTEMPT_S, RetryPolicy, TransientError, retry
+from cluster.patience import OUTAGE_S, UnknownJob, forgotten, through_outage
+from storage.errors import StackError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -31,6 +31,7 @@ EXCLUDES = (
 )
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _environment_lock = threading.Lock()
+_REQUEST_S = (10.0, 120.0)  # to connect, and between two bytes of an answer
 
 
 @dataclass(frozen=True)
@@ -140,14 +141,33 @@ def list_jobs(address: str, *, token: str | None = None) -> list[JobInfo]:
     return sorted(jobs, key=lambda job: job.started or 0.0)
 
 
-def status(address: str, job: str, *, token: str | None = None) -> JobInfo:
+def status(
+    address: str,
+    job: str,
+    *,
+    token: str | None = None,
+    outage_s: float = 0.0,
+    say: Callable[[str], None] = lambda _line: None,
+) -> JobInfo:
     """One job.
 
+    Args:
+        address: As for `submit`.
+        job: Its id.
+        token: As for `submit`.
+        outage_s: How long the server may be away before this gives up.
+        say: Called with a line where it is away.
+
     Raises:
-        StackError: unreachable, refused, or no such job.
+        UnknownJob: no such job.
+        StackError: unreachable or refused.
     """
-    with _client(address, token, job) as client:
-        return _info(client.get_job_info(job))
+
+    def look() -> JobInfo:
+        with _client(address, token, job) as client:
+            return _info(client.get_job_info(job))
+
+    return through_outage(look, address, job, outage_s, say) if outage_s else look()
 
 
 def logs(address: str, job: str, *, token: str | None = None) -> str:
@@ -160,7 +180,14 @@ def logs(address: str, job: str, *, token: str | None = None) -> str:
         return client.get_job_logs(job)
 
 
-def follow(address: str, job: str, *, token: str | None = None, outage_s: float = 60.0) -> Iterator[str]:
+def follow(
+    address: str,
+    job: str,
+    *,
+    token: str | None = None,
+    outage_s: float = OUTAGE_S,
+    say: Callable[[str], None] = lambda _line: None,
+) -> Iterator[str]:
     """Yield what the job writes until it ends, then return; ask `status` how it ended.
 
     Polls, because Ray's own stream ends without a word when the connection does.
@@ -170,28 +197,28 @@ def follow(address: str, job: str, *, token: str | None = None, outage_s: float 
         job: Its id.
         token: As for `submit`.
         outage_s: How long the server may be away before this gives up.
+        say: Called with a line where it is away and when it is back.
 
     Raises:
-        StackError: unreachable for longer than `outage_s`, refused, or no such job.
+        Unreachable: for longer than `outage_s`. The job goes on.
+        UnknownJob: no such job, or one that the cluster has forgotten since.
+        StackError: refused.
     """
 
     def look() -> tuple[bool, str]:
-        try:
-            with _client(address, token, job) as client:
-                ended = client.get_job_status(job) in ENDED  # before the logs: nothing is written after the end
-                return ended, client.get_job_logs(job)
-        except StackError as error:
-            if isinstance(error.__cause__, ConnectionError):
-                raise TransientError(str(error.__cause__)) from error
-            raise
+        with _client(address, token, job) as client:
+            ended = client.get_job_status(job) in ENDED  # before the logs: nothing is written after the end
+            return ended, client.get_job_logs(job)
 
-    patience = RetryPolicy(deadline_s=outage_s + ATTEMPT_S, attempt_s=ATTEMPT_S, first_s=1.0, cap_s=2.0)
-    printed, pause = 0, 0.3
+    printed, pause, is_first = 0, 0.3, True
     while True:
         try:
-            ended, text = retry(look, patience, f"Ray jobs at {address}")
-        except StoreError as error:
-            raise _absent(address, error.found) from error
+            ended, text = through_outage(look, address, job, outage_s, say)
+        except UnknownJob as error:
+            if is_first:
+                raise
+            raise forgotten(address, job) from error
+        is_first = False
         if len(text) > printed:
             yield text[printed:]
             # Each look fetches the whole log, so a long one is looked at less often.
@@ -238,6 +265,21 @@ def stop_all(address: str, *, wait_s: float = 10.0, token: str | None = None) ->
     return running
 
 
+def _limit_requests() -> None:
+    """Give each request of Ray's client a time limit; without one it waits for ever for an answer that was lost."""
+    from ray.dashboard.modules.dashboard_sdk import SubmissionClient
+
+    plain = SubmissionClient._do_request
+    if getattr(plain, "is_limited", False):
+        return
+
+    def limited(self: Any, *arguments: Any, **options: Any) -> Any:
+        return plain(self, *arguments, **{"timeout": _REQUEST_S, **options})
+
+    limited.is_limited = True  # type: ignore[attr-defined]
+    SubmissionClient._do_request = limited  # type: ignore[method-assign]
+
+
 @contextlib.contextmanager
 def _client(address: str, token: str | None, job: str = "") -> "Iterator[JobSubmissionClient]":
     from ray.exceptions import AuthenticationError
@@ -259,6 +301,7 @@ def _client(address: str, token: str | None, job: str = "") -> "Iterator[JobSubm
             remedy="`tomoscale status` prints the one of the local stack",
         )
     token = token_for(url) if token is None else token
+    _limit_requests()
     try:
         with _addresses_unset():
             client = JobSubmissionClient(url, headers=_shown(token))
@@ -277,11 +320,12 @@ def _client(address: str, token: str | None, job: str = "") -> "Iterator[JobSubm
         lines = [line.strip() for line in str(error).splitlines() if line.strip(" .")]
         text = lines[-1] if lines else type(error).__name__
         if job and ("does not exist" in text or "404" in text):
-            raise StackError(
+            raise UnknownJob(
                 f"job {job}",
                 expected="a job of this cluster",
                 found="none of that name",
-                remedy="`tomoscale jobs list`",
+                remedy="`tomoscale jobs list` names those that it has; a head that was started anew has lost its jobs: "
+                "the same configuration, sent again, goes on from its last checkpoint",
             ) from error
         raise StackError(
             f"Ray jobs at {url}",

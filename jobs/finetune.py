@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,10 +21,12 @@ import torch
 from jobs import driver
 from jobs import labelled as split
 from jobs.configs import FinetuneJobConfig, LabelledConfig
+from jobs.lease import Lease
 from jobs.pinning import pinned
 from jobs.tracking import bundles, registration
 from jobs.tracking import models as registry
 from jobs.tracking import runs as tracking
+from jobs.tracking.outage import through_outage
 from ssl_core.config import parse, resolved
 from ssl_core.downstream.comparison import Comparison, Training, paired_test_of, start_rows
 from ssl_core.downstream.finetune import (
@@ -162,13 +165,21 @@ def main(argv: Sequence[str]) -> int:
     """Driver: all starts and seeds, statistics, MLflow, `result.json`."""
     config = driver.load(FinetuneJobConfig, argv, "jobs.finetune")
     # Late: a wrong configuration need not wait for Ray, which reads settings from the environment when it is imported.
-    import ray
-
     from jobs.on_ray.room import require_room
-    from jobs.on_ray.session import connect, result_of
+    from jobs.on_ray.session import connect
 
     connect()
     require_room("a training", "cpus_per_run or gpus_per_run", cpus=config.cpus_per_run, gpus=config.gpus_per_run)
+    with Lease(config.runs, config.name, "finetune") as lease:
+        return _compare(config, lease)
+
+
+def _compare(config: FinetuneJobConfig, lease: Lease) -> int:
+    """The job, as the only one of its name."""
+    import ray  # late, as in `main`
+
+    from jobs.on_ray.session import result_of
+
     api = tracking.client()
     config = pinned(config)
     run_id = tracking.open_run(api, config.experiment, config.name, "finetune", params=resolved(config), tags={})
@@ -192,7 +203,9 @@ def main(argv: Sequence[str]) -> int:
                 running.append(task.remote(resolved(config), run_id, *todo.pop(0)))
             done, running = ray.wait(running, num_returns=1)
             training: Training = result_of(done[0])
-            _log_training(api, config, run_id, training)
+            lease.check()
+            words = f"the result of {training.start} seed {training.seed}"
+            through_outage(partial(_log_training, api, config, run_id, training), words)
             results.put(_key(training.start, training.seed), json.dumps(training.to_json()).encode())
             trainings.append(training)
             dice = mean_scores(training.cases).dice
@@ -202,6 +215,7 @@ def main(argv: Sequence[str]) -> int:
         comparison = compared(config, trainings, run_id=run_id, seconds=time.monotonic() - began)
         driver.write_result(config.runs, config.name, comparison.to_json())
     except BaseException as error:
+        lease.check()  # the run in MLflow is another job's as well
         driver.end_failed(api, run_id, error)
         raise
     driver.end_run(api, run_id, "FINISHED")

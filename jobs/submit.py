@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster import jobclient
+from cluster import jobclient, patience
 from ssl_core.config import Config, dump_yaml
 from storage.errors import ConfigError, RefusedInput, StackError, TomoscaleError
 
@@ -72,15 +72,17 @@ def run(address: str, module: str, config: Config, name: str, *, show: Callable[
         submission = submit(address, module, config, name)
         show(f"job {submission} submitted to {address}")
         try:
-            for text in jobclient.follow(address, submission):
+            for text in jobclient.follow(address, submission, say=show):
                 for line in text.splitlines():
                     if not _NOISE.search(line):
                         show(_PREFIX.sub("", line))
+            job = jobclient.status(address, submission, outage_s=patience.OUTAGE_S, say=show)
         except KeyboardInterrupt:
             show(f"detached; the job goes on. Follow it: tomoscale jobs logs {submission} --follow")
             show(f"Stop it: tomoscale jobs stop {submission}")
             raise
-        job = jobclient.status(address, submission)
+        except patience.UnknownJob as error:
+            raise patience.forgotten(address, submission) from error  # it was taken, so the name is right
         if job.status == "SUCCEEDED":
             return
         if not (job.status == "FAILED" and _was_killed(job.message)) or attempt == _RESUBMISSIONS:

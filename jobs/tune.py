@@ -12,15 +12,18 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
 from jobs import driver
 from jobs.configs import SearchSpace, TuneConfig
 from jobs.finetune import train_from
+from jobs.lease import Lease
 from jobs.output import last_line
 from jobs.pinning import pinned
 from jobs.tracking import runs as tracking
+from jobs.tracking.outage import through_outage
 from ssl_core.config import parse, resolved
 from ssl_core.downstream.records import from_fields
 from ssl_core.downstream.search import SearchResult, Trial, TrialSettings
@@ -71,6 +74,12 @@ def main(argv: Sequence[str]) -> int:
 
     connect()
     require_room("a trial", "cpus_per_trial or gpus_per_trial", cpus=config.cpus_per_trial, gpus=config.gpus_per_trial)
+    with Lease(config.runs, config.name, "tune") as lease:
+        return _search(config, lease)
+
+
+def _search(config: TuneConfig, lease: Lease) -> int:
+    """The job, as the only one of its name."""
     api = tracking.client()
     config = pinned(config)
     run_id = tracking.open_run(api, config.experiment, config.name, "tune", params=resolved(config), tags={})
@@ -80,13 +89,16 @@ def main(argv: Sequence[str]) -> int:
     began = time.monotonic()
     try:
         results = list(search(config))
+        lease.check()
         trials = trials_of(config, results, numbers_of(config, results))
         for item in trials:
-            _log_trial(api, config, run_id, item)
+            through_outage(partial(_log_trial, api, config, run_id, item), f"the result of trial {item.trial}")
         result = searched(config, trials, run_id=run_id, seconds=time.monotonic() - began)
-        api.set_tag(run_id, "tomoscale.best", json.dumps(asdict(result.best)))
+        best = json.dumps(asdict(result.best))
+        through_outage(lambda: api.set_tag(run_id, "tomoscale.best", best), "what was found best")
         driver.write_result(config.runs, config.name, result.to_json())
     except BaseException as error:
+        lease.check()  # the run in MLflow is another job's as well
         driver.end_failed(api, run_id, error)
         raise
     driver.end_run(api, run_id, "FINISHED")

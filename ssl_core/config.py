@@ -16,6 +16,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from storage.errors import ConfigError
+from storage.objects.open import refuse_signature
 
 LONGEST_EDGE, MOST_VOXELS = 4096, 1 << 30
 """Of a crop; no device holds the activations of a larger one."""
@@ -103,6 +104,8 @@ def load(kind: type[C], source: str | Path | dict[str, Any], overrides: Iterable
 
 def parse(kind: type[C], data: dict[str, Any], name: str = "config") -> C:
     """Validate a mapping; see `load`."""
+    for text in _texts(data):
+        refuse_signature(text)
     _check_values(kind, data, name)
     try:
         return kind.model_validate(data)
@@ -124,6 +127,18 @@ def parse(kind: type[C], data: dict[str, Any], name: str = "config") -> C:
             raise ConfigError(thing, expected="a value", found="none", remedy=remedy) from error
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").partition(", unable")[0]
         raise ConfigError(thing, expected=message, found=repr(first.get("input"))[:120]) from error
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a nested value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
 
 
 def overridden(overrides: Iterable[str]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Errors that a person can act on: the thing, what was expected, what was found, what to do.
 
-Exit codes of the command line: 0 done, 1 failed, 2 usage or configuration, 3 refused input.
+Exit codes of the command line: 0 done, 1 failed, 2 usage or configuration, 3 refused input, 4 a job goes on unwatched.
 """
 
 

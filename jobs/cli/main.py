@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 refused input.
+"""The command line. Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 refused input, 4 a job goes on unwatched.
 
 It is argparse's: `key=value` after options and imports that wait for their verb are all that it lacks.
 """
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="tomoscale",
         description="Self-supervised pre-training for CT and MR volumes: Zarr on object storage, Ray, MLflow.",
-        epilog="Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 refused input.",
+        epilog="Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 refused input, 4 a job goes on unwatched.",
     )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     for group in (demo, stack, data, train, models, submit, bench):

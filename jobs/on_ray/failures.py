@@ -5,12 +5,14 @@ from typing import Any
 from ray.train import UserCallback
 from ray.train.v2.api.exceptions import ControllerError
 
+from jobs.lease import LeaseLost
 from storage.errors import ConfigError, CorruptChunk, RefusedInput
 
 # Training is a function of configuration, data and step, so these come back at the same step; a loss that is not finite
 # is an ArithmeticError. A store that does not answer, a lost worker and what its death does to the other ranks
 # (RuntimeError, OSError) may not.
 FINAL = (
+    LeaseLost,
     ConfigError,
     RefusedInput,
     CorruptChunk,

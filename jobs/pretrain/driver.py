@@ -20,6 +20,7 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from jobs.configs import PretrainConfig
 from jobs.driver import end_failed, end_run, load
 from jobs.ingest import ensure_data
+from jobs.lease import Lease
 from jobs.on_ray.failures import FINAL, StopOnFinalErrors
 from jobs.on_ray.filesystem import storage_for
 from jobs.on_ray.patches import patch_ray_to_share_evenly
@@ -29,9 +30,10 @@ from jobs.output import last_line
 from jobs.pinning import as_started, note_start
 from jobs.pretrain.inputs import open_manifest
 from jobs.pretrain.loop import JOURNAL, collectives_backend
-from jobs.pretrain.worker import train_loop
+from jobs.pretrain.worker import KIND, train_loop
 from jobs.superpixels import ensure_superpixels
 from jobs.tracking import bundles, registration, runs
+from jobs.tracking.outage import through_outage
 from ssl_core.config import resolved
 from ssl_core.train import checkpoint
 from storage.errors import StackError, TomoscaleError
@@ -54,6 +56,12 @@ def main(argv: Sequence[str]) -> int:
         gpus=int(need.gpu),
         count=need.min_workers or need.workers,
     )
+    with Lease(config.runs, config.name, KIND) as lease:
+        return _train(config, lease)
+
+
+def _train(config: PretrainConfig, lease: Lease) -> int:
+    """The job, as the only one of its name."""
     api = runs.client()
     ensure_data(config.data, config.source)
 
@@ -75,9 +83,11 @@ def main(argv: Sequence[str]) -> int:
     print(f"MLflow run {run_id}", flush=True)
     began = time.monotonic()
     try:
-        with fit(pinned, run_id).as_directory() as directory:
+        with fit(pinned, run_id, lease.token).as_directory() as directory:
+            lease.check()
             version = _complete(api, pinned, run_id, Path(directory))
     except BaseException as error:
+        lease.check()  # the run in MLflow is another job's as well
         end_failed(api, run_id, error)
         raise
     end_run(api, run_id, "FINISHED")
@@ -88,10 +98,15 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def fit(config: PretrainConfig, run_id: str) -> Any:
+def fit(config: PretrainConfig, run_id: str, lease: str) -> Any:
     """Train with Ray Train until done; returns the last checkpoint.
 
     A controller that dies of its storage is started again under the same name, with growing pauses.
+
+    Args:
+        config: The job.
+        run_id: Its MLflow run.
+        lease: Token of its lease, without which no checkpoint is written.
 
     Raises:
         TomoscaleError: training failed for good: the error of a worker that another try would meet again, or a
@@ -106,7 +121,7 @@ def fit(config: PretrainConfig, run_id: str) -> Any:
     while True:
         trainer = TorchTrainer(
             train_loop,
-            train_loop_config={"config": resolved(config), "run_id": run_id},
+            train_loop_config={"config": resolved(config), "run_id": run_id, "lease": lease},
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 use_gpu=need.gpu,
@@ -165,10 +180,12 @@ def _complete(api: Any, config: PretrainConfig, run_id: str, directory: Path) ->
     """Fill gaps in the metrics, export the encoder and register it."""
 
     meta = checkpoint.read_meta(directory)
-    sent = runs.backfill(api, run_id, [runs.Point.from_json(item) for item in meta[JOURNAL]])
+    journal = [runs.Point.from_json(item) for item in meta[JOURNAL]]
+    points = f"the points of {config.name}, which is trained and lies below {join(config.runs, config.name)}"
+    sent = through_outage(lambda: runs.backfill(api, run_id, journal), points)
     if sent:
         print(f"sent {sent} points that MLflow had missed", flush=True)
-    api.set_tag(run_id, "tomoscale.samples", meta["samples"])
+    through_outage(lambda: api.set_tag(run_id, "tomoscale.samples", meta["samples"]), points)
     with tempfile.TemporaryDirectory(prefix="tomoscale-bundle-") as folder:
         bundle = bundles.write_encoder(config, directory, Path(folder) / "bundle", run_id=run_id)
         command = f"`tomoscale pretrain CONFIG`, with model=NAME for another name than {config.model_name!r},"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jobs.output import last_line
 from jobs.tracking import models
+from jobs.tracking.outage import through_outage
 from jobs.tracking.runs import in_our_words
 from storage.errors import NotFound, RefusedInput, StackError, TomoscaleError
 from storage.objects import join, open_store
@@ -58,7 +59,7 @@ def register_stored(url: str, name: str, *, run_id: str, command: str) -> str:
 
 
 def register(bundle: Path, name: str, *, run_id: str, place: str, command: str) -> str:
-    """`jobs.tracking.models.register`, whose failure says that nothing trained is lost.
+    """`jobs.tracking.models.register`, which waits for MLflow, and whose failure says that nothing trained is lost.
 
     Args:
         bundle: Directory.
@@ -72,7 +73,7 @@ def register(bundle: Path, name: str, *, run_id: str, place: str, command: str) 
         RefusedInput: the bundle is damaged.
     """
     try:
-        return models.register(bundle, name, run_id=run_id)
+        return through_outage(lambda: models.register(bundle, name, run_id=run_id), f"registering {name!r}")
     except RefusedInput:
         raise
     except Exception as error:  # whatever the network did, the reader has to know that hours are not lost

@@ -82,14 +82,38 @@ def check_url(url: str) -> None:
         )
 
 
+# Parameters of URLs that let in whoever has the URL: presigned S3, Google and Azure, and what services call a key.
+_SIGNED = re.compile(
+    r"[?&;](x-(amz|goog)-(signature|credential|security-token)|signature|sig|awsaccesskeyid|googleaccessid"
+    r"|(access|auth|api|secret|session|id|sas)?[-_]?(token|key|secret)|password|passwd|pwd|credentials?)=[^&;#]",
+    re.IGNORECASE,
+)
+
+
+def refuse_signature(text: str) -> None:
+    """Refuse a URL whose parameters let in whoever has it, such as a presigned one, without repeating them.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if "://" in text and (match := _SIGNED.search(text)):
+        raise ConfigError(
+            f"{text.partition('?')[0].rpartition('@')[2] or 'URL'}?...",
+            expected="a URL without credentials",
+            found=f"the parameter {match[1]}",
+            remedy="configurations are shown and logged: credentials belong into the environment of the nodes",
+        )
+
+
 def refuse_credentials(url: str) -> None:
-    """Refuse `scheme://user:password@...`, wherever in the URL, without repeating it.
+    """Refuse `scheme://user:password@...`, wherever in the URL, and signatures, without repeating them.
 
     A secret may hold slashes: but for URLs that may have a port and a path, every `@` behind a colon counts.
 
     Raises:
         ConfigError: there are some.
     """
+    refuse_signature(url)
     for scheme, rest in re.findall(r"([A-Za-z0-9+.-]+):/+(.*?)(?=::|$)", url, re.DOTALL):
         ported = scheme.lower() in ("http", "https", "file", "memory")
         if "@" in rest.partition("/")[0] or (not ported and ":" in rest.partition("@")[0] and "@" in rest):

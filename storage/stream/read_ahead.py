@@ -24,7 +24,8 @@ class ReadAhead(Generic[T]):
     """Calls `make(0)`, `make(1)`, ... in threads, at most `depth` results ahead of `get`, which returns them in order.
 
     An exception of `make(k)` is raised by the k-th `get`, after all earlier results and never in place of one, and by
-    every `get` after it. Threads end on `close`, and also when the object is dropped without it.
+    every `get` after it. A `StoreError` that is older than the `get` may be of an outage that has passed, so `make(k)`
+    is called once more first. Threads end on `close`, and also when the object is dropped without it.
 
     Args:
         make: Called from several threads at once when `threads` > 1. Must not refer to this object, or dropping it
@@ -65,6 +66,8 @@ class ReadAhead(Generic[T]):
         state = self._state
         same_process(state.pid, "crop stream")
         with state.changed:
+            if state.is_old_outage(time.monotonic()):
+                state.make_again()
             # A wait without timeout is interruptible in the main thread on every platform this runs on.
             state.changed.wait_for(lambda: state.stopped or state.taken in state.done)
             if state.stopped:
@@ -93,7 +96,7 @@ class ReadAhead(Generic[T]):
 
 class _Failure:
     def __init__(self, error: BaseException) -> None:
-        self.error = error
+        self.error, self.time = error, time.monotonic()
 
 
 class _State(Generic[T]):
@@ -102,7 +105,8 @@ class _State(Generic[T]):
         self.depth, self.on_stop = depth, on_stop
         self.done: dict[int, T | _Failure] = {}
         self.started = self.taken = 0
-        self.stopped = self.failed = False
+        self.again: int | None = None
+        self.stopped = False
         self.pid = os.getpid()
 
     def stop(self) -> None:
@@ -115,20 +119,38 @@ class _State(Generic[T]):
         if self.on_stop is not None:
             self.on_stop()
 
+    def is_old_outage(self, now: float) -> bool:
+        """Whether the next result is the failure of a store, of before now. Other failures would only come again."""
+        result = self.done.get(self.taken)
+        return isinstance(result, _Failure) and type(result.error) is StoreError and result.time < now
+
+    def make_again(self) -> None:
+        """Have the next result made once more."""
+        del self.done[self.taken]
+        self.again = self.taken
+        self.changed.notify_all()
+
     def next(self) -> int | None:
         """The index to make now; waits for room. None when there is nothing left to do."""
         with self.changed:
-            self.changed.wait_for(lambda: self.stopped or self.failed or self.started < self.taken + self.depth)
-            if self.stopped or self.failed:
+            self.changed.wait_for(lambda: self.stopped or self.again is not None or self._has_room())
+            if self.stopped:
                 return None
+            if self.again is not None:
+                index, self.again = self.again, None
+                return index
             self.started += 1
             return self.started - 1
+
+    def _has_room(self) -> bool:
+        """Whether to start another; behind a failure nothing may ever be taken."""
+        failed = any(isinstance(result, _Failure) for result in self.done.values())
+        return not failed and self.started < self.taken + self.depth
 
     def finish(self, index: int, result: "T | _Failure") -> None:
         with self.changed:
             if not self.stopped:
                 self.done[index] = result
-                self.failed = self.failed or isinstance(result, _Failure)
             self.changed.notify_all()
 
 

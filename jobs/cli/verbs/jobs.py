@@ -1,9 +1,10 @@
 """jobs list | status | logs | stop."""
 
 import argparse
+import sys
 import time
 
-from cluster import jobclient
+from cluster import jobclient, patience
 from jobs.cli.verbs.common import add_json, add_state, job_address, use_stack
 from jobs.output import emit, table
 
@@ -51,11 +52,17 @@ def _logs(arguments: argparse.Namespace) -> int:
     use_stack(arguments)
     address = job_address(arguments)
     if arguments.follow:
-        for text in jobclient.follow(address, arguments.id):
+        jobclient.status(address, arguments.id)  # a wrong address is no outage
+        for text in jobclient.follow(address, arguments.id, say=_say):
             print(text, end="", flush=True)
-        return 0 if jobclient.status(address, arguments.id).status == "SUCCEEDED" else 1
+        job = jobclient.status(address, arguments.id, outage_s=patience.OUTAGE_S, say=_say)
+        return 0 if job.status == "SUCCEEDED" else 1
     print(jobclient.logs(address, arguments.id), end="")
     return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _stop(arguments: argparse.Namespace) -> int:

@@ -4,12 +4,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 import cluster
-from cluster import jobclient
+from cluster import jobclient, patience
 from cluster import state as states
 from storage.errors import StackError
 
@@ -139,27 +140,77 @@ def test_nobody_at_the_address(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 class Server:
-    """Stands for Ray's job client behind a server that is away for its first requests."""
+    """Stands for Ray's job client behind a network: answers each look in turn, the last one from then on."""
 
-    def __init__(self, away: int) -> None:
-        self.away, self.requests = away, 0
+    def __init__(self, patch: pytest.MonkeyPatch, *answers: str) -> None:
+        self.answers, self.requests = list(answers), 0
+        patch.setattr("ray.job_submission.JobSubmissionClient", lambda *_, **__: self)
+        patch.setattr(patience, "_NOTICE_S", 0.2)
+        patch.setattr(jobclient.time, "sleep", lambda s, real=time.sleep: real(min(s, 0.1)))
 
     def get_job_status(self, job: str) -> str:
         self.requests += 1
-        if self.requests <= self.away:
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if answer == "away":
             raise ConnectionError("refused")
-        return "SUCCEEDED"
+        if answer.startswith("Request failed"):
+            raise RuntimeError(answer)
+        return answer
 
     def get_job_logs(self, job: str) -> str:
         return "a line\n"
 
 
-def test_a_log_is_followed_through_an_outage_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = Server(away=2)
-    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", lambda *_, **__: server)
-    assert list(jobclient.follow("http://127.0.0.1:1", "job", token="")) == ["a line\n"]
-    assert server.requests == 3
-    server.away = 99
-    with pytest.raises(StackError, match="expected a job server; found 1 failed attempts") as caught:
-        list(jobclient.follow("http://127.0.0.1:1", "job", token="", outage_s=0.0))
-    assert "refused" in caught.value.found
+URL = "http://127.0.0.1:1"
+UNKNOWN = "Request failed with status code 404: Job job does not exist."
+
+
+@pytest.mark.parametrize("away", ["away", "Request failed with status code 503: Service Unavailable"])
+def test_a_network_that_is_away_is_no_failed_job(monkeypatch: pytest.MonkeyPatch, away: str) -> None:
+    server = Server(monkeypatch, "RUNNING", *[away] * 8, "SUCCEEDED")
+    lines: list[str] = []
+    assert list(jobclient.follow(URL, "job", token="", say=lines.append)) == ["a line\n"]
+    assert server.requests == 10
+    assert len(lines) == 2
+    assert "not reachable since" in lines[0]
+    assert "the job goes on, and this keeps trying" in lines[0]
+    assert "reachable again" in lines[1]
+
+
+def test_a_client_that_gives_up_has_an_exit_code_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    Server(monkeypatch, "RUNNING", "away")
+    with pytest.raises(patience.Unreachable, match="not reachable since .*refused; the job goes on") as caught:
+        list(jobclient.follow(URL, "job", token="", outage_s=0.3))
+    assert caught.value.exit_code == 4
+
+
+def test_an_interrupt_ends_the_watching_of_a_network_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    Server(monkeypatch, "away")
+
+    def interrupt(_seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobclient.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(jobclient.follow(URL, "job", token=""))
+
+
+def test_a_job_that_its_cluster_forgot_is_told_from_a_wrong_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    Server(monkeypatch, "RUNNING", UNKNOWN)
+    with pytest.raises(patience.UnknownJob, match="its head was started anew and lost its jobs") as caught:
+        list(jobclient.follow(URL, "job", token=""))
+    assert "send the same configuration again" in caught.value.remedy
+    Server(monkeypatch, UNKNOWN)
+    with pytest.raises(patience.UnknownJob, match="none of that name; `tomoscale jobs list`"):
+        list(jobclient.follow(URL, "job", token=""))
+
+
+def test_requests_to_a_job_server_have_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that takes the connection and never answers, as behind a link that was cut."""
+    monkeypatch.setattr(jobclient, "_REQUEST_S", (5.0, 0.3))
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        with pytest.raises(StackError) as caught:
+            jobclient.status(f"http://127.0.0.1:{silent.getsockname()[1]}", "job", token="")
+    assert isinstance(caught.value.__cause__, ConnectionError)

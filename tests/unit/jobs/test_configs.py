@@ -258,6 +258,11 @@ def test_what_would_fail_in_the_middle_of_a_job_is_refused_before(
         (TuneConfig, {"encoders": ["models:/e@candidate"], "labelled": {"data": "s3://KEY:hush-hush@b"}}),
         (IngestConfig, {"source": "simulated", "data": "s3://KEY:hush-hush@b"}),
         (PretrainConfig, {"data": "memory://x", "source": "s3://KEY:hush-hush@b"}),
+        (PretrainConfig, {"data": "https://host/store?X-Amz-Signature=hush-hush"}),
+        (PretrainConfig, {"data": "memory://x", "runs": "s3://b/r?versionId=1&x-amz-security-token=hush-hush"}),
+        (PretrainConfig, {"data": "abfs://c/store?sv=2024&sig=hush-hush"}),
+        (TuneConfig, {"encoders": ["https://host/e?AWSAccessKeyId=A&Signature=hush-hush"]}),
+        (FinetuneJobConfig, {"starts": {"e": "https://host/e?access_token=hush-hush"}}),
     ],
 )
 def test_a_password_in_a_url_is_refused_and_not_repeated(kind: type[Config], data: dict[str, Any]) -> None:

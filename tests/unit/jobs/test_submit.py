@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster import jobclient
+from cluster import jobclient, patience
 from cluster.jobclient import JobInfo
 from jobs import submit
 from ssl_core.config import Config
@@ -75,7 +75,7 @@ class Server:
     def __init__(self, patch: pytest.MonkeyPatch, *ends: tuple[str, str]) -> None:
         self.ends, self.sent = list(ends), list[str]()
         patch.setattr(jobclient, "submit", self._submit)
-        patch.setattr(jobclient, "follow", lambda address, job: iter(["a line\n", "FutureWarning: noise\n"]))
+        patch.setattr(jobclient, "follow", lambda *_, **__: iter(["a line\n", "FutureWarning: noise\n"]))
         patch.setattr(jobclient, "status", self._status)
 
     def _submit(self, address: str, entrypoint: str, **given: object) -> str:
@@ -84,7 +84,7 @@ class Server:
         self.sent.append(str(given["submission_id"]))
         return self.sent[-1]
 
-    def _status(self, address: str, job: str) -> JobInfo:
+    def _status(self, address: str, job: str, **_: object) -> JobInfo:
         status, message = self.ends[len(self.sent) - 1]
         return JobInfo(job, status, "", message, None, None, {})
 
@@ -96,6 +96,17 @@ def test_a_killed_driver_is_submitted_again_under_a_new_id(monkeypatch: pytest.M
     assert all(name.startswith("n-") for name in server.sent)
     assert any("was killed" in line for line in said)
     assert not any("FutureWarning" in line for line in said)
+
+
+def test_a_job_that_the_cluster_lost_is_not_called_a_wrong_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    Server(monkeypatch, ("SUCCEEDED", ""))
+
+    def follow(address: str, job: str, **_: object) -> object:
+        raise patience.UnknownJob(f"job {job}", found="none of that name")
+
+    monkeypatch.setattr(jobclient, "follow", follow)
+    with pytest.raises(StackError, match="its head was started anew.*send the same configuration again"):
+        submit.run("http://x", "jobs.m", Settings(), "n", show=lambda line: None)
 
 
 @pytest.mark.parametrize(
