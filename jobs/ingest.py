@@ -26,10 +26,11 @@ from storage.format.manifest import Manifest
 from storage.format.notes import note_kinds
 from storage.ingest.items import Discovery
 from storage.ingest.mapping import map_threads
-from storage.ingest.pipeline import IngestReport, Progress, run, unread
+from storage.ingest.pipeline import IngestReport, Progress, run
 from storage.ingest.policy import IngestPolicy
-from storage.ingest.quarantine import by_reason
+from storage.ingest.publishing.quarantine import by_reason
 from storage.ingest.readers.registry import format_of
+from storage.ingest.work import unread
 
 SIMULATED = "simulated"
 MOST_LINES = 10

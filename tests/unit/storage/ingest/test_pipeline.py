@@ -21,7 +21,7 @@ from storage.ingest.mapping import map_serial, map_threads
 from storage.ingest.pipeline import run
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.prepare import ROBUST_RANGES, quantise
-from storage.ingest.quarantine import Quarantined
+from storage.ingest.publishing.quarantine import Quarantined
 from storage.ingest.readers.raw import ReadPolicy
 from storage.intensity_stats import foreground_stats
 from storage.objects import fsync as sync

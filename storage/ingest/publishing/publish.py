@@ -17,11 +17,11 @@ from typing import Any
 from storage.errors import RefusedInput
 from storage.format.manifest import Manifest, update
 from storage.format.records import VolumeRecord
-from storage.ingest import splits
-from storage.ingest.claims import image_digest
 from storage.ingest.names.subjects import EACH_FILE
 from storage.ingest.policy import IngestPolicy
-from storage.ingest.quarantine import Quarantined, by_reason
+from storage.ingest.publishing import splits
+from storage.ingest.publishing.claims import image_digest
+from storage.ingest.publishing.quarantine import Quarantined, by_reason
 from storage.objects import ByteStore
 
 
