@@ -17,6 +17,7 @@ from storage.format.volume_writer import content_sha256, write_volume
 from storage.ingest.discover import legible
 from storage.ingest.items import IngestItem
 from storage.ingest.label_like import check_told
+from storage.ingest.label_tables import label_names, with_label_names
 from storage.ingest.names.table import with_columns
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.prepare import prepare
@@ -147,9 +148,11 @@ def ingest_item(work: Work) -> tuple[VolumeRecord, bool]:
 
 
 def _of_this_run(record: VolumeRecord, work: Work) -> VolumeRecord:
-    """The record with what a later run may say otherwise: whose it is, and what a subject table adds."""
+    """The record with what a later run may say otherwise: whose it is, and what tables of subjects and labels add."""
     columns = () if hides(work.item, work.policy) else work.item.columns
-    notes = with_columns(record.notes, columns)
+    values = [value for label in record.labels for value in label.values]
+    names = label_names(work.item, values, record.notes)
+    notes = with_columns(with_label_names(record.notes, names), columns)
     return replace(record, subject=work.subject, study=work.study, notes=notes)
 
 

@@ -21,6 +21,7 @@ from storage.ingest.names.subjects import EACH_FILE
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.publishing import splits
 from storage.ingest.publishing.claims import image_digest
+from storage.ingest.publishing.class_names import with_class_names
 from storage.ingest.publishing.quarantine import Quarantined, by_reason
 from storage.objects import ByteStore
 
@@ -69,9 +70,8 @@ def publish(
         if others and latest is not None:
             facts = _joined(latest.dataset, dataset, warnings)
         earlier = _splits(own.values(), (*before, *published))
-        return Manifest.from_records(
-            _split([*own.values(), *others], policy, earlier, store.url, warnings, refused), facts
-        )
+        volumes = _split([*own.values(), *others], policy, earlier, store.url, warnings, refused)
+        return Manifest.from_records(volumes, with_class_names(facts, volumes, dataset.get("labels") or {}, warnings))
 
     return update(store, merged), tuple(warnings)
 
