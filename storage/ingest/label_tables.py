@@ -15,13 +15,14 @@ import csv
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from isal import igzip
+from isal import igzip, isal_zlib
 
 from storage.errors import RefusedInput
 from storage.ingest.discover import legible
@@ -32,6 +33,7 @@ from storage.nifti_header import MOST_BYTES, parse_header
 NAMES_NOTE = "label_names="
 NO_NAMES = "label values without their names: "
 _gzip_open: Any = igzip.open  # untyped
+_gzip_error: Any = isal_zlib.error
 _MOST = 1 << 20
 """Bytes of a table or a header's extensions that are looked at."""
 _LONGEST = 100
@@ -143,7 +145,7 @@ def _nifti(path: Path) -> tuple[Names, str]:
             header = parse_header(path.name, head, pair=path.name.lower().endswith(".hdr"))
             end = header.offset if header.offset else _MOST
             data = head + file.read(max(0, min(end, _MOST) - len(head)))
-    except (RefusedInput, OSError, EOFError, ValueError, igzip.BadGzipFile):
+    except (RefusedInput, OSError, EOFError, ValueError, zlib.error, _gzip_error):
         return {}, ""
     little = int.from_bytes(data[:4], "little") in (348, 540)
     at = int.from_bytes(data[:4], "little" if little else "big") + 4
