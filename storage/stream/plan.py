@@ -106,7 +106,8 @@ def _largest_voxel(manifest: Manifest, indices: npt.NDArray[np.int64]) -> int:
     """Bytes of a voxel, all channels, of the volume that has most: types may differ within a data set."""
     types, channels = manifest.column("dtype"), manifest.column("channels")
     kinds = {(types[i], channels[i]) for i in indices.tolist()}
-    return max(np.dtype(dtype).itemsize * int(count) for dtype, count in kinds)
+    sizes: list[int] = [np.dtype(dtype).itemsize * int(count) for dtype, count in kinds]
+    return max(sizes)
 
 
 @dataclass(frozen=True, slots=True)
