@@ -131,7 +131,7 @@ def prepare(item: IngestItem, policy: IngestPolicy, modality: str = "") -> Prepa
     else:
         stored, scale, offset = quantise(image, stats, kind, whole, notes)
     notes.extend(f"{key}={value}" for key, value in raw.facts.items())
-    if image[0].size >= SMALLEST and (shape := signature(image[0], mask, stats[0]["min"])).any():
+    if image[0].size >= SMALLEST and (shape := signature(image[0], stats[0]["min"], stats[0]["p99_5"])).any():
         notes.append(signature_note(shape))
     box = foreground_box(mask)
     spacing = geometry.spacing_dhw(affine)

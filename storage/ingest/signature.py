@@ -21,6 +21,7 @@ SMALLEST = 4096
 """Voxels; a smaller volume has no signature."""
 GRID = 20
 """Boxes along each axis."""
+EDGE = 0.15
 SPREADS = 2.2
 """Standard deviations of the foreground's coordinates from its centre to the edge of the grid."""
 FREQUENCIES = 9
@@ -32,19 +33,21 @@ ORDERS = _ORDERS[(_ORDERS.sum(1) >= LOWEST) & (_ORDERS.sum(1) <= HIGHEST)]
 """Frequencies along D, H, W of each coefficient, (n, 3)."""
 
 
-def signature(channel_DHW: Array, mask_DHW: npt.NDArray[np.bool_], low: float) -> npt.NDArray[np.int8]:
+def signature(channel_DHW: Array, low: float, high: float) -> npt.NDArray[np.int8]:
     """Coefficients of one channel, (n,), of which the largest is 127 or -127; zeros where it has no structure.
 
     Args:
         channel_DHW: In canonical axes.
-        mask_DHW: Its foreground.
-        low: Values below count as this one, and so does what lies beyond the volume.
+        low, high: Range of its foreground. What lies in the lowest `EDGE` of it, and beyond the volume, counts as one
+            value, so that noise of the background does not matter.
     """
+    edge = low + EDGE * (high - low)
+    mask_DHW = channel_DHW > edge
     weights = [_boxes(_profile(mask_DHW, axis)) for axis in range(3)]
     grid = np.zeros((GRID, GRID, GRID))
     for plane, weight in zip(channel_DHW, weights[0].T, strict=True):
         if weight.any():
-            above = np.maximum(plane.astype(np.float32) - np.float32(low), np.float32(0))
+            above = np.maximum(plane.astype(np.float32) - np.float32(edge), np.float32(0))
             grid += weight[:, None, None] * (weights[1].astype(np.float32) @ above @ weights[2].T.astype(np.float32))
     values = grid.reshape(-1)
     values = np.where(values > 1e-6 * values.max(initial=0), values, 0)

@@ -12,8 +12,8 @@ from storage.format.records import VolumeRecord
 from storage.ingest.publishing.claims import image_digest
 from storage.ingest.signature import ORDERS, noted_signature
 
-ALIKE = 0.97
-"""Cosine of two signatures from which on a pair is pointed out: crops of different people stay below it, see the docs."""
+ALIKE = 0.975
+"""Cosine of two signatures from which on a pair is pointed out; the docs say what it catches."""
 _BLOCK = 2048
 _MOST = 1000
 """Pairs of which the names are remembered; others are counted."""

@@ -31,7 +31,8 @@ WORKBENCH = (
 AFNI = (
     b'<?xml version="1.0" ?><AFNI_attributes><AFNI_atr ni_type="String" atr_name="VALUE_LABEL_DTABLE">'
     b'"&lt;VALUE_LABEL_DTABLE ni_type=&quot;2*String&quot; ni_dimen=&quot;2&quot; &gt;\n &quot;1&quot; '
-    b'&quot;left kidney&quot;\n &quot;2&quot; &quot;liver&quot;\n&lt;/VALUE_LABEL_DTABLE&gt;"</AFNI_atr></AFNI_attributes>'
+    b'&quot;left kidney&quot;\n &quot;2&quot; &quot;liver&quot;\n&lt;/VALUE_LABEL_DTABLE&gt;"</AFNI_atr>'
+    b"</AFNI_attributes>"
 )
 
 

@@ -9,7 +9,7 @@ from storage.ingest.policy import IngestPolicy
 from tests.kit.scans import save_nifti
 
 POLICY = IngestPolicy(split=(0.5, 0.0, 0.5))
-SHAPE = (48, 56, 52)
+SHAPE = (64, 72, 68)
 
 
 def anatomy(seed: int) -> np.ndarray:
@@ -35,12 +35,12 @@ def again(kind: str, scan: np.ndarray) -> np.ndarray:
     if kind == "cropped":
         return scan[1:, 2:-1, 1:-2]
     if kind == "halved":
-        return scan.reshape(24, 2, 28, 2, 26, 2).mean(axis=(1, 3, 5))
+        return scan.reshape(32, 2, 36, 2, 34, 2).mean(axis=(1, 3, 5))
     if kind == "turned":
         return scan[:, :, ::-1]
     if kind == "contrast":
         return (scan / scan.max()) ** 0.8
-    return scan + np.random.default_rng(0).normal(0, 6, scan.shape)
+    return scan + np.random.default_rng(0).normal(0, 3, scan.shape)
 
 
 @pytest.mark.parametrize("kind", ["scaled", "uint8", "padded", "cropped", "halved", "turned", "contrast", "noisy"])
