@@ -35,7 +35,7 @@ def again(kind: str, scan: np.ndarray) -> np.ndarray:
     if kind == "cropped":
         return scan[1:, 2:-1, 1:-2]
     if kind == "halved":
-        return scan.reshape(32, 2, 36, 2, 34, 2).mean(axis=(1, 3, 5))
+        return scan.reshape(64, 36, 2, 34, 2).mean(axis=(2, 4))
     if kind == "turned":
         return scan[:, :, ::-1]
     if kind == "contrast":
