@@ -16,7 +16,7 @@ from storage.ingest.deidentify import load_salt
 from storage.ingest.items import Discovery
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.preview import Preview, preview
-from storage.ingest.quarantine import by_reason
+from storage.ingest.publishing.quarantine import by_reason
 from storage.ingest.readers.registry import FORMATS, format_of
 
 MOST_LINES = 10

@@ -22,11 +22,12 @@ from storage.datasets import simulated
 from storage.errors import ConfigError, NotFound
 from storage.format.manifest import Manifest
 from storage.format.notes import note_kinds
-from storage.ingest.claims import HIDDEN
 from storage.ingest.mapping import map_threads
-from storage.ingest.pipeline import IngestReport, Progress, run, unread
+from storage.ingest.pipeline import IngestReport, Progress, run
 from storage.ingest.policy import IngestPolicy
-from storage.ingest.quarantine import Quarantined, by_reason, key_file
+from storage.ingest.publishing.claims import HIDDEN
+from storage.ingest.publishing.quarantine import Quarantined, by_reason, key_file
+from storage.ingest.work import unread
 from storage.objects import open_store
 
 SIMULATED = "simulated"

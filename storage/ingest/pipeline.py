@@ -5,10 +5,7 @@ reads one volume, brings it to canonical axes and the wanted spacing, measures i
 under `ingest/`: a run that was killed finds these records and goes on from there, and a volume whose source and policy
 are in the published manifest is not touched again. Refused volumes are listed in `quarantine.jsonl` and the rest goes
 on; nothing is ever put in a volume's place. Published volumes are never rewritten: what changed gets a new id. Several
-jobs may write to one store at the same time: see `storage.ingest.claims.claim` and `storage.ingest.publish`.
-
-Memory of a task: at most about 26 bytes a voxel of the larger of source and resampled volume (source, float work
-copies, percentile copy, stored int16, label); `ReadPolicy.max_voxels` bounds it.
+jobs may write to one store at the same time: see `storage.ingest.publishing`.
 """
 
 import time
@@ -20,75 +17,35 @@ from pathlib import Path
 from typing import Protocol
 
 from storage.errors import NotFound, RefusedInput, StoreError
-from storage.format.layout import choose_layout
 from storage.format.manifest import Manifest
 from storage.format.records import VolumeRecord
-from storage.format.volume import Membership, Provenance, Volume
-from storage.format.volume_writer import content_sha256, write_volume
-from storage.ingest.claims import (
-    HIDDEN,
-    base_id,
-    claim,
-    content_tag,
-    hides,
-    record_source,
-    recorded,
-    side_key,
-)
 from storage.ingest.dataset_facts import dataset_facts
 from storage.ingest.deidentify import Pseudonyms, load_salt
 from storage.ingest.discover import discover
 from storage.ingest.items import Discovery, IngestItem, Orphan
-from storage.ingest.label_like import check_told
 from storage.ingest.mapping import HERE, map_threads
-from storage.ingest.names.table import with_columns
 from storage.ingest.policy import IngestPolicy
-from storage.ingest.prepare import prepare
-from storage.ingest.publish import check_subjects, publish
-from storage.ingest.quarantine import (
+from storage.ingest.publishing.claims import (
+    HIDDEN,
+    base_id,
+    content_tag,
+    hides,
+    record_source,
+    side_key,
+)
+from storage.ingest.publishing.publish import check_subjects, publish
+from storage.ingest.publishing.quarantine import (
     QUARANTINE,
     Origin,
     Quarantined,
     by_reason,
-    origin_of,
     read_quarantine,
-    reason_of,
     write_keys,
     write_quarantine,
 )
-from storage.ingest.source_digest import source_digest, source_state
+from storage.ingest.work import Outcome, Work, ingest_work
 from storage.objects import ByteStore, open_store
-from storage.objects.fsync import file_system_of, unforced
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Everything a task needs; picklable. The salt inside is hidden from `repr`."""
-
-    item: IngestItem
-    volume_id: str
-    source: str
-    subject: str
-    study: str
-    store_url: str
-    policy: IngestPolicy
-    modality: str = ""
-    published: tuple[VolumeRecord, ...] = ()
-    """What is published of its source."""
-    resumed: bool = True
-    """Whether an earlier run may have left a record of it."""
-    unforced: int | None = None
-    """The file system that the run forces to the disk before it publishes, so that the task need not."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one volume: a record, or a refusal."""
-
-    record: VolumeRecord | None
-    refused: Quarantined | None
-    skipped: bool
-    bytes_in: int
+from storage.objects.fsync import file_system_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,99 +185,6 @@ def run(
     )
 
 
-def ingest_work(work: Work) -> Outcome:
-    """Ingest one volume; a refusal is an outcome, a fault of the store is raised."""
-    try:
-        record, skipped = ingest_item(work)
-    except RefusedInput as error:
-        return _refused(work, reason_of(error, work.item, work.policy))
-    return Outcome(record, None, skipped, 0 if skipped else size_of(work.item))
-
-
-def _refused(work: Work, reason: str) -> Outcome:
-    refused = Quarantined(work.item.source, work.source, reason, origin_of(work.item))
-    return Outcome(None, refused, False, size_of(work.item))
-
-
-def unread(work: Work, how: str) -> Outcome:
-    """The refusal of a volume whose task never ended: the others go on."""
-    reason = (
-        f"expected a process that ends; found it killed each time, {how}; "
-        "lower read.max_voxels, give its node more memory, or convert the file"
-    )
-    return _refused(work, reason)
-
-
-def ingest_item(work: Work) -> tuple[VolumeRecord, bool]:
-    """Write one volume unless the store has it.
-
-    Returns:
-        The record, its split still open, and whether nothing had to be written.
-
-    Raises:
-        RefusedInput: the volume or its label is refused; nothing of it is left that a manifest could name.
-        StoreError: the store failed.
-    """
-    state, policy = source_state(work.item), work.policy
-    digest, version = source_digest(work.item), policy.version
-    store = unforced(open_store(work.store_url), work.unforced)
-    earlier = next((r for r in work.published if (r.source_sha256, r.policy) == (digest, version)), None)
-    if earlier is None and work.resumed:
-        earlier = recorded(store, work.volume_id, digest, version)
-    if earlier is not None:
-        check_told(work.item.source, earlier.notes, policy)
-        return _of_this_run(earlier, work), True
-    ready = prepare(work.item, policy, work.modality)
-    if source_state(work.item) != state:  # or the digest would be of other bytes than the voxels
-        raise RefusedInput(
-            work.item.source,
-            expected="files that nobody writes while they are read",
-            found="one that changed meanwhile",
-            remedy="run it again when they are complete",
-        )
-    sidecar = claim(store, work.volume_id, digest, version)
-    shape = ready.stored_CDHW.shape
-    layout = choose_layout(
-        (shape[1], shape[2], shape[3]), policy.crop_DHW, itemsize=ready.stored_CDHW.dtype.itemsize, channels=shape[0]
-    )
-    if ready.label_DHW is not None:
-        ready.notes.append(f"image_sha256={content_sha256(ready.stored_CDHW)}")
-    record = write_volume(
-        store,
-        sidecar.volume_id,
-        Volume(
-            ready.stored_CDHW,
-            spacing_mm=ready.spacing_mm,
-            affine=ready.affine,
-            labels={} if ready.label_DHW is None else {policy.label_name: ready.label_DHW},
-            scale=ready.scale,
-            offset=ready.offset,
-            stats=ready.stats,
-            foreground=ready.foreground,
-            modality=ready.modality,
-        ),
-        membership=Membership(subject=work.subject, study=work.study),
-        provenance=Provenance(
-            orientation=ready.orientation,
-            source=work.source,
-            source_sha256=digest,
-            reader=ready.reader,
-            policy=version,
-            notes=ready.notes,
-        ),
-        layout=layout,
-    )
-    replace(sidecar, record=record, forced=work.unforced is None).save(store)
-    return _of_this_run(record, work), False
-
-
-def _of_this_run(record: VolumeRecord, work: Work) -> VolumeRecord:
-    """The record with what a later run may say otherwise: whose it is, and what a subject table adds."""
-    columns = () if hides(work.item, work.policy) else work.item.columns
-    notes = with_columns(record.notes, columns)
-    return replace(record, subject=work.subject, study=work.study, notes=notes)
-
-
 def _clash(orphan: Orphan, policy: IngestPolicy, pseudonyms: Pseudonyms | None, root: str) -> Quarantined:
     """The refusal of a file that no item was made of, since another claims its name."""
     if policy.identifiers != "hash" or pseudonyms is None:
@@ -379,12 +243,3 @@ def _progress(outcomes: Sequence[Outcome], total: int, seconds: float) -> Progre
         sum(o.bytes_in for o in outcomes),
         seconds,
     )
-
-
-def size_of(item: IngestItem) -> int:
-    """Bytes of the files of an item."""
-    size = 0
-    for path in item.files:
-        with suppress(OSError):
-            size += Path(path).stat().st_size
-    return size

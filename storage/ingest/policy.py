@@ -17,7 +17,7 @@ _OUTSIDE = {"split", "seed", "min_subjects", "max_failed", "subject_pattern", "s
 class IngestPolicy(BaseModel):
     """How volumes are brought into a store. Frozen, closed to unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     spacing_mm: Literal["native"] | float | tuple[float, float, float] = Field(
         default="native", description="voxel size kept: native, one number for isotropic mm, or three along D, H, W"

@@ -21,6 +21,7 @@ from storage.ingest.policy import IngestPolicy
 from storage.ingest.readers.raw import RawVolume
 from storage.ingest.readers.read import read_item, read_label
 from storage.ingest.readers.registry import format_of
+from storage.ingest.signature import SMALLEST, signature, signature_note
 from storage.intensity_stats import channel_foreground, foreground_box
 
 Array = npt.NDArray[Any]
@@ -123,6 +124,8 @@ def prepare(item: IngestItem, policy: IngestPolicy, modality: str = "") -> Prepa
     else:
         stored, scale, offset = quantise(image, stats, kind, whole, notes)
     notes.extend(f"{key}={value}" for key, value in raw.facts.items())
+    if image[0].size >= SMALLEST and (shape := signature(image[0], stats[0]["min"], stats[0]["p99_5"])).any():
+        notes.append(signature_note(shape))
     box = foreground_box(mask)
     spacing = geometry.spacing_dhw(affine)
     return Prepared(stored, affine, spacing, orientation, kind, scale, offset, stats, box, label_DHW, raw.reader, notes)

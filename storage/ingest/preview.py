@@ -13,18 +13,18 @@ from dataclasses import dataclass
 
 from storage import geometry
 from storage.errors import RefusedInput
-from storage.ingest import splits
-from storage.ingest.claims import hides
 from storage.ingest.dataset_facts import dataset_facts
 from storage.ingest.deidentify import Pseudonyms
 from storage.ingest.discover import discover
 from storage.ingest.items import Discovery, IngestItem
-from storage.ingest.pipeline import size_of
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.prepare import LIBRARY_FAULTS, check_resampled, label_axes, unreadable
-from storage.ingest.publish import check_subjects
-from storage.ingest.quarantine import Quarantined, reason_of
+from storage.ingest.publishing import splits
+from storage.ingest.publishing.claims import hides
+from storage.ingest.publishing.publish import check_subjects
+from storage.ingest.publishing.quarantine import Quarantined, reason_of
 from storage.ingest.readers.read import read_item_header, read_label_header
+from storage.ingest.work import size_of
 
 THREADS = min(16, 4 * (os.cpu_count() or 1))
 """Headers are waited for more than they are worked on."""

@@ -47,6 +47,10 @@ class StreamSpec:
     maps: tuple[str, ...] = ()
 
 
+_MAP_BYTES = 4
+"""Of a voxel of a label or derived map, whose types differ between volumes: int32 is the largest."""
+
+
 def check_spec(spec: StreamSpec, *, rank: int = 0, world: int = 1) -> None:
     """Refuse a spec that cannot be streamed by `world` ranks.
 
@@ -98,6 +102,14 @@ def select(manifest: Manifest, spec: StreamSpec) -> npt.NDArray[np.int64]:
     return rows
 
 
+def _largest_voxel(manifest: Manifest, indices: npt.NDArray[np.int64]) -> int:
+    """Bytes of a voxel, all channels, of the volume that has most: types may differ within a data set."""
+    types, channels = manifest.column("dtype"), manifest.column("channels")
+    kinds = {(types[i], channels[i]) for i in indices.tolist()}
+    sizes: list[int] = [np.dtype(dtype).itemsize * int(count) for dtype, count in kinds]
+    return max(sizes)
+
+
 @dataclass(frozen=True, slots=True)
 class Cut:
     """One sample of the order: which crop of which volume."""
@@ -130,9 +142,7 @@ class Plan:
 
         # Reading a row of the manifest costs more than planning a crop, and a visit asks for it several times.
         self.record = lru_cache(maxsize=4096)(facts)
-        first: VolumeRecord = self.record(int(indices[0]))
-        map_bytes = sum(np.dtype(first.map_facts(name)[0] or "uint8").itemsize for name in spec.maps)
-        voxel_bytes = first.channels * np.dtype(first.dtype).itemsize + (spec.label is not None) + map_bytes
+        voxel_bytes = _largest_voxel(manifest, indices) + _MAP_BYTES * (len(spec.maps) + (spec.label is not None))
         crop_bytes = int(np.prod(spec.crop_DHW)) * voxel_bytes
         # A lane that reads k crops at a time holds (k - 1) / 2 of them on average.
         room = 2 * memory_bytes * world // (spec.lanes * crop_bytes) + 1

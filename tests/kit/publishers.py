@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from storage.format.records import VolumeRecord
 from storage.ingest.policy import IngestPolicy
-from storage.ingest.publish import publish
+from storage.ingest.publishing.publish import publish
 from storage.objects import open_store
 from tests.kit.records import record
 

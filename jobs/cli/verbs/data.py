@@ -248,6 +248,7 @@ def _facts(manifest: Any) -> dict[str, Any]:
         "voxels": int(shapes.prod(1).sum()),
         "labelled volumes": dict(labels),
         "label voxels": dict(voxels.most_common(20)),
+        "label names": dict(manifest.dataset.get("labels") or {}),
         "computed maps": {
             name: f"in {len(counts)} volumes, {int(np.median(counts))} regions (median), {recipes[name]}"
             for name, counts in sorted(derived.items())

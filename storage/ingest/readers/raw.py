@@ -20,7 +20,7 @@ class ReadPolicy(BaseModel):
     The defaults correct what can be corrected without inventing data and refuse the rest.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     four_d: Literal["refuse", "first", "channels"] = Field(
         default="refuse", description="a 4-D series: refuse it, take its first volume, or take its volumes as channels"

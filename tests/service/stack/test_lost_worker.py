@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.stack import StackInfo
-from storage.ingest.quarantine import QUARANTINE
+from storage.ingest.publishing.quarantine import QUARANTINE
 from tests.kit.scans import folder
 
 pytestmark = pytest.mark.service
@@ -16,7 +16,8 @@ INGEST = """
 import os, signal, sys
 from jobs.on_ray.map import ray_map
 from jobs.on_ray.session import connect
-from storage.ingest.pipeline import ingest_work, run, unread
+from storage.ingest.pipeline import run
+from storage.ingest.work import ingest_work, unread
 
 def dies_of_one(work):
     if "case_02" in work.source:

@@ -29,11 +29,11 @@ from storage.format import manifest as manifest_module
 from storage.format import manifest_rows
 from storage.format.manifest import Manifest
 from storage.format.records import stats_to_items
-from storage.ingest.claims import Sidecar, side_key
 from storage.ingest.discover import discover
 from storage.ingest.pipeline import run
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.prepare import prepare as ingest
+from storage.ingest.publishing.claims import Sidecar, side_key
 from storage.ingest.readers.raw import ReadPolicy
 from storage.intensity_stats import STATS_ORDER, channel_foreground, foreground_stats
 from storage.objects import open_store

@@ -15,7 +15,7 @@ from storage.format.manifest import Manifest
 from storage.ingest import pipeline as ingest
 from storage.ingest.deidentify import CODES, NUMBERS, Pseudonyms, allowed_facts, load_salt
 from storage.ingest.policy import IngestPolicy
-from storage.ingest.quarantine import key_file
+from storage.ingest.publishing.quarantine import key_file
 from tests.kit.scans import disc, phantom, save_dicom, save_nifti, segmentation, slices
 
 SECRETS = [

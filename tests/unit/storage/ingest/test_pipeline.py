@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from storage.errors import ConfigError, NotFound, RefusedInput, StoreError
 from storage.format.manifest import Manifest
@@ -21,7 +22,7 @@ from storage.ingest.mapping import map_serial, map_threads
 from storage.ingest.pipeline import run
 from storage.ingest.policy import IngestPolicy
 from storage.ingest.prepare import ROBUST_RANGES, quantise
-from storage.ingest.quarantine import Quarantined
+from storage.ingest.publishing.quarantine import Quarantined
 from storage.ingest.readers.raw import ReadPolicy
 from storage.intensity_stats import foreground_stats
 from storage.objects import fsync as sync
@@ -615,6 +616,16 @@ def test_wrong_settings_are_refused(wrong):
 
     with pytest.raises(ValidationError):
         IngestPolicy.model_validate(wrong)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), "nan", "inf", "-inf", "NaN"])
+def test_numbers_of_a_policy_are_finite_whether_given_as_numbers_or_as_text(number):
+    for field in ({"spacing_mm": number}, {"spacing_mm": (1, number, 1)}, {"split": (number, 0, 1)}):
+        with pytest.raises(ValidationError):
+            IngestPolicy.model_validate(field)
+    for field in ({"max_failed": number}, {"read": {"max_gap_mm": number}}, {"read": {"max_voxels": number}}):
+        with pytest.raises(ValidationError):
+            IngestPolicy.model_validate(field)
 
 
 def test_policies_name_what_changes_voxels():

@@ -14,10 +14,10 @@ from storage.format.manifest import POINTER, Manifest, manifest_key, update
 from storage.format.volume import Provenance, Volume
 from storage.format.volume_writer import write_volume
 from storage.ingest import derived_maps as derive
-from storage.ingest.claims import Sidecar, claim, side_key
 from storage.ingest.pipeline import run
 from storage.ingest.policy import IngestPolicy
-from storage.ingest.publish import publish
+from storage.ingest.publishing.claims import Sidecar, claim, side_key
+from storage.ingest.publishing.publish import publish
 from storage.objects import ByteStore, open_store
 from storage.objects.memory import MemoryStore
 from storage.reading.verify import verify

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.errors import RefusedInput
-from storage.ingest.splits import assign, position
+from storage.ingest.publishing.splits import assign, position
 
 SHARES = (0.7, 0.1, 0.2)
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.ingest.names.subjects import subjects_by_name
-from storage.ingest.splits import assign
+from storage.ingest.publishing.splits import assign
 
 PEOPLE = [
     lambda n: f"patient{n:03d}",

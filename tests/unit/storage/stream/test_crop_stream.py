@@ -142,6 +142,17 @@ def test_memory_is_bounded_by_reading_less_of_a_visit_at_a_time() -> None:
     assert Plan(source.manifest, SPEC, indices, memory_bytes=SPEC.lanes * crop // 4, world=2).per_read == 2
 
 
+def test_memory_is_sized_by_the_largest_volume_not_the_first() -> None:
+    source = ArraySource()
+    records = [source.manifest.record(i) for i in range(len(source.manifest))]
+    large = Manifest.from_records([*records[:-1], replace(records[-1], dtype="float32")])
+    indices = select(large, SPEC)
+    assert indices[0] != len(records) - 1
+    memory = SPEC.lanes * int(np.prod(SPEC.crop_DHW)) * 2
+    assert Plan(large, SPEC, indices, memory_bytes=memory).per_read == 2
+    assert Plan(large, SPEC, indices[indices != len(records) - 1], memory_bytes=memory).per_read == 3
+
+
 def test_a_plan_keeps_the_points_that_it_draws_from_and_no_others() -> None:
     """Of a hundred classes they take 0.8 MB a volume, and a plan keeps thousands of records."""
     source = ArraySource()

@@ -17,11 +17,13 @@ from typing import Any
 from storage.errors import RefusedInput
 from storage.format.manifest import Manifest, update
 from storage.format.records import VolumeRecord
-from storage.ingest import splits
-from storage.ingest.claims import image_digest
 from storage.ingest.names.subjects import EACH_FILE
 from storage.ingest.policy import IngestPolicy
-from storage.ingest.quarantine import Quarantined, by_reason
+from storage.ingest.publishing import splits
+from storage.ingest.publishing.claims import image_digest
+from storage.ingest.publishing.class_names import with_class_names
+from storage.ingest.publishing.near_copies import near_copies_note
+from storage.ingest.publishing.quarantine import Quarantined, by_reason
 from storage.objects import ByteStore
 
 
@@ -69,9 +71,8 @@ def publish(
         if others and latest is not None:
             facts = _joined(latest.dataset, dataset, warnings)
         earlier = _splits(own.values(), (*before, *published))
-        return Manifest.from_records(
-            _split([*own.values(), *others], policy, earlier, store.url, warnings, refused), facts
-        )
+        volumes = _split([*own.values(), *others], policy, earlier, store.url, warnings, refused)
+        return Manifest.from_records(volumes, with_class_names(facts, volumes, dataset.get("labels") or {}, warnings))
 
     return update(store, merged), tuple(warnings)
 
@@ -193,6 +194,8 @@ def _split(
     for same, ids in again.items():
         listing = ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
         warnings.append(f"same content as {same}, and in one split with it: {listing}")
+    if note := near_copies_note(final):
+        warnings.append(note)
     for name, share in zip(splits.SPLITS, policy.split, strict=True):
         if share > 0 and name not in split.values():
             warnings.append(f"no subject in split {name}: too few subjects")

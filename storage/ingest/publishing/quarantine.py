@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from storage.errors import NotFound, RefusedInput, StoreError
-from storage.ingest.claims import HIDDEN, hides
 from storage.ingest.deidentify import state_file
 from storage.ingest.discover import legible
 from storage.ingest.items import IngestItem
 from storage.ingest.policy import IngestPolicy
+from storage.ingest.publishing.claims import HIDDEN, hides
 from storage.ingest.readers.registry import format_of, split_name
 from storage.objects import ByteStore
 

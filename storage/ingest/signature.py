@@ -1,0 +1,102 @@
+"""A small signature of a scan, equal for copies of it that were saved in another way.
+
+The foreground's centre and spread along each axis place a grid of `GRID`^3 boxes over the body, so that padding, voxel
+sizes and turned axes do not matter. The mean of the values in each box is replaced by its rank, so that a scale, an
+offset and a moderate change of contrast do not matter. What is left is projected on cosines of low frequency. The
+lowest, which all people share, are left out, and the others weighted by the square of their frequency. A copy turned
+round along an axis differs in the sign of odd cosines.
+"""
+
+import base64
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+SIGNATURE_NOTE = "signature="
+SMALLEST = 4096
+"""Voxels; a smaller volume has no signature."""
+GRID = 20
+"""Boxes along each axis."""
+EDGE = 0.15
+SPREADS = 2.2
+"""Standard deviations of the foreground's coordinates from its centre to the edge of the grid."""
+FREQUENCIES = 9
+"""Cosines along each axis, the constant one included."""
+LOWEST, HIGHEST = 4, 12
+"""Least and greatest sum of the three frequencies of a coefficient."""
+_ORDERS = np.stack(np.meshgrid(*[np.arange(FREQUENCIES)] * 3, indexing="ij"), -1).reshape(-1, 3)
+ORDERS = _ORDERS[(_ORDERS.sum(1) >= LOWEST) & (_ORDERS.sum(1) <= HIGHEST)]
+"""Frequencies along D, H, W of each coefficient, (n, 3)."""
+
+
+def signature(channel_DHW: Array, low: float, high: float) -> npt.NDArray[np.int8]:
+    """Coefficients of one channel, (n,), of which the largest is 127 or -127; zeros where it has no structure.
+
+    Args:
+        channel_DHW: In canonical axes.
+        low, high: Range of its foreground. What lies in the lowest `EDGE` of it, and beyond the volume, counts as one
+            value, so that noise of the background does not matter.
+    """
+    edge = low + EDGE * (high - low)
+    mask_DHW = channel_DHW > edge
+    weights = [_boxes(_profile(mask_DHW, axis)) for axis in range(3)]
+    grid = np.zeros((GRID, GRID, GRID))
+    for plane, weight in zip(channel_DHW, weights[0].T, strict=True):
+        if weight.any():
+            above = np.maximum(plane.astype(np.float32) - np.float32(edge), np.float32(0))
+            grid += weight[:, None, None] * (weights[1].astype(np.float32) @ above @ weights[2].T.astype(np.float32))
+    values = grid.reshape(-1)
+    values = np.where(values > 1e-6 * values.max(initial=0), values, 0)
+    ordered = np.sort(values)
+    ranks = np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")
+    centred = (ranks - ranks.mean()).reshape(grid.shape)
+    places = (np.arange(GRID) + 0.5) / GRID
+    cosines = np.cos(np.pi * np.arange(FREQUENCIES)[:, None] * places)
+    cosines[0] *= np.sqrt(0.5)
+    spectrum = np.einsum("ia,jb,kc,abc->ijk", cosines, cosines, cosines, centred, optimize=True)
+    coefficients = spectrum[tuple(ORDERS.T)] * ORDERS.sum(1) ** 2
+    largest = np.abs(coefficients).max()
+    if largest <= 1e-6 * ranks.size:
+        return np.zeros(len(ORDERS), np.int8)
+    rounded: npt.NDArray[np.int8] = np.rint(coefficients * (127 / largest)).astype(np.int8)
+    return rounded
+
+
+def signature_note(coefficients: npt.NDArray[np.int8]) -> str:
+    """How the notes of a record hold a signature."""
+    return SIGNATURE_NOTE + base64.b85encode(coefficients.tobytes()).decode()
+
+
+def noted_signature(notes: Sequence[str]) -> npt.NDArray[np.int8] | None:
+    """The signature among the notes of a record; None where there is none that can be read."""
+    for note in notes:
+        if note.startswith(SIGNATURE_NOTE):
+            try:
+                data = base64.b85decode(note.removeprefix(SIGNATURE_NOTE))
+            except ValueError:
+                return None
+            return np.frombuffer(data, np.int8) if len(data) == len(ORDERS) else None
+    return None
+
+
+def _profile(mask_DHW: npt.NDArray[np.bool_], axis: int) -> npt.NDArray[np.int64]:
+    """Foreground voxels of each plane across an axis."""
+    counts: npt.NDArray[np.int64] = np.count_nonzero(mask_DHW, axis=tuple(a for a in range(3) if a != axis))
+    return counts
+
+
+def _boxes(profile: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Share of each box that each plane fills, (GRID, planes)."""
+    planes = np.arange(len(profile))
+    total = max(int(profile.sum()), 1)
+    centre = float(profile @ (planes + 0.5)) / total
+    # Of voxels as boxes, not as points: 1/12 is the spread within one.
+    spread = np.sqrt(float(profile @ (planes + 0.5 - centre) ** 2) / total + 1 / 12)
+    edges = centre + spread * SPREADS * np.linspace(-1, 1, GRID + 1)
+    upto = np.clip(edges[:, None] - planes, 0, 1)
+    shares: npt.NDArray[np.float64] = np.diff(upto, axis=0) / (edges[1] - edges[0])
+    return shares
