@@ -7,6 +7,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
+from jobs.on_ray.interface import SET_UP
 from storage.errors import StackError, TomoscaleError
 
 
@@ -21,8 +22,9 @@ def connect() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's own helper actors look for "the" cluster of the machine and lose their way when it has several.
     address = {"RAY_ADDRESS": os.environ["RAY_ADDRESS"]} if "RAY_ADDRESS" in os.environ else {}
+    environment = {"env_vars": address, "worker_process_setup_hook": SET_UP}
     try:
-        ray.init(address="auto", runtime_env={"env_vars": address}, logging_level=logging.WARNING)
+        ray.init(address="auto", runtime_env=environment, logging_level=logging.WARNING)
     except (ConnectionError, TimeoutError, RuntimeError) as error:
         raise StackError(
             "Ray",

@@ -1,0 +1,99 @@
+"""Pre-training on two machines of namespaces, each with its own network, processes and host name."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jobs.pretrain.loop import JOURNAL
+from jobs.tracking.runs import Point
+from ssl_core.config import dump_yaml
+from ssl_core.train import checkpoint
+from tests.kit.nodes import Lab, why_not
+from tests.kit.phantoms import write_phantoms
+from tests.kit.pretraining import config, train
+
+pytestmark = [pytest.mark.service, pytest.mark.skipif(bool(reason := why_not()), reason=reason)]
+BIN = Path(sys.executable).parent
+PORT = 6379
+
+
+def environment(folder: Path, lab: Lab) -> dict[str, str]:
+    own = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_", "AWS_"))}
+    (folder / "token").write_text("t" * 40)
+    return own | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ADDRESS": f"{lab.address(lab.names[0])}:{PORT}",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lab, dict[str, str]]]:
+    """A head and a worker of one CPU each, and the environment of their processes.
+
+    Each calls itself 127.0.1.1 in /etc/hosts, as Debian's installer writes it.
+    """
+    folder = tmp_path_factory.mktemp("nodes")
+    with Lab(["head", "worker"], own_name="debian") as lab:
+        variables = environment(folder, lab)
+        common = ["--block", "--disable-usage-stats", "--num-cpus=1", "--object-store-memory=150000000"]
+        address = f"{lab.address('head')}:{PORT}"
+        head = ["--head", f"--port={PORT}", "--include-dashboard=false"]
+        for name, own in (("head", head), ("worker", [f"--address={address}"])):
+            command = [str(BIN / "ray"), "start", f"--node-ip-address={lab.address(name)}", *own, *common]
+            lab.start(name, command, variables, folder / f"{name}.log")
+            _wait_for_cpus(lab, variables, 1 if name == "head" else 2, folder / f"{name}.log")
+        yield lab, variables
+
+
+def _wait_for_cpus(lab: Lab, variables: dict[str, str], count: int, log: Path) -> None:
+    said = "nothing"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        time.sleep(2)
+        try:
+            command = lab.inside("head", [str(BIN / "ray"), "status"])
+        except LookupError:  # its first process is not there yet
+            continue
+        done = subprocess.run(command, env=variables, capture_output=True, text=True)
+        said = done.stdout + done.stderr
+        if f"/{count}.0 CPU" in said:
+            return
+    raise AssertionError(f"no cluster of {count} CPUs: {said[-1000:]}\n{log.read_text()[-2000:]}")
+
+
+def test_workers_on_two_nodes_find_each_other_and_equal_one(
+    cluster: tuple[Lab, dict[str, str]], tmp_path: Path
+) -> None:
+    lab, variables = cluster
+    write_phantoms((tmp_path / "store").as_uri(), 8, shape=(20, 34, 22))
+    job = config((tmp_path / "store").as_uri(), "pgl", steps=4, checkpoint_every=2)
+    places = {"runs": (tmp_path / "runs").as_uri(), "cluster": job.cluster.model_copy(update={"workers": 2})}
+    (tmp_path / "c.yaml").write_text(dump_yaml(job.model_copy(update=places)))
+    command = [str(BIN / "python"), "-m", "jobs.pretrain", str(tmp_path / "c.yaml")]
+    done = subprocess.run(
+        lab.inside("head", command), env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"ip={lab.address('worker')}" in done.stdout + done.stderr, "no worker was on the second node"
+    last = max((tmp_path / "runs" / job.name).glob("step-*"))
+    meta = checkpoint.read_meta(last)
+    result, points = train(job, tmp_path / "one")
+    assert meta["samples"] == result["samples"]
+    losses = {point.step: point.metrics["loss"] for point in map(Point.from_json, meta[JOURNAL])}
+    expected = {point.step: point.metrics["loss"] for point in points}
+    assert losses.keys() == expected.keys()
+    # AdamW turns a rounding of a small gradient into a whole step; bitwise is what two ranks of one machine are.
+    np.testing.assert_allclose([losses[step] for step in expected], list(expected.values()), rtol=1e-3)
