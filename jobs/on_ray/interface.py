@@ -7,6 +7,7 @@ other: the interface that has it is named to both libraries in each process befo
 
 import os
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import psutil
 from ray.util import get_node_ip_address
@@ -18,7 +19,8 @@ SET_UP = "jobs.on_ray.interface.name_interface"
 
 def name_interface() -> None:
     """Name this node's interface in the environment of this process; what the node's own environment says stays."""
-    name = interface_of(get_node_ip_address(), _addresses())
+    address: Any = get_node_ip_address  # untyped
+    name = interface_of(address(), _addresses())
     if name is not None:
         for variable in VARIABLES:
             os.environ.setdefault(variable, name)

@@ -41,6 +41,11 @@ class _Group:
     examples: list[tuple[str, str]] = field(default_factory=list)
 
 
+def remarks(notes: Sequence[str]) -> tuple[str, ...]:
+    """The notes of a volume without acquisition parameters and digests."""
+    return tuple(note for note in notes if not _FACT.match(note))
+
+
 def note_kinds(volumes: Iterable[tuple[str, Sequence[str]]]) -> tuple[NoteKind, ...]:
     """Kinds of notes, the most frequent first; acquisition parameters and digests left out.
 
@@ -49,9 +54,7 @@ def note_kinds(volumes: Iterable[tuple[str, Sequence[str]]]) -> tuple[NoteKind, 
     """
     groups: dict[str, _Group] = {}
     for volume_id, notes in volumes:
-        for note in notes:
-            if _FACT.match(note):
-                continue
+        for note in remarks(notes):
             group = groups.setdefault(_kind(note), _Group())
             if len(group.texts) < 2:
                 group.texts.add(note)

@@ -221,6 +221,7 @@ def _notes(manifest: Any) -> "tuple[NoteKind, ...]":
 
 def _facts(manifest: Any) -> dict[str, Any]:
     from jobs.data_check import span
+    from storage.format.notes import remarks
 
     shapes, spacings = np.array(manifest.column("shape_DHW")), np.array(manifest.column("spacing_mm"))
     labels: Counter[str] = Counter()
@@ -253,7 +254,7 @@ def _facts(manifest: Any) -> dict[str, Any]:
             name: f"in {len(counts)} volumes, {int(np.median(counts))} regions (median), {recipes[name]}"
             for name, counts in sorted(derived.items())
         },
-        "volumes with notes": sum(bool(n) for n in manifest.column("notes")),
+        "volumes with notes": sum(bool(remarks(n)) for n in manifest.column("notes")),
     }
 
 
