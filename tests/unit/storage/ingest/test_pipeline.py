@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from storage.errors import ConfigError, NotFound, RefusedInput, StoreError
 from storage.format.manifest import Manifest
 from storage.ingest import pipeline as ingest
+from storage.ingest import work
 from storage.ingest.mapping import map_serial, map_threads
 from storage.ingest.pipeline import run
 from storage.ingest.policy import IngestPolicy
@@ -411,7 +412,7 @@ def test_volumes_keep_their_split_when_files_beside_them_change_their_subjects_n
 
 def test_a_source_that_changes_while_it_is_read_is_refused(src, dst, monkeypatch):
     """Its digest would be of other bytes than its voxels, and the next run would take it for unchanged."""
-    real = ingest.prepare
+    real = work.prepare
 
     def copied_meanwhile(item, policy, modality):
         ready = real(item, policy, modality)
@@ -419,7 +420,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(src, dst, monkeypatch
             save_nifti(Path(item.images[0]), phantom(seed=77))
         return ready
 
-    monkeypatch.setattr(ingest, "prepare", copied_meanwhile)
+    monkeypatch.setattr(work, "prepare", copied_meanwhile)
     report = run(str(src), dst, HALVES)
     assert [(q.source, "changed meanwhile" in q.reason) for q in report.quarantined] == [
         ("images/case_02.nii.gz", True)
