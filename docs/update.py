@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from jobs import configs  # noqa: E402  a script of this folder is not on the path of the packages
+from jobs.ingest_config import IngestConfig  # noqa: E402
 from ssl_core.downstream.finetune import FinetuneConfig  # noqa: E402
 from ssl_core.methods.base import Crops  # noqa: E402
 from ssl_core.superpixels.settings import Superpixels  # noqa: E402
@@ -42,7 +43,7 @@ TABLES: tuple[type[BaseModel], ...] = (
     configs.FinetuneJobConfig,
     configs.LabelledConfig,
     FinetuneConfig,
-    configs.IngestConfig,
+    IngestConfig,
     IngestPolicy,
     ReadPolicy,
     configs.SuperpixelConfig,

@@ -6,9 +6,10 @@ Every model is frozen and closed to unknown keys; `tomoscale plan KIND CONFIG` p
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 import ssl_core.methods  # noqa: F401  registers the methods that `method.name` may name
+from jobs.ingest_config import JobName, Url
 from ssl_core.config import Config, flatten, parse, resolved
 from ssl_core.downstream.finetune import FinetuneConfig
 from ssl_core.methods.base import MethodConfig, method_class
@@ -18,14 +19,6 @@ from ssl_core.superpixels.settings import Superpixels
 from ssl_core.train.engine import EngineConfig
 from ssl_core.views.intensity import IntensityPolicy
 from storage.errors import ConfigError
-from storage.ingest.policy import IngestPolicy
-from storage.objects.open import check_url
-
-
-def _checked_url(url: str) -> str:
-    check_url(url)
-    return url
-
 
 _NOT_IN_MODELS = "/:.%'\"@?#\\"
 LONGEST_NAME = 200
@@ -66,10 +59,6 @@ def _check_model(name: str, model: str | None) -> None:
         )
 
 
-# Refused before a configuration is printed, sent or logged.
-Url = Annotated[str, AfterValidator(_checked_url)]
-# The name of a folder below `runs`, of a run in MLflow and part of a job's id.
-JobName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 # Refused before anything is trained: the name is needed when all else is done.
 ModelName = Annotated[str | None, AfterValidator(_registrable)]
 
@@ -140,16 +129,6 @@ class ClusterConfig(Config):
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers ({self.min_workers}) to be at most workers ({self.workers})")
         return self
-
-
-class IngestConfig(Config):
-    """An ingest job."""
-
-    name: JobName = Field("ingest", description="name of the job")
-    source: Url = Field(description="folder of volumes that the nodes can see, or `simulated`")
-    data: Url = Field(description="URL of the store")
-    policy: IngestPolicy = IngestPolicy()
-    append: bool = Field(False, description="keep published volumes that the source does not hold")
 
 
 class SuperpixelConfig(Config):

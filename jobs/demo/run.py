@@ -22,7 +22,7 @@ from cluster import services, stack
 from jobs import driver, submit
 from jobs.configs import FinetuneJobConfig, LabelledConfig, PretrainConfig, TuneConfig
 from jobs.demo import presets
-from jobs.ingest import ingest
+from jobs.ingestion import ingest
 from jobs.labelled import draw
 from jobs.output import to_json, write_page
 from jobs.pages import report

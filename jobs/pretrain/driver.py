@@ -19,7 +19,8 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from jobs.configs import PretrainConfig
 from jobs.driver import end_failed, end_run, load
-from jobs.ingest import ensure_data
+from jobs.ingest import over_tasks
+from jobs.ingestion import ensure_data
 from jobs.lease import Lease
 from jobs.on_ray.failures import FINAL, StopOnFinalErrors
 from jobs.on_ray.filesystem import storage_for
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
 def _train(config: PretrainConfig, lease: Lease) -> int:
     """The job, as the only one of its name."""
     api = runs.client()
-    ensure_data(config.data, config.source)
+    ensure_data(config.data, config.source, over_tasks)
 
     config = as_started(config)
     ensure_superpixels(config)

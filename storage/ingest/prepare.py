@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 
 from storage import geometry
 from storage.errors import RefusedInput
@@ -41,8 +39,6 @@ LIBRARY_FAULTS = (
     AssertionError,
     AttributeError,
     EOFError,
-    HeaderDataError,
-    ImageFileError,
     LookupError,
     MemoryError,
     NotImplementedError,
@@ -53,7 +49,7 @@ LIBRARY_FAULTS = (
     struct.error,
     zlib.error,
 )
-"""What the format libraries raise on headers that nobody foresaw."""
+"""What the format libraries raise on headers that nobody foresaw; errors of their own kinds are met by their readers."""
 
 
 @dataclass(slots=True)

@@ -90,9 +90,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _ingest(arguments: argparse.Namespace) -> int:
-    from jobs import submit
-    from jobs.configs import IngestConfig
-    from jobs.ingest import SIMULATED, ingest
+    from jobs.ingest_config import IngestConfig
+    from jobs.ingestion import SIMULATED, ingest
 
     source = arguments.source if arguments.source == SIMULATED else str(Path(arguments.source).resolve())
     fields = {"source": source, "data": arguments.data, "append": arguments.append}
@@ -101,6 +100,8 @@ def _ingest(arguments: argparse.Namespace) -> int:
     if arguments.local or not _clustered(arguments) or _keeps_its_salt(arguments):
         ingest(config.source, config.data, config.policy, append=config.append)
         return 0
+    from jobs import submit
+
     submit.run(job_address(arguments), "jobs.ingest", config, config.name, show=lambda line: print(line, flush=True))
     return 0
 

@@ -158,7 +158,11 @@ def test_ray_shows_every_line_of_a_job() -> None:
 
 @pytest.mark.parametrize(
     ("imported", "absent"),
-    [("storage, ssl_core", ("ray", "mlflow")), ("storage", ("torch", "monai", "ray", "mlflow"))],
+    [
+        ("storage, ssl_core", ("ray", "mlflow")),
+        ("storage", ("torch", "monai", "ray", "mlflow")),
+        ("jobs.cli.main, jobs.ingest_config, jobs.ingestion", ("torch", "monai", "ray", "mlflow")),
+    ],
 )
 def test_what_is_below_imports_nothing_of_what_is_above(imported: str, absent: tuple[str, ...]) -> None:
     program = f"import sys, {imported}; print([name for name in {absent} if name in sys.modules])"

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from docs.update import ARCHITECTURE, MARKED, REFERENCE, TABLES, rooms, table
 from jobs import configs
 from jobs.cli import main as cli
+from jobs.ingest_config import IngestConfig
 from ssl_core.config import Config, load, resolved
 from ssl_core.methods.base import method_names
 from ssl_core.testing.method_contract import MethodContract
@@ -31,7 +32,7 @@ KINDS: dict[str, type[Config]] = {
     "pretrain": configs.PretrainConfig,
     "tune": configs.TuneConfig,
     "finetune": configs.FinetuneJobConfig,
-    "ingest": configs.IngestConfig,
+    "ingest": IngestConfig,
 }
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
@@ -78,7 +79,7 @@ def kind_of(data: dict[str, object]) -> str:
         return "finetune"
     if "encoders" in data:
         return "tune"
-    return "ingest" if set(data) <= set(configs.IngestConfig.model_fields) else "pretrain"
+    return "ingest" if set(data) <= set(IngestConfig.model_fields) else "pretrain"
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=page_id)

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from jobs.cli import main as cli
-from jobs.configs import FinetuneJobConfig, IngestConfig, PretrainConfig, TuneConfig, registrable
+from jobs.configs import FinetuneJobConfig, PretrainConfig, TuneConfig, registrable
 from jobs.demo import presets
+from jobs.ingest_config import IngestConfig
 from ssl_core.config import Config, digest, dump_yaml, load, parse, resolved
 from ssl_core.downstream.search import TrialSettings
 from ssl_core.networks import registry

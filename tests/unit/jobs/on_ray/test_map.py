@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from ray.exceptions import RayTaskError
 
-from jobs.ingest import ingest
+from jobs.ingest import over_tasks
+from jobs.ingestion import ingest
 from jobs.on_ray.session import result_of
 from storage.datasets import simulated as cohort
 from storage.errors import RefusedInput
@@ -43,7 +44,5 @@ def test_the_simulated_cohort_is_ingested_on_the_node_that_made_it(
     """Tasks on other nodes of a cluster would not find its folder."""
     made = folder(tmp_path / "made", 3)
     monkeypatch.setattr(cohort, "ensure", lambda: made)
-    monkeypatch.setattr("ray.is_initialized", lambda: True)
-    monkeypatch.setattr("jobs.ingest.ray_map", lambda *_arguments, **_more: pytest.fail("sent to Ray"))
-    report = ingest("simulated", f"file://{tmp_path}/store", say=lambda _line: None)
+    report = ingest("simulated", f"file://{tmp_path}/store", mapper=over_tasks, say=lambda _line: None)
     assert report.published == 3
