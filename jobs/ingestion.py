@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 from jobs.data_check import outline
 from jobs.output import Progress as Bar
-from storage.datasets import simulated
 from storage.errors import NotFound
 from storage.format.manifest import Manifest
 from storage.format.notes import note_kinds
@@ -38,6 +37,8 @@ def ingest(
         say: Hears the summary, orphans and refusals by name.
     """
     if source == SIMULATED:
+        from storage.datasets import simulated  # what it needs of nibabel takes seconds to import
+
         mapper = map_threads  # the folder is in this node's cache, where tasks on other nodes would not find it
         say("making SIMULATED subjects from a head template")
         source = str(simulated.ensure())

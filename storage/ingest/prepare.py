@@ -49,7 +49,7 @@ LIBRARY_FAULTS = (
     struct.error,
     zlib.error,
 )
-"""What the format libraries raise on headers that nobody foresaw; errors of their own kinds are met by their readers."""
+"""What the format libraries raise on headers that nobody foresaw. Errors of their own kinds are met by the readers."""
 
 
 @dataclass(slots=True)
