@@ -49,7 +49,7 @@ LABEL = "label"
 
 
 class Memory:
-    """Watches the resident memory of the stack and this process from a thread; shared pages count once a process."""
+    """Watches the resident memory of the stack and this process from a thread; shared pages count in proportion."""
 
     def __init__(self, state: Path) -> None:
         self.peak_gb = 0.0
@@ -63,9 +63,9 @@ class Memory:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._stop.wait(3.0):
+        while not self._stop.wait(5.0):
             with suppress(TomoscaleError, psutil.Error):
-                used = sum(service.resident_mb for service in stack.status(self._state).services) / 1e3
+                used = stack.resident_mb(self._state) / 1e3
                 self.peak_gb = max(self.peak_gb, used + psutil.Process().memory_info().rss / 1e9)
 
 
