@@ -139,18 +139,6 @@ def end(
     return [process for process in rest if alive(process)]
 
 
-def resident_mb(process: psutil.Process) -> float:
-    """Memory in megabytes: the proportional share where the kernel tells it, else the resident size."""
-    try:
-        try:
-            full = process.memory_full_info()
-            return float(getattr(full, "pss", full.rss)) / 1e6
-        except psutil.AccessDenied:
-            return float(process.memory_info().rss) / 1e6
-    except psutil.Error:
-        return 0.0
-
-
 def _signal(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster import ports, processes, services
+from cluster import memory, ports, processes, services
 from cluster import state as states
 from cluster.state import State, default_dir
 from storage.errors import StackError
@@ -350,20 +350,6 @@ def status(state_dir: Path | None = None) -> StackInfo:
     return _info(state_dir, state) if state else StackInfo(state_dir, (), 0)
 
 
-def resident_mb(state_dir: Path) -> float:
-    """Memory of all processes of the stack in megabytes, without asking any of them whether it is well.
-
-    Raises:
-        StackError: the state cannot be read.
-    """
-    state = states.load(state_dir)
-    return sum(_resident_mb(_main(state, name)) for name in states.SERVICES) if state else 0.0
-
-
-def _resident_mb(main: psutil.Process | None) -> float:
-    return sum(processes.resident_mb(process) for process in (processes.family([main]) if main else []))
-
-
 def _info(state_dir: Path, state: State) -> StackInfo:
     infos = []
     probes = {"s3": services.s3_problem, "mlflow": services.mlflow_problem, "ray": services.ray_problem}
@@ -382,7 +368,7 @@ def _info(state_dir: Path, state: State) -> StackInfo:
                 not detail,
                 detail,
                 service.healthy_s,
-                round(_resident_mb(main), 1),
+                round(memory.of_family(main), 1),
             )
         )
     return StackInfo(state_dir, tuple(infos), state.cpus)

@@ -11,10 +11,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from storage.ingest.names.words import Word, joined, key_of, person_end, words_of
+from storage.ingest.names.words import Word, joined, key_of, person_end, visit_number, words_of
 
 A_FEW = 20
 """Scans that one person may have."""
+LEAST_PERSON = 100
+"""No visit has so high a number: where nothing else names anybody, it is a person's. Our choice."""
 _BIDS_SUBJECT = re.compile(r"(?:^|/)(sub-[A-Za-z0-9]+)")
 _UID = re.compile(r"\d+(\.\d+){3,}")
 EACH_FILE = "([^/.]+)[^/]*$"
@@ -46,6 +48,7 @@ def subjects_by_name(names: Sequence[str], top: str) -> Subjects:
             out[name] = bids[1]
         else:
             paths[name] = _identity(tuple(name.split("/")))
+    paths |= _numbered_people(paths)
     for name, path in _folders_first(paths, notes).items():
         paths[name] = path
     cores = {name: _core(path[-1]) if path else () for name, path in paths.items()}
@@ -79,6 +82,20 @@ def _identity(path: tuple[str, ...]) -> tuple[str, ...]:
     while path and all(word.qualifies for word in words_of(path[-1])):
         path = path[:-1]
     return path
+
+
+def _numbered_people(paths: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Paths of names such as `followup_1009` that end in a person's number: one that another file of the folder has
+    behind something else, as `visit1_1009`, or, where nothing else names anybody, one that no visit has.
+    """
+    people = {(path[:-1], joined(core)) for path in paths.values() if path and len(core := _core(path[-1])) == 1}
+    out = {}
+    for name, path in paths.items():
+        *folders, last = name.split("/")
+        number = visit_number(words_of(last)) if len(path) <= len(folders) else ""
+        if number and ((tuple(folders), number) in people or (not path and int(number) >= LEAST_PERSON)):
+            out[name] = (*folders, number)
+    return out
 
 
 def _folders_first(paths: dict[str, tuple[str, ...]], notes: list[str]) -> dict[str, tuple[str, ...]]:

@@ -40,6 +40,11 @@ _LETTER = re.compile(r"([A-Za-z]*\d+)([A-Za-z])")
 _NUMBER = re.compile(r"([A-Za-z]*)(\d+)")
 
 
+_VISIT_NUMBER = re.compile(
+    r"(?:visit|vis|session|sess|ses|timepoint|tp|followup|fu|run|rep|repeat|retest)[-_. ](\d+)", _I
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Word:
     """A part of a name, with what stands before it."""
@@ -139,6 +144,12 @@ def person_end(words: tuple[Word, ...]) -> int:
         if following is not None and _PERSON_WORD.fullmatch(word.text) and following.text.isdigit():
             return at + 2
     return 0
+
+
+def visit_number(words: tuple[Word, ...]) -> str:
+    """The number of the last word such as `followup_1009`, which may be a person's; empty where there is none."""
+    numbers = [match[1] for word in words if (match := _VISIT_NUMBER.fullmatch(word.text))]
+    return numbers[-1] if numbers else ""
 
 
 def joined(words: tuple[Word, ...]) -> str:

@@ -1,5 +1,6 @@
 """Whose a scan is: one person is in one split whatever tells the scans apart, and two people stay two."""
 
+import re
 from collections import defaultdict
 
 import pytest
@@ -41,6 +42,27 @@ def groups(*names: str) -> list[list[str]]:
     for name, subject in subjects(*names).items():
         out[subject].append(name)
     return sorted(sorted(group) for group in out.values())
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("followup_1009", "followup_1010", "visit1_1009", "visit1_1010", "baseline_1010"),
+        ("followup-09", "visit1-09", "followup-10", "visit1-10"),
+        ("study/session_07", "study/T1_07", "study/session_08", "study/T1_08"),
+        ("visit_1009", "visit_1010"),
+    ],
+)
+def test_a_number_behind_a_visit_may_be_a_persons(names):
+    people = {re.search(r"\d+$", name)[0] for name in names}
+    assert groups(*names) == sorted(sorted(n for n in names if n.endswith(person)) for person in people)
+
+
+@pytest.mark.parametrize(
+    "names", [("P01/visit_101", "P01/visit_102"), ("ann_visit_1", "ann_visit_2"), ("visit_1", "visit_2")]
+)
+def test_a_number_of_a_visit_is_no_person(names):
+    assert groups(*names) == [sorted(names)]
 
 
 @settings(max_examples=60, deadline=None)
