@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import buckets
+from cluster import buckets, grpc_certificate
 from cluster import state as states
 from cluster.processes import SERVICE_MARK, STACK_MARK
 from storage.errors import StackError
@@ -32,6 +32,7 @@ PATIENCE_S = 10.0  # a server on a busy machine may be slow and well
 # Ray waits 30 s for its own node, which no setting changes, and then ends with these words.
 IMPATIENT = "timed out during startup"
 DRIVER_SLOTS = 16
+GRPC_CERTIFICATE = "grpc.pem"
 SOCKETS = Path("/tmp")  # where weed puts its sockets, whatever TMPDIR says
 # One port a purpose; the first is the one that clients use.
 PORTS = {
@@ -100,6 +101,9 @@ def write_credentials(state_dir: Path) -> None:
     states.write_private(
         folder / "aws_credentials", f"[{PROFILE}]\naws_access_key_id = {access}\naws_secret_access_key = {key}\n"
     )
+    certificate = folder / GRPC_CERTIFICATE
+    if not certificate.exists():
+        states.write_private(certificate, grpc_certificate.new_certificate(), keep=True)
     database = str(state_dir / "mlflow" / "auth.db").replace("%", "%%")  # configparser interpolates
     states.write_private(
         folder / "mlflow_auth.ini",
@@ -164,7 +168,9 @@ def _s3(state_dir: Path, ports: dict[str, dict[str, int]], cpus: int) -> Made:
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
     ]
-    return command, {"GOMEMLIMIT": "512MiB"}, lambda: s3_problem(state_dir, own["s3"])
+    extra: dict[str, str | None] = {"GOMEMLIMIT": "512MiB"}
+    extra |= grpc_certificate.environment(state_dir / "secrets" / GRPC_CERTIFICATE)
+    return command, extra, lambda: s3_problem(state_dir, own["s3"])
 
 
 def _mlflow(state_dir: Path, ports: dict[str, dict[str, int]], cpus: int) -> Made:

@@ -1,7 +1,7 @@
 """What the local stack remembers: one directory with its data, secrets, logs and `state.json`.
 
 state.json   services, process numbers, ports; written before each start
-secrets/     made once, 0600: S3 keys, MLflow password, Ray token
+secrets/     made once, 0600: S3 keys, MLflow password, Ray token, certificate of gRPC
 s3/ mlflow/  data: buckets, tracking database
 ray/ logs/   Ray's session folder; one log a service
 """

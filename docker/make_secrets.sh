@@ -7,6 +7,10 @@ if [ -e secrets ]; then
     echo "docker/secrets is there already; remove it to make new ones (the stored data then needs the old ones)" >&2
     exit 1
 fi
+if ! command -v openssl >/dev/null; then
+    echo "openssl is needed for the certificate of SeaweedFS's gRPC ports; install it" >&2
+    exit 1
+fi
 random() { od -An -N"$1" -tx1 /dev/urandom | tr -d ' \n'; }
 umask 022
 part=secrets.part              # half-made ones would pass for made
@@ -32,6 +36,12 @@ admin_password = $password
 authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 auth_cache_ttl_seconds = 60
 END
+# Without it whoever reaches the gRPC port of the S3 server may give himself a key: see cluster/grpc_certificate.py.
+openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 36500 -subj /CN=tomoscale \
+    -keyout "$part/key" -out "$part/certificate" 2>/dev/null
+cat "$part/key" "$part/certificate" > "$part/grpc.pem"
+rm "$part/key" "$part/certificate"
+chmod 644 "$part/grpc.pem"     # openssl's key is the owner's alone, and the container's user is another
 echo "MLFLOW_FLASK_SERVER_SECRET_KEY=$(random 32)" > "$part/mlflow_server.env"
 printf 'MLFLOW_TRACKING_USERNAME=admin\nMLFLOW_TRACKING_PASSWORD=%s\n' "$password" > "$part/mlflow_client.env"
 mv "$part" secrets

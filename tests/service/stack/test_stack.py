@@ -1,6 +1,7 @@
 """The local stack as its user meets it: what is open, what is closed, what works from a bare shell."""
 
 import contextlib
+import socket
 import subprocess
 import sys
 import time
@@ -8,7 +9,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import boto3
 import botocore.session
+import grpc
 import psutil
 import pytest
 from botocore import UNSIGNED
@@ -92,6 +95,40 @@ def test_nothing_listens_beyond_loopback(local_stack: StackInfo) -> None:
     assert local_stack.url("s3").rsplit(":", 1)[1] in map(str, hosts)
     open_ = {port: host for port, host in hosts.items() if host not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")}
     assert open_ == {}
+
+
+def test_nobody_gives_himself_a_key_of_s3(local_stack: StackInfo) -> None:
+    """The gRPC ports of SeaweedFS take no call without the stack's certificate; its S3 server took this one."""
+    state = states.load(local_stack.state_dir)
+    assert state is not None
+    own = state.services["s3"].ports
+
+    def field(number: int, data: bytes) -> bytes:
+        return bytes([number << 3 | 2, len(data)]) + data
+
+    credential = field(1, b"intruder") + field(2, b"intruders-secret")
+    identity = field(1, b"intruder") + field(2, credential) + field(3, b"Admin")
+    calls = {
+        "s3_grpc": ("/messaging_pb.SeaweedS3IamCache/PutIdentity", field(1, identity)),
+        "filer_grpc": ("/filer_pb.SeaweedFiler/GetFilerConfiguration", b""),
+        "master_grpc": ("/master_pb.Seaweed/Statistics", b""),
+        "volume_grpc": ("/volume_server_pb.VolumeServer/VolumeServerStatus", b""),
+    }
+    for port, (method, message) in calls.items():
+        with grpc.insecure_channel(f"127.0.0.1:{own[port]}") as channel, pytest.raises(grpc.RpcError) as refused:
+            channel.unary_unary(method)(message, timeout=10)
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE, port
+        with socket.create_connection(("127.0.0.1", own[port]), timeout=10):
+            pass  # it listens, and would have answered
+    client = boto3.client(
+        "s3",
+        endpoint_url=local_stack.url("s3"),
+        region_name="us-east-1",
+        aws_access_key_id="intruder",
+        aws_secret_access_key="intruders-secret",
+    )
+    with pytest.raises(ClientError, match="InvalidAccessKeyId"):
+        client.list_buckets()
 
 
 def test_a_job_from_a_bare_shell_finds_the_stack_and_leaks_nothing(local_stack: StackInfo, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shutil
 import stat
 import subprocess
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster import grpc_certificate
 from jobs.configs import PretrainConfig
 from ssl_core.config import load
 
@@ -153,6 +155,13 @@ def test_compose_publishes_on_loopback_only_and_gives_each_what_it_mounts() -> N
     assert host in allowed.split("=", 1)[1].split(",")  # MLflow answers 403 to names that it does not know
 
 
+def test_the_grpc_ports_of_compose_have_what_those_of_the_local_stack_have() -> None:
+    variables = compose()["services"]["s3"]["environment"]
+    expected = grpc_certificate.environment(Path("/run/secrets/grpc.pem"))
+    assert {key: value for key, value in variables.items() if key.startswith("WEED_")} == expected
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 def test_secrets_are_made_once_and_behind_a_closed_folder(tmp_path: Path) -> None:
     script = tmp_path / "make_secrets.sh"
     script.write_text((ROOT / "docker" / "make_secrets.sh").read_text())
