@@ -8,7 +8,7 @@ _EXAMPLES = 3
 _FACT = re.compile(r"^\w+=")
 """An acquisition parameter or a digest, which the records hold among their notes."""
 _QUOTED = re.compile(r"'[^']*'")
-_NUMBER = re.compile(r"(?<![A-Za-z])-?\d+(?:[.,]\d+)*(?:e[+-]?\d+)?", re.IGNORECASE)
+_NUMBER = re.compile(r"(?<![A-Za-z0-9])-?\d+(?:[.,]\d+)*(?:e[+-]?\d+)?", re.IGNORECASE)
 _LIST = re.compile(r"N(?:, N)+")
 _OTHER_VOLUME = re.compile(r"^(same content as) .*$")
 
