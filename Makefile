@@ -27,7 +27,7 @@ fuzz: $(READY)
 
 coverage: $(READY)
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --cov --cov-report=
-	$(BIN)/python docs/coverage.py
+	$(BIN)/python docs/coverage_page.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

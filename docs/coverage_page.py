@@ -1,4 +1,4 @@
-"""Writes `docs/coverage.md` from what `make coverage` measured: `python docs/coverage.py`."""
+"""Writes `docs/coverage.md` from what `make coverage` measured: `python docs/coverage_page.py`."""
 
 import json
 import sys
