@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from cluster import state as states
 from cluster.patience import OUTAGE_S, UnknownJob, forgotten, through_outage
+from cluster.ray_hooks import patch_ray_to_limit_requests
 from storage.errors import StackError
 
 if TYPE_CHECKING:
@@ -265,21 +266,6 @@ def stop_all(address: str, *, wait_s: float = 10.0, token: str | None = None) ->
     return running
 
 
-def _limit_requests() -> None:
-    """Give each request of Ray's client a time limit; without one it waits for ever for an answer that was lost."""
-    from ray.dashboard.modules.dashboard_sdk import SubmissionClient
-
-    plain = SubmissionClient._do_request
-    if getattr(plain, "is_limited", False):
-        return
-
-    def limited(self: Any, *arguments: Any, **options: Any) -> Any:
-        return plain(self, *arguments, **{"timeout": _REQUEST_S, **options})
-
-    limited.is_limited = True  # type: ignore[attr-defined]
-    SubmissionClient._do_request = limited  # type: ignore[method-assign]
-
-
 @contextlib.contextmanager
 def _client(address: str, token: str | None, job: str = "") -> "Iterator[JobSubmissionClient]":
     from ray.exceptions import AuthenticationError
@@ -301,7 +287,7 @@ def _client(address: str, token: str | None, job: str = "") -> "Iterator[JobSubm
             remedy="`tomoscale status` prints the one of the local stack",
         )
     token = token_for(url) if token is None else token
-    _limit_requests()
+    patch_ray_to_limit_requests(_REQUEST_S)
     try:
         with _addresses_unset():
             client = JobSubmissionClient(url, headers=_shown(token))

@@ -12,6 +12,7 @@ import pytest
 import cluster
 from cluster import jobclient, patience
 from cluster import state as states
+from cluster.ray_hooks import patch_ray_to_limit_requests
 from storage.errors import StackError
 
 
@@ -203,6 +204,14 @@ def test_a_job_that_its_cluster_forgot_is_told_from_a_wrong_name(monkeypatch: py
     Server(monkeypatch, UNKNOWN)
     with pytest.raises(patience.UnknownJob, match="none of that name; `tomoscale jobs list`"):
         list(jobclient.follow(URL, "job", token=""))
+
+
+def test_a_ray_without_the_patched_method_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.dashboard.modules.dashboard_sdk import SubmissionClient
+
+    monkeypatch.delattr(SubmissionClient, "_do_request")
+    with pytest.raises(StackError, match="_do_request"):
+        patch_ray_to_limit_requests((1.0, 1.0))
 
 
 def test_requests_to_a_job_server_have_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
