@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from storage.errors import StackError
+from storage.objects.retry import OutOfTime, RetryPolicy, repeat
 
 OUTAGE_S = 3600.0
 _NOTICE_S = 10.0  # an outage that is shorter is not worth a line
@@ -34,28 +35,39 @@ def forgotten(address: str, job: str) -> UnknownJob:
 
 
 def through_outage(look: Callable[[], T], address: str, job: str, outage_s: float, say: Callable[[str], None]) -> T:
-    """What `look` returns, asked again while the job server is away, for `outage_s` seconds."""
-    began, clock, pause, is_noticed = time.monotonic(), time.strftime("%H:%M:%S"), 0.5, False
-    while True:
-        try:
-            result = look()
-        except StackError as error:
-            if not (isinstance(error.__cause__, ConnectionError) or _GATEWAY.search(str(error.__cause__))):
-                raise
-            spent = time.monotonic() - began
-            if spent >= outage_s:
-                raise Unreachable(
-                    f"Ray jobs at {address}",
-                    expected="a job server",
-                    found=f"that it was not reachable since {clock}, for {spent:.0f} s: {error.found}",
-                    remedy=f"the job goes on as far as this machine can tell; tomoscale jobs logs {job} --follow",
-                ) from error
-            if spent >= _NOTICE_S and not is_noticed:
-                say(f"{address} is not reachable since {clock} ({error.found}); the job goes on, and this keeps trying")
-                is_noticed = True
-            time.sleep(min(pause, outage_s))
-            pause = min(5.0, 2 * pause)
-            continue
-        if is_noticed:
-            say(f"{address} is reachable again, after {time.monotonic() - began:.0f} s")
-        return result
+    """What `look` returns, asked again while the job server is away, for `outage_s` seconds.
+
+    Raises:
+        Unreachable: it was away for longer.
+        StackError: it refused.
+    """
+    began, clock, is_noticed = time.monotonic(), time.strftime("%H:%M:%S"), False
+
+    def notice(error: Exception, spent_s: float) -> None:
+        nonlocal is_noticed
+        if spent_s >= _NOTICE_S and not is_noticed:
+            is_noticed = True
+            say(f"{address} is not reachable since {clock} ({_reason(error)}); the job goes on, and this keeps trying")
+
+    policy = RetryPolicy(deadline_s=outage_s, attempt_s=0.0, first_s=1.0)
+    try:
+        result = repeat(look, policy, _is_away, notice, sleep=time.sleep)
+    except OutOfTime as end:
+        raise Unreachable(
+            f"Ray jobs at {address}",
+            expected="a job server",
+            found=f"that it was not reachable since {clock}, for {end.spent_s:.0f} s: {_reason(end.last)}",
+            remedy=f"the job goes on as far as this machine can tell; tomoscale jobs logs {job} --follow",
+        ) from end.last
+    if is_noticed:
+        say(f"{address} is reachable again, after {time.monotonic() - began:.0f} s")
+    return result
+
+
+def _is_away(error: Exception) -> bool:
+    cause = error.__cause__
+    return isinstance(error, StackError) and (isinstance(cause, ConnectionError) or bool(_GATEWAY.search(str(cause))))
+
+
+def _reason(error: Exception) -> str:
+    return error.found if isinstance(error, StackError) else str(error)

@@ -12,12 +12,12 @@ import fcntl
 import json
 import os
 import secrets
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from storage.errors import ConfigError, StackError
+from storage.objects.retry import OutOfTime, RetryPolicy, repeat
 
 STATE_VARIABLE = "TOMOSCALE_STATE"
 SERVICES = ("s3", "mlflow", "ray")
@@ -169,18 +169,19 @@ def locked(state_dir: Path, wait_s: float = 60.0) -> Iterator[None]:
         StackError: somebody else holds it for longer than `wait_s`.
     """
     with (state_dir / "lock").open("w") as file:
-        deadline = time.monotonic() + wait_s
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:  # looked at again, since the kernel's lock has no time-out
-                if time.monotonic() > deadline:
-                    raise StackError(
-                        f"state directory {state_dir}",
-                        expected="to be alone with it",
-                        found="another `tomoscale up` or `down` at work",
-                        remedy="wait until it is done",
-                    ) from None
-                time.sleep(0.1)
+        # Looked at again and again, since the kernel's lock has no time-out.
+        policy = RetryPolicy(deadline_s=wait_s, attempt_s=0.0, first_s=0.2, cap_s=0.2)
+        try:
+            repeat(lambda: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB), policy, _is_taken)
+        except OutOfTime as end:
+            raise StackError(
+                f"state directory {state_dir}",
+                expected="to be alone with it",
+                found="another `tomoscale up` or `down` at work",
+                remedy="wait until it is done",
+            ) from end.last
         yield
+
+
+def _is_taken(error: Exception) -> bool:
+    return isinstance(error, BlockingIOError)

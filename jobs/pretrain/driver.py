@@ -5,6 +5,7 @@ checkpoint), of the driver (submit again) or of the store (writes are retried fo
 again).
 """
 
+import math
 import signal
 import tempfile
 import time
@@ -39,9 +40,10 @@ from ssl_core.config import resolved
 from ssl_core.train import checkpoint
 from storage.errors import StackError, TomoscaleError
 from storage.objects import join
+from storage.objects.retry import OutOfTime, RetryPolicy, repeat
 
-# Counted, not timed as `storage.objects.retry` does: between two failures lie hours of training.
-_CONTROLLER_TRIES = 5
+# Counted and not timed, since between two failures lie hours of training.
+_CONTROLLER = RetryPolicy(deadline_s=math.inf, attempt_s=0.0, first_s=10.0, cap_s=80.0, tries=5)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -118,9 +120,9 @@ def fit(config: PretrainConfig, run_id: str, lease: str) -> Any:
     path, filesystem = storage_for(config.runs)
     need = config.cluster
     workers: Any = need.workers if need.min_workers is None else (need.min_workers, need.workers)
-    attempt = 0
-    while True:
-        trainer = TorchTrainer(
+
+    def trainer() -> TorchTrainer:
+        return TorchTrainer(
             train_loop,
             train_loop_config={"config": resolved(config), "run_id": run_id, "lease": lease},
             scaling_config=ScalingConfig(
@@ -139,29 +141,33 @@ def fit(config: PretrainConfig, run_id: str, lease: str) -> Any:
                 callbacks=[StopOnFinalErrors()],
             ),
         )
-        try:
-            result = _fitted(trainer)
-        except ControllerError as error:
-            cause = error.controller_failure
-            if isinstance(cause, TomoscaleError):
-                raise cause from error
-            if isinstance(cause, FINAL):
-                raise _ended(config, f"{type(cause).__name__}: {last_line(cause)}") from error
-            attempt += 1
-            if attempt == _CONTROLLER_TRIES:
-                raise StackError(
-                    f"pre-training {config.name}",
-                    expected=f"a working store at {config.runs}",
-                    found=f"{attempt} failures of the controller, the last: {last_line(error)}",
-                    remedy="submit again under the same name when the store is back",
-                ) from error
-            pause = 2.5 * 2**attempt
-            print(f"the training controller failed ({last_line(error)}); again in {pause:.0f} s", flush=True)
-            time.sleep(pause)
-            continue
-        except TrainingFailedError as error:
-            raise _ended(config, last_line(error)) from error
-        return result.checkpoint
+
+    try:
+        result = repeat(lambda: _fitted(trainer()), _CONTROLLER, _is_passing, _note_controller)
+    except OutOfTime as end:
+        raise StackError(
+            f"pre-training {config.name}",
+            expected=f"a working store at {config.runs}",
+            found=f"{end.tries} failures of the controller, the last: {last_line(end.last)}",
+            remedy="submit again under the same name when the store is back",
+        ) from end.last
+    except ControllerError as error:
+        cause = error.controller_failure
+        if isinstance(cause, TomoscaleError):
+            raise cause from error
+        raise _ended(config, f"{type(cause).__name__}: {last_line(cause)}") from error
+    except TrainingFailedError as error:
+        raise _ended(config, last_line(error)) from error
+    return result.checkpoint
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether a controller died of its storage, and not of an error that another try would meet again."""
+    return isinstance(error, ControllerError) and not isinstance(error.controller_failure, (TomoscaleError, *FINAL))
+
+
+def _note_controller(error: Exception, _spent_s: float) -> None:
+    print(f"the training controller failed ({last_line(error)}); starting another", flush=True)
 
 
 def _fitted(trainer: Any) -> Any:

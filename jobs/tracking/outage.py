@@ -8,11 +8,12 @@ from typing import TypeVar
 
 from jobs.output import last_line
 from storage.errors import ConfigError, StackError
+from storage.objects.retry import OutOfTime, RetryPolicy, repeat
 
 T = TypeVar("T")
 WAIT_VARIABLE = "TOMOSCALE_MLFLOW_WAIT_S"
 WAIT_S = 3600.0
-_FIRST_PAUSE_S, _MAX_PAUSE_S, _SAY_S = 1.0, 30.0, 300.0
+_FIRST_PAUSE_S, _MAX_PAUSE_S, _SAY_S = 2.0, 60.0, 300.0  # pauses are random: half of these on average
 _BUSY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "RESOURCE_EXHAUSTED", "REQUEST_LIMIT_EXCEEDED")
 _STATUS = re.compile(r"failed with error code (429|5\d\d)\b")
 
@@ -29,33 +30,29 @@ def through_outage(attempt: Callable[[], T], what: str) -> T:
         ConfigError: that variable is not a number of seconds.
         Exception: anything else that `attempt` raises, at once.
     """
-    limit = wait_s()
-    began, pause, again_at = time.monotonic(), _FIRST_PAUSE_S, 0.0
-    while True:
-        try:
-            result = attempt()
-        except Exception as error:
-            if not is_away(error):
-                raise
-            spent = time.monotonic() - began
-            uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-            if spent + pause > limit:
-                raise StackError(
-                    f"MLflow at {uri}",
-                    expected=f"an answer within {limit:g} s, to take {what}",
-                    found=last_line(error),
-                    remedy="nothing trained is lost: send the same configuration again when it is back; "
-                    f"{WAIT_VARIABLE} sets how long a job waits",
-                ) from error
-            if spent >= again_at:
-                print(f"MLflow at {uri} is away; waiting for it with {what}, {limit - spent:.0f} s at most", flush=True)
-                again_at = spent + _SAY_S
-            time.sleep(pause)
-            pause = min(_MAX_PAUSE_S, 2 * pause)
-            continue
-        if again_at:
-            print(f"MLflow is back after {time.monotonic() - began:.0f} s", flush=True)
-        return result
+    limit, uri = wait_s(), os.environ.get("MLFLOW_TRACKING_URI", "")
+    began, again_at = time.monotonic(), 0.0
+
+    def notice(_error: Exception, spent_s: float) -> None:
+        nonlocal again_at
+        if spent_s >= again_at:
+            again_at = spent_s + _SAY_S
+            print(f"MLflow at {uri} is away; waiting for it with {what}, {limit - spent_s:.0f} s at most", flush=True)
+
+    policy = RetryPolicy(deadline_s=limit, attempt_s=0.0, first_s=_FIRST_PAUSE_S, cap_s=_MAX_PAUSE_S)
+    try:
+        result = repeat(attempt, policy, is_away, notice, sleep=time.sleep)
+    except OutOfTime as end:
+        raise StackError(
+            f"MLflow at {uri}",
+            expected=f"an answer within {limit:g} s, to take {what}",
+            found=last_line(end.last),
+            remedy="nothing trained is lost: send the same configuration again when it is back; "
+            f"{WAIT_VARIABLE} sets how long a job waits",
+        ) from end.last
+    if again_at:
+        print(f"MLflow is back after {time.monotonic() - began:.0f} s", flush=True)
+    return result
 
 
 def wait_s() -> float:

@@ -279,6 +279,7 @@ class Sender:
                 steps = None
                 if again_at is None:  # once an outage
                     print(f"MLflow did not take metrics ({type(error).__name__}); they wait in the journal", flush=True)
+                # By hand and not by `repeat`, since the points that come until then join the next attempt.
                 again_at = time.monotonic() + pause
                 pause = min(_MAX_PAUSE_S, 2 * pause)
 

@@ -9,6 +9,7 @@ for which there is HTTPS. The SHA-256 of what came is recorded beside the data.
 import hashlib
 import http.client
 import json
+import math
 import os
 import shutil
 import tarfile
@@ -21,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from storage.errors import ConfigError, StoreError
+from storage.objects.retry import OutOfTime, RetryPolicy, repeat
 
 URL = "https://msd-for-monai.s3-us-west-2.amazonaws.com/Task04_Hippocampus.tar"
 MD5 = "9d24dba78a72977dbd1d2e110310f31b"
@@ -90,32 +92,44 @@ def fetch_hippocampus(
 
 
 def _download(url: str, partial: Path, progress: Report | None, timeout_s: float, tries: int) -> None:
-    problem = ""
-    # By hand: each try goes on where the last one ended, so that tries are bounded and a slow line is not.
-    for attempt in range(tries):
-        if attempt:
-            time.sleep(min(2.0**attempt / 4, 4))
+
+    def attempt() -> None:
         try:
-            if _continue(url, partial, progress, timeout_s):
-                return
-            problem = "the connection ended early"
+            # Each try goes on where the last one ended, so that tries are bounded and a slow line is not.
+            is_whole = _continue(url, partial, progress, timeout_s)
         except urllib.error.HTTPError as error:
-            problem = f"HTTP {error.code} {error.reason}"
-            if error.code == 416:  # what is there is longer than the archive: not a part of it
+            if error.code == 416:  # what lies there is longer than the archive: not a part of it
                 partial.unlink(missing_ok=True)
-            elif error.code < 500 and error.code not in (408, 429):
-                break
-        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-            problem = str(getattr(error, "reason", "") or error) or type(error).__name__
-    raise StoreError(
-        url,
-        expected="the data set's archive",
-        found=problem,
-        remedy=(
-            "where this network does not reach it, download the file elsewhere, unpack it, and give the folder: "
-            "`tomoscale demo --data FOLDER`; without it the demo uses simulated subjects"
-        ),
-    )
+            raise
+        if not is_whole:
+            raise ConnectionError("the connection ended early")
+
+    policy = RetryPolicy(deadline_s=math.inf, attempt_s=0.0, first_s=1.0, tries=tries)
+    try:
+        repeat(attempt, policy, _is_passing, sleep=time.sleep)
+    except (OutOfTime, urllib.error.HTTPError) as end:
+        error = end.last if isinstance(end, OutOfTime) else end
+        raise StoreError(
+            url,
+            expected="the data set's archive",
+            found=_problem(error),
+            remedy=(
+                "where this network does not reach it, download the file elsewhere, unpack it, and give the folder: "
+                "`tomoscale demo --data FOLDER`; without it the demo uses simulated subjects"
+            ),
+        ) from error
+
+
+def _is_passing(error: Exception) -> bool:
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code >= 500 or error.code in (408, 416, 429)
+    return isinstance(error, urllib.error.URLError | http.client.HTTPException | TimeoutError | ConnectionError)
+
+
+def _problem(error: Exception) -> str:
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP {error.code} {error.reason}"
+    return str(getattr(error, "reason", "") or error) or type(error).__name__
 
 
 def _continue(url: str, partial: Path, progress: Report | None, timeout_s: float) -> bool:

@@ -220,8 +220,7 @@ class FaultProxy:
         head = await _head(answers)
         if head is None:
             raise ConnectionResetError
-        writer.write(head.raw)
-        self.sent_bytes += len(head.raw)
+        self._send(writer, head.raw)
         status = head.first.split(" ", 2)[1]
         if method == "HEAD" or status in ("204", "304") or status.startswith("1"):
             await writer.drain()
@@ -230,8 +229,7 @@ class FaultProxy:
             while True:
                 line = await answers.readuntil(b"\r\n")
                 block = line + await answers.readexactly(int(line.split(b";")[0], 16) + 2)
-                writer.write(block)
-                self.sent_bytes += len(block)
+                self._send(writer, block)
                 await writer.drain()
                 if line.strip() == b"0":
                     return True
@@ -248,7 +246,7 @@ class FaultProxy:
             if isinstance(fault, (Reset, Truncate)):
                 room = (fault.after or 0) - done
                 if len(data) >= room:
-                    writer.write(data[:room])
+                    self._send(writer, data[:room])
                     await writer.drain()
                     if isinstance(fault, Reset):
                         _reset(writer)
@@ -256,15 +254,18 @@ class FaultProxy:
             if isinstance(fault, Slow):
                 step = max(1, int(fault.bytes_per_s / 10))
                 for at in range(0, len(data), step):
-                    writer.write(data[at : at + step])
+                    self._send(writer, data[at : at + step])
                     await writer.drain()
                     await asyncio.sleep(0.1)
             else:
-                writer.write(data)
+                self._send(writer, data)
             done += len(data)
-            self.sent_bytes += len(data)
             await writer.drain()
         return True
+
+    def _send(self, writer: asyncio.StreamWriter, data: bytes) -> None:
+        self.sent_bytes += len(data)  # first, since a client that has them may ask for the count at once
+        writer.write(data)
 
 
 class ProxyProcess:

@@ -1,11 +1,13 @@
 """Retries: bounded by the deadline, jittered, and only for what may pass."""
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.errors import ConfigError, NotFound, StoreError
-from storage.objects.retry import RetryPolicy, TransientError, retry
+from storage.objects.retry import OutOfTime, RetryPolicy, TransientError, repeat, retry
 
 
 class Clock:
@@ -64,6 +66,38 @@ def test_the_deadline_is_never_passed(deadline: float, share: float, slow: float
     assert clock.now <= deadline + 0.011
     for n, wait in enumerate(clock.waits):
         assert 0 <= wait <= min(policy.cap_s, policy.first_s * 2.0 ** min(n, 60)) + 1e-9
+
+
+def _fail() -> None:
+    raise KeyError("gone")
+
+
+def test_a_repetition_asks_which_errors_pass_and_says_that_it_waits() -> None:
+    clock, waits = Clock(), []
+    policy = RetryPolicy(deadline_s=10, attempt_s=0)
+    with pytest.raises(OutOfTime, match="failed attempts in 10.0 s, the last: 'gone'") as caught:
+        repeat(
+            _fail,
+            policy,
+            lambda error: isinstance(error, KeyError),
+            lambda error, spent_s: waits.append((str(error), spent_s)),
+            clock=lambda: clock.now,
+            sleep=clock.sleep,
+            uniform=lambda _low, high: high,
+        )
+    assert isinstance(caught.value.last, KeyError)
+    assert [spent for _, spent in waits] == [0.0, *(sum(clock.waits[:n]) for n in range(1, len(clock.waits)))]
+    assert clock.now == 10
+    with pytest.raises(KeyError):
+        repeat(_fail, policy, lambda _: False, sleep=lambda _: pytest.fail("no wait expected"))
+
+
+def test_tries_end_what_no_deadline_ends() -> None:
+    clock, policy = Clock(), RetryPolicy(deadline_s=math.inf, attempt_s=0, tries=3)
+    with pytest.raises(OutOfTime) as caught:
+        repeat(_fail, policy, lambda _: True, sleep=clock.sleep)
+    assert caught.value.tries == 3
+    assert len(clock.waits) == 2
 
 
 def test_the_environment_sets_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
