@@ -8,7 +8,6 @@ Ctrl-C end the run with a checkpoint after the step that was under way.
 import argparse
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from jobs.configs import PretrainConfig
 from jobs.driver import guarded
 from jobs.output import write_page
-from jobs.pretrain.loop import Hooks, collectives_backend, run
+from jobs.pretrain.loop import Hooks, Take, collectives_backend, run
 from jobs.tracking.runs import Point
 from ssl_core.config import load
 
@@ -67,11 +66,9 @@ def main(argv: Sequence[str]) -> int:
     dist.barrier()
     done = sorted(p for p in out.glob("step-*") if p.is_dir())
 
-    def publish(step: int, directory: Path | None, metrics: dict[str, float]) -> None:
-        if directory is not None:
-            # A plain move could leave half a checkpoint under its final name when it crosses file systems.
-            shutil.copytree(directory, out / f".step-{step:08d}", dirs_exist_ok=True)
-            (out / f".step-{step:08d}").rename(out / f"step-{step:08d}")
+    def publish(step: int, take: Take | None, metrics: dict[str, float]) -> None:
+        if take is not None:
+            take().save(out / f"step-{step:08d}")
 
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -80,6 +77,7 @@ def main(argv: Sequence[str]) -> int:
         hooks = Hooks(
             publish=publish,
             on_point=Lines(out / "metrics.jsonl").add,
+            is_recorded=lambda _step: True,
             say=lambda line: print(line, flush=True),
             stop=stop.is_set,
         )

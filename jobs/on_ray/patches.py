@@ -62,7 +62,9 @@ COUNT_WORKERS = PrivateName(
     "ray.train.v2._internal.execution.scaling_policy", "ElasticScalingPolicy._count_possible_workers"
 )
 HANDLE_TASK_ERROR = PrivateName("ray.tune.experiment.trial", "Trial._handle_ray_task_error")
-PRIVATE_NAMES = (CREATE_SCALING_POLICY, COUNT_WORKERS, HANDLE_TASK_ERROR)
+GET_TRAIN_CONTEXT = PrivateName("ray.train.v2._internal.execution.context", "get_train_context")
+"""Read, not replaced."""
+PRIVATE_NAMES = (CREATE_SCALING_POLICY, COUNT_WORKERS, HANDLE_TASK_ERROR, GET_TRAIN_CONTEXT)
 
 
 def patch_ray_to_share_evenly(global_batch: int, lanes: int) -> None:

@@ -9,7 +9,7 @@ import math
 import signal
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,8 @@ def _train(config: PretrainConfig, lease: Lease) -> int:
 def fit(config: PretrainConfig, run_id: str, lease: str) -> Any:
     """Train with Ray Train until done; returns the last checkpoint.
 
-    A controller that dies of its storage is started again under the same name, with growing pauses.
+    A controller that dies of its storage is started again under the same name, with growing pauses. After a notice that
+    a node will be taken away, training goes on from a checkpoint of that step, on other nodes.
 
     Args:
         config: The job.
@@ -142,8 +143,18 @@ def fit(config: PretrainConfig, run_id: str, lease: str) -> Any:
             ),
         )
 
+    while True:
+        result = _result(config, trainer)
+        step = int((result.metrics or {}).get("step", config.engine.steps))
+        if step >= config.engine.steps:
+            return result.checkpoint
+        print(f"saved at step {step}, as a node will be taken away; going on on the others", flush=True)
+
+
+def _result(config: PretrainConfig, trainer: Callable[[], TorchTrainer]) -> Any:
+    """What training ended with: after its last step, or early where a node is about to be taken away."""
     try:
-        result = repeat(lambda: _fitted(trainer()), _CONTROLLER, _is_passing, _note_controller)
+        return repeat(lambda: _fitted(trainer()), _CONTROLLER, _is_passing, _note_controller)
     except OutOfTime as end:
         raise StackError(
             f"pre-training {config.name}",
@@ -158,7 +169,6 @@ def fit(config: PretrainConfig, run_id: str, lease: str) -> Any:
         raise _ended(config, f"{type(cause).__name__}: {last_line(cause)}") from error
     except TrainingFailedError as error:
         raise _ended(config, last_line(error)) from error
-    return result.checkpoint
 
 
 def _is_passing(error: Exception) -> bool:

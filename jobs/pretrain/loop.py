@@ -5,7 +5,6 @@ handed in.
 """
 
 import hashlib
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from ssl_core.distributed import Collectives, current
 from ssl_core.methods.base import method_class
 from ssl_core.networks.registry import build
 from ssl_core.train import checkpoint
+from ssl_core.train.checkpoint import Snapshot
 from ssl_core.train.engine import Engine, fit
 from ssl_core.views.make import make_views
 from ssl_core.views.types import ViewBatch
@@ -34,6 +34,8 @@ from storage.reading.volume_store import VolumeStore
 from storage.stream.crop_stream import CropStream, HostBatch
 
 JOURNAL = "journal"
+"""Of a checkpoint: the points that are nowhere else yet, and the last one."""
+Take = Callable[[], Snapshot]
 
 
 @dataclass
@@ -60,14 +62,17 @@ class Hooks:
     """What the surroundings of a loop provide.
 
     Attributes:
-        publish: Called on every rank with the steps done, the checkpoint's directory (rank 0 only) and the metrics.
+        publish: Called on every rank with the steps done, what takes the checkpoint (rank 0 only) and the metrics. The
+            state is live until it is taken, which is to be done before returning; writing what was taken may wait.
         on_point: Called on rank 0 with each new point.
+        is_recorded: Whether the point of a step is where it stays; checkpoints carry all others.
         say: Called on rank 0 with a line for the log.
         stop: Asked before each step.
     """
 
-    publish: Callable[[int, Path | None, dict[str, float]], None]
+    publish: Callable[[int, Take | None, dict[str, float]], None]
     on_point: Callable[[Point], None] = lambda _point: None
+    is_recorded: Callable[[int], bool] = lambda _step: False
     say: Callable[[str], None] = lambda _line: None
     stop: Callable[[], bool] | None = None
     last: dict[str, float] = field(default_factory=dict)
@@ -164,6 +169,7 @@ def run(
         if collectives.rank:
             hooks.publish(step, None, hooks.last)
             return
+        journal[:] = [item for item in journal[:-1] if not hooks.is_recorded(item.step)] + journal[-1:]
         facts = {
             **what,
             "step": step,
@@ -172,9 +178,7 @@ def run(
             JOURNAL: [item.to_json() for item in journal],
             SETTINGS: resolved(config),
         }
-        with tempfile.TemporaryDirectory(prefix="tomoscale-") as folder:
-            directory = checkpoint.save(Path(folder) / "checkpoint", state, facts)
-            hooks.publish(step, directory, hooks.last)
+        hooks.publish(step, lambda: Snapshot.of(state, facts), hooks.last)
 
     probe = LabelProbe(config, store, method_views, hooks.say if collectives.rank == 0 else _silent)
     with store, stream:

@@ -12,7 +12,9 @@ import torch
 from jobs import lease
 from jobs.configs import PretrainConfig
 from jobs.driver import quiet
-from jobs.pretrain.loop import Hooks, run
+from jobs.on_ray import preemption
+from jobs.on_ray.uploads import Uploads
+from jobs.pretrain.loop import Hooks, Take, run
 from jobs.tracking.runs import Sender
 from ssl_core.config import parse
 
@@ -21,7 +23,7 @@ KIND = "pretrain"
 
 
 def train_loop(payload: dict[str, Any]) -> None:
-    """Train one rank, from the run's last checkpoint when there is one.
+    """Train one rank, from the run's last checkpoint when there is one, to the last step or a notice of preemption.
 
     Args:
         payload: `config`, the resolved configuration, `run_id`, the MLflow run, and `lease`, the job's token.
@@ -32,16 +34,17 @@ def train_loop(payload: dict[str, Any]) -> None:
     context = ray.train.get_context()
     sender = Sender(payload["run_id"]) if context.get_world_rank() == 0 else None
 
-    def publish(step: int, directory: Path | None, metrics: dict[str, float]) -> None:
-        if directory is not None:
-            lease.require(config.runs, config.name, KIND, payload["lease"])
-        checkpoint = None if directory is None else ray.train.Checkpoint.from_directory(str(directory))
-        ray.train.report({"step": step, **metrics}, checkpoint=checkpoint, checkpoint_dir_name=f"step-{step:08d}")
+    uploads = Uploads(lambda: lease.require(config.runs, config.name, KIND, payload["lease"]))
+
+    def publish(step: int, take: Take | None, metrics: dict[str, float]) -> None:
+        uploads.report(f"step-{step:08d}", {"step": step, **metrics}, take)
 
     hooks = Hooks(
         publish=publish,
         on_point=sender.put if sender else lambda _point: None,
+        is_recorded=sender.is_recorded if sender else lambda _step: False,
         say=lambda line: print(line, flush=True),
+        stop=preemption.is_announced,
     )
     device = ray.train.torch.get_device()
     cache_dir = Path(tempfile.gettempdir()) / f"tomoscale-cache-{os.getuid()}"

@@ -1,8 +1,9 @@
 """Tracking with MLflow that can neither block a training step nor lose or double a point.
 
 One logical job is one MLflow run, found again by tag, so that a restarted job continues it. Points go out in order, in
-batches, from a thread; the same points are journaled in every checkpoint, and the driver fills in what is missing
-when training ends. What the server already has is asked, never assumed, so each point is there exactly once.
+batches, from a thread; those that the server has not taken yet are in every checkpoint's journal, and the driver sends
+what is missing when training ends. What the server already has is asked, never assumed, so each point is there exactly
+once.
 """
 
 import math
@@ -241,6 +242,7 @@ class Sender:
 
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
+        self._recorded: set[int] = set()
         self._queue: queue.SimpleQueue[Point | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="mlflow-sender", daemon=True)
         self._thread.start()
@@ -248,6 +250,10 @@ class Sender:
     def put(self, item: Point) -> None:
         """Hand over a point."""
         self._queue.put(item)
+
+    def is_recorded(self, step: int) -> bool:
+        """Whether the server has said that it has the point of a step."""
+        return step in self._recorded
 
     def close(self, timeout_s: float = 45.0) -> None:
         """Send what is waiting, for at most `timeout_s`; the journal keeps the rest for the driver.
@@ -274,6 +280,7 @@ class Sender:
                 fresh = [p for p in waiting if p.step not in steps]
                 send(api, self._run_id, fresh)
                 steps |= {p.step for p in fresh}
+                self._recorded |= steps
                 waiting, pause, again_at = [], _FIRST_PAUSE_S, None
             except Exception as error:  # noqa: BLE001  whatever the network did, training goes on
                 steps = None

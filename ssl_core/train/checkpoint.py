@@ -17,6 +17,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,28 @@ def save(path: str | Path, state: Mapping[str, Any], meta: Mapping[str, Any]) ->
     return path
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A checkpoint before it is written: as long as it is held, training may go on.
+
+    Attributes:
+        state: See `save`; tensors on the host that nobody else changes.
+        meta: See `save`.
+    """
+
+    state: Mapping[str, Any]
+    meta: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], meta: Mapping[str, Any]) -> "Snapshot":
+        """A copy of a live state."""
+        return cls({key: _copy(value) for key, value in state.items()}, dict(meta))
+
+    def save(self, path: str | Path) -> Path:
+        """Write it; see `save`."""
+        return save(path, self.state, self.meta)
+
+
 def load(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read and verify a checkpoint: `(state, meta)`, tensors on the CPU, equal bit for bit to what was saved.
 
@@ -135,6 +158,16 @@ def require_same(meta: Mapping[str, Any], allow: bool = False, **identity: Any) 
             remedy="start a new run under another name, or allow the change explicitly",
         )
     return [f"{name}: checkpoint has {recorded!r}, this run has {expected!r}" for name, recorded, expected in other]
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copy(item) for item in value]
+    return value
 
 
 def _key(key: Any, prefix: str) -> str:

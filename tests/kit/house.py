@@ -34,7 +34,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "reading": "errors fork_guard format objects",
         "stream": "errors fork_guard intensity_stats format reading",
         "ingest": "errors geometry nifti_header intensity_stats objects format reading",
-        "datasets": "errors geometry ingest",
+        "datasets": "errors geometry ingest objects",
         "testing": "*",
     },
     "ssl_core": {

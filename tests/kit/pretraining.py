@@ -1,13 +1,12 @@
 """A pre-training job of seconds, run in this process."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from jobs.configs import PretrainConfig
-from jobs.pretrain.loop import Hooks, run
+from jobs.pretrain.loop import Hooks, Take, run
 from jobs.tracking.runs import Point
 from ssl_core.config import parse
 
@@ -32,9 +31,9 @@ def config(data: str, method: str, **engine: Any) -> PretrainConfig:
 def train(job: PretrainConfig, folder: Path, restore: Path | None = None) -> tuple[dict[str, Any], list[Point]]:
     points: list[Point] = []
 
-    def keep(step: int, directory: Path | None, _metrics: dict[str, float]) -> None:
-        assert directory is not None
-        shutil.copytree(directory, folder / f"step-{step}", dirs_exist_ok=True)
+    def keep(step: int, take: Take | None, _metrics: dict[str, float]) -> None:
+        assert take is not None
+        take().save(folder / f"step-{step}")
 
     result = run(job, Hooks(publish=keep, on_point=points.append), restore=restore, device=CPU)
     return result, points

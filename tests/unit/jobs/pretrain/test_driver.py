@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -13,38 +14,41 @@ from storage.errors import RefusedInput, StackError
 
 
 class Trainer:
-    """Stands for Ray's trainer: its controllers die of these errors in turn, then one succeeds."""
+    """Stands for Ray's trainer: its controllers end so in turn, by an error or after a step, then one succeeds."""
 
-    errors: ClassVar[list[Exception]] = []
+    ends: ClassVar[list[Exception | int]] = []
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
     def fit(self) -> Any:
-        if self.errors:
-            raise ControllerError(self.errors.pop(0))
-        return type("Result", (), {"checkpoint": "the last checkpoint"})
+        end = self.ends.pop(0) if self.ends else 9
+        if isinstance(end, Exception):
+            raise ControllerError(end)
+        return SimpleNamespace(checkpoint=f"checkpoint {end}", metrics={"step": end})
 
 
-def fit(monkeypatch: pytest.MonkeyPatch, folder: Path, *errors: Exception) -> Any:
-    monkeypatch.setattr(Trainer, "errors", list(errors))
+def fit(monkeypatch: pytest.MonkeyPatch, folder: Path, *ends: Exception | int) -> Any:
+    monkeypatch.setattr(Trainer, "ends", list(ends))
     monkeypatch.setattr(driver, "TorchTrainer", Trainer)
     monkeypatch.setattr(driver, "_CONTROLLER", dataclasses.replace(driver._CONTROLLER, first_s=0.01, cap_s=0.01))
     monkeypatch.setattr(driver, "patch_ray_to_share_evenly", lambda *_: None)
-    config = PretrainConfig.model_validate({"name": "n", "data": "memory://d", "runs": str(folder)})
+    config = PretrainConfig.model_validate(
+        {"name": "n", "data": "memory://d", "runs": str(folder), "engine": {"steps": 9, "warmup_steps": 1}}
+    )
     return driver.fit(config, "run", "lease")
 
 
 def test_a_controller_that_dies_of_its_store_is_started_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert fit(monkeypatch, tmp_path, OSError("away"), OSError("away")) == "the last checkpoint"
+    assert fit(monkeypatch, tmp_path, OSError("away"), OSError("away")) == "checkpoint 9"
     assert capsys.readouterr().out.count("the training controller failed (away); starting another") == 2
 
 
 def test_a_controller_that_dies_each_time_ends_the_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(StackError, match="5 failures of the controller, the last: away.*submit again"):
         fit(monkeypatch, tmp_path, *[OSError("away")] * 9)
-    assert len(Trainer.errors) == 4
+    assert len(Trainer.ends) == 4
 
 
 def test_an_error_that_another_controller_would_meet_again_ends_the_job_at_once(
@@ -53,4 +57,13 @@ def test_an_error_that_another_controller_would_meet_again_ends_the_job_at_once(
     damage = RefusedInput("volume 7", expected="its voxels", found="damage")
     with pytest.raises(RefusedInput, match="volume 7"):
         fit(monkeypatch, tmp_path, damage, OSError("away"))
-    assert len(Trainer.errors) == 1
+    assert len(Trainer.ends) == 1
+
+
+def test_training_that_ended_early_for_a_node_that_goes_is_gone_on_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(monkeypatch, tmp_path, 4, OSError("away"), 7) == "checkpoint 9"
+    text = capsys.readouterr().out
+    assert "saved at step 4, as a node will be taken away" in text
+    assert "saved at step 7" in text

@@ -1,6 +1,5 @@
 """LRC and supervised pre-training from a store: super-pixels are made once, read along, carried through the views."""
 
-import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +14,7 @@ from jobs.cli import main as cli
 from jobs.configs import PretrainConfig
 from jobs.pinning import as_started, identity, note_start
 from jobs.pretrain.inputs import open_manifest, stream_spec
-from jobs.pretrain.loop import Hooks, run
+from jobs.pretrain.loop import Hooks, Take, run
 from jobs.superpixels import compute, ensure_superpixels
 from ssl_core.config import parse
 from ssl_core.methods.base import method_class
@@ -68,9 +67,9 @@ def train(
 ) -> list[dict[str, float]]:
     points: list[dict[str, float]] = []
 
-    def keep(step: int, directory: Path | None, _metrics: dict[str, float]) -> None:
-        assert directory is not None
-        shutil.copytree(directory, folder / f"step-{step}", dirs_exist_ok=True)
+    def keep(step: int, take: Take | None, _metrics: dict[str, float]) -> None:
+        assert take is not None
+        take().save(folder / f"step-{step}")
 
     hooks = Hooks(publish=keep, on_point=lambda p: points.append(p.metrics))
     run(job, hooks, restore=restore, device=torch.device("cpu"), cache_dir=cache_dir)
