@@ -1,6 +1,7 @@
 """Pre-training on two machines of namespaces, each with its own network, processes and host name."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jobs.configs import PretrainConfig
 from jobs.pretrain.loop import JOURNAL
 from jobs.tracking.runs import Point
 from ssl_core.config import dump_yaml
 from ssl_core.train import checkpoint
+from tests.kit.networks import SMALL
 from tests.kit.nodes import Lab, why_not
 from tests.kit.phantoms import write_phantoms
 from tests.kit.pretraining import config, train
@@ -34,6 +37,7 @@ def environment(folder: Path, lab: Lab) -> dict[str, str]:
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "OMP_NUM_THREADS": "1",
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
@@ -74,15 +78,25 @@ def _wait_for_cpus(lab: Lab, variables: dict[str, str], count: int, log: Path) -
     raise AssertionError(f"no cluster of {count} CPUs: {said[-1000:]}\n{log.read_text()[-2000:]}")
 
 
+def written(folder: Path, cluster: dict[str, int], **engine: int) -> tuple[PretrainConfig, list[str]]:
+    """A job on phantoms in this folder, and the command that runs it."""
+    write_phantoms((folder / "store").as_uri(), 8, shape=(20, 34, 22))
+    job = config((folder / "store").as_uri(), "pgl", **engine)
+    changes = {
+        "runs": (folder / "runs").as_uri(),
+        "cluster": job.cluster.model_copy(update=cluster),
+        "backbone": job.backbone.model_copy(update={"name": "resenc", "arguments": SMALL["resenc"]}),  # without MONAI
+    }
+    job = job.model_copy(update=changes)
+    (folder / "c.yaml").write_text(dump_yaml(job))
+    return job, [str(BIN / "python"), "-m", "jobs.pretrain", str(folder / "c.yaml")]
+
+
 def test_workers_on_two_nodes_find_each_other_and_equal_one(
     cluster: tuple[Lab, dict[str, str]], tmp_path: Path
 ) -> None:
     lab, variables = cluster
-    write_phantoms((tmp_path / "store").as_uri(), 8, shape=(20, 34, 22))
-    job = config((tmp_path / "store").as_uri(), "pgl", steps=4, checkpoint_every=2)
-    places = {"runs": (tmp_path / "runs").as_uri(), "cluster": job.cluster.model_copy(update={"workers": 2})}
-    (tmp_path / "c.yaml").write_text(dump_yaml(job.model_copy(update=places)))
-    command = [str(BIN / "python"), "-m", "jobs.pretrain", str(tmp_path / "c.yaml")]
+    job, command = written(tmp_path, {"workers": 2}, steps=4, checkpoint_every=2)
     done = subprocess.run(
         lab.inside("head", command), env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=500
     )
@@ -97,3 +111,47 @@ def test_workers_on_two_nodes_find_each_other_and_equal_one(
     assert losses.keys() == expected.keys()
     # AdamW turns a rounding of a small gradient into a whole step; bitwise is what two ranks of one machine are.
     np.testing.assert_allclose([losses[step] for step in expected], list(expected.values()), rtol=1e-3)
+
+
+def test_after_notice_of_preemption_no_step_is_repeated_and_training_goes_on_on_the_nodes_that_stay(
+    cluster: tuple[Lab, dict[str, str]], tmp_path: Path
+) -> None:
+    """Notice as `ray drain-node` gives it, to the second of two nodes; with one worker less, as the job allows."""
+    lab, variables = cluster
+    job, command = written(tmp_path, {"workers": 2, "min_workers": 1}, steps=400, checkpoint_every=390, log_every=5)
+    number = _number(lab, variables, "worker")
+    process = subprocess.Popen(
+        lab.inside("head", command), env=variables, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert process.stdout is not None
+    lines: list[str] = []
+    for line in process.stdout:
+        lines.append(line.decode())
+        if "step 5/" in lines[-1]:
+            _announce(lab, variables, number)
+    assert process.wait(60) == 0, "".join(lines[-60:])
+    text = "".join(lines)
+    (saved,) = re.findall(r"saved at step (\d+), as a node will be taken away", text)
+    assert 5 < int(saved) < 390
+    assert re.findall(r"resumed at step (\d+)", text) == [saved]
+    steps = [int(step) for step in re.findall(r"(?<!at )\bstep (\d+)/400", text)]
+    assert steps == sorted(set(steps)), "a step was repeated"
+    meta = checkpoint.read_meta(max((tmp_path / "runs" / job.name).glob("step-*")))
+    result, _ = train(job, tmp_path / "one")
+    assert meta["samples"] == result["samples"]
+
+
+def _number(lab: Lab, variables: dict[str, str], name: str) -> str:
+    """Ray's own number of a node."""
+    listing = "import ray; ray.init(); print({n['NodeManagerAddress']: n['NodeID'] for n in ray.nodes()}[%r])"
+    command = [str(BIN / "python"), "-c", listing % lab.address(name)]
+    done = subprocess.run(lab.inside("head", command), env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()[-1]
+
+
+def _announce(lab: Lab, variables: dict[str, str], number: str) -> None:
+    command = [str(BIN / "ray"), "drain-node", f"--address={variables['RAY_ADDRESS']}", f"--node-id={number}"]
+    notice = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=90"]
+    done = subprocess.run(lab.inside("head", command + notice), env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
