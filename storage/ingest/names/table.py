@@ -97,7 +97,7 @@ def _both(first: Row, second: Row) -> Row:
 
 
 def _same_for_all_spellings(person: str) -> str:
-    """Equal for names that differ in case, in how accents are coded, or in the `.0` that spreadsheets add to numbers."""
+    """Equal for names that differ in case, in the code of accents, or in the `.0` that spreadsheets add to numbers."""
     text = unicodedata.normalize("NFC", person).casefold()
     return text.removesuffix(".0") if text.removesuffix(".0").isdigit() else text
 

@@ -120,6 +120,6 @@ def test_two_columns_that_may_name_people_are_asked_about(tmp_path):
         subjects(src, "file,subject,patient\na,s1,P1\nb,s2,P1\n")
     assert "`person`" in refused.value.remedy
     assert set(subjects(src, "file,subject,person\na,s1,P1\nb,s2,P1\n").values()) == {"P1"}
+    (src / "people.csv").write_text("file\tperson\na\tP1\n", encoding="utf-16")
     with pytest.raises(ConfigError, match="save it as UTF-8"):
-        (src / "people.csv").write_text("file\tperson\na\tP1\n", encoding="utf-16")
         discover(src, subject_table="people.csv")
