@@ -18,6 +18,8 @@ from storage.ingest.names.subjects import subjects_by_name
 from storage.ingest.names.table import read_table, with_people
 from storage.ingest.readers.registry import FORMATS, is_volume_folder, split_name
 
+_FIRST_FOLDER = "^([^/]+)"
+
 
 def discover(
     src: str | os.PathLike[str], subject_pattern: str | None = None, subject_table: str | None = None
@@ -28,7 +30,7 @@ def discover(
         src: A folder, or one volume file.
         subject_pattern: Regular expression searched in the path relative to `src`; its first group (or whole match) is
             the subject. By default scans whose names share a stem are of one (`names.subjects`). DICOM uses its
-            PatientID.
+            PatientID where it has one.
         subject_table: Path of a table that says whose the scans are (`names.table`), absolute or relative to `src`.
 
     Raises:
@@ -102,10 +104,31 @@ def _with_subjects(
     Raises:
         ConfigError: a path does not match the pattern.
     """
+    spelling: dict[str, str] = {}
+    for subject in sorted({i.subject for i in items if i.subject and not _is_nobodys(i)}):
+        spelling.setdefault(subject.casefold(), subject)
+    items = [replace(i, subject=spelling.get(i.subject.casefold(), i.subject)) for i in items]
     if pattern is not None:
-        return [i if i.subject else replace(i, subject=_match(i.source, pattern)) for i in items], ()
+        nameless = [not i.subject or _is_nobodys(i) for i in items]
+        return [
+            replace(i, subject=_match(i.source, pattern)) if own else i for i, own in zip(items, nameless, strict=True)
+        ], ()
+    notes = []
+    studies = {i.subject for i in items if _is_nobodys(i)}
+    if len(studies) > 1:
+        notes.append(
+            f"series of {len(studies)} studies have no patient id, and each study counts as another subject: if one "
+            f"person has several, set subject_pattern, such as '{_FIRST_FOLDER}', or a subject_table, or it may be in "
+            "training and test"
+        )
     subjects = subjects_by_name([i.name for i in items if not i.subject], top.absolute().name)
-    return [i if i.subject else replace(i, subject=subjects.of[i.name]) for i in items], subjects.notes
+    items = [i if i.subject else replace(i, subject=subjects.of[i.name]) for i in items]
+    return items, (*subjects.notes, *notes)
+
+
+def _is_nobodys(item: IngestItem) -> bool:
+    """Whether a series of files that say whose they are has no patient: its study or itself stands for one."""
+    return bool(item.series) and item.subject in (item.study, item.series)
 
 
 def _match(source: str, pattern: re.Pattern[str]) -> str:

@@ -19,10 +19,13 @@ _ALWAYS = 8
 _PATCHES = ((64, 0.6), (512, 0.85))
 """Up to so many values, and the least share of neighbours outside the background that are equal."""
 _MOST = _PATCHES[-1][0]
+NOISE = 1e-3
+"""So near to whole numbers lie labels that went through sums of floats, and no others; our choice."""
 
 
 def distinct_values(channel_DHW: Array) -> int:
     """How many values there are, up to one more than a label map may have."""
+    channel_DHW = _without_noise(channel_DHW)
     values = np.empty(0, channel_DHW.dtype)
     for plane in channel_DHW:
         values = np.union1d(values, _unique(plane))
@@ -33,6 +36,7 @@ def distinct_values(channel_DHW: Array) -> int:
 
 def looks_like_label_map(channel_DHW: Array) -> bool:
     """Whether an image, which is not constant, has the values of a label map: few of them, in patches."""
+    channel_DHW = _without_noise(channel_DHW)
     count = distinct_values(channel_DHW)
     if count < 2 or count > _MOST:
         return False
@@ -49,6 +53,14 @@ def looks_like_label_map(channel_DHW: Array) -> bool:
         equal += int(np.count_nonzero((low == high) & inside))
         pairs += int(np.count_nonzero(inside))
     return equal >= least * pairs
+
+
+def _without_noise(channel_DHW: Array) -> Array:
+    """Whole numbers in place of values that are these but for rounding; the channel itself where one is not."""
+    if channel_DHW.dtype.kind != "f" or any(np.abs(plane - np.rint(plane)).max() > NOISE for plane in channel_DHW):
+        return channel_DHW
+    whole: Array = np.rint(channel_DHW)
+    return whole if whole.min() < whole.max() else channel_DHW
 
 
 def check_no_label_map(thing: str, image_CDHW: Array, policy: IngestPolicy, notes: list[str]) -> None:

@@ -11,15 +11,22 @@ from pathlib import PurePosixPath
 
 _IMAGE = r"image|img|imaging|volume|vol|scan"
 _LABEL = (
-    r"label|lbl|mask|seg|segm|segmentation|labelmap|dseg|probseg|gt|groundtruth|truth|annotation|delineation|tissuemap|"
+    r"label|lbl|mask|msk|seg|segm|segmentation|labelmap|dseg|probseg|gt|groundtruth|truth|annotation|delineation|tissuemap|"
     r"brainmask|lesionmask|manualmask"
 )
 _LABEL_AT_END = r"manual|tissue|aseg|aparc|wmparc|parc|parcellation|pveseg|ground"
 _LABEL_OF_IMAGE = r"lesion|tumou?r|roi|contour|atlas|reference|outline|liver|organ"
-IMAGE_FOLDER = re.compile(r"^(?:image|img)s?(?P<part>Tr|Ts|Val)?$", re.IGNORECASE)
-_LABEL_FOLDER = re.compile(
-    rf"^(?:{_LABEL}|ground|manual|annot|target|parcellation)s?(?P<part>Tr|Ts|Val)?$", re.IGNORECASE
-)
+_PART = "training|train|testing|test|validation|valid|val|va|tr|ts"
+
+
+def _folder(words: str) -> re.Pattern[str]:
+    """Folders such as `imagesTr`, `labels_val` and `TrainingImg`; their part of the data is `part` or `before`."""
+    return re.compile(rf"^(?:(?:{words})s?(?:[-_ ]?(?P<part>{_PART}))?|(?P<before>{_PART})[-_ ]?(?:{words})s?)$", re.I)
+
+
+IMAGE_FOLDER = _folder("image|img")
+_LABEL_FOLDER = _folder(rf"{_LABEL}|ground|manual|annot|parcellation|contour")
+_TARGETS = re.compile(r"^targets?(?P<part>Tr|Ts|Val)?(?P<before>)$", re.IGNORECASE)
 _GROUND_TRUTH = re.compile(r"ground[-_. ]truth", re.IGNORECASE)
 _WORD = re.compile(rf"(?:{_LABEL})s?", re.IGNORECASE)
 _WORD_AT_END = re.compile(rf"(?:{_LABEL_AT_END})s?", re.IGNORECASE)
@@ -30,7 +37,7 @@ _IMAGE_BEFORE = re.compile(rf"^(?:{_IMAGE})s?(?:[-_. ]+|(?=\d|$))", re.IGNORECAS
 _IMAGE_AT_END = re.compile(r"^(?P<base>.+?)[-_. ](?:image|img)$", re.IGNORECASE)
 _IMAGE_AFTER = re.compile(rf"(?:^|[-_. ]+)(?:{_IMAGE})s?$", re.IGNORECASE)
 _OWN_ENTITY = re.compile(
-    r"(?:label|desc|rater|seg|atlas|hemi)-.+|seg.*|[a-z]*seg|mask|lesion.*|.*manual", re.IGNORECASE
+    r"(?:label|desc|rater|seg|atlas|hemi)-.+|seg.*|[a-z]*seg|[a-z]*mask|msk|lesion.*|.*manual", re.IGNORECASE
 )
 _NATIVE = ("orig", "native", "individual", "scanner", "other")
 
@@ -40,10 +47,15 @@ def role_of(folder: PurePosixPath) -> tuple[str, str, str]:
     parts = list(folder.parts)
     for at in range(len(parts) - 1, -1, -1):
         name = _GROUND_TRUTH.sub("groundtruth", parts[at])
-        for pattern, role in ((IMAGE_FOLDER, "image"), (_LABEL_FOLDER, "label")):
+        for pattern, role in ((IMAGE_FOLDER, "image"), (_LABEL_FOLDER, "label"), (_TARGETS, "label")):
             if match := pattern.match(name):
-                return "/".join([*parts[:at], *parts[at + 1 :]]), match["part"] or "", role
+                return "/".join([*parts[:at], *parts[at + 1 :]]), _part(match["part"] or match["before"] or ""), role
     return "/".join(parts), "", ""
+
+
+def _part(word: str) -> str:
+    """The same word for `Tr` and `training`, `Ts` and `test`, `Va` and `val`."""
+    return {"tr": "Tr", "te": "Ts", "ts": "Ts", "va": "Val"}.get(word.lower()[:2], "")
 
 
 def label_base(stem: str) -> str | None:

@@ -8,16 +8,22 @@ subjects, and one that counts as two is in training and test. What was in doubt 
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from storage.ingest.names.people import (
+    A_FEW,
+    Paths,
+    before_date,
+    below_people,
+    kinds_of_folders,
+    known_person,
+    with_folders_that_names_repeat,
+)
 from storage.ingest.names.words import Word, joined, key_of, person_end, visit_number, words_of
 
-A_FEW = 20
-"""Scans that one person may have."""
 LEAST_PERSON = 100
 """No visit has so high a number: where nothing else names anybody, it is a person's. Our choice."""
-_BIDS_SUBJECT = re.compile(r"(?:^|/)(sub-[A-Za-z0-9]+)")
 _UID = re.compile(r"\d+(\.\d+){3,}")
 EACH_FILE = "([^/.]+)[^/]*$"
 EACH_FOLDER = "([^/]+)/[^/]*$"
@@ -41,21 +47,25 @@ def subjects_by_name(names: Sequence[str], top: str) -> Subjects:
     """
     out: dict[str, str] = {}
     notes: list[str] = []
-    paths: dict[str, tuple[str, ...]] = {}
+    paths: Paths = {}
+    spelling: dict[tuple[str, ...], str] = {}
     for name in names:
-        bids = _BIDS_SUBJECT.search(name)
-        if bids:
-            out[name] = bids[1]
+        if person := known_person(name):
+            out[name] = spelling.setdefault((person.lower(),), person)
         else:
-            paths[name] = _identity(tuple(name.split("/")))
+            paths[name] = before_date(tuple(name.split("/")))
+    kinds = kinds_of_folders(paths)
+    paths = {name: _identity(path, kinds) for name, path in paths.items()}
     paths |= _numbered_people(paths)
-    for name, path in _folders_first(paths, notes).items():
+    paths = with_folders_that_names_repeat(paths, notes)
+    for name, path in _folders_first(paths, kinds, notes).items():
         paths[name] = path
+    paths = below_people(paths)
     cores = {name: _core(path[-1]) if path else () for name, path in paths.items()}
     cores = _numbered(paths, cores)
     cores = _without_giants(paths, cores, notes)
     cores = _without_numbers(paths, cores, notes)
-    spelling: dict[tuple[str, ...], str] = {}
+    cores = _without_numbers(paths, cores, notes)  # as of `1001_2_1`, a visit and a scan
     for name in sorted(paths):
         path, core = paths[name], cores[name]
         if not path:
@@ -71,20 +81,28 @@ def subjects_by_name(names: Sequence[str], top: str) -> Subjects:
     return Subjects(out, tuple(notes))
 
 
-def _identity(path: tuple[str, ...]) -> tuple[str, ...]:
-    """The path up to the segment that names the person; empty where nothing does."""
+def _identity(path: tuple[str, ...], kinds: Collection[str]) -> tuple[str, ...]:
+    """The path up to the segment that names the person; empty where nothing does.
+
+    Args:
+        path: Of a file or a folder.
+        kinds: Names of folders, in lower case, that say what lies in them.
+    """
     last = len(path) - 1
     for at in range(last - 1, -1, -1):
         words = words_of(path[at])
         # A folder that is called a person's holds that person, unless the file names another one.
         if person_end(words) and not person_end(words_of(path[last])):
             return path[: at + 1]
-    while path and all(word.qualifies for word in words_of(path[-1])):
+    whole = len(path)
+    while path and (
+        all(word.qualifies for word in words_of(path[-1])) or (1 < len(path) < whole and path[-1].lower() in kinds)
+    ):
         path = path[:-1]
     return path
 
 
-def _numbered_people(paths: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+def _numbered_people(paths: Paths) -> Paths:
     """Paths of names such as `followup_1009` that end in a person's number: one that another file of the folder has
     behind something else, as `visit1_1009`, or, where nothing else names anybody, one that no visit has.
     """
@@ -98,7 +116,7 @@ def _numbered_people(paths: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, 
     return out
 
 
-def _folders_first(paths: dict[str, tuple[str, ...]], notes: list[str]) -> dict[str, tuple[str, ...]]:
+def _folders_first(paths: Paths, kinds: Collection[str], notes: list[str]) -> Paths:
     """Paths cut to their folder where several folders hold files of the same few names: series of a person each."""
     inside: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
     for name, path in paths.items():
@@ -106,7 +124,7 @@ def _folders_first(paths: dict[str, tuple[str, ...]], notes: list[str]) -> dict[
             inside[path[:-1]].append(name)
     people = {folder: names for folder, names in inside.items() if len(names) <= A_FEW and _names_people(folder)}
     folders_of: Counter[str] = Counter(_series_key(paths[name][-1]) for names in people.values() for name in names)
-    out: dict[str, tuple[str, ...]] = {}
+    out: Paths = {}
     doubtful = []
     for folder, names in people.items():
         words = [words_of(paths[name][-1]) for name in names]
@@ -116,7 +134,7 @@ def _folders_first(paths: dict[str, tuple[str, ...]], notes: list[str]) -> dict[
         if any(person_end(one) for one in words):
             continue
         if weak or (len(people) > 1 and (again or (numbers and all(len(one) == 1 for one in words)))):
-            out.update(dict.fromkeys(names, _identity(folder)))
+            out.update(dict.fromkeys(names, _identity((*folder, ""), kinds)))
             if len(names) > 1 and not (weak and any(word.numbered for word in words_of(folder[-1]))):
                 doubtful.append(names[0])
     if doubtful:
@@ -129,8 +147,12 @@ def _folders_first(paths: dict[str, tuple[str, ...]], notes: list[str]) -> dict[
 
 
 def _names_people(folder: tuple[str, ...]) -> bool:
-    path = _identity(folder)
-    return bool(path) and not all(word.groups or word.may_qualify for word in words_of(path[-1]))
+    path = _identity(folder, ())
+    if not path:
+        return False
+    words = words_of(path[-1])
+    numbers = {at for at in range(1, len(words)) if words[at].text.isdigit() and words[at - 1].groups}  # `Batch 1`
+    return not all(word.groups or word.may_qualify or at in numbers for at, word in enumerate(words))
 
 
 def _series_key(segment: str) -> str:
@@ -153,7 +175,7 @@ def _core(segment: str) -> tuple[Word, ...]:
     return rest[: numbered[-1] + 1] if numbered else rest
 
 
-def _numbered(paths: dict[str, tuple[str, ...]], cores: dict[str, tuple[Word, ...]]) -> dict[str, tuple[Word, ...]]:
+def _numbered(paths: Paths, cores: dict[str, tuple[Word, ...]]) -> dict[str, tuple[Word, ...]]:
     """With the number of `scan_1_abdomen` and `scan_2_abdomen`, where the word behind it is the same in all."""
     whole: dict[str, tuple[Word, ...]] = {}
     for name, core in cores.items():
@@ -165,9 +187,7 @@ def _numbered(paths: dict[str, tuple[str, ...]], cores: dict[str, tuple[Word, ..
     return cores
 
 
-def _without_giants(
-    paths: dict[str, tuple[str, ...]], cores: dict[str, tuple[Word, ...]], notes: list[str]
-) -> dict[str, tuple[Word, ...]]:
+def _without_giants(paths: Paths, cores: dict[str, tuple[Word, ...]], notes: list[str]) -> dict[str, tuple[Word, ...]]:
     """Words behind a number tell people apart where too many share the number, as in `study1_smith`."""
     members: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
     for name, core in cores.items():
@@ -186,9 +206,7 @@ def _without_giants(
     return out
 
 
-def _without_numbers(
-    paths: dict[str, tuple[str, ...]], cores: dict[str, tuple[Word, ...]], notes: list[str]
-) -> dict[str, tuple[Word, ...]]:
+def _without_numbers(paths: Paths, cores: dict[str, tuple[Word, ...]], notes: list[str]) -> dict[str, tuple[Word, ...]]:
     """A number at the end counts scans of a person where it is small, or one of few, behind other numbers."""
     shapes: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
     for name, core in cores.items():
@@ -210,8 +228,9 @@ def _without_numbers(
         small = all(len(value) <= 3 and int(value) <= A_FEW for value in values)
         if len(stems) == 1 and len(names) > 1:
             counts_scans = small and all(len(value) < 3 for value in values)
-        else:
-            counts_scans = small or 2 * len(values) <= len(stems)
+        else:  # patients of few centres have numbers of four digits too, and there are more of them than of centres
+            few = len(values) <= len(stems) and all(int(value) <= A_FEW for value in values)
+            counts_scans = small or few or 2 * len(values) <= len(stems)
         if all(_places_only(cores[name][:-1]) for name in names):
             counts_scans = False
         if counts_scans:
@@ -245,6 +264,17 @@ def _suspicions(subjects: dict[str, str]) -> list[str]:
         core = words_of(subject.rpartition("/")[2])
         if len(core) == 2 and core[0].text.isalpha() and _counts(core[1].text) and not person_end(core):
             stems[core[0].text.lower()].append(name)
+    spread: defaultdict[str, set[str]] = defaultdict(set)
+    for subject in set(subjects.values()):
+        spread[subject.rpartition("/")[2].lower()].add(subject)
+    again = sorted(name for name, people in spread.items() if len(people) > 1)
+    if again:
+        first, second = sorted(spread[again[0]])[:2]
+        notes.append(
+            f"{len(again)} names are in several folders and count as different subjects there, such as {first} and "
+            f"{second}: if they are one person, set subject_pattern='{EACH_FILE}' or a subject_table, or it may be in "
+            "training and test"
+        )
     several = {folder: names for folder, names in folders.items() if len(names) > 1}
     if len(several) >= 2 and max(map(len, several.values())) <= A_FEW:
         folder, names = min(several.items())

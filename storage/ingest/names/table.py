@@ -5,6 +5,8 @@ whose it is. A `participants.tsv` as of BIDS needs none: its participants are th
 """
 
 import csv
+import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,11 +24,16 @@ _EXAMPLES = 3
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line: what it names, whose that is, and its other columns."""
+    """What the lines of one name say: whose it is, and its other columns, as far as the lines agree.
+
+    Args:
+        disputed: Columns of which lines of this name say different things.
+    """
 
     key: str
     person: str
     columns: tuple[tuple[str, str], ...]
+    disputed: tuple[str, ...] = ()
 
 
 def read_table(path: Path) -> tuple[Row, ...]:
@@ -41,8 +48,10 @@ def read_table(path: Path) -> tuple[Row, ...]:
         raise ConfigError(
             f"subject_table {path}",
             expected="a CSV or TSV file in UTF-8",
-            found=getattr(error, "strerror", None) or type(error).__name__,
-            remedy="give its path, absolute or relative to the ingested folder",
+            found=getattr(error, "strerror", None) or "another encoding",
+            remedy="save it as UTF-8"
+            if isinstance(error, UnicodeDecodeError)
+            else "give its path, absolute or relative to the ingested folder",
         ) from error
     first = text.partition("\n")[0]
     delimiter = max("\t,;", key=first.count)
@@ -50,6 +59,7 @@ def read_table(path: Path) -> tuple[Row, ...]:
     header = [cell.strip() for cell in lines[0]] if lines else []
     column = _person_column(path, [name.lower() for name in header])
     rows: dict[str, Row] = {}
+    spelling: dict[str, str] = {}
     for number, line in enumerate(lines[1:], start=2):
         if len(line) != len(header):
             raise ConfigError(
@@ -65,7 +75,8 @@ def read_table(path: Path) -> tuple[Row, ...]:
         facts = tuple(
             (header[at], cells[at]) for at in range(1, len(cells)) if at != column and cells[at] not in _NOTHING
         )
-        row = Row(cells[0].removeprefix("./"), cells[column], facts)
+        person = spelling.setdefault(_same_for_all_spellings(cells[column]), cells[column])
+        row = Row(cells[0].removeprefix("./"), person, facts)
         if row.key in rows and rows[row.key].person != row.person:
             raise ConfigError(
                 f"subject_table {path}",
@@ -73,11 +84,34 @@ def read_table(path: Path) -> tuple[Row, ...]:
                 found=f"{rows[row.key].person} and {row.person}",
                 remedy="correct one of the rows",
             )
-        rows[row.key] = row
+        rows[row.key] = _both(rows[row.key], row) if row.key in rows else row
     return tuple(rows.values())
 
 
+def _both(first: Row, second: Row) -> Row:
+    """Two lines of one name, of several sessions for one, without the columns that they dispute."""
+    one, other = dict(first.columns), dict(second.columns)
+    disputed = {name for name in {*one, *other} if one.get(name) != other.get(name)} | {*first.disputed}
+    columns = tuple((name, value) for name, value in first.columns if name not in disputed)
+    return Row(first.key, first.person, columns, tuple(sorted(disputed)))
+
+
+def _same_for_all_spellings(person: str) -> str:
+    """Equal for names that differ in case, in the code of accents, or in the `.0` that spreadsheets add to numbers."""
+    text = unicodedata.normalize("NFC", person).casefold()
+    return text.removesuffix(".0") if text.removesuffix(".0").isdigit() else text
+
+
 def _person_column(path: Path, header: Sequence[str]) -> int:
+    header = [re.sub(r"[-. ]+", "_", name) for name in header]
+    several = [name for name in header[1:] if name in _PERSON]
+    if len(several) > 1 and not {"person", "person_id"} & {*several}:
+        raise ConfigError(
+            f"subject_table {path}",
+            expected="one column that says whose a scan is",
+            found=", ".join(several),
+            remedy="call the one that names people `person`",
+        )
     for name in _PERSON:
         if name in header[1:]:
             return header.index(name, 1)
@@ -154,6 +188,13 @@ def with_people(
             out.append(item)
             unnamed.append(item.source)
     notes = []
+    disputed = [row for row in rows if row.disputed]
+    if disputed:
+        columns_ = sorted({name for row in disputed for name in row.disputed})
+        notes.append(
+            f"{len(disputed)} names have several rows in subject_table that say different things under "
+            f"{_listing(columns_)}, which are left out for them, such as {disputed[0].key}"
+        )
     if strangers:
         notes.append(f"{len(strangers)} rows of subject_table name nothing here: {_listing(strangers)}")
     if unnamed:

@@ -31,9 +31,12 @@ _WEAK = re.compile(rf"(?:{_PLAIN})(?:[-_. ]?\d+)?|[vtmwyd]\d{{1,5}}", _I)
 _BEFORE_NUMBER = re.compile(rf"{_COUNTED}|{_PLAIN}", _I)
 _PERSON_NUMBER = re.compile(rf"(?:{_PERSON})\d+", _I)
 _PERSON_WORD = re.compile(_PERSON, _I)
-_PLACE_WORD = re.compile(rf"(?:{_PLACE})(?:\d+|[a-z])?", _I)
+_PLACE_WORD = re.compile(rf"(?:{_PLACE})(?:\d+|[a-z])?|[a-z]+(?:19|20)\d\d", _I)
 _GROUP_WORD = re.compile(rf"(?:{_GROUP})(?:\d+|[a-z])?", _I)
-_DATE = re.compile(r"(?<!\d)(?:19|20)\d\d[-_.]?(?:0[1-9]|1[0-2])[-_.]?(?:0[1-9]|[12]\d|3[01])(?!\d)")
+_DATE = re.compile(
+    r"(?<!\d)(?:(?:19|20)\d\d[-_.]?(?:0[1-9]|1[0-2])[-_.]?(?:0[1-9]|[12]\d|3[01])"
+    r"|(?:0[1-9]|[12]\d|3[01])[-_.](?:0[1-9]|[12]\d|3[01])[-_.](?:19|20)\d\d)(?!\d)"  # month or day first
+)
 _AFTER_NUMBER = re.compile(rf"([A-Za-z]*\d+)((?:{_COUNTED}|{_WHEN}|{_SIDE}|{_SERIES}|{_PLAIN}|[vtmwy](?=\d))\d*)", _I)
 _AFTER_LOWER = re.compile(r"(.*[a-z])([A-Z][A-Za-z]+\d*)")
 _LETTER = re.compile(r"([A-Za-z]*\d+)([A-Za-z])")
@@ -150,6 +153,11 @@ def visit_number(words: tuple[Word, ...]) -> str:
     """The number of the last word such as `followup_1009`, which may be a person's; empty where there is none."""
     numbers = [match[1] for word in words if (match := _VISIT_NUMBER.fullmatch(word.text))]
     return numbers[-1] if numbers else ""
+
+
+def begins_with_date(segment: str) -> bool:
+    """Whether a path segment says first when, as `08-13-2005-NA-PET-CT-56839` and `2006-04-18_08_20_30.0`."""
+    return bool(_DATE.match(segment))
 
 
 def joined(words: tuple[Word, ...]) -> str:

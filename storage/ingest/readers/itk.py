@@ -59,6 +59,9 @@ _BIG_ENDIAN = re.compile(r"^\s*(?:BinaryData|Element)ByteOrderMSB\s*=\s*[Tt1]", 
 _DATA_FILE = re.compile(rb"^\s*ElementDataFile\s*=[ \t]*(.*?)[ \t\r]*(?:\n|\Z)", re.MULTILINE)
 _LENGTHS = re.compile(r"^(?:spacings|space directions)\s*:|^\s*Element(?:Spacing|Size)\s*=", re.MULTILINE)
 
+_SPACINGS = re.compile(r"^spacings\s*:(.*)$", re.MULTILINE)
+_SLOPE = re.compile(r"^\s*ElementToIntensityFunctionSlope\s*=\s*([-+.\deE]+)\s*$", re.MULTILINE)
+
 
 def itk_reader() -> FileReader:
     """The reader of the formats."""
@@ -159,6 +162,10 @@ def _affine(header: str, image: Any, unit_mm: float, notes: list[str]) -> Affine
     affine[:3] *= unit_mm
     if not _LENGTHS.search(header):
         notes.append("no voxel sizes stored: 1 mm assumed")
+    elif re.search(r"\bnan\b", " ".join(_SPACINGS.findall(header)), re.IGNORECASE):
+        notes.append("no voxel size stored along an axis: 1 mm assumed")
+    if any(float(slope) != 1 for slope in _SLOPE.findall(header)):
+        notes.append("ElementToIntensityFunctionSlope is not applied: values are as stored")
     space = image.GetMetaData("NRRD_space") if image.HasMetaDataKey("NRRD_space") else ""
     if header.startswith("NRRD") and space not in _TO_RAS:
         notes.append(f"{f'space {space!r}' if space else 'no space'} in the header: axes taken as to left, back and up")

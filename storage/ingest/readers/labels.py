@@ -1,7 +1,7 @@
 """What a label map may be: whole numbers that are not negative, one of them a voxel.
 
-Two kinds of files say that otherwise, and are turned into it with a note: a channel a class (one-hot), and whole
-numbers that a program saved with a slope.
+Three kinds of files say that otherwise, and are turned into it with a note: a channel a class (one-hot), whole numbers
+that a program saved with a slope, and whole numbers but for the rounding of floats.
 """
 
 from dataclasses import replace
@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from storage.errors import RefusedInput
+from storage.ingest.label_like import NOISE
 from storage.ingest.readers.raw import Array, RawVolume, series_note
 
 _COARSEST = 0.25
@@ -54,6 +55,9 @@ def _whole_numbers(path: str, raw: RawVolume, notes: list[str]) -> Array:
         return array
     sample = f"{float(array.flat[off.argmax()]):g} among them"
     step = abs(raw.scale)
+    if (step, raw.offset) == (1.0, 0.0) and most <= NOISE:
+        notes.append(f"labels rounded to whole numbers, off by up to {most:.2g}: sums of floats had moved them")
+        return whole
     if (step, raw.offset) == (1.0, 0.0):
         raise RefusedInput(
             path,

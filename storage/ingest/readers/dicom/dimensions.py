@@ -6,6 +6,7 @@ echoes in magnitude and phase, all are taken together. Images that are still ali
 one time point precede all of the next. Dimensions of multi-frame objects: DICOM PS3.3 C.7.6.17.
 """
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -59,6 +60,12 @@ _SAME = (
     "FrameOfReferenceUID",
 )
 """Attributes that all slices of a volume share."""
+_NOT_IN_TURN = (
+    *("AcquisitionNumber", "SeriesNumber", "SliceThickness", "EchoTrainLength", "ReconstructionDiameter"),
+    *("AcquisitionMatrix", "RescaleType", "ScanOptions", "CorrectedImage", "SeriesType", "SeriesDescription"),
+    *("ProtocolName", "BodyPartExamined", "ReceiveCoilName", "Manufacturer", "StationName", "DeviceSerialNumber"),
+)
+"""Attributes that may change once along a scan, as where thick slices follow thin ones, and not to and fro."""
 _CYCLES = ("TriggerTime", "NominalCardiacTriggerDelayTime", "TriggerDelayTime")
 """Times within a heart beat: they differ a little from slice to slice, and begin again."""
 _CLOCKS = (
@@ -227,6 +234,23 @@ def check_same(thing: str, planes: Sequence[Slice], facts: dict[int, dict[str, V
         raise _several(thing, "RepetitionTime", counts)
 
 
+def check_in_turn(thing: str, planes: Sequence[Slice]) -> None:
+    """Refuse slices of two scans that take turns along the normal, each of them of several slices.
+
+    Args:
+        planes: One image a position. Frames of one object are not looked at: they share such attributes.
+
+    Raises:
+        RefusedInput: names the attribute that differs.
+    """
+    for name in _NOT_IN_TURN:
+        values = [_read(s.header, name) for s in planes if len(s.groups) == 1]
+        counts = Counter(values)
+        changes = sum(a != b for a, b in itertools.pairwise(values))
+        if changes >= len(counts) > 1 and min(counts.values()) > 1 and not _alike(values):
+            raise _several(thing, name, counts)
+
+
 def differing(images: Sequence[Slice], facts: dict[int, dict[str, Value]]) -> str:
     """Names of up to three attributes in which images differ, for messages."""
     names = [name for name in (*_SAME, *_CLOCKS) if len({facts[id(s)].get(name) for s in images}) > 1]
@@ -234,7 +258,7 @@ def differing(images: Sequence[Slice], facts: dict[int, dict[str, Value]]) -> st
 
 
 def _several(thing: str, name: str, counts: Counter[Value]) -> RefusedInput:
-    if name in (*_NUMBERS, "ImageType", "RepetitionTime") and len(counts) <= 4:
+    if name in (*_NUMBERS, "ImageType", "RepetitionTime", "SliceThickness") and len(counts) <= 4:
         ordered = sorted(counts.items(), key=lambda item: _sortable(item[0]))
         what = " and ".join(f"{_quoted(value)} in {count}" for value, count in ordered)
     else:

@@ -65,6 +65,13 @@ _PIXEL_TAGS = [
 ]
 
 
+_GE = "GEMS_PARM_01"
+_GE_MARK = 1e6
+"""GE adds a multiple of it, 1e9, to some b-values, which are far smaller."""
+_B_VALUES = ((0x0019, 0x0C, "SIEMENS MR HEADER"), (0x0043, 0x39, _GE), (0x2001, 0x03, "Philips Imaging DD 001"))
+"""Group, element and creator of private b-values, as the vendors' conformance statements list them."""
+
+
 @dataclass(slots=True)
 class Slice:
     """One image plane: where it lies (LPS mm), and where its pixels are.
@@ -121,9 +128,25 @@ def read_header(path: str) -> Any:
     be_quiet()
     with opened(path) as file:
         dataset: Any = pydicom.dcmread(file, stop_before_pixels=True, force=True)
+    if dataset.get("DiffusionBValue") is None and (b_value := _private_b_value(dataset)) is not None:
+        dataset.DiffusionBValue = b_value
     if not is_mosaic(dataset):
         drop_private(dataset)
     return dataset
+
+
+def _private_b_value(dataset: Any) -> float | None:
+    """The b-value in s/mm2 as Siemens, GE or Philips write it beside the standard; None where they do not."""
+    for group, element, creator in _B_VALUES:
+        try:
+            value = dataset.private_block(group, creator)[element].value
+            text = value.decode("ascii") if isinstance(value, bytes) else value
+            number = float(text.strip("\0 ").split("\\")[0]) if isinstance(text, str) else float(np.ravel(text)[0])
+        except DAMAGED:  # missing, or no number: then it tells nothing
+            continue
+        if 0 <= number < np.inf:
+            return number % _GE_MARK if creator == _GE else number
+    return None
 
 
 def is_mosaic(header: Any) -> bool:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from storage import geometry
 from storage.errors import RefusedInput
-from storage.ingest.readers.dicom.dimensions import Value, check_same, differing, told_apart
+from storage.ingest.readers.dicom.dimensions import Value, check_in_turn, check_same, differing, told_apart
 from storage.ingest.readers.dicom.file import Slice, read_values, values_of
 from storage.ingest.readers.raw import Affine, Array, ReadPolicy
 
@@ -88,6 +88,7 @@ def at_positions(
             channels = told_apart(places, facts) if len(counts) == 1 and max(counts) > 1 else None
     if set(counts) == {1}:
         check_same(thing, [place[0] for place in places], facts)
+        check_in_turn(thing, [place[0] for place in places])
         return places
     most = max(counts)
     if channels is None:

@@ -46,6 +46,8 @@ from storage.ingest.readers.reader import Grouping
 READER = f"pydicom/{pydicom.__version__}"
 MODALITIES = ("CT", "MR", "PT", "US", "NM")
 _MOST_KINDS = 20
+_WHOLE = 0.02
+"""How far the gap may be off a multiple of the one that the header says."""
 
 
 class DicomReader:
@@ -160,6 +162,7 @@ def _read_series(files: Sequence[str], policy: ReadPolicy, thing: str, headers: 
     for s in slices:
         s.values = None  # in the volume now
     volume, affine = on_grid(thing, volume, [place[0] for place in places], normal, policy, notes)
+    notes += _thinned(first, geometry.spacing_dhw(affine)[0])
     modality = str(first.get("Modality") or "")
     own = allowed_facts(first)
     own.pop("Modality", None)
@@ -171,6 +174,20 @@ def _read_series(files: Sequence[str], policy: ReadPolicy, thing: str, headers: 
     if not str(first.get("SeriesInstanceUID") or ""):
         notes.append("files without a series id: those of one folder, study and series number taken as one series")
     return RawVolume(volume, geometry.check_affine(affine, thing), READER, modality, notes, own)
+
+
+def _thinned(header: Any, gap_mm: float) -> list[str]:
+    """A note where the header says that slices lie so close that every second one, or more of them, is not there."""
+    try:
+        stated_mm = abs(float(header.get("SpacingBetweenSlices") or 0))
+    except DAMAGED:
+        return []
+    times = round(gap_mm / stated_mm) if stated_mm > 0 else 0
+    if times < 2 or abs(gap_mm / stated_mm - times) > _WHOLE:
+        return []
+    return [
+        f"slices lie {gap_mm:g} mm apart and the header says {stated_mm:g} mm: one of {times} may be all that is left"
+    ]
 
 
 def _slices(path: str, number: int, thing: str, headers: list[Any], notes: list[str]) -> list[Slice]:

@@ -23,6 +23,7 @@ SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 DICOMDIR = "1.2.840.10008.1.3.10"
 _DAMAGED_FILE = "a DICOM file whose header is damaged: the series that it belongs to is read without it"
 _HOLDS_NOTHING = "an empty or unreadable file beside a series: if it is a slice, the series is read without it"
+_NOT_BINARY = "a fractional or label map segmentation, which cannot be read: its image is taken without it"
 _NAMED = (".dcm", ".ima", ".dcm.gz")
 _TAGS = [
     "SOPClassUID",
@@ -34,6 +35,7 @@ _TAGS = [
     "Rows",
     "Columns",
     "ReferencedSeriesSequence",
+    "SegmentationType",
 ]
 
 
@@ -68,7 +70,9 @@ def discover_dicom(files: list[Path], top: Path) -> Grouping:
         if kind == DICOMDIR:
             continue
         uid = str(dataset.get("SeriesInstanceUID") or "")
-        if kind in SEGMENTATIONS:
+        if kind in SEGMENTATIONS and dataset.get("SegmentationType") in ("FRACTIONAL", "LABELMAP"):
+            orphans.append(Orphan(path.relative_to(top).as_posix(), _NOT_BINARY))
+        elif kind in SEGMENTATIONS:
             segmentations.append((path, _referenced(dataset)))
         elif "Rows" in dataset:
             entry = series[uid or _stand_in(path.relative_to(top), dataset)]

@@ -350,17 +350,40 @@ def test_series_without_a_patient_belong_to_the_subject_of_their_study(tmp_path)
     assert len(set(subjects)) == 2
 
 
-def test_a_segmentation_as_label_map_is_no_image(tmp_path):
+@pytest.mark.parametrize("kind", ["LABELMAP", "FRACTIONAL"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_segmentation_that_cannot_be_read_sinks_no_image_and_displaces_no_other(tmp_path, kind, beside):
     one = slices(phantom((4, 6, 5)))
     save_dicom(tmp_path / "ct", one)
     label = segmentation(one, disc((4, 6, 5)))
-    label.SOPClassUID = label.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.66.7"
-    label.SegmentationType = "LABELMAP"
-    save_dicom(tmp_path / "seg", [label])
-    (item,) = discover(tmp_path).items
-    assert item.label is not None
-    with pytest.raises(RefusedInput, match="label map one"):
-        read_label(item, ReadPolicy(), read_item(item, ReadPolicy()))
+    if kind == "LABELMAP":
+        label.SOPClassUID = label.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.66.7"
+    label.SegmentationType = kind
+    save_dicom(tmp_path / "a_seg", [label])
+    if beside:
+        save_dicom(tmp_path / "z_seg", [segmentation(one, disc((4, 6, 5)))])
+    result = discover(tmp_path)
+    (item,) = result.items
+    assert [o.source for o in result.orphans] == ["a_seg/IM0000"]
+    assert "cannot be read" in result.orphans[0].what
+    image = read_item(item, ReadPolicy())
+    read = read_label(item, ReadPolicy(), image)
+    assert (read is not None) == beside
+
+
+def test_studies_without_a_patient_are_said_and_a_pattern_decides(tmp_path):
+    for at, folder in enumerate(("P1/v1", "P1/v2", "P2/v1")):
+        save_dicom(tmp_path / folder, slices(phantom((4, 6, 5), at), patient=""))
+    (note,) = discover(tmp_path).notes
+    assert "series of 3 studies have no patient id" in note
+    pattern = note.split("'")[1]
+    assert [item.subject for item in discover(tmp_path, pattern).items] == ["P1", "P1", "P2"]
+
+
+def test_patient_ids_that_differ_in_case_are_one_subject(tmp_path):
+    for at, patient in enumerate(("MR7", "mr7", "MR8")):
+        save_dicom(tmp_path / str(at), slices(phantom((4, 6, 5), at), patient=patient))
+    assert [item.subject for item in discover(tmp_path).items] == ["MR7", "MR7", "MR8"]
 
 
 def test_a_segmentation_without_its_series_is_an_orphan(tmp_path):

@@ -95,3 +95,31 @@ def test_columns_are_not_stored_where_names_are_hidden(tmp_path):
     run(str(src), (tmp_path / "store").as_uri(), policy)
     data = b"".join(path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file())
     assert not any(word in data for word in (b"Anna", b"Nan", b"nick"))
+
+
+def test_a_person_spelt_in_two_ways_is_one(tmp_path):
+    src = people(tmp_path, "a", "b", "c", "d", "e", "f", "g")
+    table = "File,Patient ID\na,P1\nb,p1\nc,1001.0\nd,1001\ne,Mu\u0308ller\nf,M\u00fcller\ng,P2\n"
+    of = subjects(src, table)
+    assert (of["a"], of["c"], of["e"]) == (of["b"], of["d"], of["f"])
+    assert len(set(of.values())) == 4
+
+
+def test_columns_that_rows_of_one_name_dispute_are_left_out_and_said(tmp_path):
+    src = people(tmp_path, "sub-1/ses-1/sub-1_ses-1_T1w", "sub-1/ses-2/sub-1_ses-2_T1w", "sub-2/ses-1/sub-2_ses-1_T1w")
+    table = "participant_id\tage\tsex\nsub-1\t30\tF\nsub-1\t31\tF\nsub-1\t30\tF\nsub-2\t40\tM\n"
+    (src / "people.tsv").write_text(table)
+    result = discover(src, subject_table="people.tsv")
+    assert [dict(item.columns) for item in result.items] == [{"sex": "F"}, {"sex": "F"}, {"age": "40", "sex": "M"}]
+    assert any("under age" in note and "sub-1" in note for note in result.notes)
+
+
+def test_two_columns_that_may_name_people_are_asked_about(tmp_path):
+    src = people(tmp_path, "a", "b")
+    with pytest.raises(ConfigError, match="one column that says whose a scan is") as refused:
+        subjects(src, "file,subject,patient\na,s1,P1\nb,s2,P1\n")
+    assert "`person`" in refused.value.remedy
+    assert set(subjects(src, "file,subject,person\na,s1,P1\nb,s2,P1\n").values()) == {"P1"}
+    (src / "people.csv").write_text("file\tperson\na\tP1\n", encoding="utf-16")
+    with pytest.raises(ConfigError, match="save it as UTF-8"):
+        discover(src, subject_table="people.csv")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset
-from pydicom.uid import generate_uid
+from pydicom.uid import ImplicitVRLittleEndian, generate_uid
 
 from storage.errors import RefusedInput
 from storage.ingest.readers.dicom import file, reader
@@ -211,6 +211,72 @@ def test_two_acquisitions_in_one_series_are_not_joined(tmp_path, name, how):
     found = refusal(tmp_path, datasets, CHANNELS)
     assert name in found.found
     assert "Doe" not in str(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("AcquisitionNumber", (1, 2)),
+        ("SeriesNumber", (3, 4)),
+        ("SliceThickness", (5, 1)),
+        ("SeriesDescription", ("Doe in", "Doe out")),
+        ("RescaleType", ("HU", "US")),
+        ("CorrectedImage", (["ATTN"], ["DECY"])),
+        ("ReconstructionDiameter", (300, 350)),
+    ],
+)
+def test_scans_that_take_turns_are_not_joined(tmp_path, name, values):
+    datasets = slices(np.concatenate([TRUTH[0], TRUTH[1]]), intercept=0)
+    for k, ds in enumerate(datasets):
+        setattr(ds, name, values[k % 2])
+    refused = refusal(tmp_path / "in turn", datasets, CHANNELS)
+    assert name in refused.found
+    assert "Doe" not in str(refused)
+    for k, ds in enumerate(datasets):  # thin slices and then thick ones, or a rotation after another
+        setattr(ds, name, values[k // COUNT])
+    read(tmp_path / "one after the other", datasets)
+
+
+@pytest.mark.parametrize(
+    ("group", "element", "creator", "b_values"),
+    [
+        (0x0019, 0x0C, "SIEMENS MR HEADER", (0, 1000)),
+        (0x0043, 0x39, "GEMS_PARM_01", ([0, 8, 0, 0], [1000001000, 8, 0, 0])),
+        (0x2001, 0x03, "Philips Imaging DD 001", (0.0, 1000.0)),
+    ],
+)
+@pytest.mark.parametrize("implicit", [False, True])
+def test_b_values_that_vendors_write_privately_tell_images_apart(tmp_path, group, element, creator, b_values, implicit):
+    def with_b(ds, b):
+        kind = "FL" if isinstance(b, float) else "IS"
+        ds.private_block(group, creator, create=True).add_new(element, kind, b)
+
+    datasets = images(2, lambda x, k: {})
+    for ds in datasets:
+        with_b(ds, b_values[int(ds.PixelData == TRUTH[1][_slice_number(ds)].tobytes())])
+    if implicit:
+        for ds in datasets:
+            ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+    raw = read(tmp_path / "at one position", datasets, CHANNELS)
+    np.testing.assert_array_equal(raw.array_CDHW, TRUTH[:2])
+    assert "DiffusionBValue (0, 1000)" in raw.notes[0]
+    datasets = slices(TRUTH[0], modality="MR", intercept=0)
+    for k, ds in enumerate(datasets):
+        with_b(ds, b_values[k % 2])
+    assert "DiffusionBValue 0 in 2 and 1000 in 2" in refusal(tmp_path / "in turn", datasets).found
+
+
+def _slice_number(ds: Dataset) -> int:
+    return round(float(ds.ImagePositionPatient[2]) / 2)
+
+
+def test_a_gap_that_is_a_multiple_of_the_stated_one_is_said(tmp_path):
+    notes = {
+        stated: read(tmp_path / str(stated), slices(TRUTH[0], SpacingBetweenSlices=stated)).notes
+        for stated in (1.0, -1.0, 2.0, 1.5, 3.0)
+    }
+    assert all("2 mm apart and the header says 1 mm" in notes[stated][0] for stated in (1.0, -1.0))
+    assert notes[2.0] == notes[1.5] == notes[3.0] == []
 
 
 def test_what_differs_from_slice_to_slice_of_one_acquisition_is_taken(tmp_path):
