@@ -47,6 +47,13 @@ _COUNTS = {
     *("n_conv_per_stage_decoder", "init_filters", "num_groups", "blocks_down", "blocks_up", "patch_size", "depths"),
     *("num_heads", "window_size", "feature_size", "up_kernel_size"),
 }
+# The same from 0 on.
+_WHOLE = {"num_res_units", "bottleneck_channels", "stem_channels", "hyena_stages"}
+# A text such as `no` would count as true.
+_FLAGS = {
+    *("bias", "deep_supervision", "res_block", "trans_bias", "conv_bias", "use_conv_final", "qkv_bias", "normalize"),
+    *("patch_norm", "use_checkpoint", "use_v2", "use_hyena", "use_flash_attention"),
+}
 _SHARES = {"dropout", "dropout_prob", "drop_rate", "attn_drop_rate", "dropout_path_rate"}
 MOST = 1 << 16
 """Channels, blocks or voxels of one layer."""
@@ -74,6 +81,12 @@ def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
                 raise ConfigError(thing, expected=f"whole numbers from 1 to {MOST}", found=repr(value))
             if key == "spatial_dims" and value not in (2, 3):
                 raise ConfigError(thing, expected="2 or 3", found=repr(value))
+        if key in _WHOLE and value is not None and any(type(leaf) is not int or leaf < 0 for leaf in leaves):
+            raise ConfigError(thing, expected="whole numbers from 0 on", found=repr(value))
+        if key in _FLAGS and type(value) is not bool:
+            raise ConfigError(thing, expected="true or false", found=repr(value))
+        if key in _SHARES and key != "dropout" and any(isinstance(leaf, str | bool) for leaf in leaves):
+            raise ConfigError(thing, expected="shares from 0 to below 1", found=repr(value))
         if key in _SHARES and any(isinstance(leaf, int | float) and not 0 <= leaf < 1 for leaf in leaves):
             raise ConfigError(thing, expected="shares from 0 to below 1", found=repr(value))
 
