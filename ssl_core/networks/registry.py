@@ -56,7 +56,11 @@ _FLAGS = {
 }
 _SHARES = {"dropout", "dropout_prob", "drop_rate", "attn_drop_rate", "dropout_path_rate"}
 MOST = 1 << 16
-"""Channels, blocks or voxels of one layer."""
+"""Channels or voxels of one layer."""
+_LAYERS = {"num_res_units", "n_stages", "n_blocks_per_stage", "n_conv_per_stage_decoder", "blocks_down", "blocks_up"}
+_LAYERS |= {"depths", "deep_supr_num"}
+MOST_LAYERS = 128
+"""Layers of one level."""
 
 
 def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
@@ -81,6 +85,8 @@ def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
                 raise ConfigError(thing, expected=f"whole numbers from 1 to {MOST}", found=repr(value))
             if key == "spatial_dims" and value not in (2, 3):
                 raise ConfigError(thing, expected="2 or 3", found=repr(value))
+        if key in _LAYERS and any(type(leaf) is int and leaf > MOST_LAYERS for leaf in leaves):
+            raise ConfigError(thing, expected=f"at most {MOST_LAYERS} layers of a level", found=repr(value))
         if key in _WHOLE and value is not None and any(type(leaf) is not int or leaf < 0 for leaf in leaves):
             raise ConfigError(thing, expected="whole numbers from 0 on", found=repr(value))
         if key in _FLAGS and type(value) is not bool:
@@ -97,6 +103,13 @@ def _flat(value: Any) -> Iterator[Any]:
             yield from _flat(item)
     else:
         yield value
+
+
+_REFUSALS = (
+    *(TypeError, ValueError, AssertionError, LookupError, AttributeError, NotImplementedError, ArithmeticError),
+    RuntimeError,
+)
+"""What stock classes raise over arguments that do not fit together."""
 
 
 def backbone_names() -> list[str]:
@@ -138,5 +151,5 @@ def build(name: str, **arguments: Any) -> Pyramid:
     kind = architecture(name)
     try:
         return Pyramid(name, kind, arguments, offsets(name, kind, arguments))
-    except (TypeError, ValueError, AssertionError, KeyError) as error:
+    except _REFUSALS as error:
         raise ConfigError(f"arguments of backbone {name!r}", expected=str(error), found=repr(arguments)) from error

@@ -361,6 +361,7 @@ def test_an_override_of_a_group_leaves_the_settings_that_it_does_not_name(tmp_pa
             plan(backbone={"name": "unet", "arguments": {"num_res_units": True}}),
             "num_res_units; expected whole numbers",
         ),
+        (plan(backbone={"name": "unet", "arguments": {"num_res_units": 10**9}}), "at most 128 layers of a level"),
         (plan(backbone={"name": "unet", "arguments": {"num_res_units": -1}}), "num_res_units; expected whole numbers"),
         (plan(backbone={"name": "segresnet", "arguments": {"dropout_prob": "x"}}), "dropout_prob; expected shares"),
     ],
