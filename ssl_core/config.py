@@ -133,7 +133,7 @@ def load(kind: type[C], source: str | Path | dict[str, Any], overrides: Iterable
         except OSError as error:
             raise ConfigError(name, expected="a readable YAML file", found=str(error.strerror)) from error
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            found = error.problem if isinstance(error, _RefusedText) else " ".join(str(error).split())
+            found = str(error.problem) if isinstance(error, _RefusedText) else " ".join(str(error).split())
             raise ConfigError(name, expected="a YAML mapping", found=found) from error
         data = {} if data is None else data
         if not isinstance(data, dict):
