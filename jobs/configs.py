@@ -3,13 +3,16 @@
 Every model is frozen and closed to unknown keys; `tomoscale plan KIND CONFIG` prints the resolved form.
 """
 
+import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Self
+from urllib.parse import quote
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 import ssl_core.methods  # noqa: F401  registers the methods that `method.name` may name
-from jobs.ingest_config import JobName, Url
+from jobs.ingest_config import LONGEST_NAME, JobName, Url
 from ssl_core.config import Config, flatten, parse, resolved
 from ssl_core.downstream.finetune import FinetuneConfig
 from ssl_core.methods.base import MethodConfig, method_class
@@ -21,8 +24,7 @@ from ssl_core.views.intensity import IntensityPolicy
 from storage.errors import ConfigError
 
 _NOT_IN_MODELS = "/:.%'\"@?#\\"
-LONGEST_NAME = 200
-"""Of a model: MLflow's databases hold 250 characters and more."""
+_MODEL_URI = re.compile(r"(models:/)?[^/@]+(@[^/@]+|/[0-9]+)?")
 
 
 def registrable(name: str) -> bool:
@@ -53,7 +55,7 @@ def _check_model(name: str, model: str | None) -> None:
     if model is None and not registrable(name):
         raise ConfigError(
             f"name {name!r}, which is the model's too",
-            expected=f"at most {LONGEST_NAME} characters and no dot, which MLflow does not take in a model's name",
+            expected="no dot, which MLflow does not take in a model's name",
             found=repr(name),
             remedy="set `model` to another name, or change this one",
         )
@@ -61,6 +63,12 @@ def _check_model(name: str, model: str | None) -> None:
 
 # Refused before anything is trained: the name is needed when all else is done.
 ModelName = Annotated[str | None, AfterValidator(_registrable)]
+
+
+def _experiment(name: str) -> str:
+    if not 0 < len(name) <= 500 or name != name.strip() or not name.isprintable():
+        raise ValueError("a name of 1 to 500 characters without spaces around it, as MLflow takes one")
+    return name
 
 
 def changed(config: Config, before: Mapping[str, Any], free: Collection[str]) -> dict[str, str]:
@@ -101,9 +109,11 @@ class StreamConfig(Config):
     """How crops are drawn from the store."""
 
     split: str = Field("train", description="split of the manifest to read")
-    global_batch: int = Field(8, ge=1, description="samples of one optimizer step, all ranks together")
-    lanes: int = Field(64, ge=1, description="fixed sub-sequences of the order; a multiple of every world size")
-    crops_per_visit: int = Field(2, ge=1, description="crops cut at each visit of a volume")
+    global_batch: int = Field(8, ge=1, le=1 << 20, description="samples of one optimizer step, all ranks together")
+    lanes: int = Field(
+        64, ge=1, le=1 << 20, description="fixed sub-sequences of the order; a multiple of every world size"
+    )
+    crops_per_visit: int = Field(2, ge=1, le=1 << 20, description="crops cut at each visit of a volume")
     foreground: float = Field(0.8, ge=0, le=1, description="probability that a crop is centred in the foreground box")
     prefetch: int = Field(3, ge=1, le=1024, description="batches read ahead")
     threads: int = Field(2, ge=1, le=1024, description="reading threads of a rank")
@@ -113,7 +123,7 @@ class StreamConfig(Config):
 class ClusterConfig(Config):
     """What a job asks of the cluster."""
 
-    workers: int = Field(2, ge=1, description="training workers")
+    workers: int = Field(2, ge=1, le=1 << 16, description="training workers")
     min_workers: int | None = Field(
         None,
         ge=1,
@@ -172,7 +182,7 @@ class PretrainConfig(Config):
         None, description="folder to ingest when the store has no manifest yet, or `simulated` for the embedded cohort"
     )
     runs: Url = Field("s3://runs", description="URL below which checkpoints are written")
-    experiment: str = Field("tomoscale", description="MLflow experiment")
+    experiment: Annotated[str, AfterValidator(_experiment)] = Field("tomoscale", description="MLflow experiment")
     model: ModelName = Field(None, description="registered model name; the job's name when empty")
     method: dict[str, Any] = Field(default_factory=lambda: {"name": "pgl"}, description="method name and its settings")
     backbone: BackboneConfig = BackboneConfig()
@@ -209,6 +219,18 @@ class PretrainConfig(Config):
                 f"stream.global_batch ({self.stream.global_batch}) and stream.lanes ({self.stream.lanes})"
                 f" to be multiples of cluster.workers ({world})"
             )
+        rank, parts = self.stream.global_batch // world, self.engine.accumulate
+        if rank % parts:
+            raise ValueError(f"engine.accumulate ({parts}) to divide the batch of a worker ({rank})")
+        return self
+
+    @model_validator(mode="after")
+    def _check_window(self) -> Self:
+        """Constants of a window that the policy does not use would be left out without a word."""
+        plain, idle = IntensityPolicy(), () if self.intensity.kind == "ct" else ("low", "high", "mean", "std")
+        keys = ", ".join(f"intensity.{k}" for k in idle if getattr(self.intensity, k) != getattr(plain, k))
+        if keys:
+            raise ValueError(f"no {keys} with intensity.kind {self.intensity.kind}, which has none: ct has")
         return self
 
     @model_validator(mode="after")
@@ -237,6 +259,9 @@ class PretrainConfig(Config):
 
 
 def _with_a_network(starts: tuple[str, ...]) -> tuple[str, ...]:
+    for uri in starts:
+        if not _MODEL_URI.fullmatch(uri) and not Path(uri).is_absolute():
+            raise ValueError(f"models:/NAME@ALIAS, models:/NAME/VERSION, a bundle's folder or `none`, not {uri!r}")
     if all(start == "none" for start in starts):
         raise ValueError("at least one model URI, whose network `none` takes with random weights")
     return starts
@@ -288,7 +313,7 @@ class TuneConfig(Config):
 
     name: JobName = Field(description="name of the search; the same name resumes")
     runs: Url = Field("s3://runs", description="URL below which the search's state is written")
-    experiment: str = Field("tomoscale", description="MLflow experiment")
+    experiment: Annotated[str, AfterValidator(_experiment)] = Field("tomoscale", description="MLflow experiment")
     encoders: tuple[str, ...] = Field(
         description="model URIs to start from, or `none` for random weights of the first one's network; a dimension of"
         " the search"
@@ -296,8 +321,8 @@ class TuneConfig(Config):
     labelled: LabelledConfig
     finetune: FinetuneConfig = FinetuneConfig()
     space: SearchSpace = SearchSpace()
-    trials: int = Field(6, ge=1, description="trials in all")
-    concurrent: int = Field(2, ge=1, description="trials at a time")
+    trials: int = Field(6, ge=1, le=1 << 20, description="trials in all")
+    concurrent: int = Field(2, ge=1, le=1 << 16, description="trials at a time")
     cpus_per_trial: float = Field(1, gt=0, description="logical CPUs of a trial")
     gpus_per_trial: float = Field(0, ge=0, description="GPUs of a trial; without one it trains on the CPU")
     grace_epochs: int = Field(1, ge=1, description="ASHA: epochs before a trial may be stopped")
@@ -330,12 +355,12 @@ class FinetuneJobConfig(Config):
 
     name: JobName = Field(description="name of the job")
     runs: Url = Field("s3://runs", description="URL below which results are written")
-    experiment: str = Field("tomoscale", description="MLflow experiment")
+    experiment: Annotated[str, AfterValidator(_experiment)] = Field("tomoscale", description="MLflow experiment")
     starts: dict[str, str] = Field(description="name of a start to a model URI, or `none` for random weights")
     labelled: LabelledConfig
     finetune: FinetuneConfig = FinetuneConfig()
     seeds: tuple[int, ...] = Field((0, 1, 2), description="seeds of each start, all different")
-    concurrent: int = Field(2, ge=1, description="trainings at a time")
+    concurrent: int = Field(2, ge=1, le=1 << 16, description="trainings at a time")
     cpus_per_run: float = Field(1, gt=0, description="logical CPUs of a training")
     gpus_per_run: float = Field(0, ge=0, description="GPUs of a training; without one it trains on the CPU")
     model: ModelName = Field(None, description="registered name of the segmenter; the job's name when empty")
@@ -346,6 +371,11 @@ class FinetuneJobConfig(Config):
     @classmethod
     def _check_starts(cls, value: dict[str, str]) -> dict[str, str]:
         _with_a_network(tuple(value.values()))
+        for name in value:  # part of a run's name in MLflow, of its queries and of a file's name
+            if name != name.strip() or not name.isprintable() or not 0 < len(quote(name, safe="")) <= LONGEST_NAME:
+                raise ValueError(f"names of 1 to {LONGEST_NAME} printable characters, not {name[:40]!r}")
+            if {"'", '"'} <= set(name):
+                raise ValueError(f"names with one kind of quotes, not {name!r}")
         return value
 
     @field_validator("seeds")

@@ -17,7 +17,9 @@ def _checked_url(url: str) -> str:
 # Refused before a configuration is printed, sent or logged.
 Url = Annotated[str, AfterValidator(_checked_url)]
 # The name of a folder below `runs`, of a run in MLflow and part of a job's id.
-JobName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+LONGEST_NAME = 200
+"""Of a job or a model: a name of a folder has 255 bytes, and MLflow's databases hold 250 characters and more."""
+JobName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=LONGEST_NAME)]
 
 
 class IngestConfig(Config):

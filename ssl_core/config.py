@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -16,7 +16,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from storage.errors import ConfigError
-from storage.objects.open import refuse_signature
+from storage.objects.open import refuse_credentials, refuse_signature
 
 LONGEST_EDGE, MOST_VOXELS = 4096, 1 << 30
 """Of a crop; no device holds the activations of a larger one."""
@@ -40,22 +40,64 @@ CropSize = Annotated[tuple[int, int, int], AfterValidator(_crop)]
 C = TypeVar("C", bound=Config)
 
 
+MOST_NODES = 100_000
+"""Of a YAML text, each alias counted as what it stands for; a few lines of nested aliases could mean billions."""
+LARGEST_NUMBER = 1e15
+"""Of a setting that is no whole number, in either direction; whole ones have 64 bits, as seeds do. Our choice."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML as people mean it: a key once, `1e-3` a number, and neither `1:30` nor `010` a number of another base."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """A mapping whose keys differ; those that `<<` merges in may be replaced."""
+    def get_single_node(self) -> yaml.Node | None:
+        """The document, checked as a whole: also what only an alias or `<<` brings into a mapping."""
+        root: yaml.Node | None = super().get_single_node()
+        if root is not None:
+            _check_node(root, {})
+        return root
+
+
+def _check_node(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """How many nodes it stands for, aliases written out.
+
+    Args:
+        node: A part of a document.
+        sizes: What the parts before it came to; 0 for those that it lies in.
+
+    Raises:
+        ConstructorError: a key twice, an alias of what it lies in, an explicit tag on something else, too many nodes.
+    """
+    if id(node) in sizes:
+        if not sizes[id(node)]:
+            raise _refusal(node, "an alias of the value that it lies in: write the value out")
+        return sizes[id(node)]
+    sizes[id(node)] = 0
+    parts: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
-                continue
+        for key, value in node.value:
             name, line = str(getattr(key, "value", "")), key.start_mark.line + 1
             if name in lines:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {name!r} twice, on lines {lines[name]} and {line}: keep one", key.start_mark
-                )
+                raise _refusal(key, f"key {name!r} twice, on lines {lines[name]} and {line}: keep one")
             lines[name] = line
-        return super().construct_mapping(node, deep)
+            parts += [key, value]
+    elif isinstance(node, yaml.SequenceNode):
+        parts = list(node.value)
+    elif node.tag in _NUMBERS and not any(form.match(node.value) for form in _FORMS):
+        raise _refusal(node, f"{node.value!r} tagged as a number: write a plain one")
+    size = 1 + sum(_check_node(part, sizes) for part in parts)
+    if size > MOST_NODES:
+        raise _refusal(node, f"{size} values with all aliases written out, where {MOST_NODES} are the most")
+    sizes[id(node)] = size
+    return size
+
+
+class _RefusedText(yaml.constructor.ConstructorError):
+    """What is wrong in our own words, which say the line where it helps."""
+
+
+def _refusal(node: yaml.Node, words: str) -> _RefusedText:
+    return _RefusedText(None, None, words, node.start_mark)
 
 
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
@@ -63,16 +105,16 @@ _Loader.yaml_implicit_resolvers = {
     first: [pair for pair in pairs if pair[0] not in _NUMBERS]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(_NUMBERS[0], re.compile(r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    _NUMBERS[1],
+_FORMS = (
+    re.compile(r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$"),
     re.compile(
         r"""^([-+]?([0-9][0-9_]*\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?
         |[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$""",
         re.VERBOSE,
     ),
-    list("-+0123456789."),
 )
+_Loader.add_implicit_resolver(_NUMBERS[0], _FORMS[0], list("-+0123456789"))
+_Loader.add_implicit_resolver(_NUMBERS[1], _FORMS[1], list("-+0123456789."))
 
 
 def load(kind: type[C], source: str | Path | dict[str, Any], overrides: Iterable[str] = ()) -> C:
@@ -90,15 +132,14 @@ def load(kind: type[C], source: str | Path | dict[str, Any], overrides: Iterable
             data = _yaml(Path(source).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(name, expected="a readable YAML file", found=str(error.strerror)) from error
-        except (yaml.YAMLError, ValueError) as error:
-            problem = getattr(error, "problem", None) if "twice" in str(error) else None
-            found = problem or " ".join(str(error).split())
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            found = str(error.problem) if isinstance(error, _RefusedText) else " ".join(str(error).split())
             raise ConfigError(name, expected="a YAML mapping", found=found) from error
         data = {} if data is None else data
         if not isinstance(data, dict):
             raise ConfigError(name, expected="a YAML mapping at the top", found=type(data).__name__)
     for item in overrides:
-        _override(data, item)
+        _override(data, item, kind)
     return parse(kind, data, name)
 
 
@@ -106,9 +147,13 @@ def parse(kind: type[C], data: dict[str, Any], name: str = "config") -> C:
     """Validate a mapping; see `load`."""
     for text in _texts(data):
         refuse_signature(text)
+        if "://" in text:
+            refuse_credentials(text)
     _check_values(kind, data, name)
     try:
-        return kind.model_validate(data)
+        config = kind.model_validate(data)
+        _check_sizes(name, flatten(resolved(config)))
+        return config
     except ValidationError as error:
         # An unknown key first: where it is a misspelt one, the missing right one is only its consequence.
         first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
@@ -169,7 +214,14 @@ def dump_yaml(config: Config) -> str:
     return yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True)
 
 
-def _override(data: dict[str, Any], item: str) -> None:
+def _override(data: dict[str, Any], item: str, kind: type[BaseModel] | None = None) -> None:
+    """Apply `key.sub=value` to `data`. A group of named settings is changed in those that the value names.
+
+    Args:
+        data: Changed in place.
+        item: The text.
+        kind: Model of `data`; None knows no groups.
+    """
     key, separator, text = item.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {item!r}", expected="key=value or key.sub=value", found=item)
@@ -179,16 +231,62 @@ def _override(data: dict[str, Any], item: str) -> None:
         child = node.setdefault(part, {})
         if not isinstance(child, dict):
             raise ConfigError(f"override {item!r}", expected=f"{part!r} to be a group of keys", found=repr(child))
-        node = child
+        node, kind = child, _group(kind, part)
     try:
-        node[last] = _yaml(text)
-    except (yaml.YAMLError, ValueError) as error:
-        problem = getattr(error, "problem", None) if "twice" in str(error) else None
-        raise ConfigError(f"override {item!r}", expected="a YAML value after '='", found=problem or text) from error
+        value = _yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problem = error.problem if isinstance(error, _RefusedText) else text
+        raise ConfigError(f"override {item!r}", expected="a YAML value after '='", found=str(problem)) from error
+    if re.search(r"\s#", text) and not (isinstance(value, str) and "#" in value):
+        raise ConfigError(
+            f"override {item!r}",
+            expected="a value without a comment",
+            found="' #', from which on YAML leaves out the rest",
+            remedy="leave the comment out, or put quotes around a value that holds it",
+        )
+    _put(node, last, value, _group(kind, last))
+
+
+def _put(data: dict[str, Any], key: str, value: Any, kind: type[BaseModel] | None) -> None:
+    """Set a key; of a group whose settings `kind` names, those that the value does not name stay."""
+    before = data.get(key)
+    if kind is None or not isinstance(before, dict) or not isinstance(value, dict):
+        data[key] = value
+        return
+    for name, item in value.items():
+        _put(before, name, item, _group(kind, str(name)))
+
+
+def _group(kind: type[BaseModel] | None, name: str) -> type[BaseModel] | None:
+    """Model of a group of settings; None for a value, and for a mapping whose keys are free."""
+    field = None if kind is None else kind.model_fields.get(name)
+    leaves = _leaves(field.annotation) if field else []
+    return next((leaf for leaf in leaves if isinstance(leaf, type) and issubclass(leaf, BaseModel)), None)
 
 
 def _yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)
+    return _own(yaml.load(text, _Loader))
+
+
+def _own(value: Any) -> Any:
+    """A copy in which each alias is a value of its own: to replace a key in one place leaves the others."""
+    if isinstance(value, dict):
+        return {key: _own(item) for key, item in value.items()}
+    return [_own(item) for item in value] if isinstance(value, list) else value
+
+
+def _check_sizes(name: str, flat: Mapping[str, Any]) -> None:
+    """Refuse numbers that no setting has, whatever its own bounds are.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    for key, value in flat.items():
+        for item in value if isinstance(value, list) else [value]:
+            whole = isinstance(item, int)
+            if isinstance(item, int | float) and abs(item) > (2**63 - 1 if whole else LARGEST_NUMBER):
+                most = "of at most 64 bits" if whole else f"of at most {LARGEST_NUMBER:g}"
+                raise ConfigError(f"{name}: {key}", expected=f"a number {most}", found=str(item)[:40])
 
 
 def _check_values(kind: Any, value: Any, name: str, path: str = "") -> None:

@@ -40,7 +40,7 @@ class FinetuneConfig(Config):
 
     epochs: int = Field(10, ge=1, description="Epochs; the inner metric is measured after each")
     steps_per_epoch: int = Field(10, ge=1, description="Optimizer steps of an epoch")
-    batch: int = Field(4, ge=1, description="Crops of a step")
+    batch: int = Field(4, ge=1, le=1 << 16, description="Crops of a step")
     patch_DHW: CropSize = Field((32, 48, 32), description="Crop and sliding window, voxels (D, H, W)")
     lr: float = Field(2e-3, gt=0, description="Peak learning rate (AdamW)")
     encoder_lr_scale: float = Field(
@@ -63,6 +63,10 @@ class FinetuneConfig(Config):
     def _check_ranges(self) -> Self:
         if not 0 < self.scale[0] <= self.scale[1] <= 10:
             raise ValueError(f"scale: two numbers above 0 and at most 10, the lower first, not {self.scale}")
+        steps = self.epochs * self.steps_per_epoch
+        plain = type(self).model_fields["warmup_steps"].default
+        if self.warmup_steps >= steps and self.warmup_steps > plain:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) below all {steps} steps, or `lr` is never reached")
         if not all(0 <= share <= 1 for share in self.flip):
             raise ValueError(f"flip: three probabilities from 0 to 1, not {self.flip}")
         if self.intensity not in PRESETS:

@@ -47,9 +47,20 @@ _COUNTS = {
     *("n_conv_per_stage_decoder", "init_filters", "num_groups", "blocks_down", "blocks_up", "patch_size", "depths"),
     *("num_heads", "window_size", "feature_size", "up_kernel_size"),
 }
+# The same from 0 on.
+_WHOLE = {"num_res_units", "bottleneck_channels", "stem_channels", "hyena_stages"}
+# A text such as `no` would count as true.
+_FLAGS = {
+    *("bias", "deep_supervision", "res_block", "trans_bias", "conv_bias", "use_conv_final", "qkv_bias", "normalize"),
+    *("patch_norm", "use_checkpoint", "use_v2", "use_hyena", "use_flash_attention"),
+}
 _SHARES = {"dropout", "dropout_prob", "drop_rate", "attn_drop_rate", "dropout_path_rate"}
 MOST = 1 << 16
-"""Channels, blocks or voxels of one layer."""
+"""Channels or voxels of one layer."""
+_LAYERS = {"num_res_units", "n_stages", "n_blocks_per_stage", "n_conv_per_stage_decoder", "blocks_down", "blocks_up"}
+_LAYERS |= {"depths", "deep_supr_num"}
+MOST_LAYERS = 128
+"""Layers of one level."""
 
 
 def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
@@ -74,6 +85,14 @@ def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
                 raise ConfigError(thing, expected=f"whole numbers from 1 to {MOST}", found=repr(value))
             if key == "spatial_dims" and value not in (2, 3):
                 raise ConfigError(thing, expected="2 or 3", found=repr(value))
+        if key in _LAYERS and any(type(leaf) is int and leaf > MOST_LAYERS for leaf in leaves):
+            raise ConfigError(thing, expected=f"at most {MOST_LAYERS} layers of a level", found=repr(value))
+        if key in _WHOLE and value is not None and any(type(leaf) is not int or leaf < 0 for leaf in leaves):
+            raise ConfigError(thing, expected="whole numbers from 0 on", found=repr(value))
+        if key in _FLAGS and type(value) is not bool:
+            raise ConfigError(thing, expected="true or false", found=repr(value))
+        if key in _SHARES and key != "dropout" and any(isinstance(leaf, str | bool) for leaf in leaves):
+            raise ConfigError(thing, expected="shares from 0 to below 1", found=repr(value))
         if key in _SHARES and any(isinstance(leaf, int | float) and not 0 <= leaf < 1 for leaf in leaves):
             raise ConfigError(thing, expected="shares from 0 to below 1", found=repr(value))
 
@@ -84,6 +103,13 @@ def _flat(value: Any) -> Iterator[Any]:
             yield from _flat(item)
     else:
         yield value
+
+
+_REFUSALS = (
+    *(TypeError, ValueError, AssertionError, LookupError, AttributeError, NotImplementedError, ArithmeticError),
+    RuntimeError,
+)
+"""What stock classes raise over arguments that do not fit together."""
 
 
 def backbone_names() -> list[str]:
@@ -125,5 +151,5 @@ def build(name: str, **arguments: Any) -> Pyramid:
     kind = architecture(name)
     try:
         return Pyramid(name, kind, arguments, offsets(name, kind, arguments))
-    except (TypeError, ValueError, AssertionError, KeyError) as error:
+    except _REFUSALS as error:
         raise ConfigError(f"arguments of backbone {name!r}", expected=str(error), found=repr(arguments)) from error

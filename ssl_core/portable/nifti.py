@@ -101,7 +101,7 @@ def write_nifti(
             out.write(data)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, target)
-    except OSError:
+    except BaseException:  # also of who interrupts it: half a file stays nowhere
         Path(temporary).unlink(missing_ok=True)
         raise
 

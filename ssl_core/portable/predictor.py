@@ -19,7 +19,7 @@ from .grid import spacing_dhw
 from .intensity_stats import channel_foreground
 from .network import build, feature_maps, load, logits
 from .nifti import Nifti, read_nifti, write_nifti
-from .preprocess import Preprocess, prepare
+from .preprocess import LEAST_SPREAD, Preprocess, prepare
 from .safetensors import read_safetensors
 from .training_data import refuse
 from .windows import slide, slide_features
@@ -27,6 +27,8 @@ from .windows import slide, slide_features
 FORMAT = "tomoscale-bundle/1"
 LARGEST = 1e38
 """Of a voxel's value: float32, in which networks compute, holds the difference of two such."""
+LEVELS = 256
+"""Steps of float32 between the lowest and the highest voxel, at least; our choice."""
 
 
 def _warn(note: str) -> None:
@@ -231,7 +233,7 @@ class Predictor:
                     " which spacing, field of view, modality and intensities it learned from: scans are taken as they"
                     " are; train it again for a bundle that does"
                 )
-            return prepare(values_CDHW, affine, self.plan, stats)
+            return self._told_apart(name, prepare(values_CDHW, affine, self.plan, stats), force)
         refused, noted = training.check_geometry(values_CDHW.shape[1:], spacing_dhw(affine))
         if refused and not force:  # before the intensities of what may be no scan at all are measured
             raise refuse(name, refused)
@@ -243,7 +245,21 @@ class Predictor:
             raise refuse(name, far)
         for note in (*refused, *far, *noted, *near):
             self._report(f"{name}: {note}")
-        return prepare(values_CDHW, affine, self.plan, stats)
+        return self._told_apart(name, prepare(values_CDHW, affine, self.plan, stats), force)
+
+    def _told_apart(
+        self, name: str, prepared: tuple[NDArray[np.float32], NDArray[np.float32]], force: bool
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """What `prepare` gave, where the network can see anything in it; one empty channel of several is noted."""
+        empty = [str(c) for c, channel in enumerate(prepared[0]) if np.ptp(channel) < LEAST_SPREAD]
+        if not empty:
+            return prepared
+        whole = len(empty) == len(prepared[0])
+        reason = "after normalisation each voxel has one value" + ("" if whole else f" in channel {', '.join(empty)}")
+        if whole and not force:
+            raise refuse(name, [f"{reason}: an empty scan, a mask, or values outside the window of the model"])
+        self._report(f"{name}: {reason}")
+        return prepared
 
     def _canonical(self, name: str, array: NDArray[Any], affine: NDArray[Any]) -> Canonical:
         channels = array.shape[3] if array.ndim == 4 else 1
@@ -266,6 +282,16 @@ class Predictor:
                 found=f"{largest:g}",
                 remedy="replace outliers, or scale the volume down",
             )
+        span = float(array.max()) - float(array.min()) if array.size else 0.0
+        if 0 < span < LEVELS * float(np.finfo(np.float32).eps) * largest:
+            raise RefusedInput(
+                name,
+                expected=f"values that float32, in which networks compute, tells apart in {LEVELS} steps",
+                found=f"{float(array.min()):g} to {float(array.max()):g}, {span:g} apart",
+                remedy="subtract the offset that all voxels share",
+            )
+        if array.dtype.kind == "u" and array.dtype.itemsize == 8:  # which statistics cannot count in
+            array = array.astype(np.float64)
         return to_canonical(name, array, affine)
 
 

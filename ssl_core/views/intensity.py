@@ -20,8 +20,8 @@ from ssl_core.to_device import to_device
 from storage.errors import ConfigError
 from storage.intensity_stats import STATS_ORDER
 
-WIDEST_WINDOW = 1e6
-"""HU; float32 tells single units apart within it."""
+NARROWEST_WINDOW, WIDEST_WINDOW = 1.0, 1e6
+"""HU; a scanner tells no less than one unit apart, and float32 tells single units apart within the widest."""
 
 
 class IntensityPolicy(Config):
@@ -44,8 +44,10 @@ class IntensityPolicy(Config):
         width = self.high - self.low
         if self.kind != "ct":
             return self
-        if not 0 < width <= WIDEST_WINDOW:
-            raise ValueError(f"low ({self.low:g}) below high ({self.high:g}), at most {WIDEST_WINDOW:g} apart")
+        if not NARROWEST_WINDOW <= width <= WIDEST_WINDOW:
+            raise ValueError(
+                f"low ({self.low:g}) below high ({self.high:g}), {NARROWEST_WINDOW:g} to {WIDEST_WINDOW:g} apart"
+            )
         if not width * 1e-3 <= self.std <= width * 1e3:
             raise ValueError(f"std ({self.std:g}) from a thousandth of the window of {width:g} to a thousand times it")
         if not self.low - 10 * width <= self.mean <= self.high + 10 * width:

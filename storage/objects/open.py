@@ -84,7 +84,7 @@ def check_url(url: str) -> None:
 
 # Parameters of URLs that let in whoever has the URL: presigned S3, Google and Azure, and what services call a key.
 _SIGNED = re.compile(
-    r"[?&;](x-(amz|goog)-(signature|credential|security-token)|signature|sig|awsaccesskeyid|googleaccessid"
+    r"[?&;#](x-(amz|goog)-(signature|credential|security-token)|signature|sig|awsaccesskeyid|googleaccessid|key-pair-id|code|jwt|bearer|authorization"
     r"|(access|auth|api|secret|session|id|sas)?[-_]?(token|key|secret)|password|passwd|pwd|credentials?)=[^&;#]",
     re.IGNORECASE,
 )
@@ -96,9 +96,9 @@ def refuse_signature(text: str) -> None:
     Raises:
         ConfigError: it is one.
     """
-    if "://" in text and (match := _SIGNED.search(text)):
+    if "://" in text and (match := _SIGNED.search(text) or _SIGNED.search(unquote(text))):
         raise ConfigError(
-            f"{text.partition('?')[0].rpartition('@')[2] or 'URL'}?...",
+            f"{re.split('[?#;%]', text)[0].rpartition('@')[2] or 'URL'}?...",
             expected="a URL without credentials",
             found=f"the parameter {match[1]}",
             remedy="configurations are shown and logged: credentials belong into the environment of the nodes",

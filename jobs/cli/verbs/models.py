@@ -166,7 +166,8 @@ def _predict(arguments: argparse.Namespace) -> int:
     from ssl_core.portable.predictor import check_target
 
     if not arguments.input.is_file():
-        raise ConfigError(str(arguments.input), expected="a NIfTI file", found="no such file", remedy="check the path")
+        what = "a folder" if arguments.input.is_dir() else "no such file"
+        raise ConfigError(str(arguments.input), expected="a NIfTI file", found=what, remedy="check the path")
     if not arguments.output.parent.is_dir():
         raise ConfigError(str(arguments.output.parent), expected="a folder", found="none", remedy="create it first")
     check_target(arguments.input, arguments.output, overwrite=arguments.overwrite)

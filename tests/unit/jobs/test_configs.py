@@ -1,11 +1,13 @@
 """Configurations: closed to unknown keys, with a hint; stable digests; checked before anything is sent."""
 
 import inspect
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import ssl_core.config as config_module
 from jobs.cli import main as cli
 from jobs.configs import FinetuneJobConfig, PretrainConfig, TuneConfig, registrable
 from jobs.demo import presets
@@ -156,10 +158,10 @@ def test_known_arguments_of_a_backbone_are_those_of_its_class() -> None:
             expected = expected - {"input_channels", "num_classes"} | {"preset"}
         assert set(arguments) == expected | {"spatial_dims", "in_channels", "out_channels"}, name
     every = {key for arguments in registry._ARGUMENTS.values() for key in arguments}
-    assert every >= registry._COUNTS | registry._SHARES
+    assert every >= registry._COUNTS | registry._SHARES | registry._WHOLE | registry._FLAGS
 
 
-@pytest.mark.parametrize("name", ["pgl-v1.2", "a.b", "x" * 300])
+@pytest.mark.parametrize("name", ["pgl-v1.2", "a.b"])
 def test_a_job_whose_model_could_not_be_registered_is_refused_before_it_runs(name: str, tmp_path: Path) -> None:
     labelled = {"starts": {"a": "models:/e@candidate"}, "labelled": LABELLED}
     for kind, data in ((PretrainConfig, {"data": "memory://x"}), (FinetuneJobConfig, labelled)):
@@ -270,3 +272,129 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(kind: type[Config], dat
     with pytest.raises(ConfigError, match="without credentials") as caught:
         parse(kind, {"name": "n", **data})
     assert "hush" not in str(caught.value)
+
+
+NESTED_ALIASES = "a: &a [1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{name}: &{name} [{', '.join(['*' + before] * 8)}]\n" for before, name in pairwise("abcdefgh")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("engine: {steps: !!int 1:30}\n", "'1:30' tagged as a number"),
+        ("engine: {lr: !!float 1:30}\n", "'1:30' tagged as a number"),
+        ("engine: {steps: !!int 010}\n", "'010' tagged as a number"),
+        ("engine: {<<: {steps: 70}, <<: {steps: 80}}\n", "key '<<' twice"),
+        ("engine: {<<: {steps: 70, steps: 90}}\n", "key 'steps' twice"),
+        ("method: &m {name: pgl, crops: *m}\n", "an alias of the value that it lies in"),
+        (NESTED_ALIASES, "with all aliases written out"),
+        ("engine: " + "[" * 3000 + "\n", "expected a YAML mapping"),
+    ],
+)
+def test_aliases_merges_and_tags_of_yaml_hide_nothing(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("name: n\ndata: memory://x\n" + text)
+    with pytest.raises(ConfigError) as caught:
+        load(PretrainConfig, path)
+    assert words in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_an_override_changes_one_place_of_an_aliased_value(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "name: n\nstarts: {a: 'models:/e/1'}\nlabelled: &l {data: 'memory://x', subjects: 5}\n"
+        "finetune: {flip: &f [0, 0, 0], scale: [1, 1]}\n"
+    )
+    assert load(FinetuneJobConfig, path, ["labelled.subjects=7"]).labelled.subjects == 7
+    path.write_text(
+        "name: n\ndata: memory://x\nmethod: {name: compose, parts: {one: &p {name: simclr, weight: 1}, two: *p}}\n"
+    )
+    raw = load_raw(path, ["method.parts.one.weight=3"])
+    assert [raw["method"]["parts"][key]["weight"] for key in ("one", "two")] == [3, 1]
+
+
+def load_raw(path: Path, overrides: list[str]) -> dict[str, Any]:
+    data: dict[str, Any] = config_module._yaml(path.read_text())
+    for item in overrides:
+        config_module._override(data, item, PretrainConfig)
+    return data
+
+
+def test_an_override_of_a_group_leaves_the_settings_that_it_does_not_name(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "name: n\ndata: memory://x\nengine: {lr: 0.01}\nmethod: {name: pgl, hidden: 64}\n"
+        "backbone: {name: unet, arguments: {channels: [8, 8], strides: [2]}}\n"
+    )
+    config = load(PretrainConfig, path, ["engine={steps: 70}", "engine.clip=2", "engine={seed: 3}"])
+    assert (config.engine.lr, config.engine.steps, config.engine.clip, config.engine.seed) == (0.01, 70, 2, 3)
+    config = load(PretrainConfig, path, ["method={name: simclr}", "backbone={arguments: {norm: batch}}"])
+    assert config.method_name == "simclr"  # another method has other settings
+    assert (config.backbone.name, config.backbone.arguments) == ("unet", {"norm": "batch"})
+    with pytest.raises(ConfigError, match="without a comment"):
+        load(PretrainConfig, path, ["source=file:///data/set #2"])
+    assert load(PretrainConfig, path, ["source='/data/set #2'"]).source == "/data/set #2"
+
+
+@pytest.mark.parametrize(
+    ("data", "hint"),
+    [
+        (plan(intensity={"low": -100}), "no intensity.low with intensity.kind percentile"),
+        (plan(intensity={"kind": "zscore", "std": 0}), "no intensity.std with intensity.kind zscore"),
+        (plan(intensity={"kind": "ct", "low": 0, "high": 1e-9, "mean": 0, "std": 1e-9}), "1 to 1e+06 apart"),
+        (plan(engine={"accumulate": 3}), "engine.accumulate (3) to divide the batch of a worker (4)"),
+        (plan(engine={"steps": 10**30}), "engine.steps; expected a number of at most 64 bits"),
+        (plan(engine={"lr": 1e300}), "engine.lr; expected a number of at most 1e+15"),
+        (plan(stream={"lanes": 10**12}), "stream.lanes"),
+        (plan(experiment=""), "experiment; expected a name of 1 to 500"),
+        (plan(experiment="x" * 501), "experiment; expected a name of 1 to 500"),
+        (plan(name="x" * 4000, model="m"), "name"),
+        (plan(experiment="https://u:secret@h/"), "without credentials"),
+        (plan(source="https://h/x?%58-Amz-Signature=secret"), "without credentials"),
+        (plan(source="https://h/x?X-Amz-Signature%3Dsecret"), "without credentials"),
+        (plan(source="https://h/x#access_token=secret"), "without credentials"),
+        (plan(source="https://h/x?Policy=a&Key-Pair-Id=secret"), "without credentials"),
+        (plan(backbone={"arguments": {"bias": "no"}}), "backbone.arguments.bias; expected true or false"),
+        (
+            plan(backbone={"name": "unet", "arguments": {"num_res_units": True}}),
+            "num_res_units; expected whole numbers",
+        ),
+        (plan(backbone={"name": "unet", "arguments": {"num_res_units": 10**9}}), "at most 128 layers of a level"),
+        (plan(backbone={"name": "unet", "arguments": {"num_res_units": -1}}), "num_res_units; expected whole numbers"),
+        (plan(backbone={"name": "segresnet", "arguments": {"dropout_prob": "x"}}), "dropout_prob; expected shares"),
+    ],
+)
+def test_what_would_be_left_out_or_is_beyond_all_bounds_is_refused(data: dict[str, Any], hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(PretrainConfig, data)
+    assert hint in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("starts", "hint"),
+    [
+        ({"": "models:/e/1"}, "names of 1 to"),
+        ({" a": "models:/e/1"}, "names of 1 to"),
+        ({"x" * 500: "models:/e/1"}, "names of 1 to"),
+        ({"ü" * 50: "models:/e/1"}, "names of 1 to"),
+        ({"a\nb": "models:/e/1"}, "names of 1 to"),
+        ({"""a"b'c""": "models:/e/1"}, "one kind of quotes"),
+        ({"a": ""}, "models:/NAME@ALIAS"),
+        ({"a": "models:/", "b": "models:/e/1"}, "models:/NAME@ALIAS"),
+        ({"a": "models:/e/x y"}, "models:/NAME@ALIAS"),
+    ],
+)
+def test_starts_that_would_fail_when_all_is_trained_are_refused(starts: dict[str, str], hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(FinetuneJobConfig, {"name": "n", "labelled": LABELLED, "starts": starts})
+    assert hint in str(caught.value)
+
+
+def test_a_warm_up_that_never_ends_is_refused() -> None:
+    data = {"name": "n", "labelled": LABELLED, "starts": {"a": "models:/e/1"}}
+    with pytest.raises(ConfigError, match=r"warmup_steps \(100\) below all 100 steps"):
+        parse(FinetuneJobConfig, {**data, "finetune": {"warmup_steps": 100}})
+    assert parse(FinetuneJobConfig, {**data, "finetune": {"warmup_steps": 99}}).finetune.warmup_steps == 99

@@ -185,3 +185,35 @@ def test_safetensors_reader_reads_what_the_package_writes_and_refuses_the_rest(t
         path.write_bytes(broken)
         with pytest.raises(RefusedInput, match=r"x\.safetensors"):
             read_safetensors(path)
+
+
+AXES_MM = np.diag([1.5, 1.5, 1.5, 1.0])
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [
+        np.zeros((20, 18, 16), np.int16),
+        np.full((20, 18, 16), 7.5),
+        (np.arange(20 * 18 * 16).reshape(20, 18, 16) % 3 == 0).astype(np.uint8),
+        np.arange(20 * 18 * 16).reshape(20, 18, 16) * 1e-42,
+    ],
+    ids=["zeros", "constant", "mask", "below float32"],
+)
+def test_a_scan_without_anything_in_it_is_refused(segmenter: Path, empty: np.ndarray) -> None:
+    notes: list[str] = []
+    predictor = Predictor(segmenter, "cpu", notes.append)
+    with pytest.raises(RefusedInput, match="after normalisation each voxel has one value"):
+        predictor.predict(empty, AXES_MM)
+    assert predictor.predict(empty, AXES_MM, force=True).shape == empty.shape
+    assert "each voxel has one value" in notes[-1]
+
+
+def test_a_scan_whose_values_float32_cannot_tell_apart_is_refused(segmenter: Path) -> None:
+    values = np.random.default_rng(0).gamma(2, 100, (20, 18, 16))
+    predictor = Predictor(segmenter, "cpu", lambda _note: None)
+    for shifted in (values + 1e9, np.full(values.shape, 2**64 - 1, np.uint64) - values.astype(np.uint64)):
+        with pytest.raises(RefusedInput, match="subtract the offset"):
+            predictor.predict(shifted, AXES_MM)
+    wide = values.astype(np.uint64) << np.uint64(52)
+    assert np.array_equal(predictor.predict(wide, AXES_MM), predictor.predict(wide.astype(np.float64), AXES_MM))
