@@ -18,6 +18,7 @@ from typing import Any
 
 from cluster import buckets, grpc_certificate
 from cluster import state as states
+from cluster.node_settings import SETTINGS
 from cluster.processes import SERVICE_MARK, STACK_MARK
 from storage.errors import StackError
 
@@ -43,6 +44,10 @@ PORTS = {
         *("runtime_env", "metrics", "autoscaler_metrics", "dashboard_metrics"),
     ),
 }
+_OF_CLIENTS = (
+    *("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_DISABLE_TELEMETRY"),
+    *("DO_NOT_TRACK", "RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED"),
+)
 # Keys in the environment beat a profile, so a client of the stack must not have them.
 UNSET = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_DEFAULT_PROFILE")
 
@@ -74,15 +79,10 @@ def client_environment(state_dir: Path, ports: dict[str, dict[str, int]]) -> dic
         "MLFLOW_TRACKING_URI": f"http://{HOST}:{ports['mlflow']['http']}",
         "MLFLOW_TRACKING_USERNAME": MLFLOW_USER,
         "MLFLOW_TRACKING_PASSWORD": states.secret(state_dir, "mlflow_password"),
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "DO_NOT_TRACK": "true",
+        **{name: SETTINGS[name] for name in _OF_CLIENTS},
         "RAY_API_SERVER_ADDRESS": jobs,  # for job clients, who prefer it
         "RAY_ADDRESS": f"{HOST}:{ports['ray']['gcs']}",  # for drivers
-        "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(state_dir / "secrets" / "ray_token"),
-        "RAY_USAGE_STATS_ENABLED": "0",
         # Ray's switch for one-machine clusters: without it Ray turns 127.0.0.1 into the address of the host and listens
         # on every interface, its metrics without asking for a token.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -209,13 +209,8 @@ def _ray(state_dir: Path, ports: dict[str, dict[str, int]], cpus: int) -> Made:
     extra: dict[str, str | None] = {
         # A job's `python -m jobs.pretrain` must find this environment.
         "PATH": os.pathsep.join([binaries, os.environ.get("PATH", os.defpath)]),
-        "RAY_START_HOOK": "cluster.ray_hooks.leave_out_ray_client",
-        "RAY_task_oom_retries": "3",  # without it a volume too large for the node is tried for ever
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
-        "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
-        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        **SETTINGS,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-        "PYTHONUNBUFFERED": "1",
         # Ray's metrics ports, 44217 and 44227 by default, would be in the way of a second cluster.
         "AUTOSCALER_METRIC_PORT": str(own["autoscaler_metrics"]),
         "DASHBOARD_METRIC_PORT": str(own["dashboard_metrics"]),

@@ -16,21 +16,30 @@ umask 022
 part=secrets.part              # half-made ones would pass for made
 rm -rf "$part"
 mkdir -m 700 "$part"
-access=$(random 10) secret=$(random 32) password=$(random 32)
+password=$(random 32) database=$(random 32)
 random 32 > "$part/ray_token"
-cat > "$part/s3.json" <<END
-{"identities": [{"name": "tomoscale", "credentials": [{"accessKey": "$access", "secretKey": "$secret"}],
- "actions": ["Admin", "Read", "List", "Tagging", "Write"]}]}
-END
-cat > "$part/aws_credentials" <<END
-[default]
-aws_access_key_id = $access
-aws_secret_access_key = $secret
-END
+printf '%s' "$database" > "$part/postgres_password"
+
+# One key for each who uses S3, with the rights that its work needs. `admin` makes the buckets and stays beside the server.
+# `Write` of SeaweedFS covers deleting.
+identities=""
+identity() {                   # NAME ACTIONS, as JSON
+    access=$(random 10) secret=$(random 32)
+    printf '[default]\naws_access_key_id = %s\naws_secret_access_key = %s\n' "$access" "$secret" > "$part/aws_$1"
+    identities="$identities${identities:+,
+ }{\"name\": \"$1\", \"credentials\": [{\"accessKey\": \"$access\", \"secretKey\": \"$secret\"}],
+  \"actions\": [$2]}"
+}
+identity admin '"Admin", "Read", "List", "Tagging", "Write"'
+identity ingest '"Read:volumes", "List:volumes", "Write:volumes"'
+identity trainer '"Read:volumes", "List:volumes", "Read:runs", "List:runs", "Write:runs"'
+identity mlflow '"Read:mlflow", "List:mlflow", "Write:mlflow"'
+printf '{"identities": [%s]}\n' "$identities" > "$part/s3.json"
+
 cat > "$part/mlflow_auth.ini" <<END
 [mlflow]
 default_permission = READ
-database_uri = sqlite:////data/auth.db
+database_uri = postgresql+psycopg2://mlflow@postgres/mlflow
 admin_username = admin
 admin_password = $password
 authorization_function = mlflow.server.auth:authenticate_request_basic_auth
@@ -42,7 +51,7 @@ openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 
 cat "$part/key" "$part/certificate" > "$part/grpc.pem"
 rm "$part/key" "$part/certificate"
 chmod 644 "$part/grpc.pem"     # openssl's key is the owner's alone, and the container's user is another
-echo "MLFLOW_FLASK_SERVER_SECRET_KEY=$(random 32)" > "$part/mlflow_server.env"
+printf 'MLFLOW_FLASK_SERVER_SECRET_KEY=%s\nPGPASSWORD=%s\n' "$(random 32)" "$database" > "$part/mlflow_server.env"
 printf 'MLFLOW_TRACKING_USERNAME=admin\nMLFLOW_TRACKING_PASSWORD=%s\n' "$password" > "$part/mlflow_client.env"
 mv "$part" secrets
 echo "made docker/secrets"

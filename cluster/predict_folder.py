@@ -1,0 +1,125 @@
+"""`python -m cluster.predict_folder MODEL IN OUT` writes a mask for every volume of a folder, one Ray task a volume.
+
+Both folders are mounted by every node. The model is downloaded once, into OUT, so that all masks are of one version of
+it, also where its alias moves meanwhile and where the job is sent again. A mask that is in OUT already is left.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from storage.errors import ConfigError, RefusedInput, TomoscaleError
+
+SUFFIXES = (".nii", ".nii.gz")
+RETRIES = 3  # of a task whose node is lost
+_LAST_CHARACTERS = 400
+Predict = Callable[[Path], str]
+
+
+def due(scans: Path, masks: Path) -> list[Path]:
+    """The volumes of `scans` that have no mask in `masks`, by name.
+
+    Raises:
+        ConfigError: a folder is missing, both are one, or the first holds no volume.
+    """
+    for folder in (scans, masks):
+        if not folder.is_dir():
+            raise ConfigError(str(folder), expected="a folder", found="none", remedy="mount it on every node")
+    if scans.resolve() == masks.resolve():  # every volume would pass for its own mask
+        raise ConfigError(
+            str(masks), expected="another folder than that of the volumes", found="the same", remedy="name another"
+        )
+    volumes = sorted(path for path in scans.iterdir() if path.name.endswith(SUFFIXES) and path.is_file())
+    if not volumes:
+        raise ConfigError(
+            str(scans), expected=f"volumes ({', '.join(SUFFIXES)})", found="none", remedy="name the folder with them"
+        )
+    return [path for path in volumes if not (masks / path.name).exists()]
+
+
+def pin(model: str, masks: Path) -> Path:
+    """The bundle of `model` in the folder `masks`, downloaded the first time.
+
+    Raises:
+        ConfigError: the folder has masks of another model.
+        TomoscaleError: the download failed.
+    """
+    bundle, note = masks / "model", masks / "model.txt"
+    if bundle.exists() and note.read_text() != model:
+        raise ConfigError(
+            str(masks), expected=f"masks of {model}", found=f"those of {note.read_text()}", remedy="name another folder"
+        )
+    if not bundle.exists():
+        note.write_text(model)
+        problem = _tomoscale("models", "pull", model, str(bundle))  # which puts it in place whole
+        if problem:
+            raise TomoscaleError(
+                f"model {model}", expected="a download", found=problem, remedy="remove the cause, send the job again"
+            )
+    return bundle
+
+
+def mask_of(bundle: Path, masks: Path) -> Predict:
+    """What makes the mask of one volume; it returns an empty string, or why there is none."""
+
+    def predict(volume: Path) -> str:
+        return _tomoscale("predict", str(bundle), str(volume), str(masks / volume.name))
+
+    return predict
+
+
+def _tomoscale(*words: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "jobs.cli.main", *words], capture_output=True, text=True)
+    return "" if done.returncode == 0 else done.stderr.strip()[-_LAST_CHARACTERS:] or f"exit code {done.returncode}"
+
+
+def on_cluster(predict: Predict, volumes: Iterable[Path], cpus: int, gpus: int) -> Iterator[tuple[Path, str]]:
+    """Predict on the Ray cluster that the environment names; each volume with its reason when it is done."""
+    import ray
+
+    ray.init("auto", log_to_driver=False)
+    task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)(predict)
+    running = {task.remote(volume): volume for volume in volumes}
+    while running:
+        (ready,), _ = ray.wait(list(running), num_returns=1)
+        volume = running.pop(ready)
+        try:
+            yield volume, ray.get(ready)
+        except ray.exceptions.RayError as error:
+            yield volume, str(error).strip().splitlines()[-1]
+
+
+def report(results: Iterable[tuple[Path, str]], total: int) -> int:
+    """Print each result; 0 when every volume has its mask, else 3."""
+    without = []
+    for number, (volume, reason) in enumerate(results, 1):
+        print(f"{number} of {total}: {volume.name}{f': {reason}' if reason else ''}")
+        without += [volume.name] if reason else []
+    if without:
+        print(f"{len(without)} of {total} volumes have no mask: {', '.join(sorted(without))}", file=sys.stderr)
+    return RefusedInput.exit_code if without else 0
+
+
+def main(words: Sequence[str]) -> int:
+    """The exit code: 0 done, 2 a wrong argument, 3 where volumes have no mask."""
+    parser = argparse.ArgumentParser(prog="python -m cluster.predict_folder", description=__doc__)
+    parser.add_argument("model", help="model URI, such as models:/NAME@ALIAS")
+    parser.add_argument("scans", type=Path, help="folder of .nii and .nii.gz")
+    parser.add_argument("masks", type=Path, help="folder to write to")
+    parser.add_argument("--cpus", type=int, default=4, help="of a task (default: 4)")
+    parser.add_argument("--gpus", type=int, default=0, help="of a task (default: 0)")
+    arguments = parser.parse_args(words)
+    try:
+        volumes = due(arguments.scans, arguments.masks)
+        predict = mask_of(pin(arguments.model, arguments.masks), arguments.masks)
+    except TomoscaleError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return report(on_cluster(predict, volumes, arguments.cpus, arguments.gpus), len(volumes))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
