@@ -144,7 +144,7 @@ def _percentiles(values: Values, ordered: Values | None = None) -> tuple[float, 
     if counted is not None:
         return _ranks(*counted)
     flat = values.reshape(-1)
-    sample = np.sort(flat[:: max(1, flat.size // 40_000)]) if ordered is None else flat[:0]
+    sample: Any = np.sort(flat[:: max(1, flat.size // 40_000)]) if ordered is None else flat[:0]
 
     def ranked(k: int) -> tuple[float, float]:
         if ordered is None:
