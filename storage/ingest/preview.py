@@ -29,11 +29,14 @@ from storage.ingest.work import size_of
 THREADS = min(16, 4 * (os.cpu_count() or 1))
 """Headers are waited for more than they are worked on."""
 VOXELS_PER_S = 40e6
-"""Of one core, of gzipped int16 files at their own spacing. With `S_PER_FILE` a line through processor seconds of whole
-ingests on two shared cores, least of several: 0.022 s for a volume of 0.3 million voxels (LA), 0.029 for 0.55 million
-(as ACDC's), 0.07 for 2.35 million (CHAOS). Resampling and decoding of DICOM come on top."""
+"""Of one core, of gzipped int16 files at their own spacing.
+
+With `S_PER_FILE`, a line by eye through processor seconds of ingests into a folder in memory, the least of several
+on a busy machine: 0.022 s for a volume of 0.3 million voxels (LA), 0.029 for 0.55 million (of ACDC's size),
+0.07 for 2.35 million (CHAOS, before the last speed-up). Slow disks, resampling and decoding of DICOM come on top.
+"""
 S_PER_FILE = 0.014
-"""Of one core, whatever its size: folders and files on ext4 take about a third of it."""
+"""Of one core, whatever its size."""
 
 
 @dataclass(frozen=True, slots=True)
