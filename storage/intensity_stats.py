@@ -144,10 +144,11 @@ def _percentiles(values: Values, ordered: Values | None = None) -> tuple[float, 
     if counted is not None:
         return _ranks(*counted)
     flat = values.reshape(-1)
+    sample: Any = np.sort(flat[:: max(1, flat.size // 40_000)]) if ordered is None else flat[:0]
 
     def ranked(k: int) -> tuple[float, float]:
         if ordered is None:
-            return _ranked(flat, k)
+            return _ranked(flat, sample, k)
         return float(ordered[k]), float(ordered[min(k + 1, ordered.size - 1)])
 
     low, high = (_blend(share, flat.size, ranked) for share in SHARES)
@@ -163,10 +164,12 @@ def _blend(share: float, size: int, ranked: Callable[[int], tuple[float, float]]
     return a + (b - a) * part if part < 0.5 else b - (b - a) * (1 - part)
 
 
-def _ranked(flat: Values, k: int) -> tuple[float, float]:
-    """The k-th and next smallest of an array, exactly; a sample brackets them, and only what lies between is sorted."""
+def _ranked(flat: Values, sample: Values, k: int) -> tuple[float, float]:
+    """The k-th and next smallest of an array, exactly.
+
+    A sorted sample of it brackets them, and only what lies between is sorted.
+    """
     size = flat.size
-    sample = np.sort(flat[:: max(1, size // 40_000)])
     share = k / size
     place, margin = share * sample.size, 6 * np.sqrt(sample.size * share * (1 - share)) + 3
     low, high = sample[max(0, int(place - margin))], sample[min(sample.size - 1, int(place + margin) + 1)]

@@ -98,7 +98,7 @@ def _learn_verb(names: Names) -> argparse.ArgumentParser:
     learn = names.add_parser("learn", help="do the methods learn: short runs, linear read-out beside random features")
     learn.add_argument("--quick", action="store_true", help="one seed, few steps: does it run, not what is learned")
     learn.add_argument("--methods", type=_words, default=[], metavar="A,B", help="only these, such as mae,lrc+byol")
-    learn.add_argument("--seeds", type=whole(1), metavar="N", help="seeds of each method (default 3)")
+    learn.add_argument("--seeds", type=whole(1), metavar="N", help="seeds of each method (default 5)")
     learn.add_argument("--first-seed", type=whole(0), default=0, metavar="N", help="the first seed (default 0)")
     learn.add_argument("--steps", type=whole(1), metavar="N", help="steps of a run (default 100)")
     learn.add_argument("--batch", type=whole(1), metavar="N", help="samples of a step (default 4)")

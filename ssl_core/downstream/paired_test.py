@@ -19,7 +19,7 @@ _LEAST = 6
 """Fewest differing cases for which the two-sided signed-rank test can give p < 0.05: 2 / 2**5 > 0.05 > 2 / 2**6."""
 
 
-_LEAST_SEEDS = 5
+LEAST_SEEDS = 5
 """Fewest trainings a start for which a sentence may say that one start is better; our choice. With fewer, two trainings
 that happen to differ decide."""
 
@@ -166,7 +166,7 @@ def compare_trainings(d_SN: NDArray[Any], *, a: str, b: str, measure: str = "Dic
         half = float(scipy_stats.t.ppf(1 - _LEVEL / 2, freedom) * error)
         low, high, p = mean - half, mean + half, float(crossed_p(d))
     differing = int(np.count_nonzero(by_subject))
-    significant = p is not None and p < _LEVEL and seeds >= _LEAST_SEEDS and differing >= _LEAST
+    significant = p is not None and p < _LEVEL and seeds >= LEAST_SEEDS and differing >= _LEAST
     better = float(np.mean((by_subject > 0) + 0.5 * (by_subject == 0)))
     by_seed = tuple(float(x) for x in d.mean(axis=1))
     facts = f"by seed {', '.join(f'{x:+.3f}' for x in by_seed)}; "
@@ -178,9 +178,9 @@ def compare_trainings(d_SN: NDArray[Any], *, a: str, b: str, measure: str = "Dic
     statement = f"In this one training of each start, {a} minus {b} was {facts}."
     if seeds > 1:
         statement = f"In these {seeds} trainings of each start, {a} minus {b} was {facts}."
-    if seeds < _LEAST_SEEDS:
+    if seeds < LEAST_SEEDS:
         count = "One training" if seeds == 1 else f"{seeds} trainings"
-        statement += f" {count} of each cannot show that one start is better; that takes {_LEAST_SEEDS} or more."
+        statement += f" {count} of each cannot show that one start is better; that takes {LEAST_SEEDS} or more."
     elif differing < _LEAST:
         statement += f" Too few subjects differ to compare the starts ({differing}, at least {_LEAST} needed)."
     elif significant:

@@ -41,7 +41,8 @@ class Predictor:
     Args:
         bundle: Directory written by `ssl_core.bundle.write_bundle`, or pulled from a registry.
         device: `cpu`, `cuda`, `cuda:1`; None takes the accelerator when there is one.
-        report: Hears what a scan is a little outside of, and what a bundle does not say; None warns (`UserWarning`).
+        report: Hears what was assumed of a header, what a scan is a little outside of, and what a bundle does not say;
+            None warns (`UserWarning`).
 
     Attributes:
         kind: `segmenter` or `encoder`.
@@ -95,7 +96,7 @@ class Predictor:
                 learned from.
             ConfigError: the bundle holds an encoder, or an array came without its affine.
         """
-        return self._predict(*_volume(source, affine), force)
+        return self._predict(*self._volume(source, affine), force)
 
     def predict_file(
         self,
@@ -119,6 +120,7 @@ class Predictor:
         """
         check_target(source, target, overwrite=overwrite)
         image = read_nifti(source)
+        self._report_header(source, image)
         mask = self._predict(str(source), image.array, image.affine, force)
         check_target(source, target, overwrite=overwrite)  # again: minutes may have passed
         write_nifti(target, mask, image.affine, like=image)
@@ -144,7 +146,7 @@ class Predictor:
             (E, D/stride, H/stride, W/stride); feature k lies at voxels k * stride onwards of the canonical volume,
             after resampling to the nearest spacing that the model learned from (`Preprocess.target_spacing`).
         """
-        name, array, matrix = _volume(source, affine)
+        name, array, matrix = self._volume(source, affine)
         volume = self._canonical(name, array, matrix)
         image, air = self._prepared(name, volume.values_CDHW, volume.affine, None, "", force)
         entry = self.architecture["levels"][level]
@@ -261,6 +263,26 @@ class Predictor:
         self._report(f"{name}: {reason}")
         return prepared
 
+    def _report_header(self, source: str | os.PathLike[str], image: Nifti) -> None:
+        for note in image.notes:
+            self._report(f"{source}: {note}")
+
+    def _volume(
+        self, source: str | os.PathLike[str] | NDArray[Any], affine: NDArray[Any] | None
+    ) -> tuple[str, NDArray[Any], NDArray[Any]]:
+        if isinstance(source, np.ndarray):
+            if affine is None:
+                raise ConfigError(
+                    "array",
+                    expected="its affine (voxel-centre indices to RAS+ mm)",
+                    found="none",
+                    remedy="give affine=",
+                )
+            return "array", source, affine
+        image: Nifti = read_nifti(source)
+        self._report_header(source, image)
+        return str(source), image.array, image.affine
+
     def _canonical(self, name: str, array: NDArray[Any], affine: NDArray[Any]) -> Canonical:
         channels = array.shape[3] if array.ndim == 4 else 1
         if array.ndim not in (3, 4) or channels != self.plan.channels:
@@ -356,19 +378,6 @@ def check_bundle(root: Path) -> dict[str, Any]:
             found=", ".join(sorted(listed)),
         )
     return card
-
-
-def _volume(
-    source: str | os.PathLike[str] | NDArray[Any], affine: NDArray[Any] | None
-) -> tuple[str, NDArray[Any], NDArray[Any]]:
-    if isinstance(source, np.ndarray):
-        if affine is None:
-            raise ConfigError(
-                "array", expected="its affine (voxel-centre indices to RAS+ mm)", found="none", remedy="give affine="
-            )
-        return "array", source, affine
-    image: Nifti = read_nifti(source)
-    return str(source), image.array, image.affine
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -192,16 +192,22 @@ def label_record(name: str, label_DHW: Array) -> LabelRecord:
     flat = np.flatnonzero(label_DHW)
     voxels = label_DHW.reshape(-1)[flat] if label_DHW.flags.c_contiguous else label_DHW.flatten()[flat]
     order = np.argsort(voxels, kind="stable")
-    values, starts, counts = np.unique(voxels[order], return_index=True, return_counts=True)
-    flat = flat[order]
-    boxes, points = [], []
+    flat, voxels = flat[order], voxels[order]
+    starts = np.flatnonzero(np.append(True, voxels[1:] != voxels[:-1])[: voxels.size])
+    values, counts = voxels[starts], np.diff(starts, append=voxels.size)
+    boxes: list[tuple[Triple, Triple]] = []
+    if starts.size:
+        columns = np.unravel_index(flat, label_DHW.shape)
+        lo = np.stack([np.minimum.reduceat(column, starts) for column in columns], axis=1)
+        hi = np.stack([np.maximum.reduceat(column, starts) + 1 for column in columns], axis=1)
+        boxes = [(_triple(a), _triple(b)) for a, b in zip(lo, hi, strict=True)]
+    points = []
     for value, start, count in zip(values, starts, counts, strict=True):
-        at = np.stack(np.unravel_index(flat[start : start + count], label_DHW.shape), axis=1)
-        lo, hi = at.min(axis=0), at.max(axis=0) + 1
-        boxes.append((_triple(lo), _triple(hi)))
-        generator = np.random.Generator(np.random.Philox(key=[int(value) & (2**64 - 1), int(count)]))
-        picked = at if count <= POINTS else at[np.sort(generator.choice(int(count), POINTS, replace=False))]
-        points.append(tuple(_triple(p) for p in picked))
+        places = flat[start : start + count]
+        if count > POINTS:
+            generator = np.random.Generator(np.random.Philox(key=[int(value) & (2**64 - 1), int(count)]))
+            places = places[np.sort(generator.choice(int(count), POINTS, replace=False))]
+        points.append(tuple(_triple(p) for p in np.stack(np.unravel_index(places, label_DHW.shape), axis=1).tolist()))
     return LabelRecord(
         name=name,
         values=tuple(int(v) for v in values),
@@ -224,14 +230,14 @@ def encode_shard(block: Array, chunk: tuple[int, ...], inside: tuple[int, ...], 
     parts: list[bytes] = []
     entries: dict[int, tuple[int, int]] = {}
     at = 0
-    for number in curve_order(grid):
-        place = np.unravel_index(number, grid)
-        origin = [int(p) * c for p, c in zip(place, chunk, strict=True)]
+    order = np.asarray(curve_order(grid))
+    origins = (np.stack(np.unravel_index(order, grid), axis=1) * chunk).tolist()
+    for number, origin in zip(order.tolist(), origins, strict=True):
         if any(o >= n for o, n in zip(origin, inside, strict=True)):
             continue
         piece = block[tuple(slice(o, o + c) for o, c in zip(origin, chunk, strict=True))]
         parts.append(encode_default(piece, compressor))
-        entries[int(number)] = (at, len(parts[-1]))
+        entries[number] = (at, len(parts[-1]))
         at += len(parts[-1])
     return b"".join(parts) + build_index(entries, math.prod(grid))
 

@@ -3,6 +3,7 @@
 - NIfTI: a label table as XML in a header extension (Connectome Workbench, Caret), AFNI's `VALUE_LABEL_DTABLE`, and with
   the intent "label" the file beside it that `aux_file` names;
 - NRRD: `Segment0_Name` and `Segment0_LabelValue`, as 3D Slicer writes them;
+- DICOM: `SegmentLabel` of each segment, unless it may identify a person;
 - beside the map and of its name: label descriptions of ITK-SNAP (`.txt`, `.label`), colour tables of 3D Slicer
   (`.ctbl`) and `.tsv` with the columns index and name;
 - BIDS: `*_dseg.tsv` of which every entity is the map's too, in its folder or one above it: the nearest folder counts,
@@ -55,9 +56,12 @@ def label_names(item: IngestItem, values: Iterable[int], notes: Sequence[str]) -
         values: Label values that the volume has.
         notes: What was noted of it: where channels were turned into classes, no table is of these.
     """
-    if item.label is None or format_of(item.kind).hides_identity or any(_TURNED in note for note in notes):
+    if item.label is None or any(_TURNED in note for note in notes):
         return ()
     present = set(values) - {0}
+    if format_of(item.kind).hides_identity:
+        # no table beside it: it may name a person
+        return () if split_name(Path(item.label).name)[1] else _segments(item.label, item.images[0], present)
     names: dict[int, tuple[str, str]] = {}
     disputed: dict[int, str] = {}
     for where, table in _tables(Path(item.label), _root(item)):
@@ -70,6 +74,21 @@ def label_names(item: IngestItem, values: Iterable[int], notes: Sequence[str]) -
         out.append(f"{NAMES_NOTE}{json.dumps(agreed, ensure_ascii=False)}")
     if disputed:
         out.append(f"{NO_NAMES}{'; '.join(disputed[value] for value in sorted(disputed))}"[:1000])
+    return tuple(out)
+
+
+def _segments(label: str, image: str, present: set[int]) -> tuple[str, ...]:
+    """Notes on the segments of a DICOM segmentation that the volume has."""
+    from storage.ingest.readers.dicom.seg import segment_labels  # pydicom is imported where there is DICOM
+
+    labels, hidden = segment_labels(label, image)
+    names = _cleaned((str(number), name) for number, name in labels.items() if number in present)
+    out = []
+    if names:
+        by_value = {str(value): name for value, name in sorted(names.items())}
+        out.append(f"{NAMES_NOTE}{json.dumps(by_value, ensure_ascii=False)}")
+    if left := sorted(present.intersection(hidden)):
+        out.append(f"{NO_NAMES}{', '.join(map(str, left))}, whose segment's label may identify a person")
     return tuple(out)
 
 

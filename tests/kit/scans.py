@@ -99,8 +99,12 @@ def save_dicom(root: Path, datasets: Sequence[Dataset], names: Sequence[str] | N
     return root
 
 
-def segmentation(reference: Sequence[Dataset], label_DHW: np.ndarray) -> Dataset:
-    """A binary DICOM segmentation of the slices, empty planes left out, segments and planes in reverse order."""
+def segmentation(reference: Sequence[Dataset], label_DHW: np.ndarray, names: Sequence[str] = ()) -> Dataset:
+    """A binary DICOM segmentation of the slices, empty planes left out, segments and planes in reverse order.
+
+    Args:
+        names: Labels of the segments 1 and 2.
+    """
     first = reference[0]
     ds = Dataset()
     ds.file_meta = FileMetaDataset()
@@ -112,6 +116,9 @@ def segmentation(reference: Sequence[Dataset], label_DHW: np.ndarray) -> Dataset
     referenced = Dataset()
     referenced.SeriesInstanceUID = first.SeriesInstanceUID
     ds.ReferencedSeriesSequence = DicomSequence([referenced])
+    ds.SegmentSequence = DicomSequence([Dataset() for _ in names])
+    for number, (segment, name) in enumerate(zip(ds.SegmentSequence, names, strict=True), 1):
+        segment.SegmentNumber, segment.SegmentLabel = number, name
     orientation, shared = Dataset(), Dataset()
     orientation.ImageOrientationPatient = first.ImageOrientationPatient
     shared.PlaneOrientationSequence = DicomSequence([orientation])

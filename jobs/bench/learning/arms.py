@@ -36,7 +36,7 @@ class Size:
     view_DHW: tuple[int, int, int] = (16, 24, 24)
     batch: int = 4
     steps: int = 100
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     fitted: int = 12
     scored: int = 32
     filters: tuple[int, ...] = (8, 16, 32, 64)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jobs.bench.measure import table
-from ssl_core.downstream.paired_test import Paired, compare, mean_over_seeds
+from ssl_core.downstream.paired_test import LEAST_SEEDS, PairedTrainings, compare_trainings
 from storage.errors import ConfigError
 
 RANDOM = "random"
@@ -78,7 +78,10 @@ def joined(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def summary(name: str, runs: Sequence[Run], random: Sequence[Run]) -> dict[str, Any]:
-    """One row: medians over seeds, Dice as mean and deviation over seeds, and the paired test over subjects."""
+    """One row: medians over seeds, Dice as mean and deviation over seeds, and the gain over trainings and subjects.
+
+    `beats_random` is None with fewer trainings than can show it.
+    """
     means = [statistics.fmean(run.dice.values()) for run in runs]
     row: dict[str, Any] = {
         "method": name,
@@ -105,7 +108,7 @@ def summary(name: str, runs: Sequence[Run], random: Sequence[Run]) -> dict[str, 
         "statement": paired.statement,
         "falls": all(last < first for first, last in fixed or losses),
         "no_collapse": not any(run.collapsed for run in trained),
-        "beats_random": paired.significant and paired.difference > 0,
+        "beats_random": paired.significant and paired.difference > 0 if paired.n_seeds >= LEAST_SEEDS else None,
     }
     if fixed:
         row["fixed_before"] = statistics.median(before for before, _ in fixed)
@@ -129,8 +132,8 @@ def format_learn(result: Mapping[str, Any]) -> str:
             "fixed": f"{row['fixed_before']:.3f} to {row['fixed_after']:.3f}" if "fixed_before" in row else "",
             "rank": f"{row['effective_rank']:.1f}" if "effective_rank" in row else "",
             "dice": f"{row['dice']:.3f}" + (f" ± {row['dice_sd']:.3f}" if row["dice_sd"] is not None else ""),
-            "difference": f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})" if "p" in row else "",
-            "p": f"{row['p']:.1g}" if "p" in row else "",
+            "difference": _gain(row) if "p" in row else "",
+            "p": f"{row['p']:.1g}" if row.get("p") is not None else "",
             "speed": f"{row['steps_per_s']:.1f}" if "steps_per_s" in row else "",
             **{key: {True: "yes", False: "NO", None: ""}[row.get(key)] for key in _CHECKS},
         }
@@ -144,20 +147,24 @@ def format_learn(result: Mapping[str, Any]) -> str:
     what = f"{data['name']}{' (SIMULATED)' if data['simulated'] else ''}: pre-trained on {data['pretrained_on']}"
     what += f" volumes; read-out fitted on {data['fitted']} subjects, scored on {len(data['scored'])}"
     what += f" of split {data['part']}"
+    judged = [row for row in result["rows"] if "p" in row]
+    if any(row["beats_random"] is None for row in judged):
+        words.append(f"Fewer than {LEAST_SEEDS} trainings of a row cannot show that it beats random features.")
     words = words or ["Every row does all three."]
     return "\n".join([table(rows, columns), "", what + ".", *words, *result["ablations"]])
 
 
-def _paired(a: str, runs_a: Sequence[Run], b: str, runs_b: Sequence[Run]) -> Paired:
-    """Over subjects, each the mean over its seeds."""
-    dice_a, dice_b = _by_subject(runs_a), _by_subject(runs_b)
-    cases = sorted(dice_a)
-    values_a, values_b = (np.array([dice[case] for case in cases]) for dice in (dice_a, dice_b))
-    return compare(values_a, values_b, a=a, b=b, seeds=len(runs_a))
+def _gain(row: Mapping[str, Any]) -> str:
+    interval = "" if row["low"] is None else f" ({row['low']:+.3f} to {row['high']:+.3f})"
+    return f"{row['difference']:+.3f}{interval}"
 
 
-def _by_subject(runs: Sequence[Run]) -> dict[str, float]:
-    return mean_over_seeds({(case, run.seed): value for run in runs for case, value in run.dice.items()})
+def _paired(a: str, runs_a: Sequence[Run], b: str, runs_b: Sequence[Run]) -> PairedTrainings:
+    """Over trainings, paired by seed, and subjects."""
+    dice_b = {run.seed: run.dice for run in runs_b}
+    subjects = sorted(runs_a[0].dice)
+    differences = [[run.dice[subject] - dice_b[run.seed][subject] for subject in subjects] for run in runs_a]
+    return compare_trainings(np.array(differences), a=a, b=b)
 
 
 def _failed(row: Mapping[str, Any]) -> list[str]:

@@ -3,11 +3,11 @@
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from storage.errors import NotFound
-from storage.format.records import LabelRecord, VolumeRecord
+from storage.format.records import DerivedRecord, LabelRecord, VolumeRecord
 from storage.ingest.deidentify import Pseudonyms
 from storage.ingest.items import IngestItem
 from storage.ingest.policy import IngestPolicy
@@ -19,6 +19,7 @@ HIDDEN = "hidden/"
 """How a source begins that is a pseudonym."""
 _LONGEST_ID = 100
 _RECORD = tuple(VolumeRecord.__dataclass_fields__)
+_PARTS = {"labels": tuple(LabelRecord.__dataclass_fields__), "derived": tuple(DerivedRecord.__dataclass_fields__)}
 
 
 def hides(item: IngestItem, policy: IngestPolicy) -> bool:
@@ -89,8 +90,8 @@ class Sidecar:
     def _bytes(self) -> bytes:
         record = None if self.record is None else {name: getattr(self.record, name) for name in _RECORD}
         if record is not None:
-            record["labels"] = [asdict(label) for label in record["labels"]]
-            record["derived"] = [asdict(derived) for derived in record["derived"]]
+            for name, parts in _PARTS.items():  # `asdict` would copy each of some hundred positions by itself
+                record[name] = [{part: getattr(entry, part) for part in parts} for entry in record[name]]
         fields = {"volume_id": self.volume_id, "source_sha256": self.source_sha256, "policy": self.policy}
         return json.dumps({**fields, "record": record, "forced": self.forced}).encode()
 

@@ -4,6 +4,8 @@ A segmentation holds one bit plane for each segment and slice, and leaves empty 
 own. DICOM PS3.3 A.51 and C.8.20.
 """
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,12 @@ from storage.ingest.readers.dicom.file import DAMAGED, be_quiet, opened
 from storage.ingest.readers.raw import RawVolume
 
 READER = f"pydicom-seg/{pydicom.__version__}"
+_IDENTIFIERS = (
+    "PatientID", "OtherPatientIDs", "PatientAddress", "IssuerOfPatientID", "AccessionNumber", "StudyID",
+    "InstitutionName", "InstitutionAddress", "StationName", "DeviceSerialNumber",
+)  # fmt: skip
+_NUMBER = re.compile(r"\d{5,}|\d+(?:[./-]\d+){2,}")
+"""As dates, record numbers and unique identifiers are."""
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 
 
@@ -57,6 +65,50 @@ def read_segmentation(path: str, image: RawVolume) -> RawVolume:
         ) from error
     notes = [f"{overlap:,} voxels in several segments; the last one listed has them"] if overlap else []
     return RawVolume(labels[None], image.affine, READER, notes=notes)
+
+
+def segment_labels(path: str, image: str) -> tuple[dict[int, str], list[int]]:
+    """Names of the segments of a segmentation, from its header and, for what may identify a person, its image's.
+
+    A label is free text. One that has a word of a name or of another identifier, a date or a long number is left out.
+
+    Args:
+        path: Of the segmentation.
+        image: Of a file of the series that it refers to.
+
+    Returns:
+        Labels by segment number, and the numbers of segments whose label was left out; nothing of a damaged header.
+    """
+    labels: dict[int, str] = {}
+    hidden: list[int] = []
+    try:
+        be_quiet()
+        headers = []
+        for name in (path, image):
+            with opened(name) as file:
+                headers.append(pydicom.dcmread(file, stop_before_pixels=True))
+        secrets = {word for header in headers for word in _secrets(header)}
+        for segment in headers[0].get("SegmentSequence") or ():
+            number, label = int(segment.SegmentNumber), str(segment.get("SegmentLabel") or "")
+            words = set(_words(label))
+            if _NUMBER.search(label) or any(w in words or (len(w) > 3 and w in label.casefold()) for w in secrets):
+                hidden.append(number)
+            else:
+                labels[number] = label
+    except DAMAGED:
+        return {}, []
+    return labels, hidden
+
+
+def _secrets(header: Any) -> Iterator[str]:
+    for element in header:
+        if element.VR == "PN" or element.keyword in _IDENTIFIERS:
+            yield from _words(str(element.value))
+
+
+def _words(text: str) -> Iterator[str]:
+    """Words of two characters and more, in small letters."""
+    return (word for word in re.split(r"[\W_]+", text.casefold()) if len(word) > 1)
 
 
 def _slice_of(

@@ -200,28 +200,70 @@ def test_the_loss_on_fixed_views_is_that_of_the_weights_alone() -> None:
     assert found["monitor/accuracy"] == pytest.approx(torch.stack(first).mean().item())
 
 
-def run(dice: float, loss: tuple[float, float], collapsed: bool = False) -> learn_rows.Run:
-    cases = {f"case{i}": dice + 0.001 * i for i in range(12)}
-    return learn_rows.Run(0, (1.0, 2.0), {}, {"loss": loss}, 5.0, 0.9, collapsed, cases, 1.0)
+def runs(dice: float, loss: tuple[float, float], *, collapsed: bool = False, seeds: int = 5) -> list[learn_rows.Run]:
+    """Trainings whose Dice differ a little by seed and by subject."""
+    return [
+        learn_rows.Run(
+            seed,
+            (1.0, 2.0),
+            {},
+            {"loss": loss},
+            5.0,
+            0.9,
+            collapsed,
+            {f"case{i}": dice + 0.001 * i * (seed + 1) * (dice > 0.5) for i in range(12)},
+            1.0,
+        )
+        for seed in range(seeds)
+    ]
+
+
+def untrained(seeds: int = 5) -> list[learn_rows.Run]:
+    return [replace(run, loss=None) for run in runs(0.5, (0.0, 0.0), seeds=seeds)]
+
+
+FACTS = {"name": "x", "simulated": False, "pretrained_on": 1, "fitted": 1, "scored": ["a"], "part": "test"}
 
 
 def test_verdicts_follow_the_figures() -> None:
-    random = [replace(run(0.5, (0.0, 0.0)), loss=None)]
-    good = learn_rows.summary("good", [run(0.6, (2.0, 1.0))], random)
+    random = untrained()
+    good = learn_rows.summary("good", runs(0.6, (2.0, 1.0)), random)
     assert (good["falls"], good["no_collapse"], good["beats_random"]) == (True, True, True)
-    assert good["difference"] == pytest.approx(0.1)
-    bad = learn_rows.summary("bad", [run(0.4, (1.0, 1.1), collapsed=True)], random)
+    assert good["difference"] == pytest.approx(0.1165)
+    bad = learn_rows.summary("bad", runs(0.4, (1.0, 1.1), collapsed=True), random)
     assert (bad["falls"], bad["no_collapse"], bad["beats_random"]) == (False, False, False)
-    text = learn_rows.format_learn(
-        {
-            "rows": [learn_rows.summary("random", random, random), good, bad],
-            "ablations": learn_rows.ablations({"good": [run(0.6, (2.0, 1.0))], "good:part": [run(0.5, (2.0, 1.0))]}),
-            "data": {"name": "x", "simulated": False, "pretrained_on": 1, "fitted": 1, "scored": ["a"], "part": "test"},
-        }
-    )
+    parts = {"good": runs(0.6, (2.0, 1.0)), "good:part": runs(0.5, (2.0, 1.0))}
+    rows = [learn_rows.summary("random", random, random), good, bad]
+    text = learn_rows.format_learn({"rows": rows, "ablations": learn_rows.ablations(parts), "data": FACTS})
     assert "bad: not a falling loss, not free of collapse, not better than random features." in text
     assert "good: not" not in text
-    assert "+0.100 Dice" in text
+    assert "In these 5 trainings of each start, good scored higher than good:part: +0.116 Dice" in text
+
+
+def test_a_gain_that_trainings_do_not_share_is_no_gain_over_random_features() -> None:
+    """Seeds that differ by more than the mean: over subjects alone, p would be below 1e-3."""
+    random = untrained()
+    shifts = (0.167, -0.006, -0.346, 0.3, 0.2)
+    chance = [
+        replace(run, dice={case: value + shift for case, value in run.dice.items()})
+        for run, shift in zip(runs(0.501, (2.0, 1.0)), shifts, strict=True)
+    ]
+    row = learn_rows.summary("chance", chance, random)
+    assert row["difference"] > 0.05
+    assert row["low"] < 0 < row["high"]
+    assert not row["beats_random"]
+    assert row["p"] > 0.3
+
+
+@pytest.mark.parametrize("seeds", [1, 4])
+def test_few_trainings_say_nothing_of_random_features(seeds: int) -> None:
+    random = untrained(seeds)
+    row = learn_rows.summary("few", runs(0.6, (2.0, 1.0), seeds=seeds), random)
+    assert row["beats_random"] is None
+    assert (row["p"] is None) == (seeds == 1)
+    text = learn_rows.format_learn({"rows": [row], "ablations": [], "data": FACTS})
+    assert "Fewer than 5 trainings of a row cannot show that it beats random features." in text
+    assert "Every row" not in text
 
 
 def test_the_page_shows_what_was_measured() -> None:

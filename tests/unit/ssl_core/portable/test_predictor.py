@@ -85,6 +85,21 @@ def test_file_array_and_written_mask_agree(tmp_path: Path, segmenter: Path) -> N
     assert np.array_equal(predictor.predict(np.asanyarray(image.dataobj), image.affine), mask)
 
 
+def test_what_was_assumed_of_a_header_is_reported_however_a_file_is_predicted(tmp_path: Path, segmenter: Path) -> None:
+    source = scan(tmp_path)
+    image = nib.load(source)
+    image.header["pixdim"][1:4] = 3.0  # sform says otherwise
+    nib.save(image, source)
+    notes: list[str] = []
+    predictor = Predictor(segmenter, "cpu", report=notes.append)
+    predictor.predict_file(source, tmp_path / "mask.nii.gz")
+    predictor.predict(source)
+    predictor.features(source)
+    about = [note for note in notes if note.startswith(f"{source}: pixdim says voxels of 3 x 3 x 3, sform ")]
+    assert len(about) == 3
+    assert all(note.endswith("sform used") for note in about)
+
+
 def test_resampling_gives_a_mask_in_the_grid_of_the_file(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "b", "segmenter", network(), facts(spacing_mm=(2.0, 2.0, 2.0)))
     mask = Predictor(bundle, "cpu").predict(scan(tmp_path))

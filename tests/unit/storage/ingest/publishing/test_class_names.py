@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from storage.format.manifest import Manifest
+from storage.ingest.deidentify import Pseudonyms
+from storage.ingest.label_tables import NO_NAMES
 from storage.ingest.mapping import map_serial
 from storage.ingest.pipeline import IngestReport, run
 from storage.ingest.policy import IngestPolicy
-from tests.kit.scans import disc, phantom, save_nifti
+from tests.kit.scans import disc, phantom, save_dicom, save_nifti, segmentation, slices
 
 POLICY = IngestPolicy(split=(0.5, 0.0, 0.5))
 NAMES = {"1": "left kidney", "2": "liver"}
@@ -181,3 +183,27 @@ def test_segments_in_layers_of_their_own_are_not_named_by_their_values(tmp_path)
     (src / "labels/p1.nii.gz").unlink()
     nrrd(src / "labels/p1.nrrd", segments(0, 1))
     assert "labels" not in ingest(src, (tmp_path / "store").as_uri()).manifest.dataset
+
+
+def segmented(src: Path, *labels: str) -> IngestReport:
+    for patient in ("Doe^Jane", "Roe^Max"):
+        datasets = slices(phantom((6, 12, 10), seed=len(patient)) + 1000, patient=patient, PatientName=patient)
+        save_dicom(src / patient / "image", datasets)
+        save_dicom(src / patient / "seg", [segmentation(datasets, disc((6, 12, 10)), labels)])
+    return ingest(src, (src.parent / "store").as_uri(), pseudonyms=Pseudonyms(b"a salt of the user's own"))
+
+
+def test_labels_of_dicom_segments_are_names_of_classes(tmp_path):
+    report = segmented(tmp_path / "src", "left kidney", "liver")
+    assert report.manifest.dataset["labels"] == NAMES
+    again = ingest(tmp_path / "src", (tmp_path / "store").as_uri(), pseudonyms=Pseudonyms(b"a salt of the user's own"))
+    assert (again.skipped, again.manifest.dataset["labels"]) == (2, NAMES)
+
+
+@pytest.mark.parametrize("label", ["lesion of Jane", "Jane2 tumour", "lesion 20240517", "cyst 2024-05-17"])
+def test_a_segment_label_that_may_identify_a_person_is_left_out_and_said(tmp_path, label):
+    report = segmented(tmp_path / "src", label, "liver")
+    jane = [r for r in report.manifest.records() if any(NO_NAMES in note for note in r.notes)]
+    assert jane
+    assert all(label not in note for record in jane for note in record.notes)
+    assert all("1, whose segment's label may identify a person" in " ".join(record.notes) for record in jane)
