@@ -32,8 +32,8 @@ INDEXES_KEPT = 4096
 SMALL_SHARD = 1 << 20
 """Raw bytes up to which a shard is fetched whole: its index would cost a round trip and save little."""
 CORES = len(os.sched_getaffinity(0))
-HANDS = CORES
-"""Threads that read one request from files: they decode more than they wait."""
+HANDS = 2 * CORES
+"""Threads that read one request from files: they decode more than they wait, but on network disks they wait too."""
 MOST_OF_FILE = 512 << 10
 """As `MOST`, of files, where a further range costs microseconds: the threads that share a crop end together."""
 REMEDY = "`tomoscale data verify` lists every damage; restore the object, or ingest into a new store"
@@ -107,7 +107,7 @@ class Executor:
         if self._files is not None:
             self._most = min(most, MOST_OF_FILE)
         self._indexes: Recent[Index] = Recent(INDEXES_KEPT)
-        self._scratch, self._unread = Scratch(), Scratch()
+        self._scratch = Scratch()
 
     def close(self) -> None:
         """End the threads; what was asked of them is finished first, and nothing more is taken.
@@ -156,7 +156,7 @@ class Executor:
         return [future.result() for future in futures]
 
     def _together(self, work: Callable[[S], object], items: Sequence[S]) -> None:
-        """Call `work` on every item, in this thread and in as many more as there are cores; fails as `each` does.
+        """Call `work` on every item, in this thread and in some of the pool; fails as `each` does.
 
         Ranges of a file are decoded more than they are waited for. Each thread takes the next one when it is free, and
         nobody waits for a thread that has not begun.
@@ -340,7 +340,8 @@ class Executor:
         """Bytes of an object, in memory that may be this thread's next ones' too."""
         if self._files is None:
             return np.frombuffer(self._store.get_range(key, start, stop), np.uint8)
-        data = self._unread.take(stop - start)
+        # At most `MOST_OF_FILE` or one chunk a thread.
+        data = self._scratch.take(stop - start)
         self._files.read_into(key, start, memoryview(data))
         return data
 
@@ -353,11 +354,11 @@ class Executor:
         for need, start, stop in span.chunks:
             raw = data[start - span.start : stop - span.start]
             try:
-                chunk = meta.chain.decode(raw, meta.chunk, self._scratch)
+                chunk = meta.chain.decode(raw, meta.chunk)
             except DamagedError:
                 try:  # once more: it may have been damaged on the way
                     raw = self.checked(source, key, lambda a=start, b=stop: self._store.get_range(key, a, b))  # type: ignore[misc]
-                    chunk = meta.chain.decode(raw, meta.chunk, self._scratch)
+                    chunk = meta.chain.decode(raw, meta.chunk)
                 except DamagedError as error:
                     place = f"chunk {need.number}, bytes [{start}, {stop})"
                     raise self.corrupt(source, key, f"{place}: {error}") from error
