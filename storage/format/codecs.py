@@ -179,7 +179,7 @@ def _unblosc(data: Bytes, expected: int) -> Any:
     # The header's sizes are checked first: the decoder trusts them.
     if len(data) < 16:
         raise DamagedError(f"{len(data)} bytes where a blosc header alone takes 16")
-    unpacked, packed = _HEADER.unpack_from(data)
+    unpacked, packed = _HEADER.unpack_from(data.data)
     if unpacked != expected or packed != len(data):
         raise DamagedError(f"a blosc frame of {packed} bytes for {unpacked}, where {len(data)} for {expected} belong")
     # Into memory of ours it takes a tenth longer: the allocator hands out the last chunk's again, without checks.

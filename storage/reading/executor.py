@@ -342,7 +342,7 @@ class Executor:
             return np.frombuffer(self._store.get_range(key, start, stop), np.uint8)
         # At most `MOST_OF_FILE` or one chunk a thread.
         data = self._scratch.take(stop - start)
-        self._files.read_into(key, start, memoryview(data))
+        self._files.read_into(key, start, data.data)
         return data
 
     def _finish(self, part: _Part, span: Range, data: bytes | Bytes) -> None:
