@@ -23,6 +23,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, An
     """A store of large shards and its one volume."""
     monkeypatch.setattr(executor, "SMALL_SHARD", 0)
     monkeypatch.setattr(executor, "MOST_OF_FILE", 4096)  # many ranges a crop
+    monkeypatch.setattr(executor, "SHARE", 1)
     publish_phantoms(tmp_path.as_uri(), [SHAPE], layout=LAYOUT)
     with VolumeStore(tmp_path.as_uri()) as store:
         return tmp_path, store.read_volume("phantom-000")
