@@ -105,7 +105,7 @@ class Executor:
     def __init__(self, store: ByteStore, cache: NodeCache | None, threads: int, gap: int, most: int) -> None:
         self._store, self._cache, self._gap, self._most = store, cache, gap, most
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
-        self._pid = os.getpid()
+        self._pid, self._closed = os.getpid(), False
         self._files = store if isinstance(store, FileStore) else None
         if self._files is not None:
             self._most = min(most, MOST_OF_FILE)
@@ -117,6 +117,7 @@ class Executor:
 
         Cancelled here, the rest of a read in progress would never be done for the thread that waits for it.
         """
+        self._closed = True
         self._pool.shutdown(wait=True)
 
     def fill(self, requests: Sequence[Request]) -> None:
@@ -125,8 +126,10 @@ class Executor:
         Raises:
             NotFound: a shard is missing.
             CorruptChunk: an index or a chunk is missing, truncated or altered.
-            StoreError: the store did not answer.
+            StoreError: the store did not answer, or is closed.
         """
+        if self._closed:
+            raise StoreError(self._store.url, expected="an open store", found="a closed one")
         parts = self._parts(requests) if self._cache is None else self._uncached(requests)
         ready = [self._indexes.peek(_slot(part)) is not None for part in parts]
         fetches = [item for part, indexed in zip(parts, ready, strict=True) if indexed for item in self._locate(part)]
