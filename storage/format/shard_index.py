@@ -33,8 +33,8 @@ def parse_index(raw: bytes, chunks: int, *, crc: bool, size: int | None = None) 
     expected = 16 * chunks + (4 if crc else 0)
     if len(raw) != expected:
         raise DamagedError(f"a shard of {len(raw)} bytes where its index alone takes {expected}")
-    body: Any = strip_crc32c(raw) if crc else raw
-    pairs = np.frombuffer(body, dtype="<u8").reshape(chunks, 2)
+    body: npt.NDArray[Any] = np.frombuffer(raw, np.uint8)
+    pairs = (strip_crc32c(body) if crc else body).view("<u8").reshape(chunks, 2)
     missing = (pairs[:, 0] == MISSING) & (pairs[:, 1] == MISSING)
     limit = np.uint64(2**62 if size is None else size)
     wrong = ~missing & ((pairs[:, 0] > limit) | (pairs[:, 1] > limit) | (pairs[:, 0] + pairs[:, 1] > limit))

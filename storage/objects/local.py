@@ -83,6 +83,26 @@ class FileStore:
         finally:
             os.close(fd)
 
+    def read_into(self, key: str, start: int, into: memoryview) -> None:
+        """Fill `into` with the object's bytes from `start` on; errors as of `get_range`.
+
+        The caller's memory is used again and again, where new memory for each range costs as much as the copy.
+        """
+        thing, stop = join(self.url, key), start + len(into)
+        check_range(thing, start, stop)
+        fd = self._open(key)
+        try:
+            at = start
+            while at < stop:
+                count = os.preadv(fd, [into[at - start :]], at)
+                if not count:
+                    raise truncated(thing, start, stop, at)
+                at += count
+        except OSError as error:
+            raise StoreError(thing, expected="a readable file", found=str(error.strerror)) from error
+        finally:
+            os.close(fd)
+
     def get_suffix(self, key: str, n: int) -> bytes:
         """See `ByteStore`."""
         fd = self._open(key)

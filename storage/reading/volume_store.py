@@ -102,8 +102,11 @@ class VolumeStore:
             StoreError: the store did not answer.
         """
         records = {crop.volume_id: self._facts(crop.volume_id) for crop in crops}
-        located = self._executor.each(lambda record: self._source(record, label), list(records.values()))
-        sources = dict(zip(records, located, strict=True))
+        recent = {name: self._sources.peek((name, label)) for name in records}
+        sources = {name: source for name, source in recent.items() if source is not None}
+        unread = [record for name, record in records.items() if name not in sources]
+        for source in self._executor.each(lambda record: self._source(record, label), unread):
+            sources[source.volume_id] = source
         by_volume: dict[str, tuple[list[Box], list[Array]]] = {name: ([], []) for name in records}
         outs: list[Array] = []
         for crop in crops:
