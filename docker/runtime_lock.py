@@ -32,7 +32,7 @@ def closure(requirements: Iterable[Requirement], names: Iterable[str]) -> set[st
     visited = set()
     while waiting:
         name, extras = waiting.pop()
-        # What the lock leaves out (`timm`) is left out here too; docker/image_test.sh imports what the image runs.
+        # What the lock leaves out (`timm`) is left out here too.
         if name not in lock or (name, extras) in visited:
             continue
         visited.add((name, extras))

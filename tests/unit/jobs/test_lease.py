@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from jobs.lease import Lease, LeaseLost
 from jobs.on_ray.failures import FINAL
 from jobs.pretrain import driver, worker
 from jobs.tracking import runs as tracking
+from ssl_core.train.checkpoint import Snapshot
 from storage.errors import NotFound, StackError, StoreError
 from storage.objects import open_store
 from storage.objects.local import FileStore
@@ -193,28 +195,39 @@ def test_a_worker_writes_no_checkpoint_without_the_lease(local: str, monkeypatch
     from ssl_core.config import resolved
 
     config = PretrainConfig.model_validate({"name": "n", "data": "memory://d", "runs": local})
-    reports: list[object] = []
+    names: list[str] = []
 
     class Context:
         def get_world_rank(self) -> int:
             return 1
 
+        def get_storage(self) -> "Context":
+            return self
+
+        def persist_current_checkpoint(self, checkpoint: object, name: str) -> object:
+            names.append(name)
+            return checkpoint
+
     def run(_config: object, hooks: object, **_: object) -> None:
-        hooks.publish(1, Path("/nowhere"), {})  # type: ignore[attr-defined]
+        hooks.publish(1, lambda: Snapshot({}, {}), {})  # type: ignore[attr-defined]
+
+    def report(
+        _metrics: object, *, checkpoint: object, checkpoint_dir_name: str, checkpoint_upload_fn: Any, **_: object
+    ) -> None:
+        checkpoint_upload_fn(checkpoint, checkpoint_dir_name)  # in a thread, of Ray's
 
     monkeypatch.setattr(ray.train, "get_context", Context)
     monkeypatch.setattr(ray.train, "get_checkpoint", lambda: None)
-    monkeypatch.setattr(ray.train, "report", lambda *a, **_: reports.append(a))
+    monkeypatch.setattr(ray.train, "report", report)
     monkeypatch.setattr(ray.train.torch, "get_device", lambda: None)
-    monkeypatch.setattr(ray.train.Checkpoint, "from_directory", lambda path: path)
     monkeypatch.setattr(worker, "run", run)
     with Lease(local, "n", "pretrain") as lease:
         payload = {"config": resolved(config), "run_id": "r", "lease": lease.token}
         worker.train_loop(payload)
-        assert len(reports) == 1
+        assert names == ["step-00000001"]
         with pytest.raises(LeaseLost):
             worker.train_loop({**payload, "lease": "of before"})
-        assert len(reports) == 1
+        assert names == ["step-00000001"]
 
 
 def test_a_store_that_is_away_loses_no_lease(local: str, monkeypatch: pytest.MonkeyPatch) -> None:

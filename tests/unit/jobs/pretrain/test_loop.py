@@ -13,7 +13,7 @@ from jobs.pinning import identity
 from jobs.pretrain import label_probe, loop
 from jobs.pretrain.inputs import open_manifest
 from jobs.pretrain.label_probe import LabelProbe, read_labelled
-from jobs.pretrain.loop import Hooks, build_engine, run
+from jobs.pretrain.loop import Hooks, Take, build_engine, run
 from jobs.tracking import bundles as bundling
 from jobs.tracking.runs import Point
 from ssl_core.config import parse
@@ -220,3 +220,15 @@ def test_a_collapse_is_named_in_the_log_and_in_the_metrics(data: str, monkeypatc
         run(job, hooks, restore=None, device=CPU)
     assert {p.step: p.metrics.get("probe/collapsed") for p in points}[2] == 1.0
     assert any(line.startswith("step 2: COLLAPSE WARNING, feature_std ") for line in said)
+
+
+def test_checkpoints_carry_only_points_that_are_nowhere_else(data: str) -> None:
+    """Those that MLflow has taken would be in each of them again; the last one tells what the encoder's metrics are."""
+    job, journals = config(data, "simclr"), []
+
+    def keep(_step: int, take: Take | None, _metrics: dict[str, float]) -> None:
+        assert take is not None
+        journals.append([item[0] for item in take().meta["journal"]])
+
+    run(job, Hooks(publish=keep, is_recorded=lambda step: step in (1, 4, 8, 9)), restore=None, device=CPU)
+    assert journals == [[2, 4], [2, 6, 8], [2, 6, 9]]
