@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cluster.node_settings import SETTINGS
 from jobs.configs import PretrainConfig
 from jobs.pretrain.loop import JOURNAL
 from jobs.tracking.runs import Point
@@ -30,12 +31,10 @@ def environment(folder: Path, lab: Lab) -> dict[str, str]:
     own = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_", "AWS_"))}
     (folder / "token").write_text("t" * 40)
     return own | {
-        "RAY_AUTH_MODE": "token",
+        **SETTINGS,
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
-        "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ADDRESS": f"{lab.address(lab.names[0])}:{PORT}",
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
         "OMP_NUM_THREADS": "1",
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
         "CUDA_VISIBLE_DEVICES": "",
@@ -118,7 +117,7 @@ def test_after_notice_of_preemption_no_step_is_repeated_and_training_goes_on_on_
 ) -> None:
     """Notice as `ray drain-node` gives it, to the second of two nodes; with one worker less, as the job allows."""
     lab, variables = cluster
-    job, command = written(tmp_path, {"workers": 2, "min_workers": 1}, steps=400, checkpoint_every=390, log_every=5)
+    job, command = written(tmp_path, {"workers": 2, "min_workers": 1}, steps=150, checkpoint_every=140, log_every=5)
     number = _number(lab, variables, "worker")
     process = subprocess.Popen(
         lab.inside("head", command), env=variables, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -132,9 +131,9 @@ def test_after_notice_of_preemption_no_step_is_repeated_and_training_goes_on_on_
     assert process.wait(60) == 0, "".join(lines[-60:])
     text = "".join(lines)
     (saved,) = re.findall(r"saved at step (\d+), as a node will be taken away", text)
-    assert 5 < int(saved) < 390
+    assert 5 < int(saved) < 140
     assert re.findall(r"resumed at step (\d+)", text) == [saved], text[-8000:]
-    steps = [int(step) for step in re.findall(r"(?<!at )\bstep (\d+)/400", text)]
+    steps = [int(step) for step in re.findall(r"(?<!at )\bstep (\d+)/150", text)]
     assert steps == sorted(set(steps)), "a step was repeated"
     meta = checkpoint.read_meta(max((tmp_path / "runs" / job.name).glob("step-*")))
     result, _ = train(job, tmp_path / "one")
