@@ -29,7 +29,8 @@ START_S = 240.0
 
 @pytest.fixture
 def secrets() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="ts-") as folder:  # PostgreSQL's user has to get in
+    # PostgreSQL's user has to get in, which a folder of these tests' own for temporary files does not allow.
+    with tempfile.TemporaryDirectory(prefix="ts-", dir="/tmp") as folder:
         Path(folder).chmod(0o755)
         shutil.copy(DOCKER / "make_secrets.sh", folder)
         subprocess.run(["sh", Path(folder) / "make_secrets.sh"], check=True, capture_output=True, timeout=120)
