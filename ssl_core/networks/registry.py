@@ -105,10 +105,7 @@ def _flat(value: Any) -> Iterator[Any]:
         yield value
 
 
-_REFUSALS = (
-    *(TypeError, ValueError, AssertionError, LookupError, AttributeError, NotImplementedError, ArithmeticError),
-    RuntimeError,
-)
+_REFUSALS = (TypeError, ValueError, AssertionError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 """What stock classes raise over arguments that do not fit together."""
 
 
