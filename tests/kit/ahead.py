@@ -6,17 +6,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+WORKER, DRIVER = "worker-*.out", "job-driver-*.log"
+
 
 class Ahead:
     """The output of Ray's workers and drivers from now on."""
 
     def __init__(self, state: Path) -> None:
-        self._folder = state / "ray" / "session_latest" / "logs"
+        # Each process that joins removes `session_latest` and makes it again: for a moment it is not there.
+        self._sessions = state / "ray"
         self._before = {path: len(data) for path, data in self._files().items()}
 
     def _files(self) -> dict[Path, bytes]:
         found = {}
-        for path in [*self._folder.glob("worker-*.out"), *self._folder.glob("job-driver-*.log")]:
+        logs = [path for path in self._sessions.glob("session_2*/logs/*") if path.match(WORKER) or path.match(DRIVER)]
+        for path in logs:
             with contextlib.suppress(FileNotFoundError):  # Ray has just named it after its job
                 found[path] = path.read_bytes()
         return found
