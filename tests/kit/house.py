@@ -75,6 +75,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "torchrun": "configs output tracking driver pretrain",
         "finetune": "configs output lease on_ray tracking driver labelled pinning",
         "tune": "configs output lease on_ray tracking driver labelled pinning finetune",
+        "predict": "on_ray",
         "demo": "configs output submit tracking pages driver ingestion labelled pretrain",
         "bench": "configs options output submit tracking demo",
         "cli": "*",
