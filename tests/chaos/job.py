@@ -1,0 +1,115 @@
+"""A job that is sent from the client's machine, read line by line, and what it left on S3 and in MLflow."""
+
+import json
+import re
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.kit.fleet import CLIENT, Fleet
+from tests.kit.networks import SMALL
+
+STEPS = 120
+PYTHON = str(Path(sys.executable).parent / "python")
+_STEP = re.compile(r"^(?:\([^)]*\) )?step (\d+)/\d+")
+
+
+def configuration(name: str, data: str, **changes: Any) -> dict[str, Any]:
+    """A pre-training of two workers; `changes` replace or extend its sections."""
+    crops = {"size_DHW": [16, 16, 16], "scale": [1.0, 1.2], "min_overlap": 0.3}
+    engine = {"steps": STEPS, "warmup_steps": 4, "log_every": 1, "checkpoint_every": 20, "probe_every": 0}
+    job: dict[str, Any] = {
+        "name": name,
+        "data": data,
+        "method": {"name": "pgl", "crops": crops, "hidden": 32, "out": 16},
+        "backbone": {"name": "resenc", "arguments": SMALL["resenc"]},  # starts without MONAI, seconds sooner
+        "stream": {"global_batch": 4, "lanes": 8},
+        "engine": engine,
+        "cluster": {"workers": 2},
+    }
+    for section, change in changes.items():
+        job[section] = job.get(section, {}) | change
+    return job
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job left: steps of its points in MLflow, in order, and digests of its samples and weights."""
+
+    points: list[int]
+    samples: str
+    weights: str
+    status: str
+
+
+class Job:
+    """One job at work; its lines carry the time at which the client's user read them."""
+
+    def __init__(self, fleet: Fleet, config: dict[str, Any], kind: str = "pretrain") -> None:
+        self.name = str(config["name"])
+        self.lines: list[tuple[float, str]] = []
+        self._fleet = fleet
+        path = fleet.home(CLIENT) / f"{self.name}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        self.began = time.monotonic()
+        self._process = fleet.client(kind, path)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.lines.append((time.monotonic(), line.rstrip("\n")))
+
+    @property
+    def text(self) -> str:
+        """All that was read so far."""
+        return "\n".join(line for _, line in self.lines)
+
+    def steps(self, since: float = 0.0) -> list[tuple[float, int]]:
+        """Steps as they were read, each with its time."""
+        return [(at, int(match[1])) for at, line in self.lines if at >= since and (match := _STEP.match(line))]
+
+    def wait_for(self, pattern: str, limit_s: float = 400) -> float:
+        """The time of the first line with this in it.
+
+        Raises:
+            AssertionError: the job ended, or time did, without it.
+        """
+        end = time.monotonic() + limit_s
+        number = 0
+        while time.monotonic() < end:
+            over = not self._reader.is_alive()
+            for at, line in self.lines[number:]:
+                number += 1
+                if re.search(pattern, line):
+                    return at
+            if over:
+                break
+            time.sleep(0.1)
+        raise AssertionError(f"{pattern!r} was not read:\n{self.text[-5000:]}")
+
+    def wait_for_step(self, step: int) -> float:
+        """The time at which this step was read."""
+        return self.wait_for(rf"^(?:\([^)]*\) )?step {step}/")
+
+    def end(self, limit_s: float = 600) -> int:
+        """Its exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: it goes on.
+        """
+        code = self._process.wait(limit_s)
+        self._reader.join(30)
+        return code
+
+    def outcome(self) -> Outcome:
+        """Read on the client's machine, as nothing else is in the network."""
+        done = self._fleet.run(CLIENT, [PYTHON, "-m", "tests.chaos.outcome", self.name, str(STEPS)])
+        assert done.returncode == 0, done.stderr[-3000:]
+        return Outcome(**json.loads(done.stdout.splitlines()[-1]))
