@@ -276,7 +276,7 @@ class Fleet:
 
     def client(self, kind: str, config: Path) -> "subprocess.Popen[str]":
         """Send a job as the guide says; its output is to be read from `stdout`."""
-        lines = guide("client").replace("CONFIG", shlex.quote(str(config))).replace("pretrain", kind)
+        lines = f"cd {self.home(CLIENT)}\n" + guide("client").replace("CONFIG", shlex.quote(str(config))).replace("pretrain", kind)
         return subprocess.Popen(
             self.lab.inside(CLIENT, ["bash", "-ec", self._placed(lines, CLIENT)]),
             env=self._client(),
