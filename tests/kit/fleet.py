@@ -140,6 +140,17 @@ class Fleet:
                 continue
         return count
 
+    def announce(self, name: str, seconds: int = 90) -> None:
+        """Give notice that a machine of Ray will be taken away."""
+        command = ["ray", "drain-node", f"--address={self.lab.address(HEAD)}:6379", f"--node-id={self.node(name)}"]
+        command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot"]
+        done = self.run(HEAD, [*command, f"--deadline-remaining-seconds={seconds}"])
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def node(self, name: str) -> str:
+        """Ray's own number of a machine."""
+        return self.nodes()[self.lab.address(name)]
+
     # -- services
 
     @property
@@ -276,7 +287,9 @@ class Fleet:
 
     def client(self, kind: str, config: Path) -> "subprocess.Popen[str]":
         """Send a job as the guide says; its output is to be read from `stdout`."""
-        lines = f"cd {self.home(CLIENT)}\n" + guide("client").replace("CONFIG", shlex.quote(str(config))).replace("pretrain", kind)
+        lines = f"cd {self.home(CLIENT)}\n" + guide("client").replace("CONFIG", shlex.quote(str(config))).replace(
+            "pretrain", kind
+        )
         return subprocess.Popen(
             self.lab.inside(CLIENT, ["bash", "-ec", self._placed(lines, CLIENT)]),
             env=self._client(),

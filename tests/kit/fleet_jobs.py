@@ -15,6 +15,9 @@ from tests.kit.fleet import CLIENT, Fleet
 from tests.kit.networks import SMALL
 
 STEPS = 120
+DATA = "s3://volumes/phantoms"
+# Each kind of /etc/hosts that is met: Debian's, one that knows nobody, and one that knows all.
+HOSTS = {"svc": "address", "cli": "address", "head": "debian", "w1": "none", "w2": "debian", "w3": "address"}
 PYTHON = str(Path(sys.executable).parent / "python")
 _STEP = re.compile(r"^(?:\([^)]*\) )?step (\d+)/\d+")
 
@@ -37,11 +40,19 @@ def configuration(name: str, data: str, **changes: Any) -> dict[str, Any]:
     return job
 
 
+def publish(fleet: Fleet) -> None:
+    """Write the data set, with the key of those who may."""
+    command = [PYTHON, "-c", f"from tests.kit.phantoms import write_phantoms; write_phantoms({DATA!r}, 16)"]
+    done = fleet.run(CLIENT, command, variables=fleet.bare | fleet.s3_variables("ingest"))
+    assert done.returncode == 0, done.stderr
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What a job left: steps of its points in MLflow, in order, and digests of its samples and weights."""
+    """What a job left: steps and losses of its points in MLflow, in order, and digests of its samples and weights."""
 
     points: list[int]
+    losses: list[float]
     samples: str
     weights: str
     status: str
@@ -108,8 +119,16 @@ class Job:
         self._reader.join(30)
         return code
 
-    def outcome(self) -> Outcome:
-        """Read on the client's machine, as nothing else is in the network."""
-        done = self._fleet.run(CLIENT, [PYTHON, "-m", "tests.chaos.outcome", self.name, str(STEPS)])
+    def log(self) -> str:
+        """All that its driver and workers said, with who said it."""
+        listed = self._fleet.run(CLIENT, ["tomoscale", "jobs", "list", "--json", "--address", self._fleet.jobs_address])
+        number = max(job["id"] for job in json.loads(listed.stdout) if job["id"].startswith(f"{self.name}-"))
+        return self._fleet.run(
+            CLIENT, ["tomoscale", "jobs", "logs", number, "--address", self._fleet.jobs_address]
+        ).stdout
+
+    def outcome(self, steps: int = STEPS) -> Outcome:
+        """Read on the client's machine, as nothing else is in the network; after its last step."""
+        done = self._fleet.run(CLIENT, [PYTHON, "-m", "tests.kit.fleet_outcome", self.name, str(steps)])
         assert done.returncode == 0, done.stderr[-3000:]
         return Outcome(**json.loads(done.stdout.splitlines()[-1]))
