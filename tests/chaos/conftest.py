@@ -11,13 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.job import PYTHON, Job, Outcome, configuration
-from tests.kit.fleet import CLIENT, Fleet
+from tests.kit.fleet import Fleet
+from tests.kit.fleet_jobs import DATA, HOSTS, Job, Outcome, configuration, publish
 from tests.kit.nodes import why_not
 
-DATA = "s3://volumes/phantoms"
-# Each kind of /etc/hosts that is met: Debian's, one that knows nobody, and one that knows all.
-HOSTS = {"svc": "address", "cli": "address", "head": "debian", "w1": "none", "w2": "debian", "w3": "address"}
 OUT = "TOMOSCALE_CHAOS_OUT"
 
 
@@ -62,9 +59,7 @@ def fleet() -> Iterator[Fleet]:
     began = time.monotonic()
     with Fleet(own_name=HOSTS) as fleet:
         print(f"machines are on after {time.monotonic() - began:.0f} s")
-        publish = [PYTHON, "-c", f"from tests.kit.phantoms import write_phantoms; write_phantoms({DATA!r}, 16)"]
-        done = fleet.run(CLIENT, publish, variables=fleet.bare | fleet.s3_variables("ingest"))
-        assert done.returncode == 0, done.stderr
+        publish(fleet)
         yield fleet
 
 

@@ -4,10 +4,10 @@ import time
 
 import pytest
 
-from tests.chaos.conftest import DATA, Row
-from tests.chaos.job import Job, Outcome, configuration
+from tests.chaos.conftest import Row
 from tests.chaos.test_workers import at_step, row_of
 from tests.kit.fleet import CLIENT, HEAD, Fleet
+from tests.kit.fleet_jobs import DATA, Job, Outcome, configuration
 
 pytestmark = [pytest.mark.chaos, pytest.mark.service, pytest.mark.timeout(1200)]
 

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from tests.chaos.job import PYTHON
 from tests.kit.fleet import CLIENT, HEAD, SERVICES, Fleet
+from tests.kit.fleet_jobs import PYTHON
 
 pytestmark = [pytest.mark.chaos, pytest.mark.service, pytest.mark.timeout(1200)]
 

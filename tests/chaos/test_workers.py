@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.chaos.conftest import DATA, Row
-from tests.chaos.job import STEPS, Job, Outcome, configuration
+from tests.chaos.conftest import Row
 from tests.kit.fleet import Fleet
+from tests.kit.fleet_jobs import DATA, STEPS, Job, Outcome, configuration
 
 pytestmark = [pytest.mark.chaos, pytest.mark.service, pytest.mark.timeout(1200)]
 ALL = list(range(1, STEPS + 1))
@@ -100,12 +100,9 @@ def test_a_machine_loses_power_and_the_job_goes_on_without(
 
 
 def test_notice_is_given_and_no_step_is_repeated(fleet: Fleet, calm: tuple[Job, Outcome], table: list[Row]) -> None:
-    number = fleet.nodes()[fleet.lab.address("w2")]
-    notice = ["ray", "drain-node", f"--address={fleet.lab.address('head')}:6379", f"--node-id={number}"]
-    notice += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=60"]
-    job, since = at_step(fleet, "notice", 50, lambda: fleet.run("head", notice), cluster={"min_workers": 1})
+    job, since = at_step(fleet, "notice", 50, lambda: fleet.announce("w2"), cluster={"min_workers": 1})
     job.wait_for("saved at step")
-    row = row_of(job, "60 s of notice, then the machine goes", since, calm[1], same_weights=False)
+    row = row_of(job, "90 s of notice, then the machine goes", since, calm[1], same_weights=False)
     fleet.lab.lose_power("w2")
     fleet.start_node("w2")
     fleet.wait_for_nodes(3)

@@ -287,11 +287,10 @@ class Fleet:
 
     def client(self, kind: str, config: Path) -> "subprocess.Popen[str]":
         """Send a job as the guide says; its output is to be read from `stdout`."""
-        lines = f"cd {self.home(CLIENT)}\n" + guide("client").replace("CONFIG", shlex.quote(str(config))).replace(
-            "pretrain", kind
-        )
+        lines = guide("client").replace("CONFIG", shlex.quote(str(config))).replace("pretrain", kind)
+        lines = f"cd {self.home(CLIENT)}\n{self._placed(lines, CLIENT)}"
         return subprocess.Popen(
-            self.lab.inside(CLIENT, ["bash", "-ec", self._placed(lines, CLIENT)]),
+            self.lab.inside(CLIENT, ["bash", "-ec", lines]),
             env=self._client(),
             cwd=self.home(CLIENT),
             stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Pre-training on machines of namespaces: a cluster started with the lines of docs/cluster.md, each with its own network.
+"""Pre-training on machines of namespaces, as a cluster that was started with the lines of docs/cluster.md.
 
 More disasters than a test run has time for are `make chaos`.
 """
