@@ -1,5 +1,6 @@
 """Workers and their machines die, are cut off, are taken away and come back."""
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,12 +23,15 @@ def row_of(job: Job, scenario: str, since: float, calm: Outcome, *, same_weights
     before = max((step for at, step in job.steps() if at <= since), default=0)
     told = [at for at, line in job.lines if at > since and "step " not in line[:40]]
     new = [at for at, step in job.steps(since) if step > before + 1]
+    resumed = [(at, int(match[1])) for at, line in job.lines if (match := re.search(r"resumed at step (\d+)", line))]
+    # Ray shows lines of a node that is on again a second time, so repeated steps are told by where a job went on.
+    repeated = sum(max(step for then, step in job.steps() if then < at) - start for at, start in resumed)
     outcome = job.outcome()
     row = Row(
         scenario=scenario,
         noticed_s=round(told[0] - since, 1) if told else None,
         resumed_s=round(new[0] - since, 1) if new else None,
-        repeated=len(steps) - len(set(steps)),
+        repeated=repeated,
         skipped=len(set(ALL) - set(steps)),
         samples=outcome.samples == calm.samples,
         weights="equal" if outcome.weights == calm.weights else "another number of workers",

@@ -32,18 +32,16 @@ START_S = 300.0
 # Small machines: a CPU each, and as much memory for objects as these tests need.
 _HEAD_SIZE = "--object-store-memory=100000000"
 _WORKER_SIZE = "--num-cpus=1 --object-store-memory=100000000"
+
+
+GUIDE = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
 # The guide's way to notice a lost node sooner.
-HEALTH = {
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "3",
-}
+HEALTH = dict(re.findall(r"(RAY_health_check_\w+)=(\d+)", GUIDE))
 
 
 def guide(mark: str) -> str:
     """The commands below a mark of docs/cluster.md."""
-    text = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
-    (block,) = re.findall(rf"<!-- {mark} -->\n```\n(.*?)```", text, flags=re.DOTALL)
+    (block,) = re.findall(rf"<!-- {mark} -->\n```\n(.*?)```", GUIDE, flags=re.DOTALL)
     return str(block)
 
 
@@ -285,9 +283,9 @@ class Fleet:
             timeout=timeout,
         )
 
-    def client(self, kind: str, config: Path) -> "subprocess.Popen[str]":
-        """Send a job as the guide says; its output is to be read from `stdout`."""
-        lines = guide("client").replace("CONFIG", shlex.quote(str(config))).replace("pretrain", kind)
+    def client(self, words: Sequence[str]) -> "subprocess.Popen[str]":
+        """Send a job as the guide says, with other words in place of `pretrain CONFIG`; what it says is in `stdout`."""
+        lines = guide("client").replace("pretrain CONFIG", shlex.join(words))
         lines = f"cd {self.home(CLIENT)}\n{self._placed(lines, CLIENT)}"
         return subprocess.Popen(
             self.lab.inside(CLIENT, ["bash", "-ec", lines]),

@@ -5,6 +5,7 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,13 +63,23 @@ class Job:
     """One job at work; its lines carry the time at which the client's user read them."""
 
     def __init__(self, fleet: Fleet, config: dict[str, Any], kind: str = "pretrain") -> None:
-        self.name = str(config["name"])
+        path = fleet.home(CLIENT) / f"{config['name']}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        self._start(fleet, str(config["name"]), [kind, str(path)])
+
+    @classmethod
+    def of_words(cls, fleet: Fleet, name: str, words: Sequence[str]) -> "Job":
+        """A job without a configuration file, by the words of its command."""
+        job = cls.__new__(cls)
+        job._start(fleet, name, words)
+        return job
+
+    def _start(self, fleet: Fleet, name: str, words: Sequence[str]) -> None:
+        self.name = name
         self.lines: list[tuple[float, str]] = []
         self._fleet = fleet
-        path = fleet.home(CLIENT) / f"{self.name}.yaml"
-        path.write_text(yaml.safe_dump(config))
         self.began = time.monotonic()
-        self._process = fleet.client(kind, path)
+        self._process = fleet.client(words)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 

@@ -105,6 +105,7 @@ class Lab:
         self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path
     ) -> "subprocess.Popen[bytes]":
         """Start a process as the first of a node's; when it ends, all others of the node do."""
+        self.heal(name)
         inside = ["ip", "netns", "exec", self._space(name)]
         inside += ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--mount", "--uts", "--ipc"]
         inside += ["bash", "-ec", _INSIDE, "node", name, str(self.folder / name), self.disk.get(name, ""), *command]
@@ -133,7 +134,11 @@ class Lab:
         _ip("-n", self._space("hub"), "link", "set", f"p{name}", "up")
 
     def lose_power(self, name: str) -> None:
-        """End every process of a node at once."""
+        """End every process of a node at once, with its link down: nobody is told that its connections end."""
+        self.cut(name)
+        self._end(name)
+
+    def _end(self, name: str) -> None:
         for pid in self.pids(name):
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -148,7 +153,7 @@ class Lab:
     def close(self) -> None:
         """End all nodes and take the network down."""
         for name in self.names:
-            self.lose_power(name)
+            self._end(name)
         for process in self._started:
             process.wait(timeout=30)
         for name in (*self.names, "hub"):
