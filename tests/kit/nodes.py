@@ -31,7 +31,7 @@ def why_not() -> str:
     """Why no machines can be made here; empty where they can."""
     if os.geteuid() != 0:
         return "namespaces of their own need root"
-    missing = [program for program in ("ip", "unshare", "nsenter") if shutil.which(program) is None]
+    missing = [program for program in ("ip", "unshare", "nsenter", "setpriv") if shutil.which(program) is None]
     if missing:
         return f"{', '.join(missing)} is not installed"
     probe = subprocess.run(["unshare", "--net", "--pid", "--fork", "--mount", "true"], capture_output=True, text=True)
@@ -106,7 +106,8 @@ class Lab:
     ) -> "subprocess.Popen[bytes]":
         """Start a process as the first of a node's; when it ends, all others of the node do."""
         self.heal(name)
-        inside = ["ip", "netns", "exec", self._space(name)]
+        inside = ["setpriv", "--pdeathsig", "KILL"]  # a killed test run leaves no machine
+        inside += ["ip", "netns", "exec", self._space(name)]
         inside += ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--mount", "--uts", "--ipc"]
         inside += ["bash", "-ec", _INSIDE, "node", name, str(self.folder / name), self.disk.get(name, ""), *command]
         with log.open("ab") as file:
