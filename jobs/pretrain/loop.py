@@ -33,6 +33,8 @@ from storage.reading.node_cache import NodeCache
 from storage.reading.volume_store import VolumeStore
 from storage.stream.crop_stream import CropStream, HostBatch
 
+KIND = "pretrain"
+"""Of the job, in MLflow and in the name of its lease."""
 JOURNAL = "journal"
 """Of a checkpoint: the points that are nowhere else yet, and the last one."""
 Take = Callable[[], Snapshot]

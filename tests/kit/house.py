@@ -72,7 +72,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "ingest": "ingest_config ingestion on_ray driver",
         "superpixels": "configs output on_ray driver",
         "pretrain": "configs output lease on_ray tracking driver pinning ingest ingestion superpixels",
-        "torchrun": "configs output tracking driver pretrain",
+        "torchrun": "configs output lease tracking driver pretrain",
         "finetune": "configs output lease on_ray tracking driver labelled pinning",
         "tune": "configs output lease on_ray tracking driver labelled pinning finetune",
         "predict": "on_ray",
