@@ -2,7 +2,7 @@
 
 For a single machine with no cluster, and as the yardstick of what Ray Train costs. Checkpoints go to the folder; the
 newest is resumed from, and a lease there keeps a second run of the name out. Metrics are written beside them, one JSON
-line a report; nothing is registered. SIGTERM and Ctrl-C end the run with a checkpoint after the step that was under way.
+line a report; nothing is registered. SIGTERM and Ctrl-C end the run with a checkpoint after the step under way.
 """
 
 import argparse
