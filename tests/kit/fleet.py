@@ -104,10 +104,10 @@ class Fleet:
         (home / "cluster").symlink_to(ROOT / "cluster")
         (home / "nodes.env").write_text("".join(f"{key}={value}\n" for key, value in self._variables().items()))
         (home / "ray_token").write_text(self._secrets["token"])
-        line = guide("head" if name == HEAD else "worker").strip()
-        line += f" {_HEAD_SIZE if name == HEAD else _WORKER_SIZE}"
+        lines = guide("head" if name == HEAD else "worker").strip()
+        lines += f" {_HEAD_SIZE if name == HEAD else _WORKER_SIZE}"
         health = "".join(f"export {key}={value}\n" for key, value in HEALTH.items())
-        script = f"{guide('every machine')}{health}while true; do {self._placed(line, name)}; sleep 1; done"
+        script = f"{guide('every machine')}{health}while true; do {self._placed(lines, name)}; sleep 1; done"
         self.start_machine(name, script)
 
     def _placed(self, text: str, name: str) -> str:
