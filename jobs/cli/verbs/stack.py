@@ -5,6 +5,7 @@ import shlex
 import sys
 
 from cluster import doctor, services, stack
+from cluster import state as states
 from jobs.cli.verbs.common import add_json, add_state, state_dir, use_stack
 from jobs.options import whole
 from jobs.output import emit, table
@@ -57,8 +58,16 @@ def _down(arguments: argparse.Namespace) -> int:
 
 def _status(arguments: argparse.Namespace) -> int:
     info = stack.status(state_dir(arguments))
-    emit(info.to_json(), arguments.json, _describe(info))
+    metrics = _metrics(info)
+    emit(info.to_json() | {"metrics": metrics}, arguments.json, _describe(info, metrics))
     return 0 if info.healthy else 1
+
+
+def _metrics(info: stack.StackInfo) -> str:
+    """Where Prometheus reads what jobs show; empty where Ray was not started."""
+    state = states.load(info.state_dir)
+    ray = state.services.get("ray") if state else None
+    return f"http://{services.HOST}:{ray.ports['metrics']}/metrics" if ray and "metrics" in ray.ports else ""
 
 
 def _env(arguments: argparse.Namespace) -> int:
@@ -82,7 +91,7 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _describe(info: stack.StackInfo) -> str:
+def _describe(info: stack.StackInfo, metrics: str = "") -> str:
     if not info.services:
         return f"no stack in {info.state_dir}; start one with `tomoscale up`"
     rows = [
@@ -98,4 +107,5 @@ def _describe(info: stack.StackInfo) -> str:
             " python -m jobs.pretrain CONFIG",
             'use it from a shell: eval "$(tomoscale env)"',
         ]
+        lines += [f"metrics of its jobs: {metrics}"] if metrics else []
     return "\n".join(lines)
