@@ -18,6 +18,7 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     for name in ("s3", "mlflow", "dashboard"):
         up.add_argument(f"--{name}-port", type=whole(0, 65535), default=0, metavar="PORT", help="0 picks a free one")
     up.add_argument("--cpus", type=whole(1), metavar="N", help="logical CPUs that Ray offers (default: at least 4)")
+    add_json(up)
     up.set_defaults(run=_up)
     down = verbs.add_parser("down", help="stop exactly what `up` started")
     add_state(down)
@@ -46,7 +47,8 @@ def _up(arguments: argparse.Namespace) -> int:
         cpus=arguments.cpus,
         progress=_say,
     )
-    print(_describe(info))
+    metrics = _metrics(info)
+    emit(info.to_json() | {"metrics": metrics}, arguments.json, _describe(info, metrics))
     return 0
 
 
