@@ -9,6 +9,11 @@ from jobs.on_ray.metrics import RESTARTS, show
 from jobs.watch.causes import cause_of_workers
 
 
+def _say(line: str) -> None:
+    """Not `print` itself, which Ray Train replaces by another that cannot be pickled."""
+    print(line, flush=True)
+
+
 class NoteRestarts(ControllerCallback, WorkerGroupCallback, ReportCallback):
     """Tells of every restart of the group that trained, whatever ended it; runs in Ray Train's controller.
 
@@ -20,7 +25,7 @@ class NoteRestarts(ControllerCallback, WorkerGroupCallback, ReportCallback):
         say: Hears a line for the log.
     """
 
-    def __init__(self, job: str, tell: Callable[[str, int], Any], say: Callable[[str], None] = print) -> None:
+    def __init__(self, job: str, tell: Callable[[str, int], Any], say: Callable[[str], None] = _say) -> None:
         self._job, self._tell, self._say = job, tell, say
         self._step, self._workers, self._count = 0, 0, 0
         self._cause = ""

@@ -61,12 +61,14 @@ def ask(url: str) -> str:
     return text
 
 
-def until(look: Any, what: str) -> Any:
-    """What `look` returns once it is not empty."""
+def until(look: Any, what: str, info: StackInfo, job: str) -> Any:
+    """What `look` returns once it is not empty, while the job is at work."""
     end = time.monotonic() + LIMIT_S
     while time.monotonic() < end:
         if (result := look()) is not None:
             return result
+        state = jobclient.status(info.jobs_address, job)
+        assert state.status not in jobclient.ENDED, state.message[-3000:]
         time.sleep(1.0)
     raise AssertionError(f"{what} did not come")
 
@@ -87,7 +89,7 @@ def test_every_metric_is_at_the_exporter_and_tells_nothing_but_the_jobs_name(job
         lines = exported()
         return lines if names.keys() <= lines.keys() else None
 
-    lines = until(look, f"metrics {sorted(names)}")
+    lines = until(look, f"metrics {sorted(names)}", local_stack, job)
     assert lines.keys() <= {metric.exported for metric in METRICS}
     rays = {"Component", "JobId", "NodeAddress", "SessionName", "Version", "WorkerId", "NodeId", "IsDriver"}
     for name, labels in names.items():
@@ -103,7 +105,7 @@ def test_the_list_says_how_far_the_job_is(job: str, local_stack: StackInfo, caps
         (facts,) = [item for item in json.loads(capsys.readouterr().out) if item["id"] == job]
         return facts if facts["progress"] and facts["progress"]["left"] else None
 
-    facts = until(look, "a progress with the time left")
+    facts = until(look, "a progress with the time left", local_stack, job)
     assert (facts["kind"], facts["name"], facts["status"]) == ("pretrain", "watched", "RUNNING")
     assert facts["progress"]["total"] == 200000
     assert "@" in facts["owner"]
@@ -142,7 +144,7 @@ def test_every_query_of_the_dashboard_has_points(job: str, local_stack: StackInf
                         empty.discard(query)
                 return True if not empty else None
 
-            until(look, f"points of {empty}")
+            until(look, f"points of {empty}", local_stack, job)
         finally:
             server.terminate()
             server.wait(60)

@@ -1,11 +1,14 @@
 """Restarts as the controller of Ray Train sees them, from its own calls in their order."""
 
+import builtins
 from types import SimpleNamespace
 
 import pytest
+from ray import cloudpickle
 
 from jobs.on_ray import restarts
 from jobs.on_ray.restarts import NoteRestarts
+from jobs.tracking.events import Events
 
 
 class Controller:
@@ -61,3 +64,9 @@ def test_a_group_that_does_not_come_up_is_no_second_restart(monkeypatch: pytest.
     controller.start(4, fails=True)
     controller.start(2)
     assert len(controller.events) == 1
+
+
+def test_it_goes_to_the_controller_of_a_driver_whose_print_ray_has_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builtins, "print", lambda *_, **__: None)
+    copy = cloudpickle.loads(cloudpickle.dumps(NoteRestarts("a", Events("run").tell)))
+    assert isinstance(copy, NoteRestarts)
