@@ -4,6 +4,8 @@ Gauges and counters are set once a report (`engine.log_every`), never in a step.
 name; paths, hosts and users are in none. `docs/reference-metrics.md` is made from `METRICS`.
 """
 
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -11,6 +13,7 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
+_REPEAT_S = 5.0
 JOB, RANK, PROBE = "job_name", "rank", "probe"
 """Labels. Prometheus has a label `job` of its own."""
 PREFIX = "ray_"
@@ -71,9 +74,28 @@ def _instrument(metric: Metric) -> Any:
     return kind(metric.name, description=metric.text, tag_keys=metric.labels)
 
 
+_values: dict[tuple[Metric, tuple[tuple[str, str], ...]], float] = {}
+
+
 def show(metric: Metric, value: float, **labels: str) -> None:
     """Set a gauge."""
+    _values[metric, tuple(labels.items())] = float(value)
     _instrument(metric).set(float(value), tags=labels)
+
+
+def keep_showing() -> None:
+    """Set every gauge again each few seconds, from a thread that ends with this process.
+
+    Ray's exporter forgets a gauge that nobody has set for 20 s, and reports may be minutes apart.
+    """
+    threading.Thread(target=_repeat, name="metrics", daemon=True).start()
+
+
+def _repeat() -> None:
+    while True:
+        time.sleep(_REPEAT_S)
+        for (metric, labels), value in list(_values.items()):
+            _instrument(metric).set(value, tags=dict(labels))
 
 
 class WorkerMetrics:

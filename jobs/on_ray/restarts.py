@@ -41,7 +41,8 @@ class NoteRestarts(ControllerCallback, WorkerGroupCallback, ReportCallback):
         show(RESTARTS, self._count, job_name=self._job)
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        """Workers have failed, perhaps."""
+        """Workers have failed, perhaps; asked every second or two."""
+        show(RESTARTS, self._count, job_name=self._job)
         if worker_group_status.errors:
             self._cause = cause_of_workers(worker_group_status.errors)
 

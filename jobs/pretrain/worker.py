@@ -13,7 +13,7 @@ from jobs import lease
 from jobs.configs import PretrainConfig
 from jobs.driver import quiet
 from jobs.on_ray import preemption
-from jobs.on_ray.metrics import WorkerMetrics
+from jobs.on_ray.metrics import WorkerMetrics, keep_showing
 from jobs.on_ray.uploads import Uploads
 from jobs.pretrain.loop import Hooks, Take, run
 from jobs.tracking.runs import Sender
@@ -36,6 +36,7 @@ def train_loop(payload: dict[str, Any]) -> None:
     sender = Sender(payload["run_id"]) if context.get_world_rank() == 0 else None
 
     metrics = WorkerMetrics(config.name, context.get_world_rank(), context.get_world_size(), config.engine.steps)
+    keep_showing()
     uploads = Uploads(lambda: lease.require(config.runs, config.name, KIND, payload["lease"]), metrics.saved)
 
     def publish(step: int, take: Take | None, last: dict[str, float]) -> None:
