@@ -133,10 +133,9 @@ def _facts(address: str, job: jobclient.JobInfo) -> dict[str, Any]:
 
 
 def _progress(address: str, job: jobclient.JobInfo) -> Progress | None:
-    if job.status == "PENDING":
-        return None
-    if job.status == "FAILED" and (progress := progress_in(job.message)):
-        return progress
+    """Read from the end of a job's log; of a failed one that is in Ray's message. How far another got is no news."""
+    if job.status != "RUNNING":
+        return progress_in(job.message) if job.status == "FAILED" else None
     try:
         return progress_in(jobclient.tail(address, job.id, _LOOKED_AT))
     except StackError:  # the log went with its node, and the job's other facts are still worth showing

@@ -1,5 +1,6 @@
 """A pre-training as its operators see it: Ray's exporter, Prometheus, the dashboard, and the list of jobs."""
 
+import contextlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from cluster import jobclient
@@ -22,6 +24,8 @@ from jobs import submit
 from jobs.cli import main as cli
 from jobs.configs import PretrainConfig
 from jobs.on_ray.metrics import METRICS
+from jobs.tracking import runs
+from jobs.tracking.events import TAG
 from ssl_core.config import parse
 from tests.kit import ROOT
 from tests.kit.networks import SMALL
@@ -148,3 +152,30 @@ def test_every_query_of_the_dashboard_has_points(job: str, local_stack: StackInf
         finally:
             server.terminate()
             server.wait(60)
+
+
+def is_worker_of(process: psutil.Process, info: StackInfo) -> bool:
+    """Whether a process trains for this stack."""
+    with contextlib.suppress(psutil.Error):
+        mine = any(str(info.state_dir) in value for value in process.environ().values())
+        return "ray::RayTrainWorker" in " ".join(process.cmdline()) and mine
+    return False
+
+
+def test_a_killed_worker_is_an_event_of_the_run_with_its_cause(job: str, local_stack: StackInfo) -> None:
+    api = runs.client()
+    run_id, _ = runs.find_run(api, "tomoscale", "watched")
+    until(lambda: api.get_run(run_id).data.metrics.get("step"), "a point", local_stack, job)
+    (*_, worker) = (process for process in psutil.process_iter() if is_worker_of(process, local_stack))
+    worker.kill()
+
+    def look() -> dict[str, str] | None:
+        tags: dict[str, str] = api.get_run(run_id).data.tags
+        return {key: text for key, text in tags.items() if key.startswith(TAG)} or None
+
+    (event,) = until(look, "the event", local_stack, job).values()
+    assert "a worker process was killed or crashed" in event
+    assert "(2 -> 2 workers)" in event
+    history = until(lambda: api.get_metric_history(run_id, runs.RESTARTS) or None, "its count", local_stack, job)
+    assert [metric.value for metric in history] == [1]
+    assert "restart 1 of the workers, from the checkpoint of step" in jobclient.logs(local_stack.jobs_address, job)

@@ -31,6 +31,7 @@ class Server:
             JobInfo("p", "PENDING", "sleep 1", "waiting for a node", None, None, {}),
         ]
         self.tails: list[tuple[str, int]] = []
+        self.is_gone = False
         patch.setattr(jobclient, "list_jobs", lambda *_, **__: self.jobs)
         patch.setattr(jobclient, "status", self._status)
         patch.setattr(jobclient, "tail", self._tail)
@@ -42,7 +43,7 @@ class Server:
 
     def _tail(self, _address: str, job: str, lines: int) -> str:
         self.tails.append((job, lines))
-        if job == "raysubmit_1":
+        if self.is_gone:
             raise StackError("node", found="that it is gone")
         return "".join(_LOG.splitlines(keepends=True)[-lines:])
 
@@ -64,12 +65,19 @@ def test_a_list_names_kind_job_owner_and_progress(server: Server, capsys: pytest
     assert rows["a-1"][1:6] == ["pretrain", "a", "ann@desk", "FAILED", "30/120 (25.0 %)"]
     assert rows["raysubmit_1"][1:6] == ["tune", "-", "-", "SUCCEEDED", "-"]
     assert rows["p"][1:6] == ["-", "-", "-", "PENDING", "-"]
-    assert {job for job, _ in server.tails} == {"a-2", "raysubmit_1"}
+    assert [job for job, _ in server.tails] == ["a-2"], "no request for what has ended"
     assert jobs("list", "--json") == 0
     data = {item["id"]: item for item in json.loads(capsys.readouterr().out)}
     assert data["a-2"]["progress"] == {"done": 60, "total": 120, "percent": 50.0, "left": "12 min"}
     assert data["a-1"]["cause"].startswith("the GPU is out of memory: it had no 2.00 GiB left")
     assert data["a-2"]["cause"] is None
+
+
+def test_a_log_that_is_gone_hides_no_job(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    server.is_gone = True
+    assert jobs("list", "--json") == 0
+    data = {item["id"]: item for item in json.loads(capsys.readouterr().out)}
+    assert (data["a-2"]["status"], data["a-2"]["progress"]) == ("RUNNING", None)
 
 
 def test_a_job_is_known_by_its_name_or_its_id(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
