@@ -9,6 +9,7 @@ import subprocess
 import time
 import urllib.parse
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from jobs.tracking.events import TAG
 from ssl_core.config import parse
 from tests.kit import ROOT
 from tests.kit.networks import SMALL
+from tests.kit.phantoms import write_phantoms
 
 pytestmark = [pytest.mark.service, pytest.mark.timeout(1200)]
 PROMETHEUS = shutil.which("prometheus")
@@ -36,15 +38,17 @@ LIMIT_S = 600.0
 
 
 @pytest.fixture(scope="module")
-def job(local_stack: StackInfo, phantoms: str) -> Iterator[str]:
+def job(local_stack: StackInfo) -> Iterator[str]:
     """The id of a pre-training that goes on until the tests have looked."""
+    data = f"s3://volumes/watched-{uuid.uuid4().hex[:8]}"  # in no node's cache, which outlives a stack
+    write_phantoms(data, 8)
     crops = {"size_DHW": [16, 16, 16], "scale": [1.0, 1.2], "min_overlap": 0.3}
     engine = {"steps": 200000, "warmup_steps": 4, "log_every": 5, "checkpoint_every": 20, "probe_every": 10}
     config = parse(
         PretrainConfig,
         {
             "name": "watched",
-            "data": phantoms,
+            "data": data,
             "method": {"name": "pgl", "crops": crops, "hidden": 32, "out": 16},
             "backbone": {"name": "resenc", "arguments": SMALL["resenc"]},
             "stream": {"global_batch": 4, "lanes": 8, "cache_gib": 0.1},
@@ -124,7 +128,7 @@ def test_the_list_says_how_far_the_job_is(job: str, local_stack: StackInfo, caps
 def test_every_query_of_the_dashboard_has_points(job: str, local_stack: StackInfo, tmp_path: Path) -> None:
     settings = (ROOT / "cluster/monitoring/prometheus.yaml").read_text()
     ray = Path(os.environ["TOMOSCALE_STATE"]) / "ray"
-    settings = settings.replace("/tmp/ray/", f"{ray}/").replace("15s", "1s")
+    settings = settings.replace("/tmp/ray/", f"{ray}/").replace("15s", "5s")
     (tmp_path / "prometheus.yaml").write_text(settings)
     (port,) = find_free(1)
     command = [str(PROMETHEUS), f"--config.file={tmp_path / 'prometheus.yaml'}"]
