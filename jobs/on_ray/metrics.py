@@ -28,7 +28,7 @@ class Metric:
         name: As this code has it; see `exported`.
         text: What it says, with its unit.
         labels: Beside those that Ray adds.
-        is_counter: Only grows, over restarts of a worker too.
+        is_counter: Only grows, from 0 at each start of a worker.
         point: The metric of a report that it shows; empty where it is not one of these.
     """
 
