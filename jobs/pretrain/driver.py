@@ -126,6 +126,8 @@ def fit(config: PretrainConfig, run_id: str, lease: str) -> Any:
     patch_ray_to_share_evenly(config.stream.global_batch, config.stream.lanes)
     path, filesystem = storage_for(config.runs)
     need = config.cluster
+    # Typed for the first kind only; Ray hands the others on as they are.
+    callbacks: Any = [StopOnFinalErrors(), NoteRestarts(config.name, events.tell)]
     workers: Any = need.workers if need.min_workers is None else (need.min_workers, need.workers)
 
     def trainer() -> TorchTrainer:
@@ -145,7 +147,7 @@ def fit(config: PretrainConfig, run_id: str, lease: str) -> Any:
                 failure_config=FailureConfig(max_failures=need.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
                 logging_config=LoggingConfig(log_level="WARNING"),
-                callbacks=[StopOnFinalErrors(), NoteRestarts(config.name, events.tell)],
+                callbacks=callbacks,
             ),
         )
 
