@@ -20,6 +20,12 @@ class Unreachable(StackError):
     exit_code = 4
 
 
+class StillRunning(StackError):
+    """A job had not ended in the time that somebody was ready to wait for it; it goes on."""
+
+    exit_code = 4
+
+
 class UnknownJob(StackError):
     """The cluster has no job of that id."""
 

@@ -1,4 +1,4 @@
-"""Brings up to date what is made from the code: the reference of configurations and the tables of rooms.
+"""Brings up to date what is made from the code: the reference of configurations, the tables of metrics and of rooms.
 
 Run it as `python docs/update.py`.
 """
@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from jobs import configs  # noqa: E402  a script of this folder is not on the path of the packages
 from jobs.ingest_config import IngestConfig  # noqa: E402
+from jobs.on_ray.metrics import METRICS  # noqa: E402
 from ssl_core.downstream.finetune import FinetuneConfig  # noqa: E402
 from ssl_core.methods.base import Crops  # noqa: E402
 from ssl_core.superpixels.settings import Superpixels  # noqa: E402
@@ -30,6 +31,7 @@ ARCHITECTURE = ROOT / "docs/architecture.md"
 REFERENCE = ROOT / "docs/reference-configs.md"
 NODES = ROOT / "docs/benchmarks-nodes.md"
 NODES_FIGURES = ROOT / "docs/benchmarks/nodes.json"
+METRICS_PAGE = ROOT / "docs/reference-metrics.md"
 MARKED = r"<!-- {} -->\n(.*?)<!-- end -->"
 TABLES: tuple[type[BaseModel], ...] = (
     configs.PretrainConfig,
@@ -77,6 +79,25 @@ def update_reference() -> None:
         new = f"<!-- {model.__name__} -->\n{table(model)}<!-- end -->"
         text = re.sub(MARKED.format(model.__name__), partial(_value, new), text, flags=re.DOTALL)
     REFERENCE.write_text(text, encoding="utf-8")
+
+
+def metrics_table() -> str:
+    """What a pre-training shows to Prometheus, in the order of the code."""
+    rows = ["| metric | kind | labels | meaning |", "|---|---|---|---|"]
+    for metric in METRICS:
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        rows.append(
+            f"| `{metric.exported}` | {'counter' if metric.is_counter else 'gauge'} | {labels} | {metric.text} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def update_metrics() -> None:
+    """Write the table of metrics anew."""
+    text = METRICS_PAGE.read_text(encoding="utf-8")
+    new = f"<!-- metrics -->\n{metrics_table()}<!-- end -->"
+    text = re.sub(MARKED.format("metrics"), partial(_value, new), text, flags=re.DOTALL)
+    METRICS_PAGE.write_text(text, encoding="utf-8")
 
 
 def rooms() -> str:
@@ -140,5 +161,6 @@ def update_disasters() -> None:
 
 if __name__ == "__main__":
     update_reference()
+    update_metrics()
     update_rooms()
     update_disasters()

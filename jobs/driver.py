@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from jobs.output import open_streams
 from jobs.tracking.runs import in_our_words
+from jobs.watch.causes import cause_of
 from ssl_core.config import Config
 from ssl_core.config import load as load_config
 from storage.errors import ConfigError, StoreError, TomoscaleError
@@ -77,6 +78,7 @@ def guarded(main: Callable[[Sequence[str]], int]) -> int:
     except Exception as error:
         failure = error if isinstance(error, TomoscaleError) else in_our_words(error)
         if failure is None:
+            print(f"{_program()}: {cause_of(error)}; where it happened:", file=sys.stderr, flush=True)
             raise
         print(f"{_program()}: {failure}", file=sys.stderr, flush=True)
         if os.environ.get("TOMOSCALE_TRACEBACK"):

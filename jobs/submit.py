@@ -5,15 +5,19 @@ directory; credentials stay on the nodes. A driver that was killed is submitted 
 job goes on from its last checkpoint; a job that failed by itself is not.
 """
 
+import getpass
 import importlib
 import logging
+import os
 import re
+import socket
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from cluster import jobclient, patience
+from jobs.watch.causes import cause_in
 from ssl_core.config import Config, dump_yaml
 from storage.errors import ConfigError, RefusedInput, StackError, TomoscaleError
 
@@ -45,7 +49,7 @@ def submit(address: str, module: str, config: Config, name: str) -> str:
             f"python -m {module} config.yaml",
             working_dir=Path(folder),
             submission_id=submission,
-            metadata={"tomoscale.name": name, "tomoscale.module": module},
+            metadata={"tomoscale.name": name, "tomoscale.module": module, "tomoscale.owner": _owner()},
         )
 
 
@@ -94,14 +98,36 @@ def failure(submission: str, status: str, message: str) -> TomoscaleError:
     """The error of a job that failed by itself: of the kind that its driver's exit code names, with its last line."""
     code = _exit_code(message)
     kind = {ConfigError.exit_code: ConfigError, RefusedInput.exit_code: RefusedInput}.get(code or 0, StackError)
-    lines = [_PREFIX.sub("", line).strip() for line in message.splitlines()]
-    last = next((line for line in reversed(lines) if line and not _NOISE.search(line)), "")
+    last = cause(message)
     return kind(
         f"job {submission}",
         expected="success",
-        found=f"{status}" + ("" if code is None else f" with exit code {code}") + (f": {last[-400:]}" if last else ""),
+        found=f"{status}" + ("" if code is None else f" with exit code {code}") + (f": {last}" if last else ""),
         remedy=f"the log is above, and again with: tomoscale jobs logs {submission}",
     )
+
+
+def cause(message: str) -> str:
+    """Why a job failed, in one sentence, from Ray's message, which has the end of its log; empty where it says nothing.
+
+    That is the last line, since an error of ours is one line. Below a traceback it is the cause in the text, if one is
+    known.
+    """
+    lines = [_PREFIX.sub("", line).strip() for line in message.splitlines()]
+    last = next((line for line in reversed(lines) if line and not _NOISE.search(line)), "")[-400:]
+    if "; expected " in last:
+        return last
+    _, _, traceback = "\n".join(lines).rpartition("Traceback (most recent call last)")
+    return cause_in(traceback) or cause_in("\n".join(lines[-30:])) or last
+
+
+def _owner() -> str:
+    """Who submits, as `user@host`; the job API shows it to whoever may read jobs."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a user number without a name, as in containers
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
 
 
 def _exit_code(message: str) -> int | None:

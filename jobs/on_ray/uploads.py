@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,10 +24,13 @@ class Uploads:
 
     Args:
         require: Called before anything is written; raises where this job must not write any more.
+        done: Called with the seconds and the bytes of a checkpoint that is in the storage.
     """
 
-    def __init__(self, require: Callable[[], None]) -> None:
-        self._require = require
+    def __init__(
+        self, require: Callable[[], None], done: Callable[[float, int], None] = lambda _seconds, _size: None
+    ) -> None:
+        self._require, self._done = require, done
         self._idle = threading.Event()
         self._idle.set()
 
@@ -59,10 +63,13 @@ class Uploads:
         folder = Path(directory.path)
         try:
             self._require()
+            began = time.monotonic()
             snapshot.save(folder / "checkpoint")
+            size = sum(path.stat().st_size for path in (folder / "checkpoint").rglob("*") if path.is_file())
             persisted: Checkpoint = storage.persist_current_checkpoint(
                 Checkpoint.from_directory(folder / "checkpoint"), name
             )
+            self._done(time.monotonic() - began, size)
             return persisted
         finally:
             shutil.rmtree(folder, ignore_errors=True)

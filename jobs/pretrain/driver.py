@@ -26,6 +26,7 @@ from jobs.lease import Lease
 from jobs.on_ray.failures import FINAL, StopOnFinalErrors
 from jobs.on_ray.filesystem import storage_for
 from jobs.on_ray.patches import patch_ray_to_share_evenly
+from jobs.on_ray.restarts import NoteRestarts
 from jobs.on_ray.room import require_room
 from jobs.on_ray.session import connect
 from jobs.output import last_line
@@ -35,7 +36,9 @@ from jobs.pretrain.loop import JOURNAL, KIND, collectives_backend
 from jobs.pretrain.worker import train_loop
 from jobs.superpixels import ensure_superpixels
 from jobs.tracking import bundles, registration, runs
+from jobs.tracking.events import Events
 from jobs.tracking.outage import through_outage
+from jobs.watch.causes import cause_of, cause_of_workers
 from ssl_core.config import resolved
 from ssl_core.train import checkpoint
 from storage.errors import StackError, TomoscaleError
@@ -80,6 +83,8 @@ def _train(config: PretrainConfig, lease: Lease) -> int:
         params=resolved(config),
         tags={"tomoscale.data": config.data, "tomoscale.fingerprint": manifest.fingerprint},
     )
+    if runs.SENTINEL in api.get_run(run_id).data.metrics:
+        Events(run_id).tell("the job was sent again")
     pinned = config.model_copy(update={"fingerprint": manifest.fingerprint})
     used = f"{len(manifest.select(split=config.stream.split))} of {len(manifest)} volumes (split {config.stream.split})"
     print(f"pre-training {config.name}: {config.method_name} on {used} of {config.data}", flush=True)
@@ -117,9 +122,12 @@ def fit(config: PretrainConfig, run_id: str, lease: str) -> Any:
             StackError that carries the last line of the cause.
     """
 
+    events = Events(run_id)
     patch_ray_to_share_evenly(config.stream.global_batch, config.stream.lanes)
     path, filesystem = storage_for(config.runs)
     need = config.cluster
+    # Typed for the first kind only; Ray hands the others on as they are.
+    callbacks: Any = [StopOnFinalErrors(), NoteRestarts(config.name, events.tell)]
     workers: Any = need.workers if need.min_workers is None else (need.min_workers, need.workers)
 
     def trainer() -> TorchTrainer:
@@ -139,22 +147,28 @@ def fit(config: PretrainConfig, run_id: str, lease: str) -> Any:
                 failure_config=FailureConfig(max_failures=need.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
                 logging_config=LoggingConfig(log_level="WARNING"),
-                callbacks=[StopOnFinalErrors()],
+                callbacks=callbacks,
             ),
         )
 
     while True:
-        result = _result(config, trainer)
+        result = _result(config, trainer, events)
         step = int((result.metrics or {}).get("step", config.engine.steps))
         if step >= config.engine.steps:
             return result.checkpoint
         print(f"saved at step {step}, as a node will be taken away; going on on the others", flush=True)
+        events.tell("a node will be taken away, and the job goes on on the others", step)
 
 
-def _result(config: PretrainConfig, trainer: Callable[[], TorchTrainer]) -> Any:
+def _result(config: PretrainConfig, trainer: Callable[[], TorchTrainer], events: Events) -> Any:
     """What training ended with: after its last step, or early where a node is about to be taken away."""
+
+    def note(error: Exception, _spent_s: float) -> None:
+        print(f"the training controller failed ({last_line(error)}); starting another", flush=True)
+        events.tell(f"the training controller failed: {cause_of(error)}")
+
     try:
-        return repeat(lambda: _fitted(trainer()), _CONTROLLER, _is_passing, _note_controller)
+        return repeat(lambda: _fitted(trainer()), _CONTROLLER, _is_passing, note)
     except OutOfTime as end:
         raise StackError(
             f"pre-training {config.name}",
@@ -166,18 +180,19 @@ def _result(config: PretrainConfig, trainer: Callable[[], TorchTrainer]) -> Any:
         cause = error.controller_failure
         if isinstance(cause, TomoscaleError):
             raise cause from error
-        raise _ended(config, f"{type(cause).__name__}: {last_line(cause)}") from error
+        raise _ended(config, cause_of(cause)) from error
     except TrainingFailedError as error:
-        raise _ended(config, last_line(error)) from error
+        raise _ended(config, _of_workers(error)) from error
+
+
+def _of_workers(error: TrainingFailedError) -> str:
+    failures = getattr(error, "worker_failures", None)
+    return cause_of_workers(failures) if failures else cause_of(error)
 
 
 def _is_passing(error: Exception) -> bool:
     """Whether a controller died of its storage, and not of an error that another try would meet again."""
     return isinstance(error, ControllerError) and not isinstance(error.controller_failure, (TomoscaleError, *FINAL))
-
-
-def _note_controller(error: Exception, _spent_s: float) -> None:
-    print(f"the training controller failed ({last_line(error)}); starting another", flush=True)
 
 
 def _fitted(trainer: Any) -> Any:

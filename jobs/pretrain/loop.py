@@ -20,6 +20,7 @@ from jobs.pinning import SETTINGS, identity, require_same
 from jobs.pretrain.inputs import open_manifest, stream_spec, view_spec
 from jobs.pretrain.label_probe import LabelProbe
 from jobs.tracking.runs import Point, point
+from jobs.watch.progress import Pace, Progress
 from ssl_core.config import resolved
 from ssl_core.distributed import Collectives, current
 from ssl_core.methods.base import method_class
@@ -70,6 +71,7 @@ class Hooks:
         is_recorded: Whether the point of a step is where it stays; checkpoints carry all others.
         say: Called on rank 0 with a line for the log.
         stop: Asked before each step.
+        on_report: Called on every rank with the steps done, the metrics and the tallies of the store that it reads.
     """
 
     publish: Callable[[int, Take | None, dict[str, float]], None]
@@ -77,6 +79,7 @@ class Hooks:
     is_recorded: Callable[[int], bool] = lambda _step: False
     say: Callable[[str], None] = lambda _line: None
     stop: Callable[[], bool] | None = None
+    on_report: Callable[[int, dict[str, float], dict[str, int]], None] = lambda _step, _metrics, _tallies: None
     last: dict[str, float] = field(default_factory=dict)
 
 
@@ -155,15 +158,18 @@ def run(
             )
             yield views, batch.wait_s
 
+    pace = Pace(config.engine.steps)
+
     def report(step: int, metrics: dict[str, float]) -> None:
         hooks.last = {**hooks.last, **metrics}
+        hooks.on_report(step, metrics, store.tallies())
         if collectives.rank:
             return
         item = point(step, metrics)
         journal.append(item)
         hooks.on_point(item)
         if "loss" in metrics:
-            hooks.say(_line(step, config.engine.steps, metrics))
+            hooks.say(_line(pace.at(step), metrics))
         if metrics.get("probe/collapsed"):
             hooks.say(f"step {step}: COLLAPSE WARNING, {_probes(metrics)}")
 
@@ -192,10 +198,10 @@ def _silent(_line: str) -> None:
     """Rank 0 speaks for all."""
 
 
-def _line(step: int, steps: int, metrics: dict[str, float]) -> str:
+def _line(progress: Progress, metrics: dict[str, float]) -> str:
     terms = "".join(f"  {k.removeprefix('loss/')} {v:.4f}" for k, v in metrics.items() if k.startswith("loss/"))
     return (
-        f"step {step}/{steps}  loss {metrics.get('loss', float('nan')):.4f}{terms}"
+        f"step {progress}  loss {metrics.get('loss', float('nan')):.4f}{terms}"
         f"  {metrics.get('time/samples_per_s', 0):.2f} samples/s"
         f"  data wait {100 * metrics.get('time/wait_share', 0):.1f} %"
     )

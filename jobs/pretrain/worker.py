@@ -13,6 +13,7 @@ from jobs import lease
 from jobs.configs import PretrainConfig
 from jobs.driver import quiet
 from jobs.on_ray import preemption
+from jobs.on_ray.metrics import WorkerMetrics, keep_showing
 from jobs.on_ray.uploads import Uploads
 from jobs.pretrain.loop import KIND, Hooks, Take, run
 from jobs.tracking.runs import Sender
@@ -31,10 +32,12 @@ def train_loop(payload: dict[str, Any]) -> None:
     context = ray.train.get_context()
     sender = Sender(payload["run_id"]) if context.get_world_rank() == 0 else None
 
-    uploads = Uploads(lambda: lease.require(config.runs, config.name, KIND, payload["lease"]))
+    metrics = WorkerMetrics(config.name, context.get_world_rank(), context.get_world_size(), config.engine.steps)
+    keep_showing()
+    uploads = Uploads(lambda: lease.require(config.runs, config.name, KIND, payload["lease"]), metrics.saved)
 
-    def publish(step: int, take: Take | None, metrics: dict[str, float]) -> None:
-        uploads.report(f"step-{step:08d}", {"step": step, **metrics}, take)
+    def publish(step: int, take: Take | None, last: dict[str, float]) -> None:
+        uploads.report(f"step-{step:08d}", {"step": step, **last}, take)
 
     hooks = Hooks(
         publish=publish,
@@ -42,6 +45,7 @@ def train_loop(payload: dict[str, Any]) -> None:
         is_recorded=sender.is_recorded if sender else lambda _step: False,
         say=lambda line: print(line, flush=True),
         stop=preemption.is_announced,
+        on_report=metrics.report,
     )
     device = ray.train.torch.get_device()
     cache_dir = Path(tempfile.gettempdir()) / f"tomoscale-cache-{os.getuid()}"

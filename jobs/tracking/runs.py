@@ -22,6 +22,7 @@ from ssl_core.config import flatten
 from storage.errors import StackError
 
 SENTINEL = "step"  # logged with every point; its history says which points the server has
+RESTARTS = "restarts"  # counted at the step from which a job went on; no point of training
 COLLAPSE = "tomoscale.warning.collapse"
 _BATCH = 900  # MLflow takes at most 1000 metrics in one request
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.5, 5.0
@@ -226,7 +227,7 @@ def points_of(experiment: str, name: str) -> list[list[Any]]:
     api = client()
     run_id, _ = find_run(api, experiment, name)
     by_step: dict[int, list[Any]] = {}
-    for metric in api.get_run(run_id).data.metrics:
+    for metric in set(api.get_run(run_id).data.metrics) - {RESTARTS}:
         for m in api.get_metric_history(run_id, metric):
             by_step.setdefault(m.step, [m.step, m.timestamp, {}])[2][metric] = m.value
     return [by_step[step] for step in sorted(by_step)]

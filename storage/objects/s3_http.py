@@ -20,6 +20,7 @@ from storage.fork_guard import same_process
 from storage.objects.aws import resolve
 from storage.objects.protocol import check_key, check_prefix, check_range, join, truncated
 from storage.objects.retry import RetryPolicy, TransientError, retry
+from storage.objects.traffic import Traffic
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Config, S3CredentialProvider
@@ -86,7 +87,7 @@ class ObjectStore:
     """An obstore store behind `ByteStore`."""
 
     def __init__(self, url: str, store: Any, policy: RetryPolicy, *, where: str, read_only: bool = False) -> None:
-        self.url = url
+        self.url, self.traffic = url, Traffic()
         self._store, self._policy, self._where, self._read_only = store, policy, where, read_only
         self._pool: ThreadPoolExecutor | None = None
         self._conditional: bool | None = None
@@ -98,8 +99,12 @@ class ObjectStore:
     def _call(self, key: str, attempt: Callable[[], T]) -> T:
         thing = join(self.url, key)
         _refuse_fork(thing)
+        tries = 0
 
         def once() -> T:
+            nonlocal tries
+            self.traffic.request(is_retry=tries > 0)
+            tries += 1
             try:
                 return attempt()
             except (exceptions.NotFoundError, FileNotFoundError) as error:
@@ -126,6 +131,11 @@ class ObjectStore:
 
         return retry(once, self._policy, thing)
 
+    def _read(self, key: str, attempt: Callable[[], bytes]) -> bytes:
+        data = self._call(key, attempt)
+        self.traffic.read(len(data))
+        return data
+
     def _writable(self, key: str) -> None:
         if self._read_only:
             raise NotOffered(join(self.url, key), expected="a writable store", found="a read-only http(s) URL")
@@ -133,7 +143,7 @@ class ObjectStore:
     def get(self, key: str) -> bytes:
         """See `ByteStore`."""
         check_key(key)
-        return self._call(key, lambda: bytes(obstore.get(self._store, key).bytes()))
+        return self._read(key, lambda: bytes(obstore.get(self._store, key).bytes()))
 
     def get_range(self, key: str, start: int, stop: int) -> bytes:
         """See `ByteStore`."""
@@ -150,7 +160,7 @@ class ObjectStore:
                     raise truncated(join(self.url, key), start, stop) from error
                 raise
 
-        data = self._call(key, attempt)
+        data = self._read(key, attempt)
         if len(data) != stop - start:
             raise truncated(join(self.url, key), start, stop, start + len(data))
         return data
@@ -177,7 +187,7 @@ class ObjectStore:
                     return b""
                 raise
 
-        return self._call(key, attempt)
+        return self._read(key, attempt)
 
     def put(self, key: str, data: bytes, if_absent: bool = False) -> bool:
         """See `ByteStore`."""

@@ -46,6 +46,19 @@ _BLOCK = 512  # unit of st_blocks
 Array = npt.NDArray[Any]
 
 
+class Counts:
+    """Chunks that a process took from its caches, `hits`, and those that it looked for in vain. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.hits = self.misses = 0
+
+    def add(self, hits: int, misses: int) -> None:
+        """Count one look."""
+        with self._lock:
+            self.hits, self.misses = self.hits + hits, self.misses + misses
+
+
 class NodeCache:
     """See the module. Thread-safe; give every process of the node the same path and bound.
 
@@ -71,6 +84,7 @@ class NodeCache:
         self._mapped = 0
         self._paused_until = 0.0
         self._warned = False
+        self.counts = Counts()
 
     def slab(self, key: str, shape: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype[Any]) -> "Slab | None":
         """The slab of one shard, made where it is missing; None while the disk does not take it.
@@ -97,7 +111,7 @@ class NodeCache:
                 return None
             try:
                 with self._room(size) if not path.exists() else nullcontext():
-                    slab = Slab(path, bytes.fromhex(name), shape, chunk, dtype)
+                    slab = Slab(path, bytes.fromhex(name), shape, chunk, dtype, self.counts)
             except OSError as error:
                 self._failed(error)
                 return None
@@ -208,8 +222,15 @@ class Slab:
     """The voxels of one shard; see `NodeCache.slab`. Thread-safe."""
 
     def __init__(
-        self, path: Path, name: bytes, shape: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype[Any]
+        self,
+        path: Path,
+        name: bytes,
+        shape: tuple[int, ...],
+        chunk: tuple[int, ...],
+        dtype: np.dtype[Any],
+        counts: Counts,
     ) -> None:
+        self._counts = counts
         self.size = slab_bytes(shape, chunk, dtype)
         self._path, self._chunk, self._grid = path, chunk, _grid(shape, chunk)
         self._fd = self._open(_MAGIC + name)
@@ -259,6 +280,7 @@ class Slab:
                     else:
                         absent.append(at)
         into[...] = self._voxels[tuple(map(slice, low, high))]
+        self._counts.add(math.prod(b - a for a, b in zip(first, last, strict=True)) - len(absent), len(absent))
         return absent
 
     def write(self, at: tuple[int, ...], chunk: Array) -> None:

@@ -5,7 +5,7 @@ padding is added only where a crop reaches beyond its volume.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from storage.format.manifest import Manifest
 from storage.format.records import DEFAULT_CODECS, Triple, VolumeRecord, without_places
 from storage.format.zarr_metadata import ArrayMeta, default_meta, parse_array
 from storage.objects import join, open_store
+from storage.objects.traffic import tally_of
 from storage.reading.executor import INDEXES_KEPT, Executor, Recent, Request, Source
 from storage.reading.node_cache import NodeCache
 from storage.reading.plan import GAP, MOST, Box
@@ -63,6 +64,7 @@ class VolumeStore:
         self.url = url
         self.store = open_store(url)
         self.manifest = manifest if manifest is not None else Manifest.open(self.store)
+        self._cache = cache
         self._executor = Executor(self.store, cache, threads, gap, most)
         self._sources: Recent[Source] = Recent(INDEXES_KEPT)
         self._records: Recent[VolumeRecord] = Recent(INDEXES_KEPT)
@@ -76,6 +78,13 @@ class VolumeStore:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def tallies(self) -> dict[str, int]:
+        """Counts since it was opened: `requests`, `retries` and `read_bytes` of S3 or HTTP, `cache_hits` and
+        `cache_misses` in chunks."""
+        tally = tally_of(self.store)
+        hits, misses = (self._cache.counts.hits, self._cache.counts.misses) if self._cache is not None else (0, 0)
+        return {**asdict(tally), "cache_hits": hits, "cache_misses": misses}
 
     def record(self, volume_id: str) -> VolumeRecord:
         """The facts of a volume."""

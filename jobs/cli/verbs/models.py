@@ -29,9 +29,8 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         if action is not listing:
             action.add_argument("model", help="models:/NAME@ALIAS, models:/NAME/VERSION or NAME")
         add_state(action)
+        add_json(action)
         action.set_defaults(run=run)
-    add_json(listing)
-    add_json(show)
     pull.add_argument("folder", type=Path, help="folder to create")
 
     evaluate = verbs.add_parser("evaluate", help="score a segmenter on a split of a store, case by case")
@@ -89,7 +88,8 @@ def _promote(arguments: argparse.Namespace) -> int:
 
     use_stack(arguments)
     version = registry.resolve(arguments.model)
-    print(f"{version.uri} is the champion: {registry.promote(version.name, version.version)}")
+    reason = registry.promote(version.name, version.version)
+    emit({"champion": version.uri, "reason": reason}, arguments.json, f"{version.uri} is the champion: {reason}")
     return 0
 
 
@@ -97,7 +97,8 @@ def _pull(arguments: argparse.Namespace) -> int:
     from jobs.tracking import models as registry
 
     use_stack(arguments)
-    print(registry.pull(arguments.model, arguments.folder))
+    folder = registry.pull(arguments.model, arguments.folder)
+    emit({"model": arguments.model, "folder": str(folder)}, arguments.json, str(folder))
     return 0
 
 

@@ -5,6 +5,7 @@ import shlex
 import sys
 
 from cluster import doctor, services, stack
+from cluster import state as states
 from jobs.cli.verbs.common import add_json, add_state, state_dir, use_stack
 from jobs.options import whole
 from jobs.output import emit, table
@@ -17,6 +18,7 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     for name in ("s3", "mlflow", "dashboard"):
         up.add_argument(f"--{name}-port", type=whole(0, 65535), default=0, metavar="PORT", help="0 picks a free one")
     up.add_argument("--cpus", type=whole(1), metavar="N", help="logical CPUs that Ray offers (default: at least 4)")
+    add_json(up)
     up.set_defaults(run=_up)
     down = verbs.add_parser("down", help="stop exactly what `up` started")
     add_state(down)
@@ -45,7 +47,8 @@ def _up(arguments: argparse.Namespace) -> int:
         cpus=arguments.cpus,
         progress=_say,
     )
-    print(_describe(info))
+    metrics = _metrics(info)
+    emit(info.to_json() | {"metrics": metrics}, arguments.json, _describe(info, metrics))
     return 0
 
 
@@ -57,8 +60,16 @@ def _down(arguments: argparse.Namespace) -> int:
 
 def _status(arguments: argparse.Namespace) -> int:
     info = stack.status(state_dir(arguments))
-    emit(info.to_json(), arguments.json, _describe(info))
+    metrics = _metrics(info)
+    emit(info.to_json() | {"metrics": metrics}, arguments.json, _describe(info, metrics))
     return 0 if info.healthy else 1
+
+
+def _metrics(info: stack.StackInfo) -> str:
+    """Where Prometheus reads what jobs show; empty where Ray was not started."""
+    state = states.load(info.state_dir)
+    ray = state.services.get("ray") if state else None
+    return f"http://{services.HOST}:{ray.ports['metrics']}/metrics" if ray and "metrics" in ray.ports else ""
 
 
 def _env(arguments: argparse.Namespace) -> int:
@@ -82,7 +93,7 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _describe(info: stack.StackInfo) -> str:
+def _describe(info: stack.StackInfo, metrics: str = "") -> str:
     if not info.services:
         return f"no stack in {info.state_dir}; start one with `tomoscale up`"
     rows = [
@@ -98,4 +109,5 @@ def _describe(info: stack.StackInfo) -> str:
             " python -m jobs.pretrain CONFIG",
             'use it from a shell: eval "$(tomoscale env)"',
         ]
+        lines += [f"metrics of its jobs: {metrics}"] if metrics else []
     return "\n".join(lines)
