@@ -11,6 +11,7 @@ import torch
 
 from jobs import lease
 from jobs.configs import PretrainConfig
+from jobs.configs.groups import CheckpointConfig
 from jobs.driver import quiet
 from jobs.on_ray import preemption
 from jobs.on_ray.uploads import Uploads
@@ -20,6 +21,14 @@ from ssl_core.config import parse
 
 KIND = "pretrain"
 """Of the job, in MLflow and in the name of its lease."""
+UNMEASURED = 1e308
+"""Stands for a metric that a checkpoint has not; a number, since Ray keeps no other in its record of checkpoints."""
+
+
+def unmeasured(retention: CheckpointConfig) -> dict[str, float]:
+    """The value of `best_by` before it is measured: the worst one, as Ray takes none for the best of `min`."""
+    worst = UNMEASURED if retention.best_is == "min" else -UNMEASURED
+    return {} if retention.best_by is None else {retention.best_by: worst}
 
 
 def train_loop(payload: dict[str, Any]) -> None:
@@ -37,7 +46,7 @@ def train_loop(payload: dict[str, Any]) -> None:
     uploads = Uploads(lambda: lease.require(config.runs, config.name, KIND, payload["lease"]))
 
     def publish(step: int, take: Take | None, metrics: dict[str, float]) -> None:
-        uploads.report(f"step-{step:08d}", {"step": step, **metrics}, take)
+        uploads.report(f"step-{step:08d}", {"step": step, **unmeasured(config.checkpoints), **metrics}, take)
 
     hooks = Hooks(
         publish=publish,

@@ -35,7 +35,7 @@ def fit(monkeypatch: pytest.MonkeyPatch, folder: Path, *ends: Exception | int) -
     config = PretrainConfig.model_validate(
         {"name": "n", "data": "memory://d", "runs": str(folder), "engine": {"steps": 9, "warmup_steps": 1}}
     )
-    return driver.fit(config, "run", "lease")
+    return driver.fit(config, "run", "lease").checkpoint
 
 
 def test_a_controller_that_dies_of_its_store_is_started_again(
