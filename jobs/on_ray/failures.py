@@ -63,10 +63,11 @@ class StopOnFinalErrors(UserCallback):
             if is_final(error):
                 raise ControllerError(_no_room_on_device(rank, error) if isinstance(error, RuntimeError) else error)
         for rank, error in sorted(worker_exceptions.items()):
-            if any(_is_of_host(cause) for cause in _causes(error)):
+            lack = next(filter(_is_of_host, _causes(error)), None)
+            if lack is not None:
                 self._out_of_memory += 1
                 if self._out_of_memory >= TRIES_WITHOUT_PROGRESS:
-                    raise ControllerError(_no_room_on_host(rank, error))
+                    raise ControllerError(_no_room_on_host(rank, lack))
                 return
 
 
@@ -80,7 +81,7 @@ def _no_room_on_device(rank: int, error: Exception) -> ConfigError:
     )
 
 
-def _no_room_on_host(rank: int, error: Exception) -> StackError:
+def _no_room_on_host(rank: int, error: BaseException) -> StackError:
     return StackError(
         f"training on rank {rank}",
         expected="room for it in the memory of its machine",
@@ -100,7 +101,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """The error, and those that it was raised from or that Ray Train wrapped in it."""
     while error is not None:
         yield error
-        inner = getattr(error, "failure", None) or error.__cause__
+        inner = getattr(error, "health_check_failure", None) or error.__cause__
         error = inner if isinstance(inner, BaseException) else None
 
 
