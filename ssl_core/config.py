@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic.config import JsonDict
 
 from storage.errors import ConfigError
 from storage.objects.open import refuse_credentials, refuse_signature
@@ -39,7 +40,7 @@ CropSize = Annotated[tuple[int, int, int], AfterValidator(_crop)]
 
 C = TypeVar("C", bound=Config)
 
-LATER = {"later": True}
+LATER: JsonDict = {"later": True}
 """For `json_schema_extra` of a setting that came after version 0.1.0: digests leave it out while it has its default, so
 that what an earlier version wrote is gone on from."""
 

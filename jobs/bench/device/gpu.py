@@ -172,8 +172,8 @@ def bench_gpu(
     for method in size.methods if slow else ():
         part("variants", f"{method}, compile", lambda m=method: row(m, *_of(size), "compile"))  # type: ignore[misc]
     published = [dataclasses.asdict(p) | {"views_per_s": p.views_per_s} for p in PUBLISHED]
-    theirs = {"published": published, "hardware": HARDWARE, "source": SOURCE}
-    return result | rows | {"theirs": theirs, "limit_s": limit_s, "spent_s": clock() - began}
+    peer = {"published": published, "hardware": HARDWARE, "source": SOURCE}
+    return result | rows | {"peer": peer, "limit_s": limit_s, "spent_s": clock() - began}
 
 
 def _of(size: Size) -> tuple[str, Triple, int]:

@@ -65,7 +65,7 @@ def page(result: Mapping[str, Any]) -> str:
         "",
         table(_nnssl(result), {"whose": "whose", "on": "on", "step": "step", "views": "views/s", "memory": "memory"}),
         "",
-        f"Theirs was measured on other hardware: {result['theirs']['source']}.",
+        f"Theirs was measured on other hardware: {result['peer']['source']}.",
     ]
     if result["left_out"]:
         lines += ["", "## Left out", "", *(f"- {item['part']}: {item['why']}" for item in result["left_out"])]
@@ -106,12 +106,12 @@ def _nnssl(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     return own + [
         {
             "whose": "nnssl, published",
-            "on": result["theirs"]["hardware"],
+            "on": result["peer"]["hardware"],
             "step": f"{item['samples']} images x {item['crops']} crops",
             "views": item["views_per_s"],
             "memory": f"{item['gb']} GB" if item["gb"] else None,
         }
-        for item in result["theirs"]["published"]
+        for item in result["peer"]["published"]
     ]
 
 

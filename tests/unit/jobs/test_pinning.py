@@ -83,9 +83,7 @@ def test_nothing_is_kept_of_a_start_that_failed() -> None:
 
 
 def test_the_encoder_that_a_pretraining_first_started_from_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    job = parse(
-        PretrainConfig, {"name": "n", "data": "memory://d", "runs": "memory://inits", "init": "models:/e@champion"}
-    )
+    job = parse(PretrainConfig, {"name": "n", "data": "memory://d", "runs": RUNS, "init": "models:/e@champion"})
     versions = iter(["models:/e/1", "models:/e/2"])
     monkeypatch.setattr(pinning, "_version", lambda uri: next(versions))
     assert with_fixed_init(job).init == "models:/e/1"
