@@ -93,7 +93,7 @@ def _device_verbs(names: Names) -> list[argparse.ArgumentParser]:
         action.add_argument("--device", default="cpu", help="such as cuda (default cpu)")
     gpu = names.add_parser("gpu", help="all that only an accelerator can tell, in minutes and one page")
     gpu.add_argument(
-        "--limit", type=whole(1), default=480, metavar="S", help="begin nothing after so long (default 480)"
+        "--limit", type=whole(1), default=400, metavar="S", help="begin nothing after so long (default 400)"
     )
     runners = ((step, _step), (losses, _losses), (views, _views), (gpu, _gpu))
     return [_measured_by(action, runner) for action, runner in runners]

@@ -60,7 +60,7 @@ def result() -> Iterator[dict[str, Any]]:
         patch.start()
     try:
         with pretended_device():
-            yield bench_gpu(TINY, device=DEVICE, backbones={"small": BACKBONE}, say=lambda _line: None)
+            yield bench_gpu(TINY, device=DEVICE, limit_s=1e9, backbones={"small": BACKBONE}, say=lambda _line: None)
     finally:
         for patch in patches:
             patch.stop()
@@ -98,7 +98,7 @@ def test_what_finds_no_time_or_no_memory_is_left_out_by_name() -> None:
     assert late["variants"] == late["views"] == []
     assert {item["why"] for item in late["left_out"]} == {"no time left of 5 s"}
     with mock.patch("jobs.bench.device.gpu.measure", side_effect=torch.OutOfMemoryError("CUDA out of memory.\nmore")):
-        full = bench_gpu(TINY, device="cpu", backbones={"small": BACKBONE}, say=lambda _line: None)
+        full = bench_gpu(TINY, device="cpu", limit_s=1e9, backbones={"small": BACKBONE}, say=lambda _line: None)
     assert {"part": "variants, simclr, plain", "why": "OutOfMemoryError: CUDA out of memory."} in full["left_out"]
     assert len(full["views"]) == len(WAYS)
     assert "## Left out" in page(full)

@@ -265,7 +265,7 @@ def test_a_run_starts_from_an_encoder_whole_or_not_at_all(monkeypatch: pytest.Mo
 
 def test_a_worker_holds_no_more_at_once_when_workers_become_fewer(data: str, tmp_path: Path) -> None:
     """Of two workers with two samples each, one is left: it has four, two at a time, and says so."""
-    job = config(data, "simclr", steps=2, checkpoint_every=2)
+    job = config(data, "simclr", steps=2, warmup_steps=1, checkpoint_every=2)
     alone, _ = train(job, tmp_path / "fixed")
     elastic = job.model_copy(update={"cluster": ClusterConfig(min_workers=1)})
     assert (job.micro_batch, elastic.micro_batch, build_engine(elastic, CPU).config.micro_batch) == (None, 2, 2)
