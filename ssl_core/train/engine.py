@@ -26,6 +26,7 @@ from ssl_core.networks.pyramid import cut_batches
 from ssl_core.train import checkpoint, determinism
 from ssl_core.train.gradients import FlatGradients, Verdict
 from ssl_core.train.optim import NamedOptimizer
+from ssl_core.train.precision import resolve_precision
 from ssl_core.train.schedule import cosine, warmup_cosine
 from ssl_core.views.split import split
 from ssl_core.views.types import ViewBatch
@@ -385,14 +386,6 @@ def fit(
         if done % config.checkpoint_every == 0 or last or engine.stopping:
             save(done, engine.state_dict())
     return engine.step_done
-
-
-def resolve_precision(setting: str, device: torch.device) -> str:
-    """`fp32`, `bf16` or `fp64`: what `auto` means on a device."""
-    if setting != "auto":
-        return setting
-    # bf16 has the exponents of fp32, so there is no loss scaling and no scaler to keep.
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def _named_values(terms: LossTerms, total: Tensor) -> dict[str, Tensor]:

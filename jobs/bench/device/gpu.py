@@ -39,7 +39,8 @@ from jobs.bench.device.step import (
 from ssl_core.config import parse
 from ssl_core.testing.views import map_tensors
 from ssl_core.to_device import to_device
-from ssl_core.train.engine import Engine, EngineConfig, resolve_precision
+from ssl_core.train.engine import Engine, EngineConfig
+from ssl_core.train.precision import resolve_precision
 from ssl_core.views.augment import presets
 from ssl_core.views.make import make_views
 from ssl_core.views.types import ViewBatch, ViewSpec

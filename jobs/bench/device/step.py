@@ -29,7 +29,8 @@ from ssl_core.distributed import current
 from ssl_core.methods.base import method_class
 from ssl_core.networks import build
 from ssl_core.testing.memory import peak_of
-from ssl_core.train.engine import Engine, EngineConfig, resolve_precision
+from ssl_core.train.engine import Engine, EngineConfig
+from ssl_core.train.precision import resolve_precision
 from ssl_core.views.intensity import IntensityPolicy
 from ssl_core.views.make import make_views
 from ssl_core.views.placement_size import host_size
