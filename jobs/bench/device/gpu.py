@@ -58,6 +58,7 @@ class Size:
         size_DHW: Voxels of a view.
         batch: Samples of a step.
         steps: Measured of each row.
+        warmup: Steps before them.
         variants: Names in `jobs.bench.device.step.VARIANTS`; compiling comes last, as it takes longest.
         nnssl: Batches in crops of nnssl's grid.
         nnssl_size_DHW: Voxels of its crops.
@@ -71,6 +72,7 @@ class Size:
     size_DHW: Triple = (64, 64, 64)
     batch: int = 8
     steps: int = 10
+    warmup: int = 3
     variants: tuple[str, ...] = ("plain", "bf16", "channels_last", "bf16_channels_last", "checkpointing", "compile")
     nnssl: tuple[int, ...] = tuple(p.samples * p.crops for p in PUBLISHED)
     nnssl_size_DHW: Triple = SIZE
@@ -144,6 +146,7 @@ def bench_gpu(
             size_DHW=edge,
             batch=batch,
             steps=size.steps,
+            warmup=size.warmup,
             device=where,
             variant=variant,
             engine_settings={"deterministic": deterministic},
@@ -261,7 +264,7 @@ def _timed(
         size: How many steps of how many samples.
         device: Where.
     """
-    for _ in range(3):
+    for _ in range(size.warmup):
         engine.step(rest(fetch()))
     wait(device)
     stamps, began = Stamps(device), time.perf_counter()

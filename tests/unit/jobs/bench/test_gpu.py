@@ -23,7 +23,8 @@ TINY = Size(
     size_DHW=(16, 16, 16),
     batch=2,
     steps=1,
-    variants=("plain", "bf16_channels_last", "checkpointing"),
+    warmup=1,
+    variants=("plain", "checkpointing"),
     nnssl=(2,),
     nnssl_size_DHW=(16, 16, 16),
     nnssl_backbone="small",
@@ -68,7 +69,7 @@ def result() -> Iterator[dict[str, Any]]:
 
 def test_every_part_is_measured_on_a_pretended_device(result: dict[str, Any]) -> None:
     assert result["left_out"] == []
-    variants = ["plain", "bf16_channels_last", "checkpointing", "bf16_channels_last, deterministic"]
+    variants = ["plain", "checkpointing", "bf16_channels_last, deterministic"]
     assert [row["variant"] for row in result["variants"]] == variants
     assert [row["way"] for row in result["views"]] == list(WAYS)
     assert len(result["twin"]) == len(result["nnssl"]) == 1
