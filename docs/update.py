@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from jobs import configs  # noqa: E402  a script of this folder is not on the path of the packages
+from jobs.configs import groups  # noqa: E402
 from jobs.ingest_config import IngestConfig  # noqa: E402
 from jobs.on_ray.metrics import METRICS  # noqa: E402
 from ssl_core.downstream.finetune import FinetuneConfig  # noqa: E402
@@ -35,12 +36,13 @@ METRICS_PAGE = ROOT / "docs/reference-metrics.md"
 MARKED = r"<!-- {} -->\n(.*?)<!-- end -->"
 TABLES: tuple[type[BaseModel], ...] = (
     configs.PretrainConfig,
-    configs.BackboneConfig,
+    groups.BackboneConfig,
     IntensityPolicy,
     configs.StreamConfig,
     EngineConfig,
     configs.ProbeConfig,
-    configs.ClusterConfig,
+    groups.ClusterConfig,
+    groups.CheckpointConfig,
     Crops,
     configs.TuneConfig,
     configs.SearchSpace,

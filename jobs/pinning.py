@@ -10,15 +10,8 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jobs.configs import (
-    ClusterConfig,
-    FinetuneJobConfig,
-    LabelledConfig,
-    PretrainConfig,
-    ProbeConfig,
-    TuneConfig,
-    changed,
-)
+from jobs.configs import FinetuneJobConfig, LabelledConfig, PretrainConfig, ProbeConfig, TuneConfig
+from jobs.configs.groups import CheckpointConfig, ClusterConfig, changed
 from jobs.tracking import models
 from ssl_core.config import digest, parse, resolved
 from ssl_core.train import checkpoint
@@ -39,6 +32,7 @@ _FREE_OF_PRETRAIN: dict[str, Any] = {
     "runs": "",
     "experiment": "",
     "cluster": ClusterConfig(),
+    "checkpoints": CheckpointConfig(),
     "name": "n",
     "source": None,
     "model": None,
@@ -94,6 +88,22 @@ def note_start(config: PretrainConfig, manifest: Manifest) -> None:
     does not take the manifest of the right ones away.
     """
     _keep(_store(config), _start_key(config), identity(config, manifest))
+
+
+def with_fixed_init(config: PretrainConfig) -> PretrainConfig:
+    """The configuration with the version of the model that the first start of this job found under `init`.
+
+    Raises:
+        NotFound: no such model.
+    """
+    if config.init is None:
+        return config
+    store, key = _store(config), f"inits/{config_digest(config)}.json"
+    if (note := _note(store, key)) is None:
+        note = {"init": _version(config.init)}
+        if not _keep(store, key, note):
+            note = json.loads(store.get(key))  # another start of this job was first
+    return config.model_copy(update={"init": note["init"]})
 
 
 def identity(config: PretrainConfig, manifest: Manifest) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic.config import JsonDict
 
 from storage.errors import ConfigError
 from storage.objects.open import refuse_credentials, refuse_signature
@@ -38,6 +39,10 @@ CropSize = Annotated[tuple[int, int, int], AfterValidator(_crop)]
 """Voxels of a crop along D, H, W."""
 
 C = TypeVar("C", bound=Config)
+
+LATER: JsonDict = {"later": True}
+"""For `json_schema_extra` of a setting that came after version 0.1.0: digests leave it out while it has its default, so
+that what an earlier version wrote is gone on from."""
 
 
 MOST_NODES = 100_000
@@ -204,9 +209,21 @@ def resolved(config: Config) -> dict[str, Any]:
 
 
 def digest(config: Config) -> str:
-    """First 16 hex digits of the SHA-256 of the resolved configuration."""
-    text = json.dumps(resolved(config), sort_keys=True, separators=(",", ":"))
+    """First 16 hex digits of the SHA-256 of the resolved configuration; see `LATER`."""
+    text = json.dumps(_digested(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _digested(config: Config) -> dict[str, Any]:
+    """`resolved` without settings of `LATER` that have their default."""
+    values = resolved(config)
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if field.json_schema_extra == LATER and value == field.get_default(call_default_factory=True):
+            del values[name]
+        elif isinstance(value, Config):
+            values[name] = _digested(value)
+    return values
 
 
 def dump_yaml(config: Config) -> str:

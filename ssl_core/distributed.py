@@ -77,10 +77,12 @@ class ProcessGroup:
 
 
 def _summed(x: Tensor) -> Tensor:
+    """The sum over ranks, rounded once: halves are added as float32, or the result would depend on the ranks' order."""
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     # A clone keeps the strides of a transposed tensor, which NCCL refuses.
-    total = x.clone(memory_format=torch.contiguous_format)
+    total = wide.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
-    return total
+    return total.to(x.dtype)
 
 
 class _Gather(torch.autograd.Function):

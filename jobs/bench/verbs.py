@@ -91,7 +91,12 @@ def _device_verbs(names: Names) -> list[argparse.ArgumentParser]:
     views.add_argument("--quick", action="store_true", help="small crops and few of them")
     for action in (losses, views):
         action.add_argument("--device", default="cpu", help="such as cuda (default cpu)")
-    return [_measured_by(action, runner) for action, runner in ((step, _step), (losses, _losses), (views, _views))]
+    gpu = names.add_parser("gpu", help="all that only an accelerator can tell, in minutes and one page")
+    gpu.add_argument(
+        "--limit", type=whole(1), default=400, metavar="S", help="begin nothing after so long (default 400)"
+    )
+    runners = ((step, _step), (losses, _losses), (views, _views), (gpu, _gpu))
+    return [_measured_by(action, runner) for action, runner in runners]
 
 
 def _learn_verb(names: Names) -> argparse.ArgumentParser:
@@ -214,6 +219,18 @@ def _views(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str
 
     result = bench_views(arguments.quick, device=arguments.device, say=say)
     return result, format_views(result)
+
+
+def _gpu(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
+    import torch
+
+    from jobs.bench.device.gpu import bench_gpu
+    from jobs.bench.device.gpu_page import page
+
+    if not torch.cuda.is_available():
+        raise ConfigError("bench gpu", expected="a CUDA device", found="none", remedy="`bench step` measures a CPU")
+    result = bench_gpu(limit_s=arguments.limit, say=say)
+    return result, page(result)
 
 
 def _learn(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:

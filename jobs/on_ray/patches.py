@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from jobs.on_ray.failures import FINAL
+from jobs.on_ray.failures import is_final
 from storage.errors import StackError
 
 
@@ -67,8 +67,8 @@ GET_TRAIN_CONTEXT = PrivateName("ray.train.v2._internal.execution.context", "get
 PRIVATE_NAMES = (CREATE_SCALING_POLICY, COUNT_WORKERS, HANDLE_TASK_ERROR, GET_TRAIN_CONTEXT)
 
 
-def patch_ray_to_share_evenly(global_batch: int, lanes: int) -> None:
-    """Let elastic runs have only numbers of workers that divide both.
+def patch_ray_to_share_evenly(sizes: tuple[int, ...]) -> None:
+    """Let elastic runs have only these numbers of workers.
 
     The policy that a trainer makes goes to the controller as it is.
 
@@ -78,8 +78,6 @@ def patch_ray_to_share_evenly(global_batch: int, lanes: int) -> None:
     COUNT_WORKERS.owner()
     create = CREATE_SCALING_POLICY.original()
     from jobs.on_ray.elastic import EvenShares  # only now: its base class is one of the names
-
-    sizes = tuple(n for n in range(1, min(global_batch, lanes) + 1) if global_batch % n == lanes % n == 0)
 
     def create_even(scaling_config: Any) -> Any:
         elastic = scaling_config.elasticity_enabled
@@ -100,7 +98,7 @@ def patch_tune_to_stop_at_final_errors() -> None:
 
     def handle_and_count(trial: Any, error: Any) -> None:
         handle(trial, error)
-        if isinstance(error.cause, FINAL):
+        if is_final(error.cause):
             facts = trial.run_metadata
             facts.num_failures = max(facts.num_failures, trial.max_failures + 1)
 

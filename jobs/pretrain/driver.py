@@ -10,6 +10,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ from jobs.on_ray.restarts import NoteRestarts
 from jobs.on_ray.room import require_room
 from jobs.on_ray.session import connect
 from jobs.output import last_line
-from jobs.pinning import as_started, note_start
+from jobs.pinning import as_started, note_start, with_fixed_init
 from jobs.pretrain.inputs import open_manifest
 from jobs.pretrain.loop import JOURNAL, KIND, collectives_backend
-from jobs.pretrain.worker import train_loop
+from jobs.pretrain.worker import UNMEASURED, train_loop
 from jobs.superpixels import ensure_superpixels
 from jobs.tracking import bundles, registration, runs
 from jobs.tracking.events import Events
@@ -75,6 +76,7 @@ def _train(config: PretrainConfig, lease: Lease) -> int:
     ensure_superpixels(config)
     manifest = open_manifest(config)
     note_start(config, manifest)
+    config = with_fixed_init(config)
     run_id = runs.open_run(
         api,
         config.experiment,
@@ -91,9 +93,13 @@ def _train(config: PretrainConfig, lease: Lease) -> int:
     print(f"MLflow run {run_id}", flush=True)
     began = time.monotonic()
     try:
-        with fit(pinned, run_id, lease.token).as_directory() as directory:
-            lease.check()
-            version = _complete(api, pinned, run_id, Path(directory))
+        result = fit(pinned, run_id, lease.token)
+        lease.check()
+        with ExitStack() as open_folders:
+            last = Path(open_folders.enter_context(result.checkpoint.as_directory()))
+            best = best_checkpoint(config, result)
+            source = last if best is None else Path(open_folders.enter_context(best.as_directory()))
+            version = _complete(api, pinned, run_id, last, source)
     except BaseException as error:
         lease.check()  # the run in MLflow is another job's as well
         end_failed(api, run_id, error)
@@ -107,7 +113,7 @@ def _train(config: PretrainConfig, lease: Lease) -> int:
 
 
 def fit(config: PretrainConfig, run_id: str, lease: str) -> Any:
-    """Train with Ray Train until done; returns the last checkpoint.
+    """Train with Ray Train until done; returns its result.
 
     A controller that dies of its storage is started again under the same name, with growing pauses. After a notice that
     a node will be taken away, training goes on from a checkpoint of that step, on other nodes.
@@ -123,9 +129,9 @@ def fit(config: PretrainConfig, run_id: str, lease: str) -> Any:
     """
 
     events = Events(run_id)
-    patch_ray_to_share_evenly(config.stream.global_batch, config.stream.lanes)
+    patch_ray_to_share_evenly(config.worlds)
     path, filesystem = storage_for(config.runs)
-    need = config.cluster
+    need, retention = config.cluster, config.checkpoints
     # Typed for the first kind only; Ray hands the others on as they are.
     callbacks: Any = [StopOnFinalErrors(), NoteRestarts(config.name, events.tell)]
     workers: Any = need.workers if need.min_workers is None else (need.min_workers, need.workers)
@@ -138,6 +144,8 @@ def fit(config: PretrainConfig, run_id: str, lease: str) -> Any:
                 num_workers=workers,
                 use_gpu=need.gpu,
                 resources_per_worker={"CPU": need.cpus_per_worker, **({"GPU": 1} if need.gpu else {})},
+                placement_strategy=need.placement,
+                label_selector=dict(need.labels) or None,
             ),
             torch_config=TorchConfig(backend=collectives_backend(gpu=need.gpu)),
             run_config=RunConfig(
@@ -145,7 +153,11 @@ def fit(config: PretrainConfig, run_id: str, lease: str) -> Any:
                 storage_path=path,
                 storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=need.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=2),
+                checkpoint_config=CheckpointConfig(
+                    num_to_keep=retention.keep,
+                    checkpoint_score_attribute=retention.best_by,
+                    checkpoint_score_order=retention.best_is,
+                ),
                 logging_config=LoggingConfig(log_level="WARNING"),
                 callbacks=callbacks,
             ),
@@ -155,9 +167,25 @@ def fit(config: PretrainConfig, run_id: str, lease: str) -> Any:
         result = _result(config, trainer, events)
         step = int((result.metrics or {}).get("step", config.engine.steps))
         if step >= config.engine.steps:
-            return result.checkpoint
+            return result
         print(f"saved at step {step}, as a node will be taken away; going on on the others", flush=True)
         events.tell("a node will be taken away, and the job goes on on the others", step)
+
+
+def best_checkpoint(config: PretrainConfig, result: Any) -> Any:
+    """Of those that stayed, the checkpoint whose encoder is to be registered; None where it is the last one."""
+    retention = config.checkpoints
+    if not retention.register_best:
+        return None
+    key = str(retention.best_by)
+    scored = [(c, m) for c, m in result.best_checkpoints or () if abs(m.get(key, UNMEASURED)) < UNMEASURED]
+    if not scored:
+        print(f"no checkpoint has {key}; registering the last one", flush=True)
+        return None
+    sign = 1 if retention.best_is == "max" else -1
+    best, metrics = max(scored, key=lambda item: (sign * item[1][key], item[1]["step"]))
+    print(f"registering step {metrics['step']}, whose {key} of {metrics[key]:.6g} is the best", flush=True)
+    return best
 
 
 def _result(config: PretrainConfig, trainer: Callable[[], TorchTrainer], events: Events) -> Any:
@@ -208,10 +236,10 @@ def _fitted(trainer: Any) -> Any:
         signal.signal(signal.SIGINT, before)  # Ray's asks a controller that is gone
 
 
-def _complete(api: Any, config: PretrainConfig, run_id: str, directory: Path) -> str:
-    """Fill gaps in the metrics, export the encoder and register it."""
+def _complete(api: Any, config: PretrainConfig, run_id: str, last: Path, source: Path) -> str:
+    """Fill gaps in the metrics from the last checkpoint, export the encoder of one and register it."""
 
-    meta = checkpoint.read_meta(directory)
+    meta = checkpoint.read_meta(last)
     journal = [runs.Point.from_json(item) for item in meta[JOURNAL]]
     points = f"the points of {config.name}, which is trained and lies below {join(config.runs, config.name)}"
     sent = through_outage(lambda: runs.backfill(api, run_id, journal), points)
@@ -219,7 +247,7 @@ def _complete(api: Any, config: PretrainConfig, run_id: str, directory: Path) ->
         print(f"sent {sent} points that MLflow had missed", flush=True)
     through_outage(lambda: api.set_tag(run_id, "tomoscale.samples", meta["samples"]), points)
     with tempfile.TemporaryDirectory(prefix="tomoscale-bundle-") as folder:
-        bundle = bundles.write_encoder(config, directory, Path(folder) / "bundle", run_id=run_id)
+        bundle = bundles.write_encoder(config, source, Path(folder) / "bundle", run_id=run_id)
         command = f"`tomoscale pretrain CONFIG`, with model=NAME for another name than {config.model_name!r},"
         place = join(config.runs, config.name)
         return registration.register(bundle, config.model_name, run_id=run_id, place=place, command=command)

@@ -19,17 +19,21 @@ from jobs.configs import PretrainConfig
 from jobs.pinning import SETTINGS, identity, require_same
 from jobs.pretrain.inputs import open_manifest, stream_spec, view_spec
 from jobs.pretrain.label_probe import LabelProbe
+from jobs.tracking.bundles import EncoderBundle, pull_encoder
 from jobs.tracking.runs import Point, point
 from jobs.watch.progress import Pace, Progress
 from ssl_core.config import resolved
 from ssl_core.distributed import Collectives, current
 from ssl_core.methods.base import method_class
+from ssl_core.networks.recompute import has_batch_norm
 from ssl_core.networks.registry import build
+from ssl_core.networks.weights import load_exact
 from ssl_core.train import checkpoint
 from ssl_core.train.checkpoint import Snapshot
 from ssl_core.train.engine import Engine, fit
 from ssl_core.views.make import make_views
 from ssl_core.views.types import ViewBatch
+from storage.errors import ConfigError
 from storage.reading.node_cache import NodeCache
 from storage.reading.volume_store import VolumeStore
 from storage.stream.crop_stream import CropStream, HostBatch
@@ -91,12 +95,46 @@ def collectives_backend(*, gpu: bool) -> str:
     return "cpu:gloo,cuda:nccl" if gpu else "gloo"
 
 
-def build_engine(config: PretrainConfig, device: torch.device) -> Engine:
-    """Network, method and optimizer, initialised from the seed alone."""
+def build_engine(config: PretrainConfig, device: torch.device, init: EncoderBundle | None = None) -> Engine:
+    """Network, method and optimizer, initialised from the seed alone, but for an encoder to start from.
+
+    Raises:
+        ConfigError: the encoder is of another network.
+        WeightsError: names what the network lacks, or has in another shape.
+    """
     torch.manual_seed(config.engine.seed)
     backbone = build(config.backbone.name, **config.backbone.arguments)
+    if init is not None:
+        if init.backbone != config.backbone.name:
+            raise ConfigError(
+                f"init {config.init}",
+                expected=f"an encoder of backbone.name {config.backbone.name}",
+                found=init.backbone,
+                remedy=f"set backbone.name to {init.backbone}, with the arguments {init.arguments}",
+            )
+        load_exact(backbone.net, init.weights, backbone.encoder_keys())  # before targets are copied from it
     method = method_class(config.method_name)(config.method_config, backbone)
-    return Engine(method, config.engine, collectives=current(), device=device)
+    most = config.engine.micro_batch if has_batch_norm(backbone) else config.micro_batch
+    settings = config.engine.model_copy(update={"micro_batch": most})
+    return Engine(method, settings, collectives=current(), device=device)
+
+
+def _starts_from(config: PretrainConfig, init: EncoderBundle) -> str:
+    other = f"; it was trained with intensity {init.intensity}" if init.intensity != config.intensity else ""
+    return f"starts from {config.init}: all {len(init.weights)} tensors of the encoder; decoder and heads new{other}"
+
+
+def _shares(config: PretrainConfig, world: int, most: int | None) -> str:
+    """What each worker of a job with `min_workers` has to do, for the log."""
+    contrast = config.stream.global_batch // config.engine.accumulate
+    share = contrast // world
+    at_once = min(share, most or share)
+    usual = contrast // config.cluster.workers
+    more = f"; its batch norm wants them together, {usual} with all workers" if most is None and share > usual else ""
+    return (
+        f"{world} of at most {config.cluster.workers} workers: {config.stream.global_batch} samples a step and"
+        f" {contrast} a contrast, as with any number, {at_once} at once in the network of a worker{more}"
+    )
 
 
 def run(
@@ -119,7 +157,13 @@ def run(
     split = manifest.select(split=config.stream.split).tolist()
     driver.check_channels(manifest, split, f"backbone {config.backbone.name}", config.backbone.arguments)
     what = identity(config, manifest)
-    engine = build_engine(config, device)
+    init = None
+    if config.init is not None and restore is None and collectives.rank == 0:  # whose weights all ranks get
+        init = pull_encoder(config.init)
+        hooks.say(_starts_from(config, init))
+    engine = build_engine(config, device, init)
+    if config.cluster.min_workers is not None and collectives.rank == 0:
+        hooks.say(_shares(config, collectives.world, engine.config.micro_batch))
     record, journal = SampleRecord(), list[Point]()
     if restore is not None:
         state, meta = checkpoint.load(restore)

@@ -11,6 +11,7 @@ import torch
 
 from jobs import lease
 from jobs.configs import PretrainConfig
+from jobs.configs.groups import CheckpointConfig
 from jobs.driver import quiet
 from jobs.on_ray import preemption
 from jobs.on_ray.metrics import WorkerMetrics, keep_showing
@@ -18,6 +19,15 @@ from jobs.on_ray.uploads import Uploads
 from jobs.pretrain.loop import KIND, Hooks, Take, run
 from jobs.tracking.runs import Sender
 from ssl_core.config import parse
+
+UNMEASURED = 1e308
+"""Stands for a metric that a checkpoint has not; a number, since Ray keeps no other in its record of checkpoints."""
+
+
+def unmeasured(retention: CheckpointConfig) -> dict[str, float]:
+    """The value of `best_by` before it is measured: the worst one, as Ray takes none for the best of `min`."""
+    worst = UNMEASURED if retention.best_is == "min" else -UNMEASURED
+    return {} if retention.best_by is None else {retention.best_by: worst}
 
 
 def train_loop(payload: dict[str, Any]) -> None:
@@ -37,7 +47,7 @@ def train_loop(payload: dict[str, Any]) -> None:
     uploads = Uploads(lambda: lease.require(config.runs, config.name, KIND, payload["lease"]), metrics.saved)
 
     def publish(step: int, take: Take | None, last: dict[str, float]) -> None:
-        uploads.report(f"step-{step:08d}", {"step": step, **last}, take)
+        uploads.report(f"step-{step:08d}", {"step": step, **unmeasured(config.checkpoints), **last}, take)
 
     hooks = Hooks(
         publish=publish,

@@ -66,6 +66,8 @@ def write_encoder(config: PretrainConfig, directory: Path, target: Path, *, run_
         "steps": str(meta["step"]),
         "run_id": run_id,
     }
+    if config.init is not None:
+        lineage["parent"] = config.init
     last = Point.from_json(meta["journal"][-1]).metrics
     manifest = Manifest.open(config.data, meta["fingerprint"])
     records = [record for record in manifest.records() if record.split == config.stream.split]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ssl_core.networks.backbone import Level
 from ssl_core.networks.batch_norm import globalise
+from ssl_core.networks.recompute import has_batch_norm, in_parts
 from storage.errors import ConfigError
 
 Triple = tuple[int, int, int]
@@ -89,6 +90,9 @@ class Pyramid(nn.Module):
         architecture: See `Architecture`.
         arguments: Keyword arguments of the stock class.
         offsets: Measured offsets of the levels, used where the geometry does not know them.
+
+    Attributes:
+        parts: Parts of a batch that `features` and `decode` work on one after the other; see `cut_batches`.
     """
 
     def __init__(
@@ -99,7 +103,7 @@ class Pyramid(nn.Module):
         offsets: Sequence[tuple[float, ...]],
     ) -> None:
         super().__init__()
-        self.name, self.arguments = name, copy.deepcopy(arguments)
+        self.name, self.arguments, self.parts = name, copy.deepcopy(arguments), 1
         self.dims = int(arguments.get("spatial_dims", 3))
         self._architecture = architecture
         self.net = globalise(architecture.make(**arguments))
@@ -115,14 +119,22 @@ class Pyramid(nn.Module):
         last = len(self.levels) - 1 if upto is None else upto
         self._check(x_BCDHW, last)
         depth = x_BCDHW.shape[2]
-        return [self._unfold(f, depth) for f in self._architecture.encode(self.net, self._fold(x_BCDHW), last)]
+
+        def encode(part: list[Tensor]) -> list[Tensor]:
+            return [self._unfold(f, depth) for f in self._architecture.encode(self.net, self._fold(part[0]), last)]
+
+        return in_parts(encode, [x_BCDHW], self.parts)
 
     def decode(self, features: list[Tensor], skips: bool = True) -> list[Tensor]:
         """See `Backbone.decode`."""
         depth = features[0].shape[2]
         inputs = features if skips else [torch.zeros_like(f) for f in features[:-1]] + features[-1:]
-        maps = self._architecture.decode(self.net, [self._fold(f) for f in inputs])
-        return [self._unfold(f, depth) for f in maps]
+
+        def decode(part: list[Tensor]) -> list[Tensor]:
+            maps = self._architecture.decode(self.net, [self._fold(f) for f in part])
+            return [self._unfold(f, depth) for f in maps]
+
+        return in_parts(decode, inputs, self.parts)
 
     def logits(self, x_BCDHW: Tensor) -> Tensor:
         """See `Backbone.logits`."""
@@ -194,3 +206,24 @@ class Pyramid(nn.Module):
             for f in decoded
         )
         return levels, decoder
+
+
+def cut_batches(module: nn.Module, parts: int) -> None:
+    """Let every backbone in `module` work on its batches in so many parts.
+
+    Gradients are those of the whole batch but for rounding; the price is a second forward pass.
+
+    Raises:
+        ConfigError: a backbone has batch norm, which would see one part only.
+    """
+    for backbone in module.modules():
+        if not isinstance(backbone, Pyramid) or backbone.parts == parts:
+            continue
+        if parts > 1 and has_batch_norm(backbone.net):
+            raise ConfigError(
+                "engine.micro_batch",
+                expected="a network without batch norm, which wants to see all samples of a batch at once",
+                found=f"batch norm in {backbone.name}",
+                remedy="use instance or group norm, or leave micro_batch empty",
+            )
+        backbone.parts = parts

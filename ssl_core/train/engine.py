@@ -18,19 +18,21 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ssl_core.config import Config, digest
+from ssl_core.config import LATER, Config, digest
 from ssl_core.distributed import Collectives, Single
 from ssl_core.methods.base import LossTerms, Method, StepContext
 from ssl_core.networks import batch_norm, recompute
+from ssl_core.networks.pyramid import cut_batches
 from ssl_core.train import checkpoint, determinism
 from ssl_core.train.gradients import FlatGradients, Verdict
 from ssl_core.train.optim import NamedOptimizer
+from ssl_core.train.precision import resolve_precision
 from ssl_core.train.schedule import cosine, warmup_cosine
 from ssl_core.views.split import split
 from ssl_core.views.types import ViewBatch
 from storage.errors import ConfigError, TomoscaleError
 
-_OPERATIONAL = ("checkpoint_every", "log_every", "probe_every")
+_OPERATIONAL = ("checkpoint_every", "log_every", "probe_every", "micro_batch")
 
 
 class EngineConfig(Config):
@@ -58,7 +60,16 @@ class EngineConfig(Config):
         default=1,
         ge=1,
         description="Parts that a rank's batch is cut into, one forward and backward pass each; contrasts between "
-        "samples and batch norms see one part only, all other losses are those of the whole batch",
+        "samples and batch norms see one part only, which holds the same samples for any number of ranks; all other "
+        "losses are those of the whole batch",
+    )
+    micro_batch: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most samples of a rank that are in a network at once; losses, contrasts and norms of heads see "
+        "all of a part as before, and a part that is cut costs one more forward pass. Empty: all of them, and in a job "
+        "with `cluster.min_workers` as many as with `cluster.workers`",
+        json_schema_extra=LATER,
     )
     precision: Literal["auto", "fp32", "bf16", "fp64"] = Field(
         default="auto", description="auto: bf16 autocast on CUDA devices that have it, else fp32; fp64 is for tests"
@@ -88,7 +99,7 @@ class EngineConfig(Config):
         return self
 
     def digest(self) -> str:
-        """Digest of the settings that change the result; how often to log or save is not among them."""
+        """Digest of the settings that change the result by more than rounding; how often to save is not among them."""
         plain = {name: type(self).model_fields[name].default for name in _OPERATIONAL}
         return digest(self.model_copy(update=plain))
 
@@ -181,6 +192,7 @@ class Engine:
         self._grads.zero()
         values: dict[str, Tensor] = {}
         parts = split(views, config.accumulate)
+        cut_batches(self.method, 1 if config.micro_batch is None else math.ceil(len(parts[0]) / config.micro_batch))
         finite: list[Tensor] = []
         for index, part in enumerate(parts):
             determinism.seed_step(config.seed, self.step_done, self.collectives.rank, index)
@@ -374,14 +386,6 @@ def fit(
         if done % config.checkpoint_every == 0 or last or engine.stopping:
             save(done, engine.state_dict())
     return engine.step_done
-
-
-def resolve_precision(setting: str, device: torch.device) -> str:
-    """`fp32`, `bf16` or `fp64`: what `auto` means on a device."""
-    if setting != "auto":
-        return setting
-    # bf16 has the exponents of fp32, so there is no loss scaling and no scaler to keep.
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def _named_values(terms: LossTerms, total: Tensor) -> dict[str, Tensor]:

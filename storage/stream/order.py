@@ -101,6 +101,11 @@ def owned(first: int, global_batch: int, *, lanes: int, rank: int, world: int) -
     return of_rank
 
 
+def worlds(lanes: int, global_batch: int) -> tuple[int, ...]:
+    """Numbers of ranks that can share lanes and batch evenly, ascending."""
+    return tuple(n for n in range(1, min(lanes, global_batch) + 1) if lanes % n == 0 and global_batch % n == 0)
+
+
 def check(*, seed: int, lanes: int, global_batch: int, crops_per_visit: int, world: int = 1, rank: int = 0) -> None:
     """Refuse numbers that do not divide, and propose some that do.
 
@@ -124,14 +129,14 @@ def check(*, seed: int, lanes: int, global_batch: int, crops_per_visit: int, wor
         ("global_batch", global_batch, "every rank takes the same share of a batch"),
     ):
         if value % world:
-            worlds = [w for w in range(1, min(lanes, global_batch) + 1) if lanes % w == 0 and global_batch % w == 0]
+            sizes = worlds(lanes, global_batch)
             near = sorted({max(world, value // world * world), (value // world + 1) * world})
             raise ConfigError(
                 name,
                 expected=f"a multiple of the world size {world}, so that {why}",
                 found=str(value),
                 remedy=f"set {name} to {' or '.join(map(str, near))}, or run with "
-                f"{', '.join(map(str, worlds[:12]))} worker{'s' if worlds != [1] else ''}",
+                f"{', '.join(map(str, sizes[:12]))} worker{'s' if sizes != (1,) else ''}",
             )
 
 

@@ -64,6 +64,31 @@ def test_the_norm_of_three_ranks_is_torchs_on_the_joined_batch(three_ranks: Rank
     assert all(torch.allclose(r[2], norm.running_var, atol=1e-12) for r in results)
 
 
+def _collected(collectives: Collectives, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What each collective gives of numbers that bfloat16 has, and the gradient that a gather sends back."""
+    own = _numbers(collectives.rank).to(dtype).requires_grad_()
+    gathered = collectives.gather(own)
+    (gathered * _numbers(9).repeat(collectives.world).to(dtype)).sum().backward()
+    assert own.grad is not None
+    plain = own.detach()
+    results = {"gather": gathered.detach(), "gradient": own.grad, "sum": collectives.sum(plain)}
+    return results | {"mean": collectives.mean(plain), "plain gather": collectives.gather(plain)}
+
+
+def _numbers(seed: int) -> torch.Tensor:
+    return torch.randn(64, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16).float()
+
+
+def test_collectives_of_halves_are_those_of_float32_rounded_once(three_ranks: Ranks) -> None:
+    wide, halves = three_ranks.run(_collected, torch.float32), three_ranks.run(_collected, torch.bfloat16)
+    for rank in range(3):
+        for name in ("gather", "plain gather", "gradient", "sum"):
+            assert halves[rank][name].dtype == torch.bfloat16
+            assert torch.equal(halves[rank][name], wide[rank][name].to(torch.bfloat16)), name
+            assert rank == 0 or "gradient" in name or torch.equal(halves[rank][name], halves[0][name]), name
+        torch.testing.assert_close(halves[rank]["mean"].float(), wide[rank]["mean"], rtol=2**-7, atol=0)
+
+
 def _fail(collectives: Collectives) -> None:
     raise ValueError(f"rank {collectives.rank} says no")
 

@@ -29,7 +29,8 @@ from ssl_core.distributed import current
 from ssl_core.methods.base import method_class
 from ssl_core.networks import build
 from ssl_core.testing.memory import peak_of
-from ssl_core.train.engine import Engine, EngineConfig, resolve_precision
+from ssl_core.train.engine import Engine, EngineConfig
+from ssl_core.train.precision import resolve_precision
 from ssl_core.views.intensity import IntensityPolicy
 from ssl_core.views.make import make_views
 from ssl_core.views.placement_size import host_size
@@ -190,7 +191,7 @@ def measure(
     settings = {"steps": warmup + 2 * steps + 1, "warmup_steps": 0, "log_every": 10**9} | _entry(
         VARIANTS, "variant", variant
     )
-    model = _method(method, backbone, size_DHW, backbones)
+    model = method_on(method, backbone, size_DHW, backbones)
     spec = type(model).view_spec(model.config)
     engine = Engine(
         model,
@@ -237,7 +238,8 @@ def _bytes_of(engine: Engine) -> int:
     return sum(t.nbytes for t in {t.data_ptr(): t for t in tensors}.values())
 
 
-def _method(method: str, backbone: str, size_DHW: Triple, backbones: Backbones) -> Any:
+def method_on(method: str, backbone: str, size_DHW: Triple, backbones: Backbones = BACKBONES) -> Any:
+    """A method with views of this size on a network of the benchmark, seed 0."""
     kind = method_class(method)
     name, arguments = _entry(backbones, "backbone", backbone)
     torch.manual_seed(0)
@@ -345,7 +347,7 @@ def bench_step(
     rates: dict[str, float] = {}
     for device in map(torch.device, devices):
         # All of them first: what a network refuses is refused before anything is measured.
-        counts = {(m, b): _operations(m, b, settings["size_DHW"], batch, device) for b in backbones for m in methods}
+        counts = {(m, b): operations_of(m, b, settings["size_DHW"], batch, device) for b in backbones for m in methods}
         for backbone in backbones:
             for method in methods:
                 operations = counts[method, backbone]
@@ -363,8 +365,11 @@ def bench_step(
     }
 
 
-def _operations(method: str, backbone: str, size_DHW: Triple, batch: int, device: torch.device) -> float:
-    model = _method(method, backbone, size_DHW, BACKBONES).to(device)
+def operations_of(
+    method: str, backbone: str, size_DHW: Triple, batch: int, device: torch.device, backbones: Backbones = BACKBONES
+) -> float:
+    """Floating-point operations of a step; see `step_operations`."""
+    model = method_on(method, backbone, size_DHW, backbones).to(device)
     spec = type(model).view_spec(model.config)
     host = next(crops(spec, batch))
     views = make_views(host, spec, seed=0, policy=POLICY, device=device)

@@ -3,8 +3,9 @@
 import pytest
 
 from jobs import pinning
-from jobs.configs import FinetuneJobConfig, TuneConfig
-from jobs.pinning import pinned
+from jobs.configs import FinetuneJobConfig, PretrainConfig, TuneConfig
+from jobs.configs.groups import CheckpointConfig, ClusterConfig
+from jobs.pinning import config_digest, pinned, with_fixed_init
 from ssl_core.config import parse
 from storage.errors import ConfigError, NotFound
 from tests.kit.phantoms import write_phantoms
@@ -79,3 +80,28 @@ def test_nothing_is_kept_of_a_start_that_failed() -> None:
         pinned(config(name="failed", labelled=labelled))
     write_phantoms(DATA, 6)
     assert pinned(config(name="failed"))
+
+
+def test_the_encoder_that_a_pretraining_first_started_from_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = parse(PretrainConfig, {"name": "n", "data": "memory://d", "runs": RUNS, "init": "models:/e@champion"})
+    versions = iter(["models:/e/1", "models:/e/2"])
+    monkeypatch.setattr(pinning, "_version", lambda uri: next(versions))
+    assert with_fixed_init(job).init == "models:/e/1"
+    assert with_fixed_init(job).init == "models:/e/1"
+    assert config_digest(with_fixed_init(job)) != config_digest(job.model_copy(update={"init": None}))
+    fresh = job.model_copy(update={"init": None})
+    assert with_fixed_init(fresh) is fresh
+
+
+def test_where_workers_run_and_which_checkpoints_stay_may_change() -> None:
+    job = parse(PretrainConfig, {"name": "n", "data": "memory://d"})
+    moved = {"cluster": ClusterConfig(placement="SPREAD"), "checkpoints": CheckpointConfig(keep=5)}
+    smaller = {"engine": job.engine.model_copy(update={"micro_batch": 1})}
+    for changes in (moved, smaller):
+        assert config_digest(job.model_copy(update=changes)) == config_digest(job)
+
+
+def test_settings_that_came_later_do_not_stop_what_was_begun_before() -> None:
+    """The digest of version 0.1.0 for this job, whose groups had none of the settings that are marked as later."""
+    job = parse(PretrainConfig, {"name": "n", "data": "memory://d"})
+    assert config_digest(job) == "5d26ee2de29c652c-f28e90c243aa779a"

@@ -14,7 +14,7 @@ from torch import nn
 from jobs.bench.__main__ import main
 from jobs.bench.device import nnssl, rate
 from jobs.bench.device.rate import convolution_rate, step_operations
-from jobs.bench.device.step import PARTS, VARIANTS, _method, bench_step, crops, measure, stored
+from jobs.bench.device.step import PARTS, VARIANTS, bench_step, crops, measure, method_on, stored
 from ssl_core.methods.base import LossTerms, method_class
 from ssl_core.testing.memory import peak_of
 from ssl_core.views.types import RoleSpec, ViewSpec
@@ -69,7 +69,7 @@ def test_crops_carry_the_maps_that_the_views_want() -> None:
 def test_views_are_the_methods_own_but_for_their_size() -> None:
     for name in ("pgl", "pcrlv2", "simclr"):
         kind = method_class(name)
-        made = _method(name, "small", (32, 48, 32), SMALL)
+        made = method_on(name, "small", (32, 48, 32), SMALL)
         for role, own in zip(kind.view_spec(made.config).roles, kind.view_spec(kind.Config()).roles, strict=True):
             assert replace(role, size_DHW=own.size_DHW) == own
             assert role.size_DHW == ((32, 32, 32) if role.name == "local" else (32, 48, 32))

@@ -9,7 +9,7 @@ from ray.train.v2.api import data_parallel_trainer
 from jobs.on_ray.elastic import EvenShares
 from jobs.on_ray.patches import CREATE_SCALING_POLICY, patch_ray_to_share_evenly
 from storage.errors import ConfigError
-from storage.stream.order import check
+from storage.stream.order import check, worlds
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,7 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def policy(low: int, high: int, global_batch: int, lanes: int) -> EvenShares:
-    patch_ray_to_share_evenly(global_batch, lanes)
+    patch_ray_to_share_evenly(worlds(lanes, global_batch))
     made = data_parallel_trainer.create_scaling_policy(ScalingConfig(num_workers=(low, high)))
     assert isinstance(made, EvenShares)
     return made
@@ -39,12 +39,19 @@ def test_room_is_counted_over_nodes() -> None:
         check(seed=0, lanes=48, global_batch=12, crops_per_visit=1, world=5)
 
 
+def test_a_number_that_is_rounded_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    elastic = policy(1, 8, 8, 64)
+    for room in (3, 4, 3):
+        elastic._count_possible_workers({"one": {"CPU": float(room)}})
+    assert capsys.readouterr().out == "room for 3 workers, of which 2 can share the batch and the lanes evenly\n"
+
+
 def test_the_policy_reaches_the_controller() -> None:
     sent = pickle.loads(pickle.dumps(policy(1, 4, 8, 64)))  # noqa: S301  as Ray sends it
     assert sent._count_possible_workers({"one": {"CPU": 3.0}}) == 2
 
 
 def test_a_fixed_number_of_workers_is_left_to_ray() -> None:
-    patch_ray_to_share_evenly(8, 64)
+    patch_ray_to_share_evenly(worlds(64, 8))
     made = data_parallel_trainer.create_scaling_policy(ScalingConfig(num_workers=2))
     assert not isinstance(made, EvenShares)

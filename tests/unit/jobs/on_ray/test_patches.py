@@ -25,7 +25,7 @@ def test_the_pinned_ray_has_the_private_name(name: PrivateName) -> None:
 
 
 def share() -> None:
-    patch_ray_to_share_evenly(8, 64)
+    patch_ray_to_share_evenly((1, 2, 4, 8))
 
 
 @pytest.mark.parametrize(

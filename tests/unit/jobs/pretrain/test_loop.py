@@ -9,18 +9,23 @@ import pytest
 import torch
 
 from jobs.configs import PretrainConfig, ProbeConfig
+from jobs.configs.groups import BackboneConfig, ClusterConfig
 from jobs.pinning import identity
 from jobs.pretrain import label_probe, loop
 from jobs.pretrain.inputs import open_manifest
 from jobs.pretrain.label_probe import LabelProbe, read_labelled
 from jobs.pretrain.loop import Hooks, Take, build_engine, run
 from jobs.tracking import bundles as bundling
+from jobs.tracking.bundles import EncoderBundle
 from jobs.tracking.runs import Point
 from ssl_core.config import parse
 from ssl_core.methods.base import method_class
 from ssl_core.monitor.collapse import CollapseWarning
+from ssl_core.networks import build
+from ssl_core.networks.weights import WeightsError, encoder_state
 from ssl_core.testing.views import synthetic_views
 from ssl_core.train import checkpoint
+from ssl_core.views.intensity import IntensityPolicy
 from ssl_core.views.types import ViewSpec
 from storage.errors import ConfigError
 from storage.format.manifest import Manifest
@@ -232,3 +237,46 @@ def test_checkpoints_carry_only_points_that_are_nowhere_else(data: str) -> None:
 
     run(job, Hooks(publish=keep, is_recorded=lambda step: step in (1, 4, 8, 9)), restore=None, device=CPU)
     assert journals == [[2, 4], [2, 6, 8], [2, 6, 9]]
+
+
+def encoder_of(name: str, **arguments: Any) -> EncoderBundle:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(9)
+        backbone = build(name, **arguments)
+    return EncoderBundle(name, arguments, encoder_state(backbone), IntensityPolicy(), {})
+
+
+def test_a_run_starts_from_an_encoder_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = config("memory://x", "byol").model_copy(update={"init": "models:/e@champion"})
+    encoder = encoder_of("basic_unet", **job.backbone.arguments)
+    method = build_engine(job, CPU, encoder).method
+    plain = build_engine(job, CPU).method.state_dict()
+    for part in ("backbone", "target_backbone"):
+        for name, tensor in encoder.weights.items():
+            assert torch.equal(method.state_dict()[f"{part}.net.{name}"], tensor), (part, name)
+    fresh = [name for name in plain if not any(name.endswith(f".net.{key}") for key in encoder.weights)]
+    assert fresh
+    assert all(torch.equal(method.state_dict()[name], plain[name]) for name in fresh), "heads are the seed's"
+    with pytest.raises(WeightsError, match="conv_0.conv_0.conv.weight .* wanted"):
+        build_engine(job, CPU, encoder_of("basic_unet", features=(8, 8, 8, 8, 16, 8)))
+    with pytest.raises(ConfigError, match="models:/e@champion; expected an encoder of backbone.name basic_unet"):
+        build_engine(job, CPU, encoder_of("unet", channels=(4, 8, 8), strides=(2, 2)))
+
+
+def test_a_worker_holds_no_more_at_once_when_workers_become_fewer(data: str, tmp_path: Path) -> None:
+    """Of two workers with two samples each, one is left: it has four, two at a time, and says so."""
+    job = config(data, "simclr", steps=2, warmup_steps=1, checkpoint_every=2)
+    alone, _ = train(job, tmp_path / "fixed")
+    elastic = job.model_copy(update={"cluster": ClusterConfig(min_workers=1)})
+    assert (job.micro_batch, elastic.micro_batch, build_engine(elastic, CPU).config.micro_batch) == (None, 2, 2)
+    normed = {"features": [4, 4, 8, 8, 16, 4], "norm": "batch"}
+    wide = elastic.model_copy(update={"backbone": BackboneConfig(arguments=normed)})
+    assert build_engine(wide, CPU).config.micro_batch is None
+    lines: list[str] = []
+    result = run(elastic, Hooks(publish=lambda *_: None, say=lines.append), restore=None, device=CPU)
+    assert lines[0] == (
+        "1 of at most 2 workers: 4 samples a step and 4 a contrast, as with any number, 2 at once in the network of a"
+        " worker"
+    )
+    assert result["samples"] == alone["samples"]
+    assert result["loss"] == pytest.approx(alone["loss"], rel=1e-4)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from ssl_core.networks import build, recompute
+from ssl_core.networks.pyramid import cut_batches
 from ssl_core.networks.registry import backbone_names
+from ssl_core.testing.memory import peak_of
 from ssl_core.testing.method import tiny_method
 from ssl_core.testing.views import synthetic_views
 from ssl_core.train.engine import Engine, EngineConfig
@@ -75,3 +77,36 @@ def test_batch_norm_and_networks_without_blocks_are_refused() -> None:
         recompute.enable(normed)
     with pytest.raises(ConfigError, match="TwoConv"):
         recompute.enable(torch.nn.Sequential(torch.nn.Conv3d(1, 1, 3)))
+
+
+@pytest.mark.parametrize("name", ["dynunet", "unet"])
+def test_a_batch_in_parts_has_the_maps_and_gradients_of_the_whole(name: str) -> None:
+    torch.manual_seed(0)
+    whole = build(name, **SMALL[name]).double().train()
+    parts = copy.deepcopy(whole)
+    cut_batches(parts, 2)
+    x = torch.randn(3, *volume(whole).shape[1:], dtype=torch.float64)
+    for network in (whole, parts):
+        maps = network.features(x)
+        sum(m.square().mean() for m in (*maps, *network.decode(maps))).backward()
+    for (one, p), q in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), one
+        assert p.grad is None or torch.allclose(p.grad, q.grad, atol=1e-10), one
+
+
+def test_a_batch_in_parts_holds_activations_of_one_part() -> None:
+    """Twice the samples in twice the parts hold little more: maps, and no activations between them."""
+    peaks = []
+    for samples, parts in ((2, 1), (4, 1), (4, 2)):
+        network = build("basic_unet", **SMALL["basic_unet"]).train()
+        cut_batches(network, parts)
+        x = torch.randn(samples, *volume(network).shape[1:])
+        peaks.append(peak_of(lambda net=network, x=x: net.features(x)[-1].mean().backward(), torch.device("cpu")))
+    assert peaks[2] < (peaks[0] + peaks[1]) / 2
+
+
+def test_a_batch_norm_wants_the_whole_batch() -> None:
+    normed = build("basic_unet", **SMALL["basic_unet"], norm="batch")
+    with pytest.raises(ConfigError, match="batch norm in basic_unet"):
+        cut_batches(normed, 2)
+    cut_batches(normed, 1)

@@ -4,7 +4,6 @@ Every model is frozen and closed to unknown keys; `tomoscale plan KIND CONFIG` p
 """
 
 import re
-from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 from urllib.parse import quote
@@ -12,16 +11,16 @@ from urllib.parse import quote
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 import ssl_core.methods  # noqa: F401  registers the methods that `method.name` may name
+from jobs.configs.groups import BackboneConfig, CheckpointConfig, ClusterConfig
 from jobs.ingest_config import LONGEST_NAME, JobName, Url
-from ssl_core.config import Config, flatten, parse, resolved
+from ssl_core.config import LATER, Config, parse, resolved
 from ssl_core.downstream.finetune import FinetuneConfig
 from ssl_core.methods.base import MethodConfig, method_class
-from ssl_core.networks import backbone_names
-from ssl_core.networks.registry import check_arguments
 from ssl_core.superpixels.settings import Superpixels
 from ssl_core.train.engine import EngineConfig
 from ssl_core.views.intensity import IntensityPolicy
 from storage.errors import ConfigError
+from storage.stream.order import worlds
 
 _NOT_IN_MODELS = "/:.%'\"@?#\\"
 _MODEL_URI = re.compile(r"(models:/)?[^/@]+(@[^/@]+|/[0-9]+)?")
@@ -71,40 +70,6 @@ def _experiment(name: str) -> str:
     return name
 
 
-def changed(config: Config, before: Mapping[str, Any], free: Collection[str]) -> dict[str, str]:
-    """Settings that are not what they were, by dotted key, each as a line; those in groups named `free` may change.
-
-    Args:
-        config: What is asked for now.
-        before: What was asked for then, as `ssl_core.config.resolved` gave it; where nobody kept it, nothing is said.
-        free: Keys of the first level.
-    """
-    now, then = flatten(resolved(config)) if before else {}, flatten(before)
-    keys = [key for key in {**then, **now} if key.partition(".")[0] not in free and now.get(key) != then.get(key)]
-    return {key: f"{key}={now.get(key)} (was {then.get(key)})" for key in keys}
-
-
-class BackboneConfig(Config):
-    """Which network, and the arguments that build it."""
-
-    name: str = Field("basic_unet", description="registered backbone name")
-    arguments: dict[str, Any] = Field(
-        default_factory=lambda: {"features": [16, 16, 32, 64, 128, 16]}, description="keyword arguments of the backbone"
-    )
-
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, value: str) -> str:
-        if value not in backbone_names():
-            raise ValueError(f"one of {', '.join(backbone_names())}")
-        return value
-
-    @model_validator(mode="after")
-    def _check_arguments(self) -> Self:
-        check_arguments(self.name, self.arguments)
-        return self
-
-
 class StreamConfig(Config):
     """How crops are drawn from the store."""
 
@@ -118,27 +83,6 @@ class StreamConfig(Config):
     prefetch: int = Field(3, ge=1, le=1024, description="batches read ahead")
     threads: int = Field(2, ge=1, le=1024, description="reading threads of a rank")
     cache_gib: float = Field(0, ge=0, description="bounded on-disk cache of a node, shared by its ranks; 0 is none")
-
-
-class ClusterConfig(Config):
-    """What a job asks of the cluster."""
-
-    workers: int = Field(2, ge=1, le=1 << 16, description="training workers")
-    min_workers: int | None = Field(
-        None,
-        ge=1,
-        description="elastic: the job runs with what there is, from this many to `workers`, as far as the number"
-        " divides `stream.global_batch` and `stream.lanes`; exactly `workers` when empty",
-    )
-    cpus_per_worker: float = Field(1, gt=0, description="logical CPUs of a worker")
-    gpu: bool = Field(False, description="one GPU a worker; without it training is on the CPU")
-    max_failures: int = Field(5, ge=-1, description="worker-group restarts before the job fails; -1 is no limit")
-
-    @model_validator(mode="after")
-    def _check_bounds(self) -> Self:
-        if self.min_workers is not None and self.min_workers > self.workers:
-            raise ValueError(f"min_workers ({self.min_workers}) to be at most workers ({self.workers})")
-        return self
 
 
 class SuperpixelConfig(Config):
@@ -189,8 +133,17 @@ class PretrainConfig(Config):
     intensity: IntensityPolicy = IntensityPolicy()
     stream: StreamConfig = StreamConfig()
     engine: EngineConfig = EngineConfig()
+    init: str | None = Field(
+        None,
+        description="encoder to start from: models:/NAME@ALIAS, models:/NAME/VERSION or a bundle's folder; fixed by"
+        " the first start; empty: random weights",
+        json_schema_extra=LATER,
+    )
     probe: ProbeConfig = ProbeConfig()
     cluster: ClusterConfig = ClusterConfig()
+    checkpoints: CheckpointConfig = Field(
+        default_factory=CheckpointConfig, description="which checkpoints stay", json_schema_extra=LATER
+    )
 
     @field_validator("method")
     @classmethod
@@ -206,9 +159,23 @@ class PretrainConfig(Config):
             )
         return {"name": name, **resolved(parse(method_class(name).Config, settings, f"method {name}"))}
 
+    @field_validator("init")
+    @classmethod
+    def _check_init(cls, value: str | None) -> str | None:
+        if value is not None and (value == "none" or not _is_model(value)):
+            raise ValueError(f"models:/NAME@ALIAS, models:/NAME/VERSION or a bundle's absolute folder, not {value!r}")
+        return value
+
     @model_validator(mode="after")
     def _check_names(self) -> Self:
         _check_model(self.name, self.model)
+        return self
+
+    @model_validator(mode="after")
+    def _check_best(self) -> Self:
+        best_by = self.checkpoints.best_by or ""
+        if best_by.startswith("probe/") and not self.engine.probe_every:
+            raise ValueError(f"engine.probe_every above 0, or checkpoints.best_by {best_by!r} is never measured")
         return self
 
     @model_validator(mode="after")
@@ -222,6 +189,13 @@ class PretrainConfig(Config):
         rank, parts = self.stream.global_batch // world, self.engine.accumulate
         if rank % parts:
             raise ValueError(f"engine.accumulate ({parts}) to divide the batch of a worker ({rank})")
+        least = self.cluster.min_workers
+        if least is not None and least not in self.worlds:
+            numbers = ", ".join(str(n) for n in self.worlds if n <= world)
+            raise ValueError(
+                f"cluster.min_workers ({least}) to be a number of workers that can share stream.global_batch,"
+                f" stream.lanes and engine.accumulate evenly: {numbers}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -257,10 +231,30 @@ class PretrainConfig(Config):
         """Name under which the encoder is registered."""
         return self.model or self.name
 
+    @property
+    def worlds(self) -> tuple[int, ...]:
+        """Numbers of workers that can share batch, lanes and accumulation evenly, ascending."""
+        return worlds(self.stream.lanes, self.stream.global_batch // self.engine.accumulate)
+
+    @property
+    def micro_batch(self) -> int | None:
+        """Most samples of a worker that are to be in a network at once.
+
+        Where workers may become fewer, those that stay hold larger batches; what they hold at once is what each of all
+        workers would.
+        """
+        if self.engine.micro_batch is not None or self.cluster.min_workers is None:
+            return self.engine.micro_batch
+        return self.stream.global_batch // self.engine.accumulate // self.cluster.workers
+
+
+def _is_model(uri: str) -> bool:
+    return bool(_MODEL_URI.fullmatch(uri)) or Path(uri).is_absolute()
+
 
 def _with_a_network(starts: tuple[str, ...]) -> tuple[str, ...]:
     for uri in starts:
-        if not _MODEL_URI.fullmatch(uri) and not Path(uri).is_absolute():
+        if not _is_model(uri):
             raise ValueError(f"models:/NAME@ALIAS, models:/NAME/VERSION, a bundle's folder or `none`, not {uri!r}")
     if all(start == "none" for start in starts):
         raise ValueError("at least one model URI, whose network `none` takes with random weights")
