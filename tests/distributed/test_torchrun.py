@@ -12,6 +12,7 @@ import torch
 from jobs.configs import PretrainConfig
 from ssl_core.config import dump_yaml, parse
 from ssl_core.train import checkpoint
+from tests.kit.networks import SMALL
 from tests.kit.phantoms import write_phantoms
 
 STEPS = 60
@@ -44,7 +45,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
         "data": f"file://{tmp_path}/store",
         "runs": f"file://{tmp_path}/runs",
         "method": {"name": "pgl", "crops": crops, "hidden": 32, "out": 16},
-        "backbone": {"name": "basic_unet", "arguments": {"features": [4, 4, 8, 8, 16, 4]}},
+        "backbone": {"name": "resenc", "arguments": SMALL["resenc"]},  # starts without MONAI, seconds sooner
         "stream": {"global_batch": 4, "lanes": 8},
         "engine": {"steps": STEPS, "warmup_steps": 4, "log_every": 1, "checkpoint_every": 1000, "probe_every": 0},
     }
