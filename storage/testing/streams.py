@@ -145,7 +145,7 @@ class StreamContract:
             sequence += self.sequence(source, batches, world=world, start=len(sequence))
         assert sequence == whole
 
-    @pytest.mark.parametrize("batches", [0, 1, 2, 5, 9])
+    @pytest.mark.parametrize("batches", [0, 2, 9])
     def test_resume_goes_on_where_the_trainer_was(self, source: Source, batches: int) -> None:
         whole = self.sequence(source, 12)
         with CropStream(source, self.spec, prefetch=6) as stream:

@@ -48,14 +48,14 @@ def publish(url: str) -> None:
 
 
 class StoredStreamContract(StreamContract):
-    """Adds what only a real store can show."""
+    """Adds what only a real store can show. Its data set is written once; who damages it repairs it."""
 
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def writer(self, url: str) -> str:
         """Where the data set is written to be read at `url`."""
         return url
 
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def source(self, url: str, writer: str) -> Iterator[VolumeStore]:
         publish(writer)
         with VolumeStore(url, threads=3) as store:
@@ -87,21 +87,29 @@ class StoredStreamContract(StreamContract):
 
     @pytest.mark.parametrize("damage", ["deleted", "empty", "flipped"])
     def test_a_damaged_shard_raises_and_names_volume_and_key(
-        self, source: VolumeStore, writer: str, damage: str
+        self, source: VolumeStore, url: str, writer: str, damage: str
     ) -> None:
         store = open_store(writer)
-        keys = [key for key in store.list("volumes/vol-03/0/c/")]
-        assert keys
-        for key in keys:
-            if damage == "deleted":
-                store.delete(key)
-                continue
-            data = bytearray(store.get(key))
-            data[len(data) // 3] ^= 0x10
-            store.put(key, b"" if damage == "empty" else bytes(data))
+        whole = {key: store.get(key) for key in store.list("volumes/vol-03/0/c/")}
+        assert whole
         seen: set[int] = set()
-        with CropStream(source, self.spec) as stream, pytest.raises(StoreError) as caught:
-            seen.update(int(v) for batch in stream for v in batch.volume_B)
+        try:
+            for key, content in whole.items():
+                if damage == "deleted":
+                    store.delete(key)
+                    continue
+                data = bytearray(content)
+                data[len(data) // 3] ^= 0x10
+                store.put(key, b"" if damage == "empty" else bytes(data))
+            with (
+                VolumeStore(url, threads=3) as damaged,  # it has read nothing before
+                CropStream(damaged, self.spec) as stream,
+                pytest.raises(StoreError) as caught,
+            ):
+                seen.update(int(v) for batch in stream for v in batch.volume_B)
+        finally:
+            for key, content in whole.items():
+                store.put(key, content)
         assert isinstance(caught.value, NotFound if damage == "deleted" else CorruptChunk)
         assert "vol-03" in str(caught.value)
         assert "volumes/vol-03/0/c/" in str(caught.value)
@@ -109,13 +117,13 @@ class StoredStreamContract(StreamContract):
 
 
 class TestFiles(StoredStreamContract):
-    @pytest.fixture
-    def url(self, tmp_path: Path) -> str:
-        return (tmp_path / "store").as_uri()
+    @pytest.fixture(scope="class")
+    def url(self, tmp_path_factory: pytest.TempPathFactory) -> str:
+        return (tmp_path_factory.mktemp("files") / "store").as_uri()
 
 
 class TestMemory(StoredStreamContract):
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def url(self) -> str:
         return f"memory://stream-contract-{next(_number)}"
 
@@ -123,21 +131,25 @@ class TestMemory(StoredStreamContract):
 class TestFsspec(StoredStreamContract):
     """fsspec's own local file system stands for all that go through the plain path."""
 
-    @pytest.fixture
-    def url(self, tmp_path: Path) -> str:
-        return f"local://{tmp_path}"
+    @pytest.fixture(scope="class")
+    def url(self, tmp_path_factory: pytest.TempPathFactory) -> str:
+        return f"local://{tmp_path_factory.mktemp('fsspec')}"
 
 
 class TestHttp(StoredStreamContract):
     """Read only: the data set is written to the folder that the server shows."""
 
-    @pytest.fixture
-    def writer(self, tmp_path: Path) -> str:
-        return tmp_path.as_uri()
+    @pytest.fixture(scope="class")
+    def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return tmp_path_factory.mktemp("http")
 
-    @pytest.fixture
-    def url(self, tmp_path: Path) -> Iterator[str]:
-        with served(tmp_path) as url:
+    @pytest.fixture(scope="class")
+    def writer(self, folder: Path) -> str:
+        return folder.as_uri()
+
+    @pytest.fixture(scope="class")
+    def url(self, folder: Path) -> Iterator[str]:
+        with served(folder) as url:
             yield url
 
 
@@ -152,10 +164,11 @@ class TestS3(StoredStreamContract):
         finally:
             server.remove()
 
-    @pytest.fixture
-    def url(self, server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
-        for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_SESSION_TOKEN", "AWS_SHARED_CREDENTIALS_FILE"):
-            monkeypatch.delenv(name, raising=False)
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        return f"s3://{server.bucket}/stream-contract-{next(_number)}"
+    @pytest.fixture(scope="class")
+    def url(self, server: S3Server) -> Iterator[str]:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_SESSION_TOKEN", "AWS_SHARED_CREDENTIALS_FILE"):
+                patch.delenv(name, raising=False)
+            for name, value in server.environment.items():
+                patch.setenv(name, value)
+            yield f"s3://{server.bucket}/stream-contract-{next(_number)}"

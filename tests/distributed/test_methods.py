@@ -13,6 +13,7 @@ from ssl_core.methods.base import method_names
 from ssl_core.networks.batch_norm import GlobalBatchNorm
 from ssl_core.testing.method import assert_same_on_ranks
 from ssl_core.testing.ranks import Ranks
+from tests.kit import processes
 
 
 @pytest.fixture(scope="module")
@@ -89,30 +90,18 @@ def test_collectives_of_halves_are_those_of_float32_rounded_once(three_ranks: Ra
         torch.testing.assert_close(halves[rank]["mean"].float(), wide[rank]["mean"], rtol=2**-7, atol=0)
 
 
-def _fail(collectives: Collectives) -> None:
-    raise ValueError(f"rank {collectives.rank} says no")
-
-
-def _sleep(collectives: Collectives) -> None:
-    time.sleep(600)
-
-
-def _identity(collectives: Collectives) -> int:
-    return os.getpid()
-
-
 def test_an_error_on_a_rank_is_reported() -> None:
     with Ranks(2) as ranks, pytest.raises(RuntimeError, match="says no"):
-        ranks.run(_fail)
+        ranks.run(processes.fail)
 
 
 def test_a_rank_that_hangs_is_ended_in_time() -> None:
     ranks = Ranks(2)
-    pids = ranks.run(_identity)
+    pids = ranks.run(processes.identity)
     ranks.timeout_s = 0.5
     began = time.monotonic()
     with pytest.raises(TimeoutError):
-        ranks.run(_sleep)
+        ranks.run(processes.sleep)
     assert time.monotonic() - began < 240
     for pid in pids:
         with pytest.raises(ProcessLookupError):

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import os
 import shutil
 import subprocess
@@ -27,9 +28,15 @@ def _rendered(folder: Path) -> str:
     return done.stdout
 
 
+@functools.cache
+def _parsed(overlay: str) -> list[Object]:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return [document for document in yaml.load_all(_rendered(FOLDER / "overlays" / overlay), loader) if document]
+
+
 def objects(overlay: str) -> list[Object]:
-    """Every object that `kubectl apply -k` of an overlay would send."""
-    return [document for document in yaml.safe_load_all(_rendered(FOLDER / "overlays" / overlay)) if document]
+    """Every object that `kubectl apply -k` of an overlay would send; the caller's own copies."""
+    return copy.deepcopy(_parsed(overlay))
 
 
 def of_kind(kind: str, overlay: str) -> list[Object]:
@@ -67,8 +74,15 @@ def _spec(template: Object) -> Object:
 
 def check_core(document: Object) -> None:
     """Raise where a core object has a field that its kind has not, or of another type."""
-    validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
-    validate.validate(document, VERSION, strict=True)
+    pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
+    _check_core(json.dumps(document, sort_keys=True))
+
+
+@functools.cache  # overlays share most objects, and the package reads its schemas at each call
+def _check_core(document: str) -> None:
+    import kubernetes_validate
+
+    kubernetes_validate.validate(json.loads(document), VERSION, strict=True)
 
 
 @functools.cache

@@ -1,12 +1,16 @@
 """Functions run by several processes that share a gloo group."""
 
 import datetime
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from ssl_core.distributed import Collectives
 
 
 def worker(rank: int, world: int, folder: Path, parts: list[Callable[[Path], None]]) -> None:
@@ -27,3 +31,15 @@ def worker(rank: int, world: int, folder: Path, parts: list[Callable[[Path], Non
 
 def spawn(world: int, folder: Path, parts: list[Callable[[Path], None]]) -> None:
     mp.spawn(worker, args=(world, folder, parts), nprocs=world)  # type: ignore[no-untyped-call]
+
+
+def fail(collectives: Collectives) -> None:
+    raise ValueError(f"rank {collectives.rank} says no")
+
+
+def sleep(_collectives: Collectives) -> None:
+    time.sleep(600)
+
+
+def identity(_collectives: Collectives) -> int:
+    return os.getpid()

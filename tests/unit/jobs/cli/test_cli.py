@@ -228,7 +228,7 @@ def test_output_that_nobody_can_take_leaves_no_traceback(tmp_path: Path) -> None
     scan = str(tmp_path / "J\u00fcrgen.nii.gz")
     cases = {
         "closed": ('exec "$@" >&-', ["--help"], 0),
-        "both closed": ('exec "$@" >&- 2>&-', ["predict", "model", scan, "mask.nii.gz"], 2),
+        "both closed": ('exec "$@" >&- 2>&-', ["data", "show", f"file://{tmp_path}/absent"], 1),
         "full": ('exec "$@" >/dev/full', ["methods"], 1),
         "reader gone": ('"$@" | true; exit ${PIPESTATUS[0]}', ["--help"], None),
         "ascii": ('PYTHONIOENCODING=ascii:strict exec "$@" 2>&1', ["predict", "model", scan, "mask.nii.gz"], 2),

@@ -90,7 +90,7 @@ SPEC = StreamContract.spec
     volumes=st.integers(1, 40),
     jitter=st.booleans(),
 )
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 def test_any_history_of_world_sizes_gives_the_same_sequence(
     seed: int, batches: list[tuple[int, int]], lanes: int, cuts: int, volumes: int, jitter: bool
 ) -> None:
@@ -110,7 +110,7 @@ def test_any_history_of_world_sizes_gives_the_same_sequence(
     start=st.integers(0, 500), batch=st.integers(1, 30), lanes=st.integers(1, 40), cuts=st.integers(1, 5),
     memory=st.sampled_from([1, 20_000, 60_000, 1 << 30]),
 )  # fmt: skip
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 def test_a_plan_reads_each_sample_once_and_before_its_batch(
     start: int, batch: int, lanes: int, cuts: int, memory: int
 ) -> None:
