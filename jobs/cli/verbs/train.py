@@ -58,6 +58,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 def _load(kind: str, arguments: argparse.Namespace) -> "Job":
     from jobs import configs
+    from jobs.pretrain.inputs import check_network
     from ssl_core.config import load
 
     models: dict[str, type[Job]] = {
@@ -65,7 +66,10 @@ def _load(kind: str, arguments: argparse.Namespace) -> "Job":
         "tune": configs.TuneConfig,
         "finetune": configs.FinetuneJobConfig,
     }
-    return load(models[kind], Path(arguments.config), arguments.overrides)
+    config = load(models[kind], Path(arguments.config), arguments.overrides)
+    if isinstance(config, configs.PretrainConfig):
+        check_network(config)
+    return config
 
 
 def _methods(arguments: argparse.Namespace) -> int:
