@@ -2,7 +2,6 @@
 
 from jobs.configs import PretrainConfig
 from ssl_core.methods.base import method_class
-from ssl_core.train.dry_step import check_step
 from ssl_core.views.placement_size import host_size
 from ssl_core.views.types import ViewSpec
 from storage.errors import ConfigError
@@ -27,18 +26,6 @@ def open_manifest(config: PretrainConfig) -> Manifest:
         )
     require_superpixels(config, manifest, view_spec(config))
     return manifest
-
-
-def check_network(config: PretrainConfig) -> None:
-    """Refuse a network, a method and crops that would fail in the first step; nothing is read, nothing computed.
-
-    Raises:
-        ConfigError: names the key.
-    """
-    host_size(view_spec(config))
-    samples = config.stream.global_batch // config.cluster.workers // config.engine.accumulate
-    network = config.backbone
-    check_step(config.method_name, config.method_config, network.name, network.arguments, samples=samples)
 
 
 def view_spec(config: PretrainConfig) -> ViewSpec:

@@ -175,30 +175,19 @@ class Pyramid(nn.Module):
 
     def _describe(self, offsets: Sequence[tuple[float, ...]]) -> tuple[tuple[Level, ...], tuple[Level, ...]]:
         """Channels and decoder strides from a pass without data on the meta device."""
-        first = next(iter(self.net.parameters()))
-        # A network that has no numbers as it is, such as one of fake tensors, stays where it is.
-        device = torch.device("meta") if type(first.data) is Tensor else first.device
-        twin = copy.deepcopy(self.net).to(device).eval()
+        twin = copy.deepcopy(self.net).to("meta").eval()
         size = [2 * s for s in self._strides[-1][3 - self.dims :]]
+        first = next(iter(self.net.parameters())).dtype
         channels = int(self.arguments.get("in_channels", 1))
         with torch.no_grad():
-            x = torch.empty((1, channels, *size), device=device, dtype=first.dtype)
+            x = torch.empty((1, channels, *size), device="meta", dtype=first)
             maps = self._architecture.encode(twin, x, len(self._strides) - 1)
             decoded = self._architecture.decode(twin, maps)
-        for number, (f, s) in enumerate(zip(maps, self._strides, strict=True)):
-            place = [n // step for n, step in zip(size, s[3 - self.dims :], strict=True)]
-            if list(f.shape[2:]) != place:
-                raise ValueError(
-                    f"odd kernels, which keep the size: of an input of {size} level {number} should make {place}, not"
-                    f" {list(f.shape[2:])}"
-                )
         levels = tuple(
             Level(int(f.shape[1]), s, self._triple(tuple(o), 0.5))
             for f, s, o in zip(maps, self._strides, offsets, strict=True)
         )
         by_size = {tuple(f.shape[2:]): level for f, level in zip(maps, levels, strict=True)}
-        if odd := [list(f.shape[2:]) for f in decoded if tuple(f.shape[2:]) not in by_size]:
-            raise ValueError(f"decoder maps as large as those of the encoder, not {odd}")
         # A decoder map lies where the encoder map of its resolution lies: stock decoders add or concatenate the two.
         decoder = tuple(
             Level(int(f.shape[1]), by_size[tuple(f.shape[2:])].stride_DHW, by_size[tuple(f.shape[2:])].offset_DHW)

@@ -2,7 +2,7 @@
 
 import difflib
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ssl_core.networks.feature_centres import offsets
@@ -179,29 +179,8 @@ def build(name: str, **arguments: Any) -> Pyramid:
     Raises:
         ConfigError: unknown name, missing package, or arguments that the stock class refuses.
     """
-    return _built(name, arguments, offsets)
-
-
-def outline(name: str, **arguments: Any) -> Pyramid:
-    """As `build`, without measuring where features are centred: 0.5 where the geometry does not say it.
-
-    For a network whose shapes alone matter.
-
-    Raises:
-        ConfigError: see `build`.
-    """
-    return _built(
-        name, arguments, lambda _, kind, own: [g.offset or (0.5,) * len(g.stride) for g in kind.geometry(own)]
-    )
-
-
-def _built(
-    name: str,
-    arguments: dict[str, Any],
-    centres: Callable[[str, Architecture, dict[str, Any]], Sequence[tuple[float, ...]]],
-) -> Pyramid:
     kind = architecture(name)
     try:
-        return Pyramid(name, kind, arguments, centres(name, kind, arguments))
+        return Pyramid(name, kind, arguments, offsets(name, kind, arguments))
     except _REFUSALS as error:
         raise ConfigError(f"arguments of backbone {name!r}", expected=str(error), found=repr(arguments)) from error

@@ -58,7 +58,6 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 def _load(kind: str, arguments: argparse.Namespace) -> "Job":
     from jobs import configs
-    from jobs.pretrain.inputs import check_network
     from ssl_core.config import load
 
     models: dict[str, type[Job]] = {
@@ -66,10 +65,7 @@ def _load(kind: str, arguments: argparse.Namespace) -> "Job":
         "tune": configs.TuneConfig,
         "finetune": configs.FinetuneJobConfig,
     }
-    config = load(models[kind], Path(arguments.config), arguments.overrides)
-    if isinstance(config, configs.PretrainConfig):
-        check_network(config)
-    return config
+    return load(models[kind], Path(arguments.config), arguments.overrides)
 
 
 def _methods(arguments: argparse.Namespace) -> int:

@@ -458,11 +458,3 @@ def test_every_text_setting_refuses_an_empty_one_unless_that_is_its_default() ->
             with pytest.raises(ConfigError) as refused:
                 load(kind, data, [f"{place}=''"])
             assert place.rpartition(".")[2] in str(refused.value)
-
-
-def test_plan_refuses_a_network_that_would_fail_in_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "a.yaml"
-    path.write_text("name: a\ndata: s3://volumes/a\nbackbone: {name: basic_unet, arguments: {act: foo}}\n")
-    for command in (["plan", "pretrain", str(path)], ["pretrain", str(path), "--dry-run"]):
-        assert cli.main(command) == 2
-        assert "backbone.arguments.act" in capsys.readouterr().err
