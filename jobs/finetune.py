@@ -182,6 +182,9 @@ def _compare(config: FinetuneJobConfig, lease: Lease) -> int:
 
     api = tracking.client()
     config = pinned(config)
+    manifest = Manifest.open(config.labelled.data, config.labelled.fingerprint)
+    for line in split.absent_classes(manifest, config.labelled.label, split.draw(manifest, config.labelled)):
+        print(f"note: {line}", flush=True)
     run_id = tracking.open_run(api, config.experiment, config.name, "finetune", params=resolved(config), tags={})
     results = open_store(join(config.runs, config.name, "trainings"))
     task = ray.remote(num_cpus=config.cpus_per_run, num_gpus=config.gpus_per_run, max_retries=2)(training_task)

@@ -47,6 +47,32 @@ def draw(manifest: Manifest, config: LabelledConfig) -> Subjects:
     )
 
 
+def absent_classes(manifest: Manifest, label: str, subjects: Subjects) -> list[str]:
+    """A line for each class that no training volume, or no test volume, shows: its scores mean little then.
+
+    Where neither truth nor mask has a class, its Dice is 1 by convention, and a mean over classes rises by it.
+    """
+
+    def values(indices: Sequence[int]) -> set[int]:
+        return {value for index in indices for value in manifest.record(index).label(label).values} - {0}
+
+    train, test = values(subjects.train), values(subjects.test)
+    every = sorted(train | test | values(subjects.inner))
+    names = value_names(manifest, label, every)
+    lines = [
+        f"class {names[value]!r} is in no training volume: nothing of it is learned, and it is scored as missed"
+        for value in every
+        if value not in train
+    ]
+    lines += [
+        f"class {names[value]!r} is in no test volume: its Dice is 1 wherever no voxel is taken for it, which raises"
+        " the mean"
+        for value in every
+        if value not in test
+    ]
+    return lines
+
+
 def _elsewhere(manifest: Manifest, label: str) -> str:
     """In which splits subjects with a label are, and the labels that there are where none has this one."""
     counts: dict[str, set[str]] = {}

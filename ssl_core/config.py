@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
 from pydantic.config import JsonDict
 
 from storage.errors import ConfigError
@@ -21,6 +21,8 @@ from storage.objects.open import refuse_credentials, refuse_signature
 
 LONGEST_EDGE, MOST_VOXELS = 4096, 1 << 30
 """Of a crop; no device holds the activations of a larger one."""
+LEAST_SCALE, MOST_SCALE = 0.1, 10.0
+"""Of the box that a view shows, to the view: beyond, a view shows less than a few voxels, or hardly any of them."""
 
 
 class Config(BaseModel):
@@ -37,6 +39,19 @@ def _crop(value: tuple[int, int, int]) -> tuple[int, int, int]:
 
 CropSize = Annotated[tuple[int, int, int], AfterValidator(_crop)]
 """Voxels of a crop along D, H, W."""
+
+
+def _name(value: str) -> str:
+    if value != value.strip() or not value.isprintable() or not 0 < len(value) <= LONGEST_TEXT:
+        raise ValueError(f"a name of 1 to {LONGEST_TEXT} printable characters, without spaces around it")
+    return value
+
+
+LONGEST_TEXT = 200
+Name = Annotated[str, AfterValidator(_name)]
+"""Of something in a store, such as a split or a label map."""
+Fingerprint = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]{1,128}$")]
+"""Of a manifest; it becomes part of an object's key."""
 
 C = TypeVar("C", bound=Config)
 
@@ -158,6 +173,7 @@ def parse(kind: type[C], data: dict[str, Any], name: str = "config") -> C:
     try:
         config = kind.model_validate(data)
         _check_sizes(name, flatten(resolved(config)))
+        _check_texts(config, name)
         return config
     except ValidationError as error:
         # An unknown key first: where it is a misspelt one, the missing right one is only its consequence.
@@ -232,13 +248,7 @@ def dump_yaml(config: Config) -> str:
 
 
 def _override(data: dict[str, Any], item: str, kind: type[BaseModel] | None = None) -> None:
-    """Apply `key.sub=value` to `data`. A group of named settings is changed in those that the value names.
-
-    Args:
-        data: Changed in place.
-        item: The text.
-        kind: Model of `data`; None knows no groups.
-    """
+    """Apply `key.sub=value` to `data`, in place. A group of the model `kind` is changed in the settings that it names."""
     key, separator, text = item.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {item!r}", expected="key=value or key.sub=value", found=item)
@@ -304,6 +314,31 @@ def _check_sizes(name: str, flat: Mapping[str, Any]) -> None:
             if isinstance(item, int | float) and abs(item) > (2**63 - 1 if whole else LARGEST_NUMBER):
                 most = "of at most 64 bits" if whole else f"of at most {LARGEST_NUMBER:g}"
                 raise ConfigError(f"{name}: {key}", expected=f"a number {most}", found=str(item)[:40])
+
+
+def _check_texts(value: Any, name: str, path: str = "") -> None:
+    """Refuse texts and keys without a letter, but for texts whose default that is.
+
+    An unset variable of a shell makes one. It would name nothing, or the folder above.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    thing = f"{name}: {path}" if path else name
+    if isinstance(value, str) and not value.strip():
+        remedy = "write one; leave the key out where nothing is meant"
+        raise ConfigError(thing, expected="a text that is not empty", found=repr(value), remedy=remedy)
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields
+        value = {key: item for key, item in value if item != "" or fields[key].default != ""}
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not str(key).strip():
+                raise ConfigError(thing, expected="keys that are not empty", found=repr(key), remedy="name it")
+            _check_texts(item, name, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            _check_texts(item, name, f"{path}.{number}")
 
 
 def _check_values(kind: Any, value: Any, name: str, path: str = "") -> None:

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 import ssl_core.methods  # noqa: F401  registers the methods that `method.name` may name
 from jobs.configs.groups import BackboneConfig, CheckpointConfig, ClusterConfig
 from jobs.ingest_config import LONGEST_NAME, JobName, Url
-from ssl_core.config import LATER, Config, parse, resolved
+from ssl_core.config import LATER, Config, Fingerprint, Name, parse, resolved
 from ssl_core.downstream.finetune import FinetuneConfig
 from ssl_core.methods.base import MethodConfig, method_class
 from ssl_core.superpixels.settings import Superpixels
@@ -73,7 +73,7 @@ def _experiment(name: str) -> str:
 class StreamConfig(Config):
     """How crops are drawn from the store."""
 
-    split: str = Field("train", description="split of the manifest to read")
+    split: Name = Field("train", description="split of the manifest to read")
     global_batch: int = Field(8, ge=1, le=1 << 20, description="samples of one optimizer step, all ranks together")
     lanes: int = Field(
         64, ge=1, le=1 << 20, description="fixed sub-sequences of the order; a multiple of every world size"
@@ -96,7 +96,7 @@ class SuperpixelConfig(Config):
 class ProbeConfig(Config):
     """How well labels follow from the features, watched on a few labelled crops that nothing is ever trained on."""
 
-    label: str | None = Field(
+    label: Name | None = Field(
         "auto", description="label map to watch; `auto` takes the store's first, where it has any; null watches none"
     )
     every: int | None = Field(
@@ -121,7 +121,7 @@ class PretrainConfig(Config):
 
     name: JobName = Field(description="name of the job; the same name resumes")
     data: Url = Field(description="URL of an ingested store, such as s3://volumes/hippocampus")
-    fingerprint: str | None = Field(None, description="manifest to pin; the latest when empty")
+    fingerprint: Fingerprint | None = Field(None, description="manifest to pin; the latest when empty")
     source: Url | None = Field(
         None, description="folder to ingest when the store has no manifest yet, or `simulated` for the embedded cohort"
     )
@@ -265,8 +265,8 @@ class LabelledConfig(Config):
     """Which labelled subjects a fine-tuning sees; subject-level splits of the manifest throughout."""
 
     data: Url = Field(description="URL of an ingested store with labels")
-    fingerprint: str | None = Field(None, description="manifest to pin; the latest when empty")
-    label: str = Field("label", description="name of the label map")
+    fingerprint: Fingerprint | None = Field(None, description="manifest to pin; the latest when empty")
+    label: Name = Field("label", description="name of the label map")
     subjects: int = Field(8, ge=2, description="labelled training subjects to use, drawn by `subjects_seed`")
     subjects_seed: int = Field(0, ge=0, lt=2**63, description="seed of that draw")
     inner: int = Field(2, ge=1, description="of those, subjects held out as the inner split that steers the search")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ssl_core.config import Config, CropSize
+from ssl_core.config import LEAST_SCALE, MOST_SCALE, Config, CropSize
 from ssl_core.downstream.scores import CaseScore, dice, score_case
 from ssl_core.networks.backbone import Backbone
 from ssl_core.networks.registry import build
@@ -61,8 +61,10 @@ class FinetuneConfig(Config):
 
     @model_validator(mode="after")
     def _check_ranges(self) -> Self:
-        if not 0 < self.scale[0] <= self.scale[1] <= 10:
-            raise ValueError(f"scale: two numbers above 0 and at most 10, the lower first, not {self.scale}")
+        if not LEAST_SCALE <= self.scale[0] <= self.scale[1] <= MOST_SCALE:
+            raise ValueError(
+                f"scale: two numbers from {LEAST_SCALE} to {MOST_SCALE}, the lower first, not {self.scale}"
+            )
         steps = self.epochs * self.steps_per_epoch
         plain = type(self).model_fields["warmup_steps"].default
         if self.warmup_steps >= steps and self.warmup_steps > plain:

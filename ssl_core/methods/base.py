@@ -9,12 +9,12 @@ them, as the engine does.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, cast, runtime_checkable
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar, cast, runtime_checkable
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ssl_core.config import Config, CropSize, parse
+from ssl_core.config import LEAST_SCALE, MOST_SCALE, Config, CropSize, parse
 from ssl_core.distributed import Collectives, Single
 from ssl_core.networks.backbone import Backbone
 from ssl_core.views.types import RoleSpec, View, ViewBatch, ViewSpec
@@ -58,6 +58,8 @@ def tiny_settings(**settings: Any) -> Mapping[str, Any]:
     return MappingProxyType({"crops": {"size_DHW": (16, 16, 16)}} | settings)
 
 
+Temperature = Annotated[float, Field(ge=1e-3, le=1e3)]
+"""Of a contrast; beyond, a softmax is one number or all alike to float32, and nothing is learned."""
 _SOURCE = "source: the group's line, else our choice"
 
 
@@ -100,8 +102,10 @@ class Crops(Config):
 
     @model_validator(mode="after")
     def _check_ranges(self) -> Self:
-        if not 0 < self.scale[0] <= self.scale[1] <= 10:
-            raise ValueError(f"scale: two numbers above 0 and at most 10, the lower first, not {self.scale}")
+        if not LEAST_SCALE <= self.scale[0] <= self.scale[1] <= MOST_SCALE:
+            raise ValueError(
+                f"scale: two numbers from {LEAST_SCALE} to {MOST_SCALE}, the lower first, not {self.scale}"
+            )
         if not all(0 <= share <= 1 for share in self.flip):
             raise ValueError(f"flip: three probabilities from 0 to 1, not {self.flip}")
         return self

@@ -14,6 +14,7 @@ from ssl_core.methods.base import (
     LossTerms,
     MethodConfig,
     StepContext,
+    Temperature,
     decode,
     method_class,
     register,
@@ -77,7 +78,7 @@ class LRC(nn.Module):
         form: Literal["A", "B"] = Field(default="A", description="Pixels, or means of regions; our choice")
         regions: int = Field(default=16, ge=2, description="Regions drawn from a view, R; our choice")
         pixels: int = Field(default=16, ge=2, description="Pixels drawn from a region, K; our choice")
-        temperature: float = Field(default=0.1, gt=0, description="t; our choice, as DetCon's")
+        temperature: Temperature = Field(default=0.1, description="t; our choice, as DetCon's")
         hidden: int = Field(default=128, ge=1, description="Hidden width of the dense head; our choice")
         out: int = Field(default=128, ge=1, description="Embedding width of the dense head; our choice")
         norm: Norm = Field(default="batch", description="Norm in the dense head; our choice")

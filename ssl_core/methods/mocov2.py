@@ -13,6 +13,7 @@ from ssl_core.methods.base import (
     LossTerms,
     MethodConfig,
     StepContext,
+    Temperature,
     encode,
     register,
     spread,
@@ -57,7 +58,7 @@ class MoCoV2(nn.Module):
             default=Crops(min_overlap=0.3),
             description="Views; overlap and intensity our choice: with `strong` it learned less in short runs",
         )
-        temperature: float = Field(default=0.2, gt=0, description="t; MoCo v2's 0.2")
+        temperature: Temperature = Field(default=0.2, description="t; MoCo v2's 0.2")
         pool: Literal["all", "last"] = Field(
             default="all",
             description="Average-pooled maps of all encoder levels, concatenated (nnssl's SimCLR), or of the deepest "

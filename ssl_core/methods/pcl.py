@@ -10,6 +10,7 @@ from ssl_core.methods.base import (
     LossTerms,
     MethodConfig,
     StepContext,
+    Temperature,
     encode,
     register,
     spread,
@@ -92,7 +93,7 @@ class PCL(nn.Module):
             " has no intensity changes: those are our choice",
         )
         threshold: float = Field(default=0.1, gt=0, description="Largest difference of position; code: 0.1 and 0.35")
-        temperature: float = Field(default=0.1, gt=0, description="t; code, with its scale t/0.07 left out")
+        temperature: Temperature = Field(default=0.1, description="t; code, with its scale t/0.07 left out")
         denominator: Denominator = Field(default="all", description="Below the line; code: all")
         hidden: int = Field(default=256, ge=1, description="Hidden width; our choice (code: that of the features)")
         out: int = Field(default=512, ge=1, description="Embedding width; code: 512")

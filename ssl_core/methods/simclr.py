@@ -13,6 +13,7 @@ from ssl_core.methods.base import (
     LossTerms,
     MethodConfig,
     StepContext,
+    Temperature,
     encode,
     register,
     tiny_settings,
@@ -49,7 +50,7 @@ class SimCLR(nn.Module):
         crops: Crops = Field(
             default=Crops(min_overlap=0.3), description="Views; overlap our choice (nnssl: half along each axis)"
         )
-        temperature: float = Field(default=0.5, gt=0, description="t; nnssl's SimCLR trainer")
+        temperature: Temperature = Field(default=0.5, description="t; nnssl's SimCLR trainer")
         pool: Literal["all", "last"] = Field(
             default="all",
             description="Average-pooled maps of all encoder levels, concatenated (nnssl), or of the deepest",

@@ -11,6 +11,7 @@ from ssl_core.methods.base import (
     LossTerms,
     MethodConfig,
     StepContext,
+    Temperature,
     encode,
     level_for,
     register,
@@ -69,7 +70,7 @@ class SSAL(nn.Module):
         align_out: int = Field(default=128, ge=1, description="Width of the aligned features; our choice")
         w_position: float = Field(default=1.0, gt=0, description="Weight of the positional loss; our choice")
         threshold: float = Field(default=0.1, gt=0, description="Positional loss: largest difference; PCL's code")
-        temperature: float = Field(default=0.1, gt=0, description="Positional loss: t; PCL's code")
+        temperature: Temperature = Field(default=0.1, description="Positional loss: t; PCL's code")
         denominator: Denominator = Field(default="all", description="Positional loss: below the line; PCL's code")
         hidden: int = Field(default=256, ge=1, description="Hidden width of the positional head; our choice")
         out: int = Field(default=128, ge=1, description="Width of the positional embedding; our choice")

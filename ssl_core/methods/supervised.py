@@ -3,6 +3,7 @@
 from pydantic import Field, field_validator
 from torch import Tensor, nn, stack, zeros_like
 
+from ssl_core.config import Name
 from ssl_core.methods.base import (
     Crops,
     LossTerms,
@@ -47,7 +48,7 @@ class Supervised(nn.Module):
 
         crops: Crops = Field(default=Crops(), description="Views; our choice")
         views: int = Field(default=1, ge=1, description="Views of a sample; our choice (2 for LRC's form B)")
-        label: str = Field(default="label", description="Name of the label map in the store; our choice: ingest's")
+        label: Name = Field(default="label", description="Name of the label map in the store; our choice: ingest's")
         values: tuple[int, ...] = Field(
             default=(1,), min_length=1, description="Label values to tell apart, all others are background; our choice"
         )

@@ -80,6 +80,8 @@ def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
                 remedy=f"did you mean {near[0]!r}?" if near else "remove it",
             )
         leaves = list(_flat(value))
+        if "" in leaves:  # an order of no layers, a norm of no name: a network that nobody meant
+            raise ConfigError(thing, expected="no empty text", found=repr(value), remedy="name it, or leave it out")
         if key in _COUNTS and value is not None:
             if not leaves or any(type(leaf) is not int or not 1 <= leaf <= MOST for leaf in leaves):
                 raise ConfigError(thing, expected=f"whole numbers from 1 to {MOST}", found=repr(value))
@@ -95,6 +97,38 @@ def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
             raise ConfigError(thing, expected="shares from 0 to below 1", found=repr(value))
         if key in _SHARES and any(isinstance(leaf, int | float) and not 0 <= leaf < 1 for leaf in leaves):
             raise ConfigError(thing, expected="shares from 0 to below 1", found=repr(value))
+    _check_lengths(name, arguments)
+
+
+_LEVELS = {
+    "unet": {"channels": 0, "strides": -1},
+    "dynunet": {"strides": 0, "kernel_size": 0, "filters": 0, "upsample_kernel_size": -1},
+}
+"""Lists with a number a level, and how many more than levels they have; stock classes cut longer ones in silence."""
+_FOUR = {"swin_unetr": ("depths", "num_heads")}
+
+
+def _check_lengths(name: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse lists of which the stock class would leave out the end without a word.
+
+    Raises:
+        ConfigError: names the lists and their lengths.
+    """
+    lengths = {
+        key: (len(arguments[key]), more)
+        for key, more in _LEVELS.get(name, {}).items()
+        if isinstance(arguments.get(key), list | tuple)
+    }
+    if len({length - more for length, more in lengths.values()}) > 1:
+        raise ConfigError(
+            " and ".join(f"backbone.arguments.{key}" for key in lengths),
+            expected="a number for each level"
+            + "".join(f", {key} one fewer" for key, (_, more) in lengths.items() if more),
+            found=", ".join(f"{length} {key}" for key, (length, _) in lengths.items()),
+        )
+    for key in _FOUR.get(name, ()):
+        if isinstance(value := arguments.get(key), list | tuple) and len(value) != 4:
+            raise ConfigError(f"backbone.arguments.{key}", expected="four numbers, one a stage", found=repr(value))
 
 
 def _flat(value: Any) -> Iterator[Any]:

@@ -8,6 +8,8 @@ from ssl_core.config import Config, digest
 
 VERSION = 1
 """Raised whenever the same settings would give other regions than before."""
+NARROWEST = 1e-4
+"""Of a window, to its larger end: nearer values are one to float32, and then every voxel is."""
 
 
 class Superpixels(Config):
@@ -37,8 +39,11 @@ class Superpixels(Config):
 
     @model_validator(mode="after")
     def _window_ascends(self) -> Self:
-        if self.window is not None and not self.window[0] < self.window[1]:
-            raise ValueError(f"a window whose first value is the lower one, not {self.window}")
+        if self.window is None:
+            return self
+        low, high = self.window
+        if not high - low > NARROWEST * max(abs(low), abs(high)):
+            raise ValueError(f"a window whose first value is the lower one, by more than rounding, not {self.window}")
         return self
 
     @property

@@ -1,4 +1,4 @@
-"""Telling a label map that is about to be published as a scan: few values, in patches.
+"""Telling a label map that is about to be published as a scan: few values, in patches, or shares of 0 and 1 mostly.
 
 Names are looked at first (`names.layouts`); this is for maps whose names say nothing.
 """
@@ -55,6 +55,26 @@ def looks_like_label_map(channel_DHW: Array) -> bool:
     return equal >= least * pairs
 
 
+_TOPS = (1.0, 100.0, 255.0)
+"""Largest values of soft maps: shares, percent, and shares in a byte."""
+_LEAST_AT_TOP = 0.1
+"""Of what is above 0, the least share at the top. A scan that was clipped there has a few hundredths; our choice."""
+
+
+def looks_like_soft_map(channel_DHW: Array) -> bool:
+    """Whether an image has the values of probabilities, or of a mask that was interpolated.
+
+    Most of them are exactly 0 or the top, and the top is a plateau. A scan scaled to 0 and 1 has its background at 0 as
+    well, and at 1 one voxel, or those few that its scaling clipped.
+    """
+    top = float(channel_DHW.max())
+    if top not in _TOPS or float(channel_DHW.min()) < 0:
+        return False
+    full = int(np.count_nonzero(channel_DHW == top))
+    above = int(np.count_nonzero(channel_DHW > NOISE * top))
+    return full >= _LEAST_AT_TOP * above and channel_DHW.size - above + full > channel_DHW.size / 2
+
+
 def _without_noise(channel_DHW: Array) -> Array:
     """Whole numbers in place of values that are these but for rounding; the channel itself where one is not."""
     if channel_DHW.dtype.kind != "f" or any(np.abs(plane - np.rint(plane)).max() > NOISE for plane in channel_DHW):
@@ -73,6 +93,10 @@ def check_no_label_map(thing: str, image_CDHW: Array, policy: IngestPolicy, note
         if looks_like_label_map(channel):
             count = distinct_values(channel)
             notes.append(f"{LABEL_LIKE}: {count} different values")
+            check_told(thing, notes, policy)
+            return
+        if looks_like_soft_map(channel):
+            notes.append(f"{LABEL_LIKE}: shares that are 0 or {float(channel.max()):g} mostly")
             check_told(thing, notes, policy)
             return
 

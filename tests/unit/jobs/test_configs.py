@@ -1,11 +1,13 @@
 """Configurations: closed to unknown keys, with a hint; stable digests; checked before anything is sent."""
 
 import inspect
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 import ssl_core.config as config_module
 from jobs.cli import main as cli
@@ -403,3 +405,61 @@ def test_a_warm_up_that_never_ends_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"warmup_steps \(100\) below all 100 steps"):
         parse(FinetuneJobConfig, {**data, "finetune": {"warmup_steps": 100}})
     assert parse(FinetuneJobConfig, {**data, "finetune": {"warmup_steps": 99}}).finetune.warmup_steps == 99
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("stream.split=''", "stream.split"),
+        ("stream.split=' train'", "stream.split"),
+        ("fingerprint=''", "fingerprint"),
+        ("fingerprint=../x", "fingerprint"),
+        ("source='  '", "source"),
+        ("data=''", "data"),
+        ("runs=''", "runs"),
+        ("model=''", "model"),
+        ("experiment=''", "experiment"),
+        ("probe.label=''", "probe.label"),
+        ("backbone.arguments={act: ''}", "backbone.arguments.act"),
+        ("backbone.arguments={'': 1}", "backbone.arguments"),
+        ("method={name: supervised, label: ''}", "method.label"),
+        ("method={name: pgl, crops: {scale: [1.0e-9, 1.0e-9]}}", "crops"),
+        ("method={name: simclr, temperature: 1.0e-9}", "temperature"),
+        ("backbone={name: unet, arguments: {strides: [2, 2, 2, 2], channels: [8, 8]}}", "backbone.arguments.channels"),
+        ("backbone={name: dynunet, arguments: {filters: [8, 8, 8], strides: [1, 2]}}", "backbone.arguments.strides"),
+    ],
+)
+def test_a_text_that_is_empty_or_leads_elsewhere_and_lists_cut_in_silence_are_refused(override: str, key: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(PretrainConfig, {"name": "a", "data": "s3://volumes/a"}, [override])
+    assert key in str(refused.value)
+
+
+def test_every_text_setting_refuses_an_empty_one_unless_that_is_its_default() -> None:
+    """Also those that are added later."""
+
+    def texts(kind: Any, path: str = "") -> Iterator[tuple[str, bool]]:
+        for name, field in kind.model_fields.items():
+            place = f"{path}.{name}" if path else name
+            leaves = config_module._leaves(field.annotation)
+            models = [leaf for leaf in leaves if isinstance(leaf, type) and issubclass(leaf, BaseModel)]
+            for model in models:
+                yield from texts(model, place)
+            if not models and str in leaves:
+                yield place, field.default == ""
+
+    needed: dict[Any, dict[str, Any]] = {
+        PretrainConfig: plan(),
+        TuneConfig: {"name": "n", "encoders": ["models:/a@b"], "labelled": {"data": "memory://x"}},
+        FinetuneJobConfig: {"name": "n", "starts": {"a": "models:/a@b"}, "labelled": {"data": "memory://x"}},
+        IngestConfig: {"name": "n", "source": "memory://x", "data": "memory://y"},
+    }
+    for kind, data in needed.items():
+        parse(kind, data)
+        for place, may_be_empty in texts(kind):
+            if may_be_empty:
+                load(kind, data, [f"{place}=''"])
+                continue
+            with pytest.raises(ConfigError) as refused:
+                load(kind, data, [f"{place}=''"])
+            assert place.rpartition(".")[2] in str(refused.value)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jobs.configs import LabelledConfig
-from jobs.labelled import draw, value_names
+from jobs.labelled import absent_classes, draw, value_names
 from ssl_core.config import parse
 from ssl_core.downstream.finetune import Subjects
 from storage.errors import ConfigError, RefusedInput
@@ -137,3 +137,34 @@ def test_values_are_called_what_the_data_set_calls_them(
     """Scores are joined by name, so a partial or ambiguous description is not used at all."""
     facts = {"name": "n", **({} if described is None else {"labels": described})}
     assert value_names(Manifest.from_records([], facts), "organ", [1, 2]) == names
+
+
+def test_a_class_that_training_or_test_lacks_is_said() -> None:
+    """Else a mean Dice rises by the 1 of a class that is nowhere, or falls by one that nobody could learn."""
+    store = open_store("memory://absent-classes")
+    classes = {"train": [1, 2], "inner": [1, 4], "test": [1, 3]}
+    records = [
+        write_volume(
+            store,
+            use,
+            Volume(
+                np.arange(8, dtype=np.int16).reshape(1, 2, 2, 2),
+                spacing_mm=(1.0, 1.0, 1.0),
+                affine=np.eye(4),
+                labels={"label": np.resize(np.array([0, *values], np.uint8), (2, 2, 2))},
+            ),
+            membership=Membership(subject=use, split="test" if use == "test" else "train"),
+            provenance=Provenance(source=use),
+        )
+        for use, values in classes.items()
+    ]
+    manifest = Manifest.from_records(records, {"name": "t", "labels": {str(v): f"organ {v}" for v in range(1, 5)}})
+    at = {manifest.record(i).subject: (i,) for i in range(3)}
+    lines = absent_classes(manifest, "label", Subjects(train=at["train"], inner=at["inner"], test=at["test"]))
+    assert [line.split(":")[0] for line in lines] == [
+        "class 'organ 3' is in no training volume",
+        "class 'organ 4' is in no training volume",
+        "class 'organ 2' is in no test volume",
+        "class 'organ 4' is in no test volume",
+    ]
+    assert not absent_classes(manifest, "label", Subjects(train=at["train"], inner=(), test=at["train"]))

@@ -58,6 +58,7 @@ _SAME = (
     "SOPClassUID",
     "StudyInstanceUID",
     "FrameOfReferenceUID",
+    "StackID",
 )
 """Attributes that all slices of a volume share."""
 _NOT_IN_TURN = (
@@ -122,7 +123,7 @@ def attributes(slices: Sequence[Slice]) -> dict[int, dict[str, Value]]:
     facts = {}
     for s in slices:
         if id(s.header) not in whole:
-            whole[id(s.header)] = {name: _read(s.header, name) for name in _COMPARED}
+            whole[id(s.header)] = {name: value_of(s.header, name) for name in _COMPARED}
         values = dict(whole[id(s.header)])
         if len(s.groups) > 1:
             frame, shared, _ = s.groups
@@ -136,7 +137,7 @@ def attributes(slices: Sequence[Slice]) -> dict[int, dict[str, Value]]:
             values["ImageType"] = tuple(part for part in values["ImageType"] if part != _SUMMED)
         for clock, day in (("AcquisitionTime", "AcquisitionDate"), ("ContentTime", "ContentDate")):
             if values[clock] is not None:  # or midnight would turn the order round
-                values[clock] = f"{_read(s.header, day) or ''} {values[clock]}".replace(":", "")
+                values[clock] = f"{value_of(s.header, day) or ''} {values[clock]}".replace(":", "")
         facts[id(s)] = values
     return facts
 
@@ -229,6 +230,11 @@ def check_same(thing: str, planes: Sequence[Slice], facts: dict[int, dict[str, V
         own = len(counts) == len(values) and name in ("StudyInstanceUID", "FrameOfReferenceUID")
         if len(counts) > 1 and not own and not _alike(values):
             raise _several(thing, name, counts)
+    for name in sorted({name for s in planes for name in facts[id(s)] if name.startswith(_INDEX)}):
+        counts = Counter(facts[id(s)].get(name) for s in planes)
+        # An index of its own in each frame is another word for its position.
+        if 1 < len(counts) < len(planes) and name.removeprefix(_INDEX) not in {*_CLOCKS, *_NO_DIMENSION}:
+            raise _several(thing, name, counts)
     counts = Counter(facts[id(s)].get("RepetitionTime") for s in planes)
     if len(counts) > 1 and min(counts.values()) > 1 and not _alike(list(counts), _GATED):  # gated slices have each own
         raise _several(thing, "RepetitionTime", counts)
@@ -244,7 +250,7 @@ def check_in_turn(thing: str, planes: Sequence[Slice]) -> None:
         RefusedInput: names the attribute that differs.
     """
     for name in _NOT_IN_TURN:
-        values = [_read(s.header, name) for s in planes if len(s.groups) == 1]
+        values = [value_of(s.header, name) for s in planes if len(s.groups) == 1]
         counts = Counter(values)
         changes = sum(a != b for a, b in itertools.pairwise(values))
         if changes >= len(counts) > 1 and min(counts.values()) > 1 and not _alike(values):
@@ -327,7 +333,7 @@ def _value(raw: Any) -> Value:
         return text
 
 
-def _read(group: Any, keyword: str) -> Value:
+def value_of(group: Any, keyword: str) -> Value:
     """The value of an attribute, None where it is malformed: what does not bind slices says nothing of their place."""
     try:
         return _value(group.get(keyword))
@@ -345,7 +351,7 @@ def _flat(group: Any, depth: int = 3) -> dict[str, Value]:
             if depth and len(value) == 1:
                 values = _flat(value[0], depth - 1) | values
         elif keyword:
-            values[keyword] = _read(group, keyword)
+            values[keyword] = value_of(group, keyword)
     return values
 
 

@@ -70,6 +70,9 @@ _GE_MARK = 1e6
 """GE adds a multiple of it, 1e9, to some b-values, which are far smaller."""
 _B_VALUES = ((0x0019, 0x0C, "SIEMENS MR HEADER"), (0x0043, 0x39, _GE), (0x2001, 0x03, "Philips Imaging DD 001"))
 """Group, element and creator of private b-values, as the vendors' conformance statements list them."""
+_COMPONENTS = ((0x0043, 0x2F, _GE), (0x2005, 0x11, "Philips MR Imaging DD 001"))
+"""The same of which part of a complex image, or which phase of a Dixon scan, an image shows."""
+_GE_COMPONENTS = ("MAGNITUDE", "PHASE", "REAL", "IMAGINARY")
 
 
 @dataclass(slots=True)
@@ -130,6 +133,8 @@ def read_header(path: str) -> Any:
         dataset: Any = pydicom.dcmread(file, stop_before_pixels=True, force=True)
     if dataset.get("DiffusionBValue") is None and (b_value := _private_b_value(dataset)) is not None:
         dataset.DiffusionBValue = b_value
+    if not dataset.get("ComplexImageComponent") and (component := _private_component(dataset)):
+        dataset.ComplexImageComponent = component
     if not is_mosaic(dataset):
         drop_private(dataset)
     return dataset
@@ -147,6 +152,22 @@ def _private_b_value(dataset: Any) -> float | None:
         if 0 <= number < np.inf:
             return number % _GE_MARK if creator == _GE else number
     return None
+
+
+def _private_component(dataset: Any) -> str:
+    """What GE or Philips call the part of a complex image, or the phase of a Dixon scan; empty where they do not."""
+    for group, element, creator in _COMPONENTS:
+        try:
+            value = dataset.private_block(group, creator)[element].value
+            if creator != _GE:
+                text = value.decode("ascii") if isinstance(value, bytes) else str(value)
+                return text.strip("\0 ")[:16]
+            raw = np.frombuffer(value, "<i2") if isinstance(value, bytes) else np.ravel(value)
+            number = int(raw[0])
+        except DAMAGED:  # missing, or no number: then it tells nothing
+            continue
+        return _GE_COMPONENTS[number] if 0 <= number < len(_GE_COMPONENTS) else f"KIND {number}"
+    return ""
 
 
 def is_mosaic(header: Any) -> bool:

@@ -19,6 +19,7 @@ from storage import geometry
 from storage.errors import RefusedInput
 from storage.ingest.readers.dicom.dimensions import Value, check_in_turn, check_same, differing, told_apart
 from storage.ingest.readers.dicom.file import Slice, read_values, values_of
+from storage.ingest.readers.dicom.turns import check_order
 from storage.ingest.readers.raw import Affine, Array, ReadPolicy
 
 POSITION_TOLERANCE = 0.01
@@ -89,6 +90,7 @@ def at_positions(
     if set(counts) == {1}:
         check_same(thing, [place[0] for place in places], facts)
         check_in_turn(thing, [place[0] for place in places])
+        notes += check_order(thing, [place[0] for place in places], facts)
         return places
     most = max(counts)
     if channels is None:
