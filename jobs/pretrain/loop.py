@@ -29,6 +29,7 @@ from ssl_core.train.checkpoint import Snapshot
 from ssl_core.train.engine import Engine, fit
 from ssl_core.views.make import make_views
 from ssl_core.views.types import ViewBatch
+from storage.objects import ByteStore, open_store
 from storage.reading.node_cache import NodeCache
 from storage.reading.volume_store import VolumeStore
 from storage.stream.crop_stream import CropStream, HostBatch
@@ -68,6 +69,8 @@ class Hooks:
         is_recorded: Whether the point of a step is where it stays; checkpoints carry all others.
         say: Called on rank 0 with a line for the log.
         stop: Asked before each step.
+        on_batch: Called on every rank with each batch as it comes from the stream.
+        open_store: Opens the store of volumes.
     """
 
     publish: Callable[[int, Take | None, dict[str, float]], None]
@@ -75,6 +78,8 @@ class Hooks:
     is_recorded: Callable[[int], bool] = lambda _step: False
     say: Callable[[str], None] = lambda _line: None
     stop: Callable[[], bool] | None = None
+    on_batch: Callable[[HostBatch], None] = lambda _batch: None
+    open_store: Callable[[str], ByteStore] = open_store
     last: dict[str, float] = field(default_factory=dict)
 
 
@@ -86,16 +91,22 @@ def collectives_backend(*, gpu: bool) -> str:
     return "cpu:gloo,cuda:nccl" if gpu else "gloo"
 
 
-def build_engine(config: PretrainConfig, device: torch.device) -> Engine:
-    """Network, method and optimizer, initialised from the seed alone."""
+def build_engine(config: PretrainConfig, device: torch.device, *, collectives: Collectives | None = None) -> Engine:
+    """Network, method and optimizer, initialised from the seed alone; over the ranks of this process by default."""
     torch.manual_seed(config.engine.seed)
     backbone = build(config.backbone.name, **config.backbone.arguments)
     method = method_class(config.method_name)(config.method_config, backbone)
-    return Engine(method, config.engine, collectives=current(), device=device)
+    return Engine(method, config.engine, collectives=collectives or current(), device=device)
 
 
 def run(
-    config: PretrainConfig, hooks: Hooks, *, restore: Path | None, device: torch.device, cache_dir: Path | None = None
+    config: PretrainConfig,
+    hooks: Hooks,
+    *,
+    restore: Path | None,
+    device: torch.device,
+    cache_dir: Path | None = None,
+    collectives: Collectives | None = None,
 ) -> dict[str, Any]:
     """Train to the last step, from a checkpoint when there is one.
 
@@ -105,16 +116,17 @@ def run(
         restore: Directory of a checkpoint.
         device: Where to train.
         cache_dir: Folder of the node's crop cache; used when the configuration gives it room.
+        collectives: The ranks; by default those that this process has joined.
 
     Returns:
         `steps` done, the `samples` digest, and the last metrics.
     """
-    collectives = current()
+    collectives = collectives or current()
     manifest = open_manifest(config)
     split = manifest.select(split=config.stream.split).tolist()
     driver.check_channels(manifest, split, f"backbone {config.backbone.name}", config.backbone.arguments)
     what = identity(config, manifest)
-    engine = build_engine(config, device)
+    engine = build_engine(config, device, collectives=collectives)
     record, journal = SampleRecord(), list[Point]()
     if restore is not None:
         state, meta = checkpoint.load(restore)
@@ -127,7 +139,7 @@ def run(
     cache = None
     if config.stream.cache_gib and cache_dir is not None:
         cache = NodeCache(cache_dir, int(config.stream.cache_gib * 2**30))
-    store = VolumeStore(config.data, manifest, cache=cache)
+    store = VolumeStore(config.data, manifest, cache=cache, store=hooks.open_store(config.data))
     spec = stream_spec(config)
     stream = CropStream(
         store,
@@ -142,6 +154,7 @@ def run(
 
     def batches() -> Iterator[tuple[ViewBatch, float]]:
         for batch in stream:
+            hooks.on_batch(batch)
             record.add(batch, collectives)
             views = make_views(
                 batch,

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -38,7 +39,9 @@ def environment(folder: Path, lab: Lab) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
         "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join(sys.path),
+        # /tmp/node is another folder on each node; both paths are empty but where a test fills them.
+        "PYTHONPATH": os.pathsep.join(["/tmp/node/site", *sys.path]),
+        "AWS_SHARED_CREDENTIALS_FILE": "/tmp/node/keys",
     }
 
 
@@ -154,3 +157,31 @@ def _announce(lab: Lab, variables: dict[str, str], number: str) -> None:
     notice = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=90"]
     done = subprocess.run(lab.inside("head", command + notice), env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_doctor_names_the_node_that_lacks_the_key_and_the_one_with_another_torch(
+    cluster: tuple[Lab, dict[str, str]],
+) -> None:
+    lab, variables = cluster
+    keys, other = lab.folder / "head" / "tmp" / "keys", lab.folder / "worker" / "tmp" / "site" / "torch-1.2.3.dist-info"
+    keys.write_text("[default]\naws_access_key_id = k\naws_secret_access_key = s\n")
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 1.2.3\n")
+    try:
+        command = lab.inside("head", [str(BIN / "python"), "-m", "jobs.nodes", "--store", "s3://runs"])
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=400)
+    finally:
+        shutil.rmtree(other.parent)
+        keys.unlink()
+    assert done.returncode == 1, done.stdout + done.stderr
+    wrong = done.stdout.rpartition("\n\n")[2].splitlines()
+    head, worker = (f"{lab.address(name)} ({name}): " for name in ("head", "worker"))
+    assert all(line.startswith((head, worker)) for line in wrong), wrong
+    torch = [line for line in wrong if ": torch: " in line]
+    assert len(torch) == 1, wrong
+    assert torch[0].startswith(f"{worker}torch: 1.2.3, where the client has ")
+    assert torch[0].endswith("; install requirements.lock there")
+    no_key = "S3: no credentials in this environment; "
+    assert [line.partition(": ")[0] for line in wrong if no_key in line] == [worker.removesuffix(": ")]
+    assert any(line.startswith(f"{head}S3: ") for line in wrong), "its key is of no use where no S3 answers"
+    assert not any(": interface: " in line or ": settings: " in line for line in wrong), wrong
