@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
@@ -92,7 +93,8 @@ def gpu(offered: float) -> list[Check]:
         remedy = "install a build of torch with CUDA there" if offered else "jobs there train on the CPU"
         finding = f"{', '.join(listed) or f'{offered:g}'}, and torch {torch.__version__} has no CUDA"
         return [Check("GPU", not offered, finding, remedy)]
-    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "none"
+    version: Any = torch.cuda.nccl.version  # untyped
+    nccl = ".".join(map(str, version())) if torch.distributed.is_nccl_available() else "none"
     finding = f"{', '.join(listed) or 'none that the driver lists'}, CUDA {built}, NCCL {nccl}"
     return [Check("GPU", bool(listed) and nccl != "none", finding, "check the driver of the GPU, and torch's build")]
 

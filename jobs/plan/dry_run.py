@@ -41,7 +41,7 @@ def dry_run(config: PretrainConfig) -> str:
     where = "its GPU" if device.type == "cuda" else "the CPU" if not config.cluster.gpu else "the CPU, without a GPU"
     lines = [
         f"dry run: one step as the first of {config.cluster.workers} worker(s), on {where} of this machine: "
-        f"{samples} samples, {parameters:,} parameters, loss {loss:.4f}, {time.perf_counter() - began:.1f} s"
+        f"{samples} samples, {parameters:,} trainable parameters, loss {loss:.4f}, {time.perf_counter() - began:.1f} s"
     ]
     lines.append(f"on noise, not on {config.data}: {reason}" if reason else f"on {config.data}")
     return "\n".join([*lines, "nothing was sent"])

@@ -51,7 +51,7 @@ def text(config: PretrainConfig, columns: Sequence[Column], links: Links, prices
         first = done[0][0]
         lines.append(
             f"{MEASURED}: {first.steps} steps after {WARM_UP} others, as one worker, on this machine ({first.device});"
-            f" {first.parameters:,} parameters"
+            f" {first.parameters:,} trainable parameters"
         )
         lines.append(
             f"{ESTIMATED}: every worker has a share like this machine's; gradients averaged at"

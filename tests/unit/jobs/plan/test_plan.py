@@ -18,7 +18,8 @@ from jobs.plan.estimate import COMPUTE, DATA, NETWORK, Links, Prices, estimate
 from jobs.plan.make import make
 from jobs.plan.measure import Measured, measure
 from jobs.pretrain.loop import Hooks, Take, build_engine, run
-from ssl_core.config import dump_yaml
+from ssl_core.config import dump_yaml, parse, resolved
+from ssl_core.methods.base import method_class
 from storage.errors import ConfigError
 from tests.kit.phantoms import write_phantoms
 from tests.kit.pretraining import CPU, config
@@ -87,13 +88,13 @@ def test_each_number_of_workers_is_measured_or_says_why_not(data: str) -> None:
     for measured in done.values():
         assert measured.gradient_bytes == 4 * measured.parameters
         assert measured.checkpoint_bytes >= 3 * measured.gradient_bytes, "weights, and AdamW's two moments"
-        assert min(measured.compute_s, measured.probe_s, measured.checkpoint_s) > 0
+        assert min(measured.compute_s, measured.checkpoint_s) > 0
         assert measured.requests > 0
         assert measured.read_bytes > 0
         assert measured.resident_bytes > 5e7
         assert measured.gpu_bytes is None
     text = page.text(config(data, "simclr"), columns, Links(), Prices(2.0))
-    for line in text.splitlines()[5:20]:
+    for line in text.splitlines()[6:22]:
         assert ("measured" in line) != ("estimated" in line) or line.startswith("samples"), line
 
 
@@ -104,7 +105,7 @@ def test_a_worker_reads_its_share_and_all_workers_together_the_same(data: str) -
         if c.estimated is not None
     }
     one, four = by_workers[1].read_bytes, by_workers[4].read_bytes
-    assert four == pytest.approx(one, rel=0.5), "neighbouring crops are read together only on one worker"
+    assert 0.5 < four / one < 2, "crops that lie side by side are read together on one worker only"
 
 
 MEASURED = Measured(
@@ -170,9 +171,9 @@ def test_a_plan_is_json_and_settings_are_printed_as_before(
     assert all(item["estimated"]["hours"] > 0 for item in plan["workers"])
     assert cli.main(["plan", "pretrain", str(path), "engine.steps=50"]) == 0
     assert "steps: 50" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for wrong in (["plan", "pretrain"], ["plan", "fly", str(path)], ["plan", str(path), "cluster.gpu=true"]):
-        if "gpu" not in wrong[-1] or not torch.cuda.is_available():
-            assert cli.main(wrong) == 2, wrong
+        assert cli.main(wrong) == 2, wrong
     assert "run `plan` on a node that has one" in capsys.readouterr().err
 
 
@@ -187,8 +188,7 @@ def test_a_dry_run_builds_everything_and_takes_one_step(data: str) -> None:
 def test_a_dry_run_without_its_data_steps_on_noise_and_says_so(method: str) -> None:
     job = config("memory://nothing-here", "simclr")
     if method == "lrc":  # asks for super-pixels
-        job = PretrainConfig(name="t", data=job.data, method={"name": "lrc"}, backbone=job.backbone, stream=job.stream)
-        job = job.model_copy(update={"cluster": job.cluster.model_copy(update={"workers": 4})})
+        job = parse(PretrainConfig, {**resolved(job), "method": {"name": method, **method_class(method).Config.TINY}})
     said = dry_run(job)
     assert "on noise, not on memory://nothing-here: no object 'latest'; ingest into it" in said
     assert "the job will ingest simulated" in dry_run(job.model_copy(update={"source": "simulated"}))
