@@ -47,7 +47,7 @@ def differences(client: Mapping[str, str], node: Mapping[str, str]) -> list[Chec
     checks = []
     for name, version in client.items():
         other = node.get(name, "")
-        ok, finding = _same(version, other), other or "not installed"
+        ok, finding = version == other if name == CODE else _same(version, other), other or "not installed"
         if not ok:
             finding += f", where the client has {version or 'none'}"
         remedy = "send this version's files, or install it there" if name == CODE else "install requirements.lock there"
@@ -62,7 +62,7 @@ def settings(environment: Mapping[str, str]) -> list[Check]:
     if not wrong:
         return [Check("settings", True, f"all {len(SETTINGS)} of settings.env")]
     finding = ", ".join(
-        f"{name} is {'not set' if value is None else value} instead of {SETTINGS[name]}"
+        f"{name} is {value or 'not set'} instead of {SETTINGS[name]}"
         for name, value in wrong.items()
     )
     return [Check("settings", False, finding, remedy)]

@@ -31,7 +31,7 @@ def test_settings_that_a_node_lacks_are_named() -> None:
     assert [check.ok for check in settings(SETTINGS)] == [True]
     (check,) = settings({**SETTINGS, "RAY_AUTH_MODE": "disabled"} | {"RAY_task_oom_retries": ""})
     assert not check.ok
-    assert check.finding == ("RAY_AUTH_MODE is disabled instead of token, RAY_task_oom_retries is  instead of 3")
+    assert check.finding == ("RAY_AUTH_MODE is disabled instead of token, RAY_task_oom_retries is not set instead of 3")
 
 
 def test_the_interface_of_collectives_is_what_the_process_was_told() -> None:
