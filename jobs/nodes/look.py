@@ -47,7 +47,8 @@ def differences(client: Mapping[str, str], node: Mapping[str, str]) -> list[Chec
     checks = []
     for name, version in client.items():
         other = node.get(name, "")
-        ok, finding = version == other if name == CODE else _same(version, other), other or "not installed"
+        ok = version == other if name == CODE else _same(version, other)
+        finding = other or "not installed"
         if not ok:
             finding += f", where the client has {version or 'none'}"
         remedy = "send this version's files, or install it there" if name == CODE else "install requirements.lock there"
