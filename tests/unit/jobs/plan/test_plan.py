@@ -188,7 +188,8 @@ def test_a_dry_run_builds_everything_and_takes_one_step(data: str) -> None:
 def test_a_dry_run_without_its_data_steps_on_noise_and_says_so(method: str) -> None:
     job = config("memory://nothing-here", "simclr")
     if method == "lrc":  # asks for super-pixels
-        job = parse(PretrainConfig, {**resolved(job), "method": {"name": method, **method_class(method).Config.TINY}})
+        tiny = {**method_class(method).Config.TINY, "crops": {"size_DHW": [16, 32, 16]}}
+        job = parse(PretrainConfig, {**resolved(job), "method": {"name": method, **tiny}})
     said = dry_run(job)
     assert "on noise, not on memory://nothing-here: no object 'latest'; ingest into it" in said
     assert "the job will ingest simulated" in dry_run(job.model_copy(update={"source": "simulated"}))
