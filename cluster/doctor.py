@@ -10,6 +10,7 @@ import resource
 import shutil
 import stat
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable
@@ -51,6 +52,21 @@ def run(store: str = "s3://runs", state_dir: Path | None = None) -> list[Check]:
     Raises:
         ConfigError: `store` is no such URL.
     """
+    require_s3(store)
+    folder = state_dir or states.default_dir()
+    checks = [_python(), _packages(), _start_method(), _shared_memory(), _disk(folder), _files(), _ports(), _proxy()]
+    checks += [_telemetry(), _secrets(folder)]
+    for name, question in (("S3", lambda: _s3(store)), ("MLflow", _mlflow), ("Ray jobs", _ray)):
+        checks += _asked(name, question)
+    return checks
+
+
+def require_s3(store: str) -> None:
+    """Refuse a store that is no place on S3.
+
+    Raises:
+        ConfigError: it is another URL, or one with credentials in it.
+    """
     refuse_credentials(store)
     if urlsplit(store).scheme != "s3" or not urlsplit(store).netloc:
         raise ConfigError(
@@ -59,10 +75,16 @@ def run(store: str = "s3://runs", state_dir: Path | None = None) -> list[Check]:
             found="another URL",
             remedy="stores in folders need no service: `tomoscale data verify` reads one",
         )
-    folder = state_dir or states.default_dir()
-    checks = [_python(), _packages(), _start_method(), _shared_memory(), _disk(folder), _files(), _ports(), _proxy()]
-    checks += [_telemetry(), _secrets(folder)]
-    for name, question in (("S3", lambda: _s3(store)), ("MLflow", _mlflow), ("Ray jobs", _ray)):
+
+
+def services_of_node(store: str) -> list[Check]:
+    """What a node of a cluster needs around it, asked on the node: room, open files, S3 and MLflow.
+
+    Args:
+        store: As of `run`.
+    """
+    checks = [_shared_memory(), _disk(Path(tempfile.gettempdir())), _files()]
+    for name, question in (("S3", lambda: _s3(store)), ("MLflow", _mlflow)):
         checks += _asked(name, question)
     return checks
 
@@ -240,8 +262,17 @@ def _mlflow() -> list[Check]:
     question = f"{url.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1"
     user = (os.environ.get("MLFLOW_TRACKING_USERNAME", ""), os.environ.get("MLFLOW_TRACKING_PASSWORD", ""))
     token = os.environ.get("MLFLOW_TRACKING_TOKEN", "")  # which MLflow takes where there is no user and password
+    began = time.perf_counter()
     problem = services.http_problem(question, basic=user if user[0] else None, bearer="" if user[0] else token)
-    checks = [Check("MLflow", not problem, problem or f"{url} answers", "check address, user, password or token")]
+    took = time.perf_counter() - began
+    checks = [
+        Check(
+            "MLflow",
+            not problem,
+            problem or f"{url} answers in {took * 1000:.0f} ms",
+            "check address, user, password or token",
+        )
+    ]
     if not problem:
         remedy = "start it with --app-name basic-auth, or keep it private"
         checks.append(_closed("MLflow access", question, "asks for a password", "answers without a password", remedy))

@@ -248,7 +248,7 @@ def dump_yaml(config: Config) -> str:
 
 
 def _override(data: dict[str, Any], item: str, kind: type[BaseModel] | None = None) -> None:
-    """Apply `key.sub=value` to `data`, in place. A group of the model `kind` is changed in the settings that it names."""
+    """Apply `key.sub=value` to `data`, in place. A group of `kind` is changed in those settings that are named."""
     key, separator, text = item.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {item!r}", expected="key=value or key.sub=value", found=item)

@@ -34,6 +34,7 @@ from ssl_core.train.engine import Engine, fit
 from ssl_core.views.make import make_views
 from ssl_core.views.types import ViewBatch
 from storage.errors import ConfigError
+from storage.objects import ByteStore, open_store
 from storage.reading.node_cache import NodeCache
 from storage.reading.volume_store import VolumeStore
 from storage.stream.crop_stream import CropStream, HostBatch
@@ -76,6 +77,8 @@ class Hooks:
         say: Called on rank 0 with a line for the log.
         stop: Asked before each step.
         on_report: Called on every rank with the steps done, the metrics and the tallies of the store that it reads.
+        on_batch: Called on every rank with each batch as it comes from the stream.
+        open_store: Opens the store of volumes.
     """
 
     publish: Callable[[int, Take | None, dict[str, float]], None]
@@ -84,6 +87,8 @@ class Hooks:
     say: Callable[[str], None] = lambda _line: None
     stop: Callable[[], bool] | None = None
     on_report: Callable[[int, dict[str, float], dict[str, int]], None] = lambda _step, _metrics, _tallies: None
+    on_batch: Callable[[HostBatch], None] = lambda _batch: None
+    open_store: Callable[[str], ByteStore] = open_store
     last: dict[str, float] = field(default_factory=dict)
 
 
@@ -95,8 +100,20 @@ def collectives_backend(*, gpu: bool) -> str:
     return "cpu:gloo,cuda:nccl" if gpu else "gloo"
 
 
-def build_engine(config: PretrainConfig, device: torch.device, init: EncoderBundle | None = None) -> Engine:
+def build_engine(
+    config: PretrainConfig,
+    device: torch.device,
+    init: EncoderBundle | None = None,
+    *,
+    collectives: Collectives | None = None,
+) -> Engine:
     """Network, method and optimizer, initialised from the seed alone, but for an encoder to start from.
+
+    Args:
+        config: The job.
+        device: Where they lie.
+        init: The encoder.
+        collectives: The ranks; by default those that this process has joined.
 
     Raises:
         ConfigError: the encoder is of another network.
@@ -116,7 +133,7 @@ def build_engine(config: PretrainConfig, device: torch.device, init: EncoderBund
     method = method_class(config.method_name)(config.method_config, backbone)
     most = config.engine.micro_batch if has_batch_norm(backbone) else config.micro_batch
     settings = config.engine.model_copy(update={"micro_batch": most})
-    return Engine(method, settings, collectives=current(), device=device)
+    return Engine(method, settings, collectives=collectives or current(), device=device)
 
 
 def _starts_from(config: PretrainConfig, init: EncoderBundle) -> str:
@@ -138,7 +155,13 @@ def _shares(config: PretrainConfig, world: int, most: int | None) -> str:
 
 
 def run(
-    config: PretrainConfig, hooks: Hooks, *, restore: Path | None, device: torch.device, cache_dir: Path | None = None
+    config: PretrainConfig,
+    hooks: Hooks,
+    *,
+    restore: Path | None,
+    device: torch.device,
+    cache_dir: Path | None = None,
+    collectives: Collectives | None = None,
 ) -> dict[str, Any]:
     """Train to the last step, from a checkpoint when there is one.
 
@@ -148,11 +171,12 @@ def run(
         restore: Directory of a checkpoint.
         device: Where to train.
         cache_dir: Folder of the node's crop cache; used when the configuration gives it room.
+        collectives: The ranks; by default those that this process has joined.
 
     Returns:
         `steps` done, the `samples` digest, and the last metrics.
     """
-    collectives = current()
+    collectives = collectives or current()
     manifest = open_manifest(config)
     split = manifest.select(split=config.stream.split).tolist()
     driver.check_channels(manifest, split, f"backbone {config.backbone.name}", config.backbone.arguments)
@@ -161,7 +185,7 @@ def run(
     if config.init is not None and restore is None and collectives.rank == 0:  # whose weights all ranks get
         init = pull_encoder(config.init)
         hooks.say(_starts_from(config, init))
-    engine = build_engine(config, device, init)
+    engine = build_engine(config, device, init, collectives=collectives)
     if config.cluster.min_workers is not None and collectives.rank == 0:
         hooks.say(_shares(config, collectives.world, engine.config.micro_batch))
     record, journal = SampleRecord(), list[Point]()
@@ -176,7 +200,7 @@ def run(
     cache = None
     if config.stream.cache_gib and cache_dir is not None:
         cache = NodeCache(cache_dir, int(config.stream.cache_gib * 2**30))
-    store = VolumeStore(config.data, manifest, cache=cache)
+    store = VolumeStore(config.data, manifest, cache=cache, store=hooks.open_store(config.data))
     spec = stream_spec(config)
     stream = CropStream(
         store,
@@ -191,6 +215,7 @@ def run(
 
     def batches() -> Iterator[tuple[ViewBatch, float]]:
         for batch in stream:
+            hooks.on_batch(batch)
             record.add(batch, collectives)
             views = make_views(
                 batch,

@@ -15,7 +15,7 @@ from storage.errors import ConfigError
 from storage.format.manifest import Manifest
 from storage.format.records import DEFAULT_CODECS, Triple, VolumeRecord, without_places
 from storage.format.zarr_metadata import ArrayMeta, default_meta, parse_array
-from storage.objects import join, open_store
+from storage.objects import ByteStore, join, open_store
 from storage.objects.traffic import tally_of
 from storage.reading.executor import INDEXES_KEPT, Executor, Recent, Request, Source
 from storage.reading.node_cache import NodeCache
@@ -47,6 +47,7 @@ class VolumeStore:
         cache: On-disk cache of this node.
         threads: Requests in flight, each decoded by the thread that fetched it; they mostly wait for the store.
         gap, most: See `storage.reading.plan`.
+        store: The store at `url`, where it was opened by another way than `open_store`, such as one that counts.
     """
 
     def __init__(
@@ -58,11 +59,12 @@ class VolumeStore:
         threads: int = 16,
         gap: int = GAP,
         most: int = MOST,
+        store: ByteStore | None = None,
     ) -> None:
         if threads < 1:
             raise ConfigError("threads", expected="at least 1", found=str(threads))
         self.url = url
-        self.store = open_store(url)
+        self.store = store if store is not None else open_store(url)
         self.manifest = manifest if manifest is not None else Manifest.open(self.store)
         self._cache = cache
         self._executor = Executor(self.store, cache, threads, gap, most)

@@ -97,12 +97,18 @@ class Fleet:
         self.lab.start(name, ["bash", "-c", script], self.bare, log)
         _until(lambda: self._is_on(name), f"{name} is on", log)
 
-    def start_node(self, name: str) -> None:
-        """Switch a node of Ray on, which starts it again whenever it ends, as `Restart=always` does."""
+    def start_node(self, name: str, **changes: str) -> None:
+        """Switch a node of Ray on, which starts it again whenever it ends, as `Restart=always` does.
+
+        Args:
+            name: Of the machine.
+            changes: Variables of its `nodes.env` that are other than they should be.
+        """
         home = self.home(name)
         (home / "cluster").unlink(missing_ok=True)
         (home / "cluster").symlink_to(ROOT / "cluster")
-        (home / "nodes.env").write_text("".join(f"{key}={value}\n" for key, value in self._variables().items()))
+        variables = self._variables() | changes
+        (home / "nodes.env").write_text("".join(f"{key}={value}\n" for key, value in variables.items()))
         (home / "ray_token").write_text(self._secrets["token"])
         lines = guide("head" if name == HEAD else "worker").strip()
         lines += f" {_HEAD_SIZE if name == HEAD else _WORKER_SIZE}"

@@ -73,6 +73,8 @@ ROOMS: dict[str, dict[str, str]] = {
         "ingest": "ingest_config ingestion on_ray driver",
         "superpixels": "configs output on_ray driver",
         "pretrain": "configs output watch lease on_ray tracking driver pinning ingest ingestion superpixels",
+        "nodes": "output on_ray driver",
+        "plan": "configs output tracking driver pretrain",
         "torchrun": "configs output lease tracking driver pretrain",
         "finetune": "configs output lease on_ray tracking driver labelled pinning",
         "tune": "configs output lease on_ray tracking driver labelled pinning finetune",

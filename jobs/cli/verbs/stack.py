@@ -6,7 +6,7 @@ import sys
 
 from cluster import doctor, services, stack
 from cluster import state as states
-from jobs.cli.verbs.common import add_json, add_state, state_dir, use_stack
+from jobs.cli.verbs.common import add_json, add_state, job_address, state_dir, use_stack
 from jobs.options import whole
 from jobs.output import emit, table
 
@@ -32,6 +32,8 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     add_state(env)
     env.set_defaults(run=_env)
     check = verbs.add_parser("doctor", help="check this machine and the services it would use")
+    check.add_argument("--nodes", action="store_true", help="ask every node of the cluster instead of this machine")
+    check.add_argument("--address", metavar="URL", help="job server of --nodes; the local stack's when empty")
     check.add_argument("--store", default="s3://runs", metavar="URL", help="bucket to try S3 on (default: s3://runs)")
     add_state(check)
     add_json(check)
@@ -82,6 +84,11 @@ def _env(arguments: argparse.Namespace) -> int:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     use_stack(arguments)
+    if arguments.nodes:
+        from jobs.nodes import ask
+
+        doctor.require_s3(arguments.store)
+        return ask.show(ask.ask_cluster(job_address(arguments), arguments.store), arguments.json)
     checks = doctor.run(arguments.store, state_dir(arguments))
     data = [{"check": c.name, "ok": c.ok, "found": c.finding, "remedy": c.remedy} for c in checks]
     rows = [("ok" if c.ok else "FAILED", c.name, c.finding, "" if c.ok else c.remedy) for c in checks]

@@ -1,4 +1,4 @@
-"""methods, plan, pretrain, tune, finetune."""
+"""methods, pretrain, tune, finetune."""
 
 import argparse
 import os
@@ -14,12 +14,16 @@ if TYPE_CHECKING:
 
     Job: TypeAlias = PretrainConfig | TuneConfig | FinetuneJobConfig
 
-_MODULES = {"pretrain": "jobs.pretrain", "tune": "jobs.tune", "finetune": "jobs.finetune"}
+MODULES = {"pretrain": "jobs.pretrain", "tune": "jobs.tune", "finetune": "jobs.finetune"}
+"""Of each kind of job, what runs it."""
 _HELP = {
     "pretrain": "pre-train without labels and register the encoder",
     "tune": "search fine-tuning settings with early stopping",
     "finetune": "fine-tune from each start with each seed, evaluate per case, register the segmenter",
 }
+_CHECK = "check and print the configuration, send nothing"
+_BUILD = "check and print the configuration, build everything and take one step here, send nothing"
+_DRY_RUN = {"pretrain": _BUILD, "tune": _CHECK, "finetune": _CHECK}
 
 
 def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -30,22 +34,18 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     methods.add_argument("--out", type=Path, metavar="DIR", help="write the pages of all methods there, in Markdown")
     add_json(methods)
     methods.set_defaults(run=_methods)
-    plan = verbs.add_parser("plan", help="print the resolved configuration of a job")
-    plan.add_argument("kind", choices=sorted(_MODULES), help="what the configuration is for")
-    _add_config(plan)
-    add_json(plan)
-    plan.set_defaults(run=_plan)
     for kind, text in _HELP.items():
         job = verbs.add_parser(kind, help=text)
-        _add_config(job)
+        add_config(job)
         job.add_argument("--address", metavar="URL", help="job server; the local stack's when empty")
-        job.add_argument("--dry-run", action="store_true", help="check and print the configuration, send nothing")
+        job.add_argument("--dry-run", action="store_true", help=_DRY_RUN[kind])
         job.add_argument("--no-wait", action="store_true", help="submit and return")
         add_state(job)
         job.set_defaults(run=_submit, kind=kind)
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """The configuration of a job, and settings that replace its own."""
     parser.add_argument("config", help="YAML file")
     parser.add_argument(
         "overrides",
@@ -56,7 +56,8 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _load(kind: str, arguments: argparse.Namespace) -> "Job":
+def load_config(kind: str, arguments: argparse.Namespace) -> "Job":
+    """The configuration that the arguments name, resolved and checked."""
     from jobs import configs
     from ssl_core.config import load
 
@@ -90,26 +91,19 @@ def _methods(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(arguments: argparse.Namespace) -> int:
-    from ssl_core.config import digest, dump_yaml, resolved
-
-    config = _load(arguments.kind, arguments)
-    emit(
-        {"digest": digest(config), "config": resolved(config)},
-        arguments.json,
-        f"{dump_yaml(config)}# digest {digest(config)}",
-    )
-    return 0
-
-
 def _submit(arguments: argparse.Namespace) -> int:
     from jobs import submit
     from jobs.configs import PretrainConfig
     from ssl_core.config import digest, dump_yaml
 
-    config = _load(arguments.kind, arguments)
+    config = load_config(arguments.kind, arguments)
     print(f"{dump_yaml(config)}# digest {digest(config)}", flush=True)
     if arguments.dry_run:
+        if isinstance(config, PretrainConfig):
+            from jobs.plan.dry_run import dry_run
+
+            use_stack(arguments)
+            print(dry_run(config))
         return 0
     if (salt := salt_here()) and isinstance(config, PretrainConfig) and config.source not in (None, "simulated"):
         raise ConfigError(
@@ -121,7 +115,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     use_stack(arguments)
     address = job_address(arguments)
-    module = _MODULES[arguments.kind]
+    module = MODULES[arguments.kind]
     if arguments.no_wait:
         print(submit.submit(address, module, config, config.name))
         return 0

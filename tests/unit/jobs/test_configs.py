@@ -18,6 +18,7 @@ from ssl_core.config import Config, digest, dump_yaml, load, parse, resolved
 from ssl_core.downstream.search import TrialSettings
 from ssl_core.networks import registry
 from storage.errors import ConfigError
+from tests.kit import pretraining
 
 
 def plan(**changes: Any) -> dict[str, Any]:
@@ -214,7 +215,7 @@ def test_the_command_line_checks_before_it_sends(tmp_path: Path, capsys: pytest.
     path.write_text("name: n\ndata: memory://x\nmetod: {}\n")
     assert cli.main(["pretrain", str(path), "--dry-run"]) == 2
     assert "did you mean 'method'" in capsys.readouterr().err
-    path.write_text("name: n\ndata: memory://x\n")
+    path.write_text(dump_yaml(pretraining.config("memory://x", "simclr")))
     assert cli.main(["pretrain", str(path), "--dry-run", "engine.steps=60"]) == 0
     assert "steps: 60" in capsys.readouterr().out
 

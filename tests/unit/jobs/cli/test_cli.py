@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from jobs.cli import main as cli
+from ssl_core.config import dump_yaml
 from tests.kit.phantoms import write_phantoms
+from tests.kit.pretraining import config
 
 ROOT = Path(__file__).parents[4]
 pytestmark = pytest.mark.usefixtures("nothing_configured")
@@ -156,7 +158,7 @@ def test_settings_may_stand_before_and_after_options(
     options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text("name: n\ndata: memory://x\n")
+    path.write_text(dump_yaml(config("memory://x", "simclr")))
     assert cli.main(["pretrain", str(path), *options]) == 0
     assert "steps: 90" in capsys.readouterr().out
 
