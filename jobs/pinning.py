@@ -103,8 +103,13 @@ def identity(config: PretrainConfig, manifest: Manifest) -> dict[str, str]:
 
 def config_digest(config: PretrainConfig) -> str:
     """Names the settings that change the result; which manifest is not among them."""
-    decisive = config.model_copy(update={**_FREE_OF_PRETRAIN, "engine": EngineConfig()})
-    return f"{digest(decisive)}-{config.engine.digest()}"
+    plain = config.model_copy(update={**_FREE_OF_PRETRAIN, "engine": EngineConfig()})
+    return f"{digest(plain)}-{config.engine.digest()}"
+
+
+def decisive(config: PretrainConfig) -> PretrainConfig:
+    """The configuration, with plain values in place of the settings that change nothing of the result."""
+    return config.model_copy(update={**_FREE_OF_PRETRAIN, "engine": config.engine.decisive()})
 
 
 def require_same(config: PretrainConfig, manifest: Manifest, meta: dict[str, Any]) -> None:

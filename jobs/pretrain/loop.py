@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 from jobs import driver
+from jobs.certificate.captures import Captures
 from jobs.configs import PretrainConfig
 from jobs.pinning import SETTINGS, identity, require_same
+from jobs.pretrain.evidence import Evidence
 from jobs.pretrain.inputs import open_manifest, stream_spec, view_spec
 from jobs.pretrain.label_probe import LabelProbe
 from jobs.tracking.runs import Point, point
@@ -32,6 +34,7 @@ from ssl_core.views.types import ViewBatch
 from storage.reading.node_cache import NodeCache
 from storage.reading.volume_store import VolumeStore
 from storage.stream.crop_stream import CropStream, HostBatch
+from storage.stream.plan import order_digest
 
 JOURNAL = "journal"
 """Of a checkpoint: the points that are nowhere else yet, and the last one."""
@@ -68,6 +71,7 @@ class Hooks:
         is_recorded: Whether the point of a step is where it stays; checkpoints carry all others.
         say: Called on rank 0 with a line for the log.
         stop: Asked before each step.
+        captures: Where steps with a bad loss go.
     """
 
     publish: Callable[[int, Take | None, dict[str, float]], None]
@@ -75,6 +79,7 @@ class Hooks:
     is_recorded: Callable[[int], bool] = lambda _step: False
     say: Callable[[str], None] = lambda _line: None
     stop: Callable[[], bool] | None = None
+    captures: Captures | None = None
     last: dict[str, float] = field(default_factory=dict)
 
 
@@ -115,7 +120,7 @@ def run(
     driver.check_channels(manifest, split, f"backbone {config.backbone.name}", config.backbone.arguments)
     what = identity(config, manifest)
     engine = build_engine(config, device)
-    record, journal = SampleRecord(), list[Point]()
+    record, journal, state = SampleRecord(), list[Point](), None
     if restore is not None:
         state, meta = checkpoint.load(restore)
         require_same(config, manifest, meta)
@@ -139,10 +144,16 @@ def run(
         threads=config.stream.threads,
     )
     method_views = view_spec(config)
+    order = order_digest(spec, stream.indices)
+    evidence = Evidence(
+        config, manifest.fingerprint, engine, state, order=order, captures=hooks.captures, say=hooks.say
+    )
+    del state  # else a second copy of the weights stays for the whole run
 
     def batches() -> Iterator[tuple[ViewBatch, float]]:
         for batch in stream:
             record.add(batch, collectives)
+            evidence.drawn(batch, record.value)
             views = make_views(
                 batch,
                 method_views,
@@ -178,11 +189,13 @@ def run(
             JOURNAL: [item.to_json() for item in journal],
             SETTINGS: resolved(config),
         }
-        hooks.publish(step, lambda: Snapshot.of(state, facts), hooks.last)
+        whole = {**state, **evidence.state()}
+        hooks.publish(step, lambda: Snapshot.of(whole, facts), hooks.last)
 
     probe = LabelProbe(config, store, method_views, hooks.say if collectives.rank == 0 else _silent)
     with store, stream:
         steps = fit(engine, batches(), report=report, save=save, stop=hooks.stop, probe=probe)
+    evidence.close()
     return {"steps": steps, "samples": record.value, **hooks.last}
 
 

@@ -10,6 +10,7 @@ import ray.train.torch
 import torch
 
 from jobs import lease
+from jobs.certificate.captures import Captures
 from jobs.configs import PretrainConfig
 from jobs.driver import quiet
 from jobs.on_ray import preemption
@@ -17,6 +18,7 @@ from jobs.on_ray.uploads import Uploads
 from jobs.pretrain.loop import Hooks, Take, run
 from jobs.tracking.runs import Sender
 from ssl_core.config import parse
+from storage.objects import join
 
 KIND = "pretrain"
 """Of the job, in MLflow and in the name of its lease."""
@@ -45,6 +47,7 @@ def train_loop(payload: dict[str, Any]) -> None:
         is_recorded=sender.is_recorded if sender else lambda _step: False,
         say=lambda line: print(line, flush=True),
         stop=preemption.is_announced,
+        captures=Captures(join(config.runs, config.name), lambda line: print(line, flush=True)),
     )
     device = ray.train.torch.get_device()
     cache_dir = Path(tempfile.gettempdir()) / f"tomoscale-cache-{os.getuid()}"
