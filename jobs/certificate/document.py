@@ -9,7 +9,7 @@ rows                48 bytes a step, base64
 checkpoints         of those that lay beside it: step, folder, SHA-256 of each file
 model               registered name and version, digest of the encoder's weights; null where none was registered
 run_id              of MLflow, or null
-code                commit, where git knew it, and SHA-256 of each file
+code                commit, where git knew it, and SHA-256 of each file; null where the driver had other code
 signature           algorithm, public key, value; null where nobody has signed
 ```
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from jobs.certificate import signing
-from jobs.certificate.code import code_files
+from jobs.certificate.code import code_digest, code_files
 from jobs.tracking.runs import code_tags
 from ssl_core.train import checkpoint
 from ssl_core.train.chain import ROW, Chain
@@ -70,6 +70,7 @@ def issue(
         ConfigError: the file of the key is none.
         StoreError: it could not be written.
     """
+    before = read(store) if store.exists(KEY) else None
     body = {
         "format": FORMAT,
         "version": VERSION,
@@ -80,11 +81,10 @@ def issue(
         "checkpoints": [_described(store, folder) for folder in folders(store).values()],
         "model": None if model is None else {"name": model.name, "version": model.version, "weights": model.weights},
         "run_id": run_id,
-        "code": {"commit": code_tags().get("mlflow.source.git.commit"), "files": code_files()},
+        "code": _code(chain, before),
     }
     body = cast(dict[str, Any], json.loads(json.dumps(body)))
     key = signing.own_key()
-    before = _existing(store)
     if key is None and before is not None and without_signature(before) == body:
         return before
     return put(store, body, None if key is None else signing.signature(key, body))
@@ -155,6 +155,8 @@ def chain_of(document: Mapping[str, Any]) -> Chain:
         rows = base64.b64decode(document["rows"], validate=True)
         if len(rows) % ROW:
             raise ValueError(f"{len(rows)} bytes of rows")
+        if not document["chain"]["starts"]:
+            raise ValueError("no start")
         return Chain.of(document["chain"], rows)
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptChunk(f"chain of {KEY}", expected="steps of 48 bytes", found=str(error)) from error
@@ -181,5 +183,10 @@ def _described(store: ByteStore, folder: str) -> dict[str, Any]:
     return {"step": int(folder.removeprefix("step-")), "folder": folder, "files": files_of(store, folder)}
 
 
-def _existing(store: ByteStore) -> dict[str, Any] | None:
-    return read(store) if store.exists(KEY) else None
+def _code(chain: Chain, before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Commit and files of the code that trained, where it is at hand: a later version may end the job."""
+    if code_digest() == chain.starts[-1].facts["code"]:
+        return {"commit": code_tags().get("mlflow.source.git.commit"), "files": code_files()}
+    if before is not None and before["chain"] == chain.facts():
+        return dict(before["code"])
+    return {"commit": None, "files": None}

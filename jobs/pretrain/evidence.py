@@ -55,7 +55,7 @@ class Evidence:
         if ranks.rank:
             return
         if before is None:
-            what = {"configuration": canonical_digest(resolved(decisive(config))), "manifest": fingerprint}
+            what = {"configuration": canonical_digest(decisive(resolved(config))), "manifest": fingerprint}
             self._chain = Chain(what)
         elif CHAIN in before:
             self._chain = Chain.from_state(before[CHAIN])

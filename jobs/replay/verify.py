@@ -8,11 +8,9 @@ from typing import Any
 
 from jobs.certificate import document, signing
 from jobs.certificate.code import code_digest, code_files
-from jobs.configs import PretrainConfig
 from jobs.pinning import decisive
 from jobs.replay.ranks import Span, replay
 from jobs.tracking import bundles, models
-from ssl_core.config import parse, resolved
 from ssl_core.train import checkpoint
 from ssl_core.train.chain import Chain, Start, canonical_digest, first_difference, weights_digest
 from storage.errors import ConfigError, CorruptChunk, NotFound
@@ -138,18 +136,20 @@ def _links(certificate: dict[str, Any], chain: Chain) -> Iterator[Check]:
         yield Check("chain", False, f"its links lead to {chain.head()}, not to the head {head}")
     else:
         yield Check("chain", True, f"{chain.steps} steps, head {head}")
-    config = parse(PretrainConfig, certificate["settings"])
-    digest = canonical_digest(resolved(decisive(config)))
+    settings = certificate["settings"]
+    digest = canonical_digest(decisive(settings))
     same = digest == chain.what["configuration"]
     text = digest if same else f"the settings have digest {digest}, the chain {chain.what['configuration']}"
     yield Check("configuration", same, text)
-    if chain.steps != config.engine.steps:
-        yield Check("steps", False, f"{chain.steps} in the chain, {config.engine.steps} in the settings")
+    if chain.steps != settings["engine"]["steps"]:
+        yield Check("steps", False, f"{chain.steps} in the chain, {settings['engine']['steps']} in the settings")
 
 
 def _code(certificate: dict[str, Any], chain: Chain) -> Check:
     before, now = certificate["code"]["files"], code_files()
     commit = f" of commit {certificate['code']['commit']}" if certificate["code"]["commit"] else ""
+    if before is None:
+        return Check("code", None, f"{chain.starts[-1].facts['code']}, which was not that of the job's driver")
     if canonical_digest(before) != chain.starts[-1].facts["code"]:
         return Check("code", False, "the list of files is not that of the chain")
     others = _others(before, now)

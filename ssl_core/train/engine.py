@@ -29,7 +29,8 @@ from ssl_core.views.split import split
 from ssl_core.views.types import ViewBatch
 from storage.errors import ConfigError, TomoscaleError
 
-_OPERATIONAL = ("checkpoint_every", "log_every", "probe_every")
+OPERATIONAL = ("checkpoint_every", "log_every", "probe_every")
+"""Settings that change nothing of the result."""
 
 
 class EngineConfig(Config):
@@ -88,11 +89,8 @@ class EngineConfig(Config):
 
     def digest(self) -> str:
         """Digest of the settings that change the result; how often to log or save is not among them."""
-        return digest(self.decisive())
-
-    def decisive(self) -> "EngineConfig":
-        """These settings, with the defaults of those that change nothing of the result."""
-        return self.model_copy(update={name: type(self).model_fields[name].default for name in _OPERATIONAL})
+        plain = {name: type(self).model_fields[name].default for name in OPERATIONAL}
+        return digest(self.model_copy(update=plain))
 
 
 class NonFiniteError(TomoscaleError, ArithmeticError):

@@ -52,6 +52,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _verified(arguments: argparse.Namespace) -> int:
     from jobs.certificate import document, signing
     from jobs.replay import verify
+    from jobs.tracking import runs
 
     if arguments.from_start and arguments.step is None:
         raise ConfigError("--from-start", expected="--step K beside it", found="none")
@@ -75,7 +76,9 @@ def _verified(arguments: argparse.Namespace) -> int:
     if key is not None:
         body = document.without_signature(certificate)
         signed = signing.signature(key, body)
-        document.put(store, body, signed)
+        certificate = document.put(store, body, signed)
+        if certificate["run_id"] is not None and not arguments.no_model:
+            runs.client().log_dict(certificate["run_id"], certificate, document.KEY)
         print(f"signed by {signed['public_key']}: {store.url}/{document.KEY}", file=sys.stderr)
     return 0
 
