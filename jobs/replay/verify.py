@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.certificate import document, signing
-from jobs.certificate.code import code_digest, code_files
+from jobs.certificate.code import code_files
 from jobs.pinning import decisive
 from jobs.replay.ranks import Span, replay
 from jobs.tracking import bundles, models
@@ -226,10 +226,11 @@ def _reasons(chain: Chain, again: Chain, step: int) -> list[str]:
     """What may be behind other bits: what else was other when the step was trained."""
     then = [item.facts for item in chain.starts if item.step < max(step, 1)][-1]
     now = again.starts[-1].facts
-    lines = [f"{key} then {then.get(key)}, now {now.get(key)}" for key in then if then[key] != now.get(key)]
-    if then["code"] == now["code"] == code_digest() or not lines:
-        return lines
-    return [line if not line.startswith("code ") else "the code is another version" for line in lines]
+    others = [key for key in then if then[key] != now.get(key)]
+    return [
+        "the code is another version" if key == "code" else f"{key} then {then[key]}, now {now.get(key)}"
+        for key in others
+    ]
 
 
 def _others(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -33,7 +33,7 @@ def go_on(result: Chain, steps: int, last: int, starts: tuple[int, ...] = (), **
             result.weights[step] = f"{change.get('weights', step) if step == change.get('at') else step:064x}"
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.integers(1, 12), st.data())
 def test_a_chain_that_goes_on_has_the_head_of_the_undisturbed_one(steps: int, data: st.DataObject) -> None:
     cuts = data.draw(st.lists(st.integers(0, steps), max_size=4).map(sorted))
