@@ -24,6 +24,8 @@ from ssl_core.views.types import ViewBatch
 from storage.errors import ConfigError
 
 _CPU = torch.device("cpu")
+_STATISTICS = ("running_mean", "running_var")
+"""Of batch norms: those of a capture are from after its forward pass, which has spoiled them and does not read them."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def run_alone(folder: Path) -> Replay:
     views = make_views(
         batch, view_spec(job), seed=job.engine.seed, policy=job.intensity, device=_CPU, dtype=engine.dtype
     )
-    places = [f"weights: {name}" for name, tensor in state["method"].items() if not _is_finite(tensor)]
+    weights = {name: tensor for name, tensor in state["method"].items() if not name.endswith(_STATISTICS)}
+    places = [f"weights: {name}" for name, tensor in weights.items() if not _is_finite(tensor)]
     for role, images in _images(views):
         places += [f"views: {role}"] if not _is_finite(images) else []
     outcomes: list[Outcome] = []
