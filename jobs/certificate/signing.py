@@ -44,7 +44,8 @@ def private_key(path: Path, option: str) -> Ed25519PrivateKey:
     Raises:
         ConfigError: no such file, or another kind of key.
     """
-    return _key(path, option, Ed25519PrivateKey, _MAKE)
+    key: Ed25519PrivateKey = _key(path, option, Ed25519PrivateKey, _MAKE)
+    return key
 
 
 def public_key(path: Path, option: str) -> str:
