@@ -139,5 +139,7 @@ def batch_state(batch: HostBatch) -> dict[str, Any]:
 
 def batch_from(state: Mapping[str, Any]) -> HostBatch:
     """Inverse of `batch_state`."""
-    values = {name: v.numpy() if isinstance(v, torch.Tensor) else v for name, v in state.items() if name != "maps_BDHW"}
+    values: dict[str, Any] = {
+        name: v.numpy() if isinstance(v, torch.Tensor) else v for name, v in state.items() if name != "maps_BDHW"
+    }
     return HostBatch(**values, maps_BDHW={name: tensor.numpy() for name, tensor in state["maps_BDHW"].items()})
