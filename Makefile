@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test fuzz coverage lint types check clean
+.PHONY: demo test fuzz chaos coverage lint types check clean
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -24,6 +24,11 @@ FUZZ_MINUTES ?= 10
 fuzz: $(READY)
 	TOMOSCALE_FUZZ_MINUTES=$(FUZZ_MINUTES) $(BIN)/pytest --timeout 0 \
 		tests/unit/storage/ingest/test_fuzz.py tests/unit/ssl_core/portable/test_one_nifti_header.py $(ARGS)
+
+# Disasters on machines of namespaces (root), about half an hour; docs/benchmarks-nodes.md shows the table.
+chaos: $(READY)
+	TOMOSCALE_CHAOS_OUT=docs/benchmarks/nodes.json $(BIN)/pytest -s tests/chaos $(ARGS)
+	$(BIN)/python docs/update.py
 
 coverage: $(READY)
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --cov --cov-report=

@@ -19,6 +19,8 @@ import psutil
 
 STACK_MARK = "TOMOSCALE_STACK"
 SERVICE_MARK = "TOMOSCALE_SERVICE"
+_START_FIELD = 19  # of /proc/PID/stat, behind the name
+_EPOCH = 1e9  # seconds: no machine is on for so long, and no clock shows less
 
 
 def spawn(command: Sequence[str], environment: Mapping[str, str], log: Path, cwd: Path) -> psutil.Process:
@@ -36,18 +38,39 @@ def spawn(command: Sequence[str], environment: Mapping[str, str], log: Path, cwd
     return psutil.Process(child.pid)
 
 
-def same(pid: int | None, created: float | None) -> psutil.Process | None:
-    """The process with this number, if it is still the one that was started then."""
-    if pid is None or created is None:
+def started(process: psutil.Process) -> float:
+    """When it started: in seconds since the machine did, or since the epoch where the system does not tell.
+
+    What psutil calls the creation time moves with every step of the machine's clock, and a live process would then be
+    taken for another one.
+    """
+    try:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return process.create_time()
+    return int(fields[_START_FIELD]) / os.sysconf("SC_CLK_TCK")
+
+
+def same(pid: int | None, start: float | None) -> psutil.Process | None:
+    """The process with this number, if it is still the one that `started` then.
+
+    Earlier versions noted psutil's creation time; that is understood too.
+    """
+    if pid is None or start is None:
         return None
     try:
         process = psutil.Process(pid)
         # Process numbers are used again; the start time is the other half of the name.
-        if abs(process.create_time() - created) < 1.0 and alive(process):
+        if abs(_later_s(process, start)) < 1.0 and alive(process):
             return process
     except psutil.Error:
         pass
     return None
+
+
+def _later_s(process: psutil.Process, start: float) -> float:
+    """How much later than `start` it started, by the clock that this was noted by."""
+    return (process.create_time() if start > _EPOCH else started(process)) - start
 
 
 def alive(process: psutil.Process) -> bool:
@@ -93,16 +116,16 @@ def family(roots: Iterable[psutil.Process]) -> list[psutil.Process]:
     return [process for process in members.values() if alive(process)]
 
 
-def orphans(leader: int, created: float) -> list[psutil.Process]:
+def orphans(leader: int, start: float) -> list[psutil.Process]:
     """Ray processes of a session whose leader died: they have lost both their parent and their mark.
 
     Args:
         leader: Number of the dead leader, which Linux does not use again while its session has members.
-        created: When the leader was started.
+        start: When the leader `started`.
     """
     with contextlib.suppress(psutil.NoSuchProcess):
         other = psutil.Process(leader)  # a zombie of ours is as good as gone
-        if abs(other.create_time() - created) >= 1.0:
+        if abs(_later_s(other, start)) >= 1.0:
             return []
     members = []
     for pid in psutil.pids():
@@ -110,7 +133,7 @@ def orphans(leader: int, created: float) -> list[psutil.Process]:
             if os.getsid(pid) == leader:
                 process = psutil.Process(pid)
                 title = " ".join(process.cmdline())
-                if title.startswith(("ray::", "ray-dashboard")) and process.create_time() >= created - 1.0:
+                if title.startswith(("ray::", "ray-dashboard")) and _later_s(process, start) >= -1.0:
                     members.append(process)
     return [process for process in members if alive(process)]
 

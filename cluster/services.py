@@ -33,6 +33,9 @@ PATIENCE_S = 10.0  # a server on a busy machine may be slow and well
 # Ray waits 30 s for its own node, which no setting changes, and then ends with these words.
 IMPATIENT = "timed out during startup"
 DRIVER_SLOTS = 16
+# A cluster of one machine has nobody to fail over to: a node that is slow beside heavy work is waited for. Ray would
+# take it for dead after half a minute, and end it with every job at work.
+_PATIENT_RAY = {"RAY_health_check_timeout_ms": "60000", "RAY_health_check_failure_threshold": "10"}
 GRPC_CERTIFICATE = "grpc.pem"
 SOCKETS = Path("/tmp")  # where weed puts its sockets, whatever TMPDIR says
 # One port a purpose; the first is the one that clients use.
@@ -210,6 +213,7 @@ def _ray(state_dir: Path, ports: dict[str, dict[str, int]], cpus: int) -> Made:
         # A job's `python -m jobs.pretrain` must find this environment.
         "PATH": os.pathsep.join([binaries, os.environ.get("PATH", os.defpath)]),
         **SETTINGS,
+        **_PATIENT_RAY,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         # Ray's metrics ports, 44217 and 44227 by default, would be in the way of a second cluster.
         "AUTOSCALER_METRIC_PORT": str(own["autoscaler_metrics"]),

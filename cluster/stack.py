@@ -205,7 +205,7 @@ def _launch(
         server, service = servers[name], state.services[name]
         server.log.unlink(missing_ok=True)
         process = processes.spawn(server.command, server.environment, server.log, server.cwd)
-        service.pid, service.created = process.pid, process.create_time()
+        service.pid, service.created = process.pid, processes.started(process)
         states.save(state_dir, state)
     return servers
 

@@ -28,6 +28,8 @@ from tests.kit.house import ROOMS  # noqa: E402
 
 ARCHITECTURE = ROOT / "docs/architecture.md"
 REFERENCE = ROOT / "docs/reference-configs.md"
+NODES = ROOT / "docs/benchmarks-nodes.md"
+NODES_FIGURES = ROOT / "docs/benchmarks/nodes.json"
 MARKED = r"<!-- {} -->\n(.*?)<!-- end -->"
 TABLES: tuple[type[BaseModel], ...] = (
     configs.PretrainConfig,
@@ -105,6 +107,38 @@ def update_rooms() -> None:
     ARCHITECTURE.write_text(text, encoding="utf-8")
 
 
+def disasters() -> str:
+    """What `make chaos` measured, as a table."""
+    if not NODES_FIGURES.exists():
+        return "\nNot measured yet.\n\n"
+    figures = json.loads(NODES_FIGURES.read_text(encoding="utf-8"))
+    versions = ", ".join(f"{name} {number}" for name, number in figures["versions"].items())
+    lines = [
+        "",
+        f"Measured on {figures['day']} on {figures['cores']} cores with Python {figures['python']}, {versions}.",
+        "",
+    ]
+    lines += [
+        "| disaster | noticed | next new step | repeated | weights | exit code | last line |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in figures["rows"]:
+        noticed, resumed = ("-" if row[key] is None else f"{row[key]:.0f} s" for key in ("noticed_s", "resumed_s"))
+        last = row["last"].replace("|", "\\|")
+        cells = [row["scenario"], noticed, resumed, row["repeated"], row["weights"], row["code"], f"`{last}`"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n\n"
+
+
+def update_disasters() -> None:
+    """Write the table of disasters anew."""
+    text = NODES.read_text(encoding="utf-8")
+    new = f"<!-- nodes -->\n{disasters()}<!-- end -->"
+    text = re.sub(MARKED.format("nodes"), partial(_value, new), text, flags=re.DOTALL)
+    NODES.write_text(text, encoding="utf-8")
+
+
 if __name__ == "__main__":
     update_reference()
     update_rooms()
+    update_disasters()

@@ -255,7 +255,7 @@ def _job_id() -> str:
 def _process() -> list[Any]:
     """Names this process among all of all machines: boot, namespace, number, start. Nothing without Linux's /proc."""
     place = _place()
-    return [*place, os.getpid(), psutil.Process().create_time()] if place else []
+    return [*place, os.getpid(), processes.started(psutil.Process())] if place else []
 
 
 def _place() -> list[str]:

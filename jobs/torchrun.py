@@ -1,8 +1,8 @@
 """The pre-training loop without Ray: `torchrun --nproc-per-node 2 -m jobs.torchrun CONFIG [--out FOLDER]`.
 
 For a single machine with no cluster, and as the yardstick of what Ray Train costs. Checkpoints go to the folder; the
-newest is resumed from. Metrics are written beside them, one JSON line a report; nothing is registered. SIGTERM and
-Ctrl-C end the run with a checkpoint after the step that was under way.
+newest is resumed from, and a lease there keeps a second run of the name out. Metrics are written beside them, one JSON
+line a report; nothing is registered. SIGTERM and Ctrl-C end the run with a checkpoint after the step under way.
 """
 
 import argparse
@@ -12,17 +12,18 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from jobs.certificate import document, signing
-from jobs.certificate.captures import Captures
 from jobs.configs import PretrainConfig
 from jobs.driver import guarded
+from jobs.lease import Lease
 from jobs.output import write_page
-from jobs.pretrain.loop import Hooks, Take, collectives_backend, run
+from jobs.pretrain.loop import KIND, Hooks, Take, collectives_backend, run
 from jobs.tracking.runs import Point
 from ssl_core.config import load, resolved
 from storage.objects import open_store
@@ -64,29 +65,11 @@ def main(argv: Sequence[str]) -> int:
         torch.cuda.set_device(device)  # or every rank keeps a context, and NCCL a communicator, on the first GPU
     dist.init_process_group(collectives_backend(gpu=cuda))
     rank = dist.get_rank()
-    out: Path = arguments.out / config.name
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    done = sorted(p for p in out.glob("step-*") if p.is_dir())
-
-    def publish(step: int, take: Take | None, metrics: dict[str, float]) -> None:
-        if take is not None:
-            take().save(out / f"step-{step:08d}")
-
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     try:
-        hooks = Hooks(
-            publish=publish,
-            on_point=Lines(out / "metrics.jsonl").add,
-            is_recorded=lambda _step: True,
-            say=lambda line: print(line, flush=True),
-            stop=stop.is_set,
-            captures=Captures(out.absolute().as_uri(), lambda line: print(line, flush=True)),
-        )
-        steps = run(config, hooks, restore=done[-1] if done else None, device=device)["steps"]
+        # The first rank alone writes; where it is refused, torchrun ends the others.
+        with Lease(arguments.out.absolute().as_uri(), config.name, KIND) if rank == 0 else nullcontext():
+            dist.barrier()
+            steps = _train(config, arguments.out / config.name, device)
     finally:
         dist.destroy_process_group()
     if steps < config.engine.steps:
@@ -96,9 +79,32 @@ def main(argv: Sequence[str]) -> int:
             )
         return 128 + signal.SIGTERM
     if rank == 0:
+        out: Path = arguments.out / config.name
         store = open_store(out.absolute().as_uri())
         document.issue_from(store, out / f"step-{steps:08d}", config.name, resolved(config))
     return 0
+
+
+def _train(config: PretrainConfig, out: Path, device: torch.device) -> int:
+    """Train this rank until the last step or a signal; the number of steps done."""
+    done = sorted(p for p in out.glob("step-*") if p.is_dir())
+
+    def publish(step: int, take: Take | None, metrics: dict[str, float]) -> None:
+        if take is not None:
+            take().save(out / f"step-{step:08d}")
+
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    hooks = Hooks(
+        publish=publish,
+        on_point=Lines(out / "metrics.jsonl").add,
+        is_recorded=lambda _step: True,
+        say=lambda line: print(line, flush=True),
+        stop=stop.is_set,
+        captures=Captures(out.absolute().as_uri(), lambda line: print(line, flush=True)),
+    )
+    return int(run(config, hooks, restore=done[-1] if done else None, device=device)["steps"])
 
 
 if __name__ == "__main__":

@@ -14,25 +14,36 @@ R = TypeVar("R")
 RETRIES = 3
 """How often a task is tried again after its worker was killed."""
 
+HOW: dict[type[BaseException], str] = {
+    ray.exceptions.OutOfMemoryError: "by Ray, for want of memory",
+    ray.exceptions.WorkerCrashedError: "by the system or by a fault in a library",
+    ray.exceptions.NodeDiedError: "with its node",
+}
+"""How a worker dies, by the error that Ray raises for it."""
+
 
 def ray_map(
     function: Callable[[W], R],
     items: Iterable[W],
     *,
+    cpus: float = 1,
+    gpus: float = 0,
     in_flight: int = 16,
     lost: Callable[[W, str], R] | None = None,
 ) -> Iterator[R]:
     """Map over Ray tasks with bounded back-pressure, yielding results as they finish.
 
-    A task whose worker dies is run again by Ray; an error of ours is raised here as it was there.
+    A task whose worker or node dies is run again by Ray; an error of ours is raised here as it was there.
 
     Args:
         function: Runs in the tasks.
         items: What to map.
+        cpus: Of a task.
+        gpus: Of a task.
         in_flight: Tasks at a time.
-        lost: The result for an item that killed its worker each time, and how; without it that is an error.
+        lost: The result for an item whose worker died each time, and how; without it that is an error.
     """
-    task: Any = ray.remote(max_retries=RETRIES)(function)
+    task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)(function)
     running: dict[Any, W] = {}
 
     def one_done() -> R:
@@ -40,11 +51,10 @@ def ray_map(
         item = running.pop(done)
         try:
             result: R = result_of(done)
-        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+        except tuple(HOW) as error:
             if lost is None:
                 raise
-            memory = isinstance(error, ray.exceptions.OutOfMemoryError)
-            return lost(item, "by Ray, for want of memory" if memory else "by the system or by a fault in a library")
+            return lost(item, next(how for kind, how in HOW.items() if isinstance(error, kind)))
         return result
 
     for item in items:

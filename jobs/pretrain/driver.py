@@ -32,8 +32,8 @@ from jobs.on_ray.session import connect
 from jobs.output import last_line
 from jobs.pinning import as_started, note_start
 from jobs.pretrain.inputs import open_manifest
-from jobs.pretrain.loop import JOURNAL, collectives_backend
-from jobs.pretrain.worker import KIND, train_loop
+from jobs.pretrain.loop import JOURNAL, KIND, collectives_backend
+from jobs.pretrain.worker import train_loop
 from jobs.superpixels import ensure_superpixels
 from jobs.tracking import bundles, registration, runs
 from jobs.tracking.outage import through_outage

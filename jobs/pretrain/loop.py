@@ -36,6 +36,8 @@ from storage.reading.volume_store import VolumeStore
 from storage.stream.crop_stream import CropStream, HostBatch
 from storage.stream.plan import order_digest
 
+KIND = "pretrain"
+"""Of the job, in MLflow and in the name of its lease."""
 JOURNAL = "journal"
 """Of a checkpoint: the points that are nowhere else yet, and the last one."""
 Take = Callable[[], Snapshot]

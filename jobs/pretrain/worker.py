@@ -15,13 +15,10 @@ from jobs.configs import PretrainConfig
 from jobs.driver import quiet
 from jobs.on_ray import preemption
 from jobs.on_ray.uploads import Uploads
-from jobs.pretrain.loop import Hooks, Take, run
+from jobs.pretrain.loop import KIND, Hooks, Take, run
 from jobs.tracking.runs import Sender
 from ssl_core.config import parse
 from storage.objects import join
-
-KIND = "pretrain"
-"""Of the job, in MLflow and in the name of its lease."""
 
 
 def train_loop(payload: dict[str, Any]) -> None:

@@ -329,9 +329,10 @@ def _log(
 
 
 def _example(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """A small bright ball in the dark, in file order."""
+    """A small ball in the dark, brightest inside, in file order."""
     i, j, k = np.meshgrid(*(np.arange(n) for n in (12, 12, 12)), indexing="ij")
-    ball = ((i - 5.5) ** 2 + (j - 5.5) ** 2 + (k - 5.5) ** 2 < 16).astype(np.float32) * 100
+    squared = (i - 5.5) ** 2 + (j - 5.5) ** 2 + (k - 5.5) ** 2
+    ball = np.clip(100 - 4 * squared, 0, None).astype(np.float32)  # of one value it would be refused
     image = ball if plan["channels"] == 1 else np.stack([ball] * int(plan["channels"]), axis=-1)
     # It is like no scan: a model that knows what it learned from would refuse it. MLflow wants all values as arrays.
     return {"image": image, "affine": np.eye(4), **({"force": np.array([True])} if plan.get("training") else {})}

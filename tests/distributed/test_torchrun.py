@@ -4,16 +4,22 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from cluster import ports
+from jobs import torchrun
 from jobs.certificate import document
 from jobs.cli.main import main
 from jobs.configs import PretrainConfig
+from jobs.lease import Lease
 from ssl_core.config import dump_yaml, parse
 from ssl_core.train import checkpoint
+from storage.errors import StackError
 from storage.objects import open_store
 from tests.kit.phantoms import write_phantoms
 
@@ -39,20 +45,40 @@ def result(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return checkpoint.load(out / "run" / f"step-{STEPS:08d}")
 
 
-def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_second_run_of_the_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (port,) = ports.find_free(1)
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(torchrun, "Lease", partial(Lease, grace_s=0.1))
     write_phantoms(f"file://{tmp_path}/store", 8)
+    config = written(tmp_path)
+    out = tmp_path / "out"
+    with Lease(out.as_uri(), "run", "pretrain"), pytest.raises(StackError, match="no job of this name is at work"):
+        torchrun.main([str(config), "--out", str(out)])
+    assert not list(out.glob("run/step-*"))
+
+
+def written(folder: Path) -> Path:
+    """The configuration, as a file."""
     crops = {"size_DHW": [16, 16, 16], "scale": [1.0, 1.2], "min_overlap": 0.3}
     job = {
         "name": "run",
-        "data": f"file://{tmp_path}/store",
-        "runs": f"file://{tmp_path}/runs",
+        "data": f"file://{folder}/store",
+        "runs": f"file://{folder}/runs",
         "method": {"name": "pgl", "crops": crops, "hidden": 32, "out": 16},
         "backbone": {"name": "basic_unet", "arguments": {"features": [4, 4, 8, 8, 16, 4]}},
         "stream": {"global_batch": 4, "lanes": 8},
         "engine": {"steps": STEPS, "warmup_steps": 4, "log_every": 1, "checkpoint_every": 1000, "probe_every": 0},
     }
-    config = tmp_path / "config.yaml"
+    config = folder / "config.yaml"
     config.write_text(dump_yaml(parse(PretrainConfig, job)))
+    return config
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    write_phantoms(f"file://{tmp_path}/store", 8)
+    config = written(tmp_path)
 
     whole = start(tmp_path / "whole", config, tmp_path)
     said, _ = whole.communicate(timeout=300)

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _INSIDE = """
-node=$1 here=$2; shift 2
+node=$1 here=$2 disk=$3; shift 3
 hostname "$node"
 mount --bind "$here/hosts" /etc/hosts
 mkdir -p /tmp/node
+if [ -n "$disk" ]; then mount -t tmpfs -o "size=$disk" tmpfs "$here/tmp"; fi
 mount --bind "$here/tmp" /tmp/node
 mount -t tmpfs -o size=700m tmpfs /dev/shm
 export HOME="$here/home" TMPDIR=/tmp/node
@@ -30,7 +31,7 @@ def why_not() -> str:
     """Why no machines can be made here; empty where they can."""
     if os.geteuid() != 0:
         return "namespaces of their own need root"
-    missing = [program for program in ("ip", "unshare", "nsenter") if shutil.which(program) is None]
+    missing = [program for program in ("ip", "unshare", "nsenter", "setpriv") if shutil.which(program) is None]
     if missing:
         return f"{', '.join(missing)} is not installed"
     probe = subprocess.run(["unshare", "--net", "--pid", "--fork", "--mount", "true"], capture_output=True, text=True)
@@ -47,11 +48,14 @@ class Lab:
 
     Args:
         names: Of the nodes; their addresses are 10.88.0.1, .2, ... in this order.
-        own_name: What a node's /etc/hosts says of its own name: its address, or what Debian's installer writes.
+        own_name: What a node's /etc/hosts says of its own name: its `address`, 127.0.1.1 as Debian's installer writes
+            it (`debian`), or nothing, nor of any other node (`none`). One for all, or one by node.
+        disk: Sizes of /tmp by node, such as `64m`, where it is a disk of its own.
     """
 
     names: Sequence[str]
-    own_name: str = "address"
+    own_name: str | Mapping[str, str] = "address"
+    disk: Mapping[str, str] = field(default_factory=dict)
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="lab", dir="/tmp")))
     _started: list["subprocess.Popen[bytes]"] = field(default_factory=list)
 
@@ -84,9 +88,14 @@ class Lab:
         _ip("-n", hub, "link", "set", f"p{name}", "master", "br0", "up")
         for part in ("tmp", "home"):
             (self.folder / name / part).mkdir(parents=True)
+        (self.folder / name / "hosts").write_text("\n".join(["127.0.0.1 localhost", *self._hosts(name), ""]))
+
+    def _hosts(self, name: str) -> list[str]:
+        kind = self.own_name if isinstance(self.own_name, str) else self.own_name[name]
+        if kind == "none":
+            return []
         others = [f"{self.address(other)} {other}" for other in self.names if other != name]
-        own = f"127.0.1.1 {name}" if self.own_name == "debian" else f"{self.address(name)} {name}"
-        (self.folder / name / "hosts").write_text("\n".join(["127.0.0.1 localhost", own, *others, ""]))
+        return [f"127.0.1.1 {name}" if kind == "debian" else f"{self.address(name)} {name}", *others]
 
     def address(self, name: str) -> str:
         """Of a node."""
@@ -96,9 +105,11 @@ class Lab:
         self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path
     ) -> "subprocess.Popen[bytes]":
         """Start a process as the first of a node's; when it ends, all others of the node do."""
-        inside = ["ip", "netns", "exec", self._space(name)]
+        self.heal(name)
+        inside = ["setpriv", "--pdeathsig", "KILL"]  # a killed test run leaves no machine
+        inside += ["ip", "netns", "exec", self._space(name)]
         inside += ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--mount", "--uts", "--ipc"]
-        inside += ["bash", "-ec", _INSIDE, "node", name, str(self.folder / name), *command]
+        inside += ["bash", "-ec", _INSIDE, "node", name, str(self.folder / name), self.disk.get(name, ""), *command]
         with log.open("ab") as file:
             process = subprocess.Popen(
                 inside, env=dict(environment), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
@@ -112,7 +123,7 @@ class Lab:
         Raises:
             LookupError: the node's first process is not there yet, or has ended.
         """
-        first = [pid for pid in self._pids(name) if _number_inside(pid) == 1]
+        first = [pid for pid in self.pids(name) if _number_inside(pid) == 1]
         return ["nsenter", "-t", str(first[0]), "-a", *command]
 
     def cut(self, name: str) -> None:
@@ -124,21 +135,26 @@ class Lab:
         _ip("-n", self._space("hub"), "link", "set", f"p{name}", "up")
 
     def lose_power(self, name: str) -> None:
-        """End every process of a node at once."""
-        for pid in self._pids(name):
+        """End every process of a node at once, with its link down: nobody is told that its connections end."""
+        self.cut(name)
+        self._end(name)
+
+    def _end(self, name: str) -> None:
+        for pid in self.pids(name):
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
 
-    def _pids(self, name: str) -> list[int]:
+    def pids(self, name: str) -> list[int]:
+        """Every process of a node, as numbered outside it."""
         listed = subprocess.run(["ip", "netns", "pids", self._space(name)], capture_output=True, text=True)
         return [int(pid) for pid in listed.stdout.split()]
 
     def close(self) -> None:
         """End all nodes and take the network down."""
         for name in self.names:
-            self.lose_power(name)
+            self._end(name)
         for process in self._started:
             process.wait(timeout=30)
         for name in (*self.names, "hub"):

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 _COUNTED = (
     "frame|fr|visit|vis|session|sess|ses|timepoint|time|tp|followup|fu|day|week|month|year|run|rep|repeat|retest|echo|"
@@ -87,6 +88,7 @@ class Word:
         return (match[1].lower(), match[2]) if match else None
 
 
+@lru_cache(maxsize=1 << 16)  # each folder is asked about for each of its files, and each name several times
 def words_of(name: str) -> tuple[Word, ...]:
     """The words of one path segment.
 

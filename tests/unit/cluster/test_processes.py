@@ -86,7 +86,16 @@ def test_a_number_used_again_is_not_the_same_process() -> None:
     me = psutil.Process()
     assert processes.same(me.pid, me.create_time()) == me
     assert processes.same(me.pid, me.create_time() - 60) is None
+    assert processes.same(me.pid, processes.started(me)) == me
+    assert processes.same(me.pid, processes.started(me) - 60) is None
     assert processes.same(None, None) is None
+
+
+def test_a_live_process_is_the_same_after_a_step_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    me = psutil.Process()
+    noted, created = processes.started(me), me.create_time()
+    monkeypatch.setattr(psutil.Process, "create_time", lambda _self: created + 3600)  # derived from the clock
+    assert processes.same(me.pid, noted) == me
 
 
 def test_a_zombie_is_not_alive() -> None:
@@ -101,7 +110,7 @@ def test_orphans_are_known_by_session_title_and_age(tmp_path: Path, started: lis
     child = "exec -a ray::IDLE sleep 600"
     leader = spawn(tmp_path, started, ["bash", "-c", f"bash -c '{child}' & bash -c 'exec sleep 600' & wait"])
     assert until(lambda: len(processes.family([leader])) == 3)
-    created, members = leader.create_time(), processes.family([leader])
+    created, noted, members = leader.create_time(), processes.started(leader), processes.family([leader])
     assert until(lambda: any(p.cmdline()[:1] == ["ray::IDLE"] for p in members))
     leader.send_signal(signal.SIGKILL)
     assert until(lambda: not processes.alive(leader))
@@ -112,6 +121,8 @@ def test_orphans_are_known_by_session_title_and_age(tmp_path: Path, started: lis
         found = processes.orphans(leader.pid, created)
         assert [p.cmdline()[0] for p in found] == ["ray::IDLE"]
         assert processes.orphans(leader.pid, created + 60) == []
+        assert [p.cmdline()[0] for p in processes.orphans(leader.pid, noted)] == ["ray::IDLE"]
+        assert processes.orphans(leader.pid, noted + 60) == []
     finally:
         for member in members:
             if processes.alive(member):

@@ -1,4 +1,4 @@
-"""`python -m cluster.predict_folder MODEL IN OUT` writes a mask for every volume of a folder, one Ray task a volume.
+"""`python -m jobs.predict MODEL IN OUT` writes a mask for every volume of a folder, one Ray task a volume.
 
 Both folders are mounted by every node. The model is downloaded once, into OUT, so that all masks are of one version of
 it, also where its alias moves meanwhile and where the job is sent again. A mask that is in OUT already is left.
@@ -9,12 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+from jobs.on_ray.map import ray_map
+from jobs.on_ray.session import connect
 from storage.errors import ConfigError, RefusedInput, TomoscaleError
 
 SUFFIXES = (".nii", ".nii.gz")
-RETRIES = 3  # of a task whose node is lost
+IN_FLIGHT = 1024  # tasks that wait for a node or have one; more than a cluster has
 _LAST_CHARACTERS = 400
 Predict = Callable[[Path], str]
 
@@ -78,18 +79,15 @@ def _tomoscale(*words: str) -> str:
 
 def on_cluster(predict: Predict, volumes: Iterable[Path], cpus: int, gpus: int) -> Iterator[tuple[Path, str]]:
     """Predict on the Ray cluster that the environment names; each volume with its reason when it is done."""
-    import ray
-
-    ray.init("auto", log_to_driver=False)
-    task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)(predict)
-    running = {task.remote(volume): volume for volume in volumes}
-    while running:
-        (ready,), _ = ray.wait(list(running), num_returns=1)
-        volume = running.pop(ready)
-        try:
-            yield volume, ray.get(ready)
-        except ray.exceptions.RayError as error:
-            yield volume, str(error).strip().splitlines()[-1]
+    connect()
+    return ray_map(
+        lambda volume: (volume, predict(volume)),
+        volumes,
+        cpus=cpus,
+        gpus=gpus,
+        in_flight=IN_FLIGHT,
+        lost=lambda volume, how: (volume, f"its process was ended each time, {how}"),
+    )
 
 
 def report(results: Iterable[tuple[Path, str]], total: int) -> int:
@@ -104,8 +102,8 @@ def report(results: Iterable[tuple[Path, str]], total: int) -> int:
 
 
 def main(words: Sequence[str]) -> int:
-    """The exit code: 0 done, 2 a wrong argument, 3 where volumes have no mask."""
-    parser = argparse.ArgumentParser(prog="python -m cluster.predict_folder", description=__doc__)
+    """The exit code: 0 done, 1 no cluster, 2 a wrong argument, 3 where volumes have no mask."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.predict", description=__doc__)
     parser.add_argument("model", help="model URI, such as models:/NAME@ALIAS")
     parser.add_argument("scans", type=Path, help="folder of .nii and .nii.gz")
     parser.add_argument("masks", type=Path, help="folder to write to")
@@ -115,11 +113,7 @@ def main(words: Sequence[str]) -> int:
     try:
         volumes = due(arguments.scans, arguments.masks)
         predict = mask_of(pin(arguments.model, arguments.masks), arguments.masks)
+        return report(on_cluster(predict, volumes, arguments.cpus, arguments.gpus), len(volumes))
     except TomoscaleError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    return report(on_cluster(predict, volumes, arguments.cpus, arguments.gpus), len(volumes))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from cluster import predict_folder
+from jobs.predict import folder
 from storage.errors import ConfigError, TomoscaleError
 
 
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path]:
     scans, masks = tmp_path / "in", tmp_path / "out"
-    for folder in (scans, masks):
-        folder.mkdir()
+    for path in (scans, masks):
+        path.mkdir()
     for name in ("b.nii.gz", "a.nii", "notes.txt"):
         (scans / name).write_text("-")
     return scans, masks
@@ -29,42 +29,42 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
             Path(words[-1]).mkdir()
         return "refused" if words[0] == "predict" and words[2].endswith("a.nii") else ""
 
-    monkeypatch.setattr(predict_folder, "_tomoscale", run)
+    monkeypatch.setattr(folder, "_tomoscale", run)
     return commands
 
 
 def test_volumes_without_a_mask_are_due_by_name(folders: tuple[Path, Path]) -> None:
     scans, masks = folders
-    assert [path.name for path in predict_folder.due(scans, masks)] == ["a.nii", "b.nii.gz"]
+    assert [path.name for path in folder.due(scans, masks)] == ["a.nii", "b.nii.gz"]
     (masks / "a.nii").write_text("-")
-    assert [path.name for path in predict_folder.due(scans, masks)] == ["b.nii.gz"]
+    assert [path.name for path in folder.due(scans, masks)] == ["b.nii.gz"]
 
 
 def test_one_folder_for_volumes_and_masks_or_none_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
     scans, masks = folders
     for wrong in ((scans, scans), (scans, tmp_path / "none"), (tmp_path / "none", masks), (masks, scans)):
         with pytest.raises(ConfigError):
-            predict_folder.due(*wrong)
+            folder.due(*wrong)
 
 
 def test_all_masks_are_of_one_model(folders: tuple[Path, Path], commands: list[tuple[str, ...]]) -> None:
     _, masks = folders
     for _ in range(2):  # the second time as a job sent again, whose alias may have moved
-        assert predict_folder.pin("models:/m@champion", masks) == masks / "model"
+        assert folder.pin("models:/m@champion", masks) == masks / "model"
     assert commands == [("models", "pull", "models:/m@champion", str(masks / "model"))]
     with pytest.raises(ConfigError, match="models:/m@champion"):
-        predict_folder.pin("models:/other/1", masks)
+        folder.pin("models:/other/1", masks)
 
 
 def test_a_download_that_failed_says_why_and_is_tried_again(
     folders: tuple[Path, Path], commands: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    working = predict_folder._tomoscale
-    monkeypatch.setattr(predict_folder, "_tomoscale", lambda *words: "MLflow is away")
+    working = folder._tomoscale
+    monkeypatch.setattr(folder, "_tomoscale", lambda *words: "MLflow is away")
     with pytest.raises(TomoscaleError, match="MLflow is away"):
-        predict_folder.pin("models:/m/1", folders[1])
-    monkeypatch.setattr(predict_folder, "_tomoscale", working)
-    assert predict_folder.pin("models:/m/2", folders[1]).is_dir()
+        folder.pin("models:/m/1", folders[1])
+    monkeypatch.setattr(folder, "_tomoscale", working)
+    assert folder.pin("models:/m/2", folders[1]).is_dir()
 
 
 def test_what_has_no_mask_is_named_and_the_rest_is_done(
@@ -74,10 +74,10 @@ def test_what_has_no_mask_is_named_and_the_rest_is_done(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     scans, masks = folders
-    monkeypatch.setattr(predict_folder, "on_cluster", lambda predict, volumes, *_: ((v, predict(v)) for v in volumes))
-    assert predict_folder.main(["models:/m/1", str(scans), str(masks)]) == 3
+    monkeypatch.setattr(folder, "on_cluster", lambda predict, volumes, *_: ((v, predict(v)) for v in volumes))
+    assert folder.main(["models:/m/1", str(scans), str(masks)]) == 3
     shown = capsys.readouterr()
     assert shown.out.splitlines() == ["1 of 2: a.nii: refused", "2 of 2: b.nii.gz"]
     assert shown.err == "1 of 2 volumes have no mask: a.nii\n"
     assert commands[-1] == ("predict", str(masks / "model"), str(scans / "b.nii.gz"), str(masks / "b.nii.gz"))
-    assert predict_folder.main(["models:/m/2", str(scans), str(masks)]) == 2
+    assert folder.main(["models:/m/2", str(scans), str(masks)]) == 2

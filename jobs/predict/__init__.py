@@ -1,0 +1,1 @@
+"""Prediction of a whole folder on a cluster."""

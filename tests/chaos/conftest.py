@@ -1,0 +1,86 @@
+"""The machines, one data set, the undisturbed run, and the table."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from tests.kit.fleet import Fleet
+from tests.kit.fleet_jobs import DATA, HOSTS, Job, Outcome, configuration, publish
+from tests.kit.nodes import why_not
+
+OUT = "TOMOSCALE_CHAOS_OUT"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a disaster cost.
+
+    Attributes:
+        scenario: What happened.
+        noticed_s: Seconds until the first line that tells of it; None where nothing has to.
+        resumed_s: Seconds until the first step that had not been read before.
+        repeated: Steps that were read twice.
+        skipped: Steps that were never read.
+        samples: Whether the same samples were taken in the same order as in the undisturbed run.
+        weights: `equal` to its to the bit, or the number of workers was another.
+        points: Whether MLflow has each step once.
+        code: Exit code of the client.
+        last: The last line that its user reads.
+    """
+
+    scenario: str
+    noticed_s: float | None
+    resumed_s: float | None
+    repeated: int
+    skipped: int
+    samples: bool
+    weights: str
+    points: bool
+    code: int
+    last: str
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Machines of namespaces need root."""
+    if reason := why_not():
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def fleet() -> Iterator[Fleet]:
+    began = time.monotonic()
+    with Fleet(own_name=HOSTS) as fleet:
+        print(f"machines are on after {time.monotonic() - began:.0f} s")
+        publish(fleet)
+        yield fleet
+
+
+@pytest.fixture(scope="session")
+def calm(fleet: Fleet) -> tuple[Job, Outcome]:
+    """The job that nothing happens to."""
+    job = Job(fleet, configuration("calm", DATA))
+    assert job.end() == 0, job.text[-5000:]
+    return job, job.outcome()
+
+
+@pytest.fixture(scope="session")
+def table() -> Iterator[list[Row]]:
+    rows: list[Row] = []
+    yield rows
+    if OUT in os.environ:
+        about = {
+            "versions": {name: version(name) for name in ("ray", "torch", "mlflow", "zarr")},
+            "python": platform.python_version(),
+            "cores": os.cpu_count(),
+            "day": time.strftime("%Y-%m-%d"),
+        }
+        text = json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1)
+        Path(os.environ[OUT]).write_text(text + "\n")

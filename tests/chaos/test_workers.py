@@ -1,0 +1,125 @@
+"""Workers and their machines die, are cut off, are taken away and come back."""
+
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.chaos.conftest import Row
+from tests.kit.fleet import Fleet
+from tests.kit.fleet_jobs import DATA, STEPS, Job, Outcome, configuration
+
+pytestmark = [pytest.mark.chaos, pytest.mark.service, pytest.mark.timeout(1200)]
+ALL = list(range(1, STEPS + 1))
+
+
+def row_of(job: Job, scenario: str, since: float, calm: Outcome, *, same_weights: bool = True) -> Row:
+    """Wait for the end of a job that was disturbed at `since`, hold it to the undisturbed run, and say what it cost."""
+    code = job.end()
+    steps = [step for _, step in job.steps()]
+    before = max((step for at, step in job.steps() if at <= since), default=0)
+    told = [at for at, line in job.lines if at > since and "step " not in line[:40]]
+    new = [at for at, step in job.steps(since) if step > before + 1]
+    resumed = [(at, int(match[1])) for at, line in job.lines if (match := re.search(r"resumed at step (\d+)", line))]
+    # Ray shows lines of a node that is on again a second time, so repeated steps are told by where a job went on.
+    repeated = sum(max(step for then, step in job.steps() if then < at) - start for at, start in resumed)
+    outcome = job.outcome()
+    row = Row(
+        scenario=scenario,
+        noticed_s=round(told[0] - since, 1) if told else None,
+        resumed_s=round(new[0] - since, 1) if new else None,
+        repeated=repeated,
+        skipped=len(set(ALL) - set(steps)),
+        samples=outcome.samples == calm.samples,
+        weights="equal" if outcome.weights == calm.weights else "another number of workers",
+        points=sorted(outcome.points) == ALL,
+        code=code,
+        last=job.lines[-1][1],
+    )
+    print(row)
+    print(job.text)
+    assert code == 0
+    assert row.samples, "another sequence of samples"
+    assert row.points, "points are missing or there twice"
+    assert row.skipped == 0
+    assert outcome.status == "FINISHED"
+    assert not same_weights or row.weights == "equal"
+    return row
+
+
+def at_step(fleet: Fleet, name: str, step: int, happens: Callable[[], Any], **changes: Any) -> tuple[Job, float]:
+    """A job to which something happens after a step, and when."""
+    job = Job(fleet, configuration(name, DATA, **changes))
+    job.wait_for_step(step)
+    since = time.monotonic()
+    happens()
+    return job, since
+
+
+def test_nothing_happens(calm: tuple[Job, Outcome], table: list[Row]) -> None:
+    job, outcome = calm
+    table.append(row_of(job, "nothing", job.began, outcome))
+
+
+def test_a_worker_is_killed(fleet: Fleet, calm: tuple[Job, Outcome], table: list[Row]) -> None:
+    job, since = at_step(fleet, "killed", 50, lambda: fleet.kill("w2", "ray::RayTrainWorker"))
+    table.append(row_of(job, "a worker is killed", since, calm[1]))
+
+
+def test_a_link_is_cut_for_20_s(fleet: Fleet, calm: tuple[Job, Outcome], table: list[Row]) -> None:
+    job, since = at_step(fleet, "cut-20", 50, lambda: fleet.lab.cut("w2"))
+    time.sleep(20)
+    fleet.lab.heal("w2")
+    table.append(row_of(job, "a worker's link is cut for 20 s", since, calm[1]))
+    fleet.wait_for_nodes(3)
+
+
+def test_a_link_is_cut_for_150_s(fleet: Fleet, calm: tuple[Job, Outcome], table: list[Row]) -> None:
+    job, since = at_step(fleet, "cut-150", 50, lambda: fleet.lab.cut("w2"))
+    time.sleep(150)
+    fleet.lab.heal("w2")
+    table.append(row_of(job, "a worker's link is cut for 150 s", since, calm[1]))
+    fleet.wait_for_nodes(3)
+
+
+def test_a_machine_loses_power_and_comes_back(fleet: Fleet, calm: tuple[Job, Outcome], table: list[Row]) -> None:
+    job, since = at_step(fleet, "power", 50, lambda: fleet.lab.lose_power("w2"))
+    time.sleep(5)
+    fleet.start_node("w2")
+    table.append(row_of(job, "a machine loses power and is on again after 5 s", since, calm[1]))
+    fleet.wait_for_nodes(3)
+
+
+def test_a_machine_loses_power_and_the_job_goes_on_without(
+    fleet: Fleet, calm: tuple[Job, Outcome], table: list[Row]
+) -> None:
+    job, since = at_step(fleet, "less", 50, lambda: fleet.lab.lose_power("w2"), cluster={"min_workers": 1})
+    row = row_of(job, "a machine loses power; the job may go on with one worker", since, calm[1], same_weights=False)
+    table.append(row)
+    fleet.start_node("w2")
+    fleet.wait_for_nodes(3)
+
+
+def test_notice_is_given_and_no_step_is_repeated(fleet: Fleet, calm: tuple[Job, Outcome], table: list[Row]) -> None:
+    job, since = at_step(fleet, "notice", 50, lambda: fleet.announce("w2"), cluster={"min_workers": 1})
+    job.wait_for("saved at step")
+    row = row_of(job, "90 s of notice, then the machine goes", since, calm[1], same_weights=False)
+    fleet.lab.lose_power("w2")
+    fleet.start_node("w2")
+    fleet.wait_for_nodes(3)
+    table.append(row)
+    assert row.repeated == 0
+
+
+def test_the_number_of_workers_follows_the_machines(fleet: Fleet, calm: tuple[Job, Outcome], table: list[Row]) -> None:
+    cluster = {"workers": 4, "min_workers": 1}
+    engine = {"steps": STEPS}
+    job, since = at_step(fleet, "resize", 40, lambda: fleet.lab.lose_power("w2"), cluster=cluster, engine=engine)
+    job.wait_for("resumed at step")
+    fleet.start_node("w2")
+    row = row_of(job, "two workers, one, and two again", since, calm[1], same_weights=False)
+    table.append(row)
+    assert np.isfinite(row.resumed_s or 0.0)
