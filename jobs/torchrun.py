@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from jobs.certificate import document, signing
+from jobs.certificate.captures import Captures
 from jobs.configs import PretrainConfig
 from jobs.driver import guarded
 from jobs.lease import Lease
