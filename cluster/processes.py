@@ -47,7 +47,7 @@ def started(process: psutil.Process) -> float:
     try:
         fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return process.create_time()
+        return float(process.create_time())
     return int(fields[_START_FIELD]) / os.sysconf("SC_CLK_TCK")
 
 

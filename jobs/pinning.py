@@ -7,6 +7,7 @@ two encoders.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from jobs.configs.groups import CheckpointConfig, ClusterConfig, changed
 from jobs.tracking import models
 from ssl_core.config import digest, parse, resolved
 from ssl_core.train import checkpoint
-from ssl_core.train.engine import EngineConfig
+from ssl_core.train.engine import OPERATIONAL, EngineConfig
 from storage.errors import ConfigError, NotFound
 from storage.format.manifest import Manifest
 from storage.objects import ByteStore, join, open_store
@@ -113,8 +114,17 @@ def identity(config: PretrainConfig, manifest: Manifest) -> dict[str, str]:
 
 def config_digest(config: PretrainConfig) -> str:
     """Names the settings that change the result; which manifest is not among them."""
-    decisive = config.model_copy(update={**_FREE_OF_PRETRAIN, "engine": EngineConfig()})
-    return f"{digest(decisive)}-{config.engine.digest()}"
+    plain = config.model_copy(update={**_FREE_OF_PRETRAIN, "engine": EngineConfig()})
+    return f"{digest(plain)}-{config.engine.digest()}"
+
+
+def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the resolved configuration of a pre-training, the settings that change the result.
+
+    Of plain values: a setting that a later version adds is not in what an earlier one wrote.
+    """
+    engine = {key: value for key, value in settings["engine"].items() if key not in OPERATIONAL}
+    return {key: value for key, value in settings.items() if key not in _FREE_OF_PRETRAIN} | {"engine": engine}
 
 
 def require_same(config: PretrainConfig, manifest: Manifest, meta: dict[str, Any]) -> None:

@@ -18,13 +18,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from jobs.certificate import document, signing
+from jobs.certificate.captures import Captures
 from jobs.configs import PretrainConfig
 from jobs.driver import guarded
 from jobs.lease import Lease
 from jobs.output import write_page
 from jobs.pretrain.loop import KIND, Hooks, Take, collectives_backend, run
 from jobs.tracking.runs import Point
-from ssl_core.config import load
+from ssl_core.config import load, resolved
+from storage.objects import open_store
 
 
 class Lines:
@@ -56,6 +59,7 @@ def main(argv: Sequence[str]) -> int:
     usage.add_argument("--out", type=Path, default=Path("pretrain-out"), help="folder for checkpoints and metrics")
     arguments = usage.parse_args(argv)
     config = load(PretrainConfig, Path(arguments.config), arguments.overrides)
+    signing.own_key()  # a wrong file is told now, and not after the last step
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
@@ -75,6 +79,10 @@ def main(argv: Sequence[str]) -> int:
                 f"stopped after step {steps} of {config.engine.steps}; the same command goes on from there", flush=True
             )
         return 128 + signal.SIGTERM
+    if rank == 0:
+        out: Path = arguments.out / config.name
+        store = open_store(out.absolute().as_uri())
+        document.issue_from(store, out / f"step-{steps:08d}", config.name, resolved(config))
     return 0
 
 
@@ -95,6 +103,7 @@ def _train(config: PretrainConfig, out: Path, device: torch.device) -> int:
         is_recorded=lambda _step: True,
         say=lambda line: print(line, flush=True),
         stop=stop.is_set,
+        captures=Captures(out.absolute().as_uri(), lambda line: print(line, flush=True)),
     )
     return int(run(config, hooks, restore=done[-1] if done else None, device=device)["steps"])
 

@@ -19,6 +19,7 @@ from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConf
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
+from jobs.certificate import document, signing
 from jobs.configs import PretrainConfig
 from jobs.driver import end_failed, end_run, load
 from jobs.ingest import over_tasks
@@ -42,8 +43,9 @@ from jobs.tracking.outage import through_outage
 from jobs.watch.causes import cause_of, cause_of_workers
 from ssl_core.config import resolved
 from ssl_core.train import checkpoint
+from ssl_core.train.chain import weights_digest
 from storage.errors import StackError, TomoscaleError
-from storage.objects import join
+from storage.objects import join, open_store
 from storage.objects.retry import OutOfTime, RetryPolicy, repeat
 
 # Counted and not timed, since between two failures lie hours of training.
@@ -53,6 +55,7 @@ _CONTROLLER = RetryPolicy(deadline_s=math.inf, attempt_s=0.0, first_s=10.0, cap_
 def main(argv: Sequence[str]) -> int:
     """Driver: data, run, training, registration."""
     config = load(PretrainConfig, argv, "jobs.pretrain")
+    signing.own_key()  # a wrong file is told now, and not after the last step
 
     connect()
     need = config.cluster
@@ -250,7 +253,14 @@ def _complete(api: Any, config: PretrainConfig, run_id: str, last: Path, source:
         bundle = bundles.write_encoder(config, source, Path(folder) / "bundle", run_id=run_id)
         command = f"`tomoscale pretrain CONFIG`, with model=NAME for another name than {config.model_name!r},"
         place = join(config.runs, config.name)
-        return registration.register(bundle, config.model_name, run_id=run_id, place=place, command=command)
+        version = registration.register(bundle, config.model_name, run_id=run_id, place=place, command=command)
+        model = document.Model(config.model_name, version, weights_digest(bundles.read_encoder(bundle).weights))
+    certificate = document.issue_from(
+        open_store(place), last, config.name, resolved(config), model=model, run_id=run_id
+    )
+    if certificate is not None:
+        through_outage(lambda: api.log_dict(run_id, certificate, document.KEY), points)
+    return version
 
 
 def _ended(config: PretrainConfig, reason: str) -> StackError:

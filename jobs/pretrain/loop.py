@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 from jobs import driver
+from jobs.certificate.captures import Captures
 from jobs.configs import PretrainConfig
 from jobs.pinning import SETTINGS, identity, require_same
+from jobs.pretrain.evidence import Evidence
 from jobs.pretrain.inputs import open_manifest, stream_spec, view_spec
 from jobs.pretrain.label_probe import LabelProbe
 from jobs.tracking.bundles import EncoderBundle, pull_encoder
@@ -38,6 +40,7 @@ from storage.objects import ByteStore, open_store
 from storage.reading.node_cache import NodeCache
 from storage.reading.volume_store import VolumeStore
 from storage.stream.crop_stream import CropStream, HostBatch
+from storage.stream.plan import order_digest
 
 KIND = "pretrain"
 """Of the job, in MLflow and in the name of its lease."""
@@ -79,6 +82,7 @@ class Hooks:
         on_report: Called on every rank with the steps done, the metrics and the tallies of the store that it reads.
         on_batch: Called on every rank with each batch as it comes from the stream.
         open_store: Opens the store of volumes.
+        captures: Where steps with a bad loss go.
     """
 
     publish: Callable[[int, Take | None, dict[str, float]], None]
@@ -89,6 +93,7 @@ class Hooks:
     on_report: Callable[[int, dict[str, float], dict[str, int]], None] = lambda _step, _metrics, _tallies: None
     on_batch: Callable[[HostBatch], None] = lambda _batch: None
     open_store: Callable[[str], ByteStore] = open_store
+    captures: Captures | None = None
     last: dict[str, float] = field(default_factory=dict)
 
 
@@ -188,7 +193,7 @@ def run(
     engine = build_engine(config, device, init, collectives=collectives)
     if config.cluster.min_workers is not None and collectives.rank == 0:
         hooks.say(_shares(config, collectives.world, engine.config.micro_batch))
-    record, journal = SampleRecord(), list[Point]()
+    record, journal, state = SampleRecord(), list[Point](), None
     if restore is not None:
         state, meta = checkpoint.load(restore)
         require_same(config, manifest, meta)
@@ -212,11 +217,17 @@ def run(
         threads=config.stream.threads,
     )
     method_views = view_spec(config)
+    order = order_digest(spec, stream.indices)
+    evidence = Evidence(
+        config, manifest.fingerprint, engine, state, order=order, captures=hooks.captures, say=hooks.say
+    )
+    del state  # else a second copy of the weights stays for the whole run
 
     def batches() -> Iterator[tuple[ViewBatch, float]]:
         for batch in stream:
             hooks.on_batch(batch)
             record.add(batch, collectives)
+            evidence.drawn(batch, record.value)
             views = make_views(
                 batch,
                 method_views,
@@ -255,11 +266,13 @@ def run(
             JOURNAL: [item.to_json() for item in journal],
             SETTINGS: resolved(config),
         }
-        hooks.publish(step, lambda: Snapshot.of(state, facts), hooks.last)
+        whole = {**state, **evidence.state()}
+        hooks.publish(step, lambda: Snapshot.of(whole, facts), hooks.last)
 
     probe = LabelProbe(config, store, method_views, hooks.say if collectives.rank == 0 else _silent)
     with store, stream:
         steps = fit(engine, batches(), report=report, save=save, stop=hooks.stop, probe=probe)
+    evidence.close()
     return {"steps": steps, "samples": record.value, **hooks.last}
 
 

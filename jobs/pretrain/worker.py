@@ -10,6 +10,7 @@ import ray.train.torch
 import torch
 
 from jobs import lease
+from jobs.certificate.captures import Captures
 from jobs.configs import PretrainConfig
 from jobs.configs.groups import CheckpointConfig
 from jobs.driver import quiet
@@ -19,6 +20,7 @@ from jobs.on_ray.uploads import Uploads
 from jobs.pretrain.loop import KIND, Hooks, Take, run
 from jobs.tracking.runs import Sender
 from ssl_core.config import parse
+from storage.objects import join
 
 UNMEASURED = 1e308
 """Stands for a metric that a checkpoint has not; a number, since Ray keeps no other in its record of checkpoints."""
@@ -56,6 +58,7 @@ def train_loop(payload: dict[str, Any]) -> None:
         say=lambda line: print(line, flush=True),
         stop=preemption.is_announced,
         on_report=metrics.report,
+        captures=Captures(join(config.runs, config.name), lambda line: print(line, flush=True)),
     )
     device = ray.train.torch.get_device()
     cache_dir = Path(tempfile.gettempdir()) / f"tomoscale-cache-{os.getuid()}"

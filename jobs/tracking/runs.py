@@ -134,7 +134,7 @@ def open_run(
         identity["mlflow.parentRunId"] = parent
     query = " and ".join(f"tags.`{k}` = {_quoted(v)}" for k, v in identity.items())
     runs = api.search_runs([experiment_id], query, max_results=1)
-    all_tags = {**identity, **_code_tags(), **tags}
+    all_tags = {**identity, **code_tags(), **tags}
     if runs:
         run = runs[0]
         api.update_run(run.info.run_id, status="RUNNING")
@@ -305,7 +305,8 @@ class Sender:
             again_at = again_at or time.monotonic()
 
 
-def _code_tags() -> dict[str, str]:
+def code_tags() -> dict[str, str]:
+    """The version of this project, and the commit where git knows its files; tags of a run."""
     from importlib.metadata import version
 
     tags = {"tomoscale.version": version("tomoscale")}

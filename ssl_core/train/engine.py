@@ -24,7 +24,7 @@ from ssl_core.methods.base import LossTerms, Method, StepContext
 from ssl_core.networks import batch_norm, recompute
 from ssl_core.networks.pyramid import cut_batches
 from ssl_core.train import checkpoint, determinism
-from ssl_core.train.gradients import FlatGradients, Verdict
+from ssl_core.train.gradients import FlatGradients, Outcome, Verdict
 from ssl_core.train.optim import NamedOptimizer
 from ssl_core.train.precision import resolve_precision
 from ssl_core.train.schedule import cosine, warmup_cosine
@@ -32,7 +32,8 @@ from ssl_core.views.split import split
 from ssl_core.views.types import ViewBatch
 from storage.errors import ConfigError, TomoscaleError
 
-_OPERATIONAL = ("checkpoint_every", "log_every", "probe_every", "micro_batch")
+OPERATIONAL = ("checkpoint_every", "log_every", "probe_every", "micro_batch")
+"""Settings that change nothing of the result but its rounding."""
 
 
 class EngineConfig(Config):
@@ -100,7 +101,7 @@ class EngineConfig(Config):
 
     def digest(self) -> str:
         """Digest of the settings that change the result by more than rounding; how often to save is not among them."""
-        plain = {name: type(self).model_fields[name].default for name in _OPERATIONAL}
+        plain = {name: type(self).model_fields[name].default for name in OPERATIONAL}
         return digest(self.model_copy(update=plain))
 
 
@@ -125,6 +126,8 @@ class Engine:
         step_done: Optimizer steps done so far.
         dtype: Floating type in which views are wanted (float64 under `fp64`, else float32).
         stopping: Whether any rank has asked to stop; the same on all ranks.
+        watch: Called with what came of each step, and whether what was not finite came from this rank's part. On the
+            CPU weights are then as before the step, on CUDA up to one step later.
     """
 
     def __init__(
@@ -139,6 +142,7 @@ class Engine:
         self.collectives: Collectives = collectives if collectives is not None else Single()
         self.step_done = 0
         self.stopping = False
+        self.watch: Callable[[Outcome, bool], None] | None = None
         determinism.apply(config.deterministic)
         self.precision = resolve_precision(config.precision, self.device)
         self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
@@ -207,7 +211,7 @@ class Engine:
         self._grads.average(self.collectives, stop=stop, bad=~finite_P.all())
         norm = self._grads.norm()
         samples = [part.sample_B for part in parts]
-        self._pending.append(Verdict(self.step_done, samples, finite_P, self._grads.summary(norm)))
+        self._pending.append(Verdict(self.step_done, samples, finite_P, self._grads.summary(norm, values["loss"])))
         self._settle(self._lag)
         if config.clip:
             self._grads.clip(norm, config.clip)
@@ -285,9 +289,11 @@ class Engine:
         """
         while len(self._pending) > lag:
             verdict = self._pending.pop(0)
-            norm, stop, bad = verdict.read()
-            self.stopping = self.stopping or stop
-            if bad or not math.isfinite(norm):
+            outcome = verdict.read()
+            self.stopping = self.stopping or outcome.stop
+            if self.watch is not None:
+                self.watch(outcome, outcome.bad and verdict.is_own())
+            if not outcome.is_sound:
                 self._pending.clear()
                 self._raise_non_finite(verdict)
 

@@ -1,5 +1,8 @@
 """The gradients of a step: one buffer for all of them, and the verdict on whether they are sound."""
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -45,9 +48,32 @@ class FlatGradients:
         """Scale by min(1, largest / norm), without waiting for the device."""
         self._flat.mul_(torch.clamp(largest / (norm + 1e-6), max=1.0))
 
-    def summary(self, norm: Tensor) -> Tensor:
-        """(3,): the norm, the votes to stop and the votes that a loss was not finite; copies."""
-        return torch.cat([norm[None], self._votes])
+    def summary(self, norm: Tensor, loss: Tensor) -> Tensor:
+        """(4,) float64: norm, votes to stop, votes that a loss was not finite, this rank's loss; copies."""
+        return torch.cat([norm[None], self._votes, loss[None]]).double()
+
+
+class Outcome(NamedTuple):
+    """What came of a step, on the host.
+
+    Attributes:
+        step: The optimizer step, counted from 1.
+        loss: Of this rank's part of the batch.
+        norm: Of the gradient over all ranks, before clipping.
+        stop: Whether any rank wants to stop.
+        bad: Whether any rank's loss or gradient was not finite.
+    """
+
+    step: int
+    loss: float
+    norm: float
+    stop: bool
+    bad: bool
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the step may change the weights."""
+        return not self.bad and math.isfinite(self.norm)
 
 
 class Verdict:
@@ -70,12 +96,16 @@ class Verdict:
             # Of the summary's device: the current one is another where a rank's device was not made current.
             self._event = torch.cuda.current_stream(summary.device).record_event()
 
-    def read(self) -> tuple[float, bool, bool]:
-        """Gradient norm, whether any rank wants to stop, and whether any rank's loss was not finite; waits."""
+    def read(self) -> Outcome:
+        """What came of the step; waits."""
         if self._event is not None:
             self._event.synchronize()
-        norm, stop, bad = self._host.tolist()
-        return norm, stop > 0, bad != 0
+        norm, stop, bad, loss = self._host.tolist()
+        return Outcome(self.step + 1, loss, norm, stop > 0, bad != 0)
+
+    def is_own(self) -> bool:
+        """Whether infinity or not-a-number came up in this rank's part of the batch; waits."""
+        return not bool(self.finite_P.all())
 
     def bad_samples(self, collectives: Collectives) -> tuple[list[int], list[int]]:
         """Over all ranks: samples of the parts where infinity or not-a-number first appeared, and all samples.

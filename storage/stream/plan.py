@@ -1,7 +1,9 @@
 """What a stream will read, before it reads anything: its settings, its volumes, and the crops of each batch."""
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import numpy as np
@@ -100,6 +102,23 @@ def select(manifest: Manifest, spec: StreamSpec) -> npt.NDArray[np.int64]:
         expected = f"at least one index from 0 to {len(manifest) - 1}, each once"
         raise ConfigError("indices", expected=expected, found=str(spec.indices)[:120])
     return rows
+
+
+def order_digest(spec: StreamSpec, indices: npt.NDArray[np.int64]) -> str:
+    """SHA-256, hexadecimal, of the settings of a stream and of the volumes of its first 4096 samples.
+
+    Args:
+        spec: The stream.
+        indices: Of its volumes, from `select`.
+    """
+    settings = {item.name: getattr(spec, item.name) for item in fields(spec) if item.name != "indices"}
+    first = order.places(
+        np.arange(4096), seed=spec.seed, n=len(indices), lanes=spec.lanes, crops_per_visit=spec.crops_per_visit
+    )
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for part in (indices[first.position], first.visit, first.cut):
+        digest.update(part.astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 def _largest_voxel(manifest: Manifest, indices: npt.NDArray[np.int64]) -> int:

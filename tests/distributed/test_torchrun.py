@@ -13,11 +13,14 @@ import torch
 
 from cluster import ports
 from jobs import torchrun
+from jobs.certificate import document
+from jobs.cli.main import main
 from jobs.configs import PretrainConfig
 from jobs.lease import Lease
 from ssl_core.config import dump_yaml, parse
 from ssl_core.train import checkpoint
 from storage.errors import StackError
+from storage.objects import open_store
 from tests.kit.networks import SMALL
 from tests.kit.phantoms import write_phantoms
 
@@ -101,3 +104,8 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
     (state, meta), (other, facts) = result(tmp_path / "whole"), result(tmp_path / "halted")
     assert facts["samples"] == meta["samples"]
     assert all(torch.equal(tensor, other["method"][name]) for name, tensor in state["method"].items())
+
+    one, two = (document.read(open_store((tmp_path / name / "run").as_uri())) for name in ("whole", "halted"))
+    assert one["chain"] == two["chain"]
+    # By two ranks again: one rank's sums have other bits.
+    assert main(["verify-run", "run", "--runs", (tmp_path / "whole").as_uri(), "--step", "3"]) == 0

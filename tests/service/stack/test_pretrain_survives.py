@@ -1,6 +1,7 @@
 """The pre-training job under fire: the same samples and the same weights, bit for bit, as the undisturbed run."""
 
 import contextlib
+import json
 import os
 import random
 import threading
@@ -16,6 +17,7 @@ import torch
 from cluster import jobclient, stack
 from cluster.stack import StackInfo
 from jobs import submit
+from jobs.cli.main import main
 from jobs.configs import PretrainConfig
 from jobs.tracking import runs as tracking
 from ssl_core.config import parse
@@ -126,6 +128,7 @@ def outcome(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def assert_same(calm: tuple[dict[str, Any], dict[str, Any]], other: tuple[dict[str, Any], dict[str, Any]]) -> None:
     assert other[1]["samples"] == calm[1]["samples"], "another sequence of samples"
+    assert other[0]["chain"]["head"] == calm[0]["chain"]["head"], "another chain of steps"
     for name, tensor in calm[0]["method"].items():
         assert torch.equal(tensor, other[0]["method"][name]), name
     for name, entry in calm[0]["optimizer"].items():
@@ -186,6 +189,19 @@ def test_a_restarted_object_store_changes_neither_samples_nor_weights(
     watched.finish()
     assert_same(calm, outcome("store-restarted", tmp_path))
     assert_each_point_once("store-restarted")
+
+
+def test_a_run_is_what_its_certificate_says(
+    calm: Any, local_stack: StackInfo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify-run", "calm", "--step", "101", "--json"]) == 0
+    results = {check["name"]: check for check in json.loads(capsys.readouterr().out)}
+    assert results["replay of steps 101 to 101"]["ok"], "two workers of Ray, two ranks again"
+    assert results["models:/calm/1"]["ok"]
+    certificate = json.loads(open_store("s3://runs/calm").get("certificate.json"))
+    assert certificate["chain"]["head"] == calm[0]["chain"]["head"]
+    artifacts = [item.path for item in tracking.client().list_artifacts(certificate["run_id"])]
+    assert "certificate.json" in artifacts
 
 
 def test_a_damaged_volume_ends_the_job_at_once_and_by_name(local_stack: StackInfo) -> None:

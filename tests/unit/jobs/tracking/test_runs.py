@@ -95,9 +95,9 @@ def test_the_commit_is_that_of_this_code_and_not_of_the_folder_it_is_installed_i
     file = tmp_path / "tracking.py"
     file.touch()
     monkeypatch.setattr(tracking, "__file__", str(file))
-    assert "mlflow.source.git.commit" not in tracking._code_tags()
+    assert "mlflow.source.git.commit" not in tracking.code_tags()
     subprocess.run(["git", "add", file.name], cwd=tmp_path, check=True)
-    assert len(tracking._code_tags()["mlflow.source.git.commit"]) == 40
+    assert len(tracking.code_tags()["mlflow.source.git.commit"]) == 40
 
 
 def test_a_server_that_is_not_there_is_one_clear_error(nobody: str) -> None:
