@@ -81,8 +81,10 @@ class PipSettings:
 def pip_settings(folder: Path) -> PipSettings:
     """Write them to this folder. Constraints are left out: the lock says all versions."""
     folder.mkdir()
+    kinds = ("global", "user", "site", ":env:")  # the later one counts
+    lines = [line for line in _output([sys.executable, "-m", "pip", "config", "list"]).splitlines() if "=" in line]
     values: dict[str, str] = {}
-    for line in _output([sys.executable, "-m", "pip", "config", "list"]).splitlines():
+    for line in sorted(lines, key=lambda line: kinds.index(line.split(".")[0])):
         name, _, value = line.partition("=")
         values[name.rpartition(".")[2]] = str(ast.literal_eval(value))
     values.pop("constraint", None)
@@ -199,5 +201,7 @@ exec chroot "$root" "$@"
 def in_container(root: Path, own: Path, volumes: Sequence[str], command: Sequence[str]) -> list[str]:
     """The command line that runs a command as uid 1000 on a read-only root, for the first process of a node."""
     volume_names = " ".join(volume.strip("/") for volume in volumes)
-    inside = [*AS_USER, "sh", "-c", 'cd "$HOME"; exec "$@"', "sh", *command]
+    # The first process of a node has the node's HOME and TMPDIR.
+    home = ["env", "-u", "TMPDIR", "HOME=/home/tomoscale"]
+    inside = [*home, *AS_USER, "sh", "-c", 'cd "$HOME"; exec "$@"', "sh", *command]
     return ["bash", "-ec", _CONTAINER, "container", str(root), str(own), volume_names, *inside]
