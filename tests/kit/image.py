@@ -145,7 +145,9 @@ class Buildah:
 
     def root_of_image(self) -> Path:
         """Its root file system, to be read and mounted."""
-        return Path(self("mount", self("from", "--pull-never", IMAGE).strip()).strip())
+        root = Path(self("mount", self("from", "--pull-never", IMAGE).strip()).strip())
+        (root / "etc" / "hosts").touch()  # Docker too makes what it mounts onto
+        return root
 
     def remove(self) -> None:
         """Unmount and remove all that is stored."""
