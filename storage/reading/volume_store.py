@@ -16,9 +16,11 @@ from storage.format.manifest import Manifest
 from storage.format.records import DEFAULT_CODECS, Triple, VolumeRecord, without_places
 from storage.format.zarr_metadata import ArrayMeta, default_meta, parse_array
 from storage.objects import join, open_store
-from storage.reading.executor import INDEXES_KEPT, Executor, Recent, Request, Source
+from storage.reading.executor import INDEXES_KEPT, Executor
 from storage.reading.node_cache import NodeCache
 from storage.reading.plan import GAP, MOST, Box
+from storage.reading.recent import Recent
+from storage.reading.request import Request, Source
 
 Array = npt.NDArray[Any]
 
