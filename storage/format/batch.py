@@ -65,12 +65,13 @@ def _agrees(unpack: Unpack) -> bool:
     chunk = np.arange(512, dtype=np.int16).reshape(1, 8, 8, 8)
     stored: npt.NDArray[Any] = np.frombuffer(encode_default(chunk), np.uint8).copy()
     out, scratch = np.zeros_like(chunk), np.empty(chunk.nbytes, np.uint8)
-    rows = np.array([[0, len(stored), 0, *(0,) * AXES, *(0,) * AXES, *chunk.shape]], np.int64)
-    targets = np.array([[out.ctypes.data, *out.shape]], np.int64)
-    extent = np.array(chunk.shape, np.int64)
+    chunks = np.array([[0, len(stored), 0]], np.int64)
+    zeros = (0,) * AXES
+    targets = np.array([[out.ctypes.data, *zeros, *out.shape]], np.int64)
+    grid = np.array([out.shape, zeros, chunk.shape, (1,) * AXES], np.int64)
 
     def filled() -> int:
-        return unpack(stored.ctypes.data, len(stored), rows, targets, extent, 2, scratch.ctypes.data)
+        return unpack(stored.ctypes.data, len(stored), chunks, targets, grid, 2, scratch.ctypes.data)
 
     if filled() != 1 or not np.array_equal(out, chunk):
         return False

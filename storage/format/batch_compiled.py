@@ -13,7 +13,6 @@ from typing import Any
 import llvmlite.binding
 import numba
 import numpy as np
-import numpy.typing as npt
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numcodecs import blosc
@@ -76,51 +75,57 @@ def _decode(frame: int, nbytes: int, into: int, expected: int) -> bool:
     return bool(_decompress(frame, into, expected, 1) == expected)
 
 
-@numba.njit("int64(int64, int64, int64[:, ::1], int64[:, ::1], int64[::1], int64, int64)", nogil=True, cache=True)
-def unpack(
-    data: int, nbytes: int, rows: Table, targets: Table, chunk: npt.NDArray[np.int64], itemsize: int, scratch: int
-) -> int:
-    """Fill arrays with what stored chunks hold of them.
+@numba.njit("int64(int64, int64, int64[:, ::1], int64[:, ::1], int64[:, ::1], int64, int64)", nogil=True, cache=True)
+def unpack(data: int, nbytes: int, chunks: Table, targets: Table, grid: Table, itemsize: int, scratch: int) -> int:
+    """Fill arrays with what stored chunks of one shard hold of them.
 
     Args:
         data, nbytes: Address and size of the stored bytes.
-        rows: (parts, 3 + 3 * AXES) each the first byte of a chunk in `data` and one past its last, the number of a
-            target, and along each axis the part's place in the target, its place in the chunk and its extent. Parts
-            of one chunk adjoin.
-        targets: (targets, 1 + AXES) address and extent of contiguous arrays.
-        chunk: (AXES,) extent of a chunk.
+        chunks: (chunks, 3) first byte of each in `data`, one past its last, and its number in the shard.
+        targets: (targets, 1 + 2 * AXES) address of a contiguous array, and the first voxel and one past the last of
+            the box that it holds.
+        grid: (4, AXES) extent of the array that is stored, the shard's first voxel, extent of a chunk, and chunks of
+            the shard.
         itemsize: Bytes of a voxel.
         scratch: Address of memory for one decoded chunk.
 
     Returns:
-        The number of parts that are filled: up to the first that is damaged or reaches beyond data, target or chunk.
+        The number of chunks that are done: up to the first that is damaged or not in the bytes or the shard.
     """
+    shape, first, extent, places = grid[0], grid[1], grid[2], grid[3]
     expected = itemsize
     for axis in range(AXES):
-        expected *= chunk[axis]
-    decoded = (np.int64(-1), np.int64(-1))
-    for r in range(rows.shape[0]):
-        row = rows[r]
-        start, stop, number = row[0], row[1], row[2]
-        if start < 0 or stop > nbytes or start > stop or number < 0 or number >= targets.shape[0]:
-            return r
-        into, out_of, size = row[3 : 3 + AXES], row[3 + AXES : 3 + 2 * AXES], row[3 + 2 * AXES :]
-        extent = targets[number, 1:]
-        for axis in range(AXES):
-            if into[axis] < 0 or out_of[axis] < 0 or size[axis] < 1:
-                return r
-            if into[axis] + size[axis] > extent[axis] or out_of[axis] + size[axis] > chunk[axis]:
-                return r
-        if (start, stop) != decoded:
-            if not _decode(data + start, stop - start, scratch, expected):
-                return r
-            decoded = (start, stop)
-        run = size[3] * itemsize
-        for a in range(size[0]):
-            for b in range(size[1]):
-                to = (((into[0] + a) * extent[1] + into[1] + b) * extent[2] + into[2]) * extent[3] + into[3]
-                of = (((out_of[0] + a) * chunk[1] + out_of[1] + b) * chunk[2] + out_of[2]) * chunk[3] + out_of[3]
-                to, of = targets[number, 0] + to * itemsize, scratch + of * itemsize
-                for c in range(size[2]):
-                    _copy(to + c * extent[3] * itemsize, of + c * chunk[3] * itemsize, run)
-    return rows.shape[0]
+        expected *= extent[axis]
+    low, high = np.empty(AXES, np.int64), np.empty(AXES, np.int64)
+    origin = np.empty(AXES, np.int64)
+    for k in range(chunks.shape[0]):
+        start, stop, rest = chunks[k, 0], chunks[k, 1], chunks[k, 2]
+        if start < 0 or stop > nbytes or rest < 0 or not _decode(data + start, stop - start, scratch, expected):
+            return k
+        for axis in range(AXES - 1, -1, -1):
+            origin[axis] = first[axis] + rest % places[axis] * extent[axis]
+            rest //= places[axis]
+        if rest != 0:
+            return k
+        for t in range(targets.shape[0]):
+            start_of, stop_of = targets[t, 1 : 1 + AXES], targets[t, 1 + AXES :]
+            meets = True
+            for axis in range(AXES):
+                low[axis] = max(start_of[axis], origin[axis], 0)
+                high[axis] = min(stop_of[axis], origin[axis] + extent[axis], shape[axis])
+                meets = meets and low[axis] < high[axis]
+            if not meets:
+                continue
+            n1, n2, n3 = stop_of[1] - start_of[1], stop_of[2] - start_of[2], stop_of[3] - start_of[3]
+            row = (high[3] - low[3]) * itemsize
+            for a in range(low[0], high[0]):
+                for b in range(low[1], high[1]):
+                    to = ((a - start_of[0]) * n1 + b - start_of[1]) * n2 + low[2] - start_of[2]
+                    of = ((a - origin[0]) * extent[1] + b - origin[1]) * extent[2] + low[2] - origin[2]
+                    to = targets[t, 0] + (to * n3 + low[3] - start_of[3]) * itemsize
+                    of = scratch + (of * extent[3] + low[3] - origin[3]) * itemsize
+                    for _ in range(low[2], high[2]):
+                        _copy(to, of, row)
+                        to += n3 * itemsize
+                        of += extent[3] * itemsize
+    return chunks.shape[0]

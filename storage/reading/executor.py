@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import Any, TypeVar
 
@@ -12,16 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.errors import CorruptChunk, NotFound, StoreError
-from storage.format.batch import BATCH
+from storage.format.batch import BATCH, Table
 from storage.format.codecs import Bytes, DamagedError, Scratch
 from storage.format.shard_index import Index, parse_index
 from storage.format.zarr_metadata import ArrayMeta
 from storage.objects import ByteStore, join
 from storage.objects.local import FileStore
 from storage.reading.node_cache import NodeCache, Slab
-from storage.reading.plan import Need, Range, merge, needs, overlap, shards
+from storage.reading.plan import Need, Range, merge, needs, numbers, overlap, shards
 from storage.reading.recent import Recent
-from storage.reading.request import Request, Source, unpack_range
+from storage.reading.request import Request, Source, grid_table, parts_of, unpack_range
 from storage.reading.workers import Workers
 
 Array = npt.NDArray[Any]
@@ -36,7 +37,7 @@ MOST_OF_FILE = 512 << 10
 REMEDY = "`tomoscale data verify` lists every damage; restore the object, or ingest into a new store"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Part:
     """Chunks of one shard that a request needs."""
 
@@ -44,6 +45,16 @@ class _Part:
     shard: tuple[int, ...]
     key: str
     chunks: Sequence[Need]
+
+    @cached_property
+    def grid(self) -> Table:
+        """Where the chunks are, for compiled code."""
+        return grid_table(self.request.source.meta, self.shard)
+
+
+def _chunks(request: Request) -> dict[tuple[int, ...], dict[int, Need]]:
+    compiled = BATCH.after(0) is not None and request.targets is not None
+    return (numbers if compiled else needs)(request.source.meta, request.boxes)
 
 
 def _slot(part: _Part) -> Hashable:
@@ -128,11 +139,7 @@ class Executor:
 
     @staticmethod
     def _parts(requests: Sequence[Request]) -> list[_Part]:
-        return [
-            _part(request, shard, chunks)
-            for request in requests
-            for shard, chunks in needs(request.source.meta, request.boxes).items()
-        ]
+        return [_part(request, shard, chunks) for request in requests for shard, chunks in _chunks(request).items()]
 
     def _uncached(self, requests: Sequence[Request]) -> list[_Part]:
         """Take what the node has; returns the rest."""
@@ -274,7 +281,7 @@ class Executor:
         unpack = BATCH.after(len(span.chunks)) if slab is None else None
         if unpack is not None:
             decoded = self._decoded.take(math.prod(meta.chunk) * meta.chain.dtype.itemsize)
-            if unpack_range(unpack, part.request, span, data, decoded):
+            if unpack_range(unpack, part.request, part.grid, span, data, decoded):
                 return
             # One by one, which finds what is wrong and reads it once more.
         outs = part.request.outs
@@ -289,7 +296,7 @@ class Executor:
                 except DamagedError as error:
                     place = f"chunk {need.number}, bytes [{start}, {stop})"
                     raise self.corrupt(source, key, f"{place}: {error}") from error
-            for b, into, out_of in need.parts:
+            for b, into, out_of in need.parts or parts_of(part.request, part.shard, need.number):
                 outs[b][into] = chunk[out_of]
             if slab is not None:
                 slab.write(tuple(int(i) for i in np.unravel_index(need.number, meta.grid)), chunk)

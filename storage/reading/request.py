@@ -1,5 +1,6 @@
 """What is asked of an executor, and the filling of its arrays by compiled code."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ import numpy.typing as npt
 from storage.format.batch import AXES, Table, Unpack
 from storage.format.codecs import Bytes
 from storage.format.zarr_metadata import ArrayMeta
-from storage.reading.plan import Box, Range
+from storage.reading.plan import Box, Part, Range, overlap
 
 Array = npt.NDArray[Any]
 COMPILED_STEPS = ("blosc", "crc32c")
@@ -43,16 +44,20 @@ class Request:
 
     @cached_property
     def targets(self) -> Table | None:
-        """(outs, 1 + AXES) addresses and extents for compiled code; None where it does not know arrays or codecs."""
+        """(outs, 1 + 2 * AXES) addresses and boxes for compiled code; None where it does not know arrays or codecs."""
         chain = self.source.meta.chain
         plain = chain.steps == COMPILED_STEPS and chain.order is None and chain.dtype.isnative
-        if not plain or not all(_fits(out, chain.dtype) for out in self.outs):
+        filled = list(zip(self.boxes, self.outs, strict=True))
+        if not plain or not all(_fits(box, out, chain.dtype) for box, out in filled):
             return None
-        return np.array([(out.ctypes.data, *_padded(out.shape, 1)) for out in self.outs], np.int64)
+        rows = [(out.ctypes.data, *_padded(box.start, 0), *_padded(box.stop, 1)) for box, out in filled]
+        return np.array(rows, np.int64)
 
 
-def _fits(out: Array, dtype: np.dtype[Any]) -> bool:
-    return out.ndim <= AXES and out.dtype == dtype and out.flags.c_contiguous and out.flags.writeable
+def _fits(box: Box, out: Array, dtype: np.dtype[Any]) -> bool:
+    extent = tuple(b - a for a, b in zip(box.start, box.stop, strict=True))
+    plain = out.flags.c_contiguous and out.flags.writeable and out.dtype == dtype
+    return plain and out.ndim <= AXES and out.shape == extent
 
 
 def _padded(values: Sequence[int], first: int) -> tuple[int, ...]:
@@ -60,10 +65,32 @@ def _padded(values: Sequence[int], first: int) -> tuple[int, ...]:
     return (*(first for _ in range(AXES - len(values))), *values)
 
 
-def unpack_range(unpack: Unpack, request: Request, span: Range, data: Bytes, scratch: Bytes) -> bool:
+def grid_table(meta: ArrayMeta, shard: Sequence[int]) -> Table:
+    """(4, AXES) for compiled code: extent of array, first voxel of the shard, extent of a chunk, chunks of a shard."""
+    origin = [s * n for s, n in zip(shard, meta.shard, strict=True)]
+    return np.array(
+        [_padded(meta.shape, 1), _padded(origin, 0), _padded(meta.chunk, 1), _padded(meta.grid, 1)], np.int64
+    )
+
+
+def parts_of(request: Request, shard: Sequence[int], number: int) -> list[Part]:
+    """What the boxes of a request want of one chunk."""
+    meta = request.source.meta
+    inside = np.unravel_index(number, meta.grid)
+    origin = [(s * g + int(i)) * c for s, g, i, c in zip(shard, meta.grid, inside, meta.chunk, strict=True)]
+    parts = []
+    for b, box in enumerate(request.boxes):
+        into, out_of = overlap(box, origin, meta.chunk, meta.shape)
+        if all(part.start < part.stop for part in into):
+            parts.append((b, into, out_of))
+    return parts
+
+
+def unpack_range(unpack: Unpack, request: Request, grid: Table, span: Range, data: Bytes, scratch: Bytes) -> bool:
     """Check, decode and hand out all chunks of one range by one call without the interpreter's lock.
 
     Args:
+        grid: See `grid_table`.
         data: The bytes of the range.
         scratch: Memory for one decoded chunk.
 
@@ -72,30 +99,11 @@ def unpack_range(unpack: Unpack, request: Request, span: Range, data: Bytes, scr
         Arrays may then be filled in part.
     """
     targets, meta = request.targets, request.source.meta
-    if targets is None or len(data) != span.stop - span.start or not data.flags.c_contiguous:
+    itemsize, first = meta.chain.dtype.itemsize, span.start
+    if targets is None or len(data) != span.stop - first or not data.flags.c_contiguous:
         return False
-    lead, ones = (0,) * (AXES - len(meta.chunk)), (1,) * (AXES - len(meta.chunk))
-    rows = np.array(
-        [
-            (
-                start - span.start,
-                stop - span.start,
-                b,
-                *lead,
-                *[s.start for s in into],
-                *lead,
-                *[s.start for s in out_of],
-                *ones,
-                *[s.stop - s.start for s in into],
-            )
-            for need, start, stop in span.chunks
-            for b, into, out_of in need.parts
-        ],
-        np.int64,
-    )
-    chunk = np.array(_padded(meta.chunk, 1), np.int64)
-    itemsize = meta.chain.dtype.itemsize
-    if len(scratch) < int(chunk.prod()) * itemsize:
+    if len(scratch) < math.prod(meta.chunk) * itemsize:
         return False
-    filled = unpack(data.ctypes.data, len(data), rows, targets, chunk, itemsize, scratch.ctypes.data)
-    return filled == len(rows)
+    chunks = np.array([(start - first, stop - first, need.number) for need, start, stop in span.chunks], np.int64)
+    done = unpack(data.ctypes.data, len(data), chunks, targets, grid, itemsize, scratch.ctypes.data)
+    return done == len(chunks)

@@ -83,21 +83,27 @@ def test_crops_are_equal_by_one_call_and_chunk_by_chunk(
 def test_every_type_and_number_of_axes_is_placed_bit_for_bit(dtype: str, axes: int) -> None:
     unpack = batch.load()
     assert unpack is not None
-    shape, chunk = (2, 9, 8, 7)[-axes:], (1, 4, 5, 3)[-axes:]
-    generator = np.random.default_rng(axes)
-    voxels = generator.integers(0, 100, chunk).astype(dtype)
-    meta = default_meta(shape, shape, chunk, np.dtype(dtype))
+    shape, chunk = (1, 9, 8, 7)[-axes:], (1, 4, 5, 3)[-axes:]
+    shard = (1, 12, 10, 6)[-axes:]
+    voxels = np.random.default_rng(axes).integers(0, 100, chunk).astype(dtype)
+    meta = default_meta(shape, shard, chunk, np.dtype(dtype))
     stored = np.frombuffer(encode_default(voxels), np.uint8)
-    out = np.zeros((1, 6, 6, 6)[-axes:], dtype)
-    into = (slice(0, 1), slice(1, 4), slice(2, 4), slice(5, 6))[-axes:]
-    out_of = (slice(0, 1), slice(1, 4), slice(3, 5), slice(0, 1))[-axes:]
-    box = Box((0,) * axes, out.shape)
-    asked = request.Request(request.Source("v", "r", meta, ""), [box], [out])
-    span = Range(70, 70 + len(stored), ((Need(0, [(0, into, out_of)]), 70, 70 + len(stored)),))
-    expected = out.copy()
-    expected[into] = voxels[out_of]
-    assert request.unpack_range(unpack, asked, span, stored, np.empty(voxels.nbytes, np.uint8))
-    assert out.tobytes() == expected.tobytes()
+    boxes = [
+        Box((0, *start)[-axes:], (1, *stop)[-axes:])
+        for start, stop in [((-1, 6, 5), (9, 9, 9)), ((5, 5, 4), (7, 7, 7)), ((0, 0, 0), (3, 3, 3))]
+    ]
+    outs = [np.zeros([b - a for a, b in zip(box.start, box.stop, strict=True)], dtype) for box in boxes]
+    asked = request.Request(request.Source("v", "r", meta, ""), boxes, outs)
+    at = (0, 1, 1, 0)[-axes:]
+    number, position = int(np.ravel_multi_index(at, meta.grid)), (0, 0, 0, 1)[-axes:]
+    expected = [out.copy() for out in outs]
+    for b, into, out_of in request.parts_of(asked, position, number):
+        expected[b][into] = voxels[out_of]
+    assert [out.any() for out in expected] == [True, True, False]
+    span = Range(70, 70 + len(stored), ((Need(number), 70, 70 + len(stored)),))
+    grid, scratch = request.grid_table(meta, position), np.empty(voxels.nbytes, np.uint8)
+    assert request.unpack_range(unpack, asked, grid, span, stored, scratch)
+    assert [out.tobytes() for out in outs] == [out.tobytes() for out in expected]
 
 
 VOXELS = np.random.default_rng(3).integers(0, 9, (1, 8, 8, 8)).astype(np.int16)
@@ -113,12 +119,11 @@ def _unpacked(stored: bytes) -> Any:
     out = np.zeros_like(VOXELS)
     meta = default_meta(VOXELS.shape, VOXELS.shape, VOXELS.shape, VOXELS.dtype)
     asked = request.Request(request.Source("v", "r", meta, ""), [Box((0,) * 4, VOXELS.shape)], [out])
-    everything = tuple(slice(0, n) for n in VOXELS.shape)
-    span = Range(0, len(stored), ((Need(0, [(0, everything, everything)]), 0, len(stored)),))
+    span = Range(0, len(stored), ((Need(0), 0, len(stored)),))
     unpack = batch.load()
     assert unpack is not None
-    data = np.frombuffer(stored, np.uint8)
-    return out if request.unpack_range(unpack, asked, span, data, np.empty(out.nbytes, np.uint8)) else None
+    data, scratch = np.frombuffer(stored, np.uint8), np.empty(out.nbytes, np.uint8)
+    return out if request.unpack_range(unpack, asked, request.grid_table(meta, (0,) * 4), span, data, scratch) else None
 
 
 @given(
@@ -153,20 +158,24 @@ def test_nothing_is_written_beyond_an_array_or_read_beyond_the_bytes() -> None:
     assert unpack is not None
     data, n = np.frombuffer(STORED, np.uint8), len(STORED)
     guarded = np.zeros((3, 8, 8, 8), np.int16)
-    targets = np.array([[guarded[1].ctypes.data, 1, 8, 8, 8]], np.int64)
-    scratch, extent = np.empty(VOXELS.nbytes, np.uint8), np.array(VOXELS.shape, np.int64)
-    right = [0, n, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 8, 8, 8]
-    wrong = [(0, -1), (0, n + 1), (1, n + 1), (2, 1), (2, -1), (3, 1), (4, -1), (4, 1), (6, 1), (7, -1), (9, 1),
-             (11, 2), (12, 0), (13, 9), (14, 9), (14, -1)]  # fmt: skip
+    targets = np.array([[guarded[1].ctypes.data, 0, 0, 0, 0, 1, 8, 8, 8]], np.int64)
+    scratch = np.empty(VOXELS.nbytes, np.uint8)
+    grid = np.array([VOXELS.shape, (0,) * 4, VOXELS.shape, (1,) * 4], np.int64)
 
-    def filled(row: list[int]) -> int:
-        rows = np.array([row], np.int64)
-        return unpack(data.ctypes.data, n, rows, targets, extent, 2, scratch.ctypes.data)
+    def done(*chunk: int) -> int:
+        chunks = np.array([chunk], np.int64)
+        return unpack(data.ctypes.data, n, chunks, targets, grid, 2, scratch.ctypes.data)
 
-    for column, value in wrong:
-        assert filled([value if c == column else old for c, old in enumerate(right)]) == 0, (column, value)
+    for chunk in [(-1, n, 0), (0, n + 1, 0), (1, n + 1, 0), (n, 0, 0), (0, n, 1), (0, n, -1), (n, n, 0)]:
+        assert done(*chunk) == 0, chunk
         assert not guarded.any()
-    assert filled(right) == 1
+    grid[1] = (1, 0, 0, 0)  # a chunk that lies beside the array
+    assert done(0, n, 0) == 1
+    grid[1] = (0, -8, 9, 0)
+    assert done(0, n, 0) == 1
+    assert not guarded.any()
+    grid[1] = 0
+    assert done(0, n, 0) == 1
     assert np.array_equal(guarded[1], VOXELS[0])
     assert not guarded[[0, 2]].any()
 
