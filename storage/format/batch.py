@@ -13,13 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from storage.format.codecs import encode_default
+from storage.format.codecs import AXES, Table, encode_default
 
 AFTER = 2048
 """Chunks of a process that are unpacked one by one first: some thirty crops."""
-AXES = 4
-"""Axes of the tables that `Unpack` takes; arrays of fewer have leading axes of one voxel."""
-Table = npt.NDArray[np.int64]
 Unpack = Callable[[int, int, Table, Table, Table, int, int], int]
 """See `storage.format.batch_compiled.unpack`."""
 

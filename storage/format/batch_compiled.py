@@ -17,8 +17,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numcodecs import blosc
 
-from storage.format.batch import AXES, Table
-from storage.format.codecs import RESIDUE
+from storage.format.codecs import AXES, RESIDUE, Table
 
 _RESIDUE = np.uint32(RESIDUE)
 _HEADER_BYTES, _CRC_BYTES = 16, 4

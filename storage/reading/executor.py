@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.errors import CorruptChunk, NotFound, StoreError
-from storage.format.batch import BATCH, Table
-from storage.format.codecs import Bytes, DamagedError, Scratch
+from storage.format.batch import BATCH
+from storage.format.codecs import Bytes, DamagedError, Scratch, Table
 from storage.format.shard_index import Index, parse_index
 from storage.format.zarr_metadata import ArrayMeta
 from storage.objects import ByteStore, join

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from storage.format.batch import AXES, Table, Unpack
-from storage.format.codecs import Bytes
+from storage.format.batch import Unpack
+from storage.format.codecs import AXES, Bytes, Table
 from storage.format.zarr_metadata import ArrayMeta
 from storage.reading.plan import Box, Part, Range, overlap
 
