@@ -19,6 +19,9 @@ from numcodecs import blosc, gzip, zstd
 
 Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
+Table = npt.NDArray[np.int64]
+AXES = 4
+"""Axes of the tables of `storage.format.batch`; arrays of fewer have leading axes of one voxel."""
 COMPRESSORS = {"zstd": 3, "lz4": 5}
 """Blosc's compressors that are written, each with its level."""
 COMPRESSOR = "lz4"

@@ -2,28 +2,28 @@
 
 import math
 import os
-import threading
-from collections import deque
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from itertools import product
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from cachetools import LRUCache
 
 from storage.errors import CorruptChunk, NotFound, StoreError
-from storage.fork_guard import same_process
-from storage.format.codecs import Bytes, DamagedError, Scratch
+from storage.format.batch import BATCH
+from storage.format.codecs import Bytes, DamagedError, Scratch, Table
 from storage.format.shard_index import Index, parse_index
 from storage.format.zarr_metadata import ArrayMeta
 from storage.objects import ByteStore, join
 from storage.objects.local import FileStore
 from storage.reading.node_cache import NodeCache, Slab
-from storage.reading.plan import Box, Need, Range, merge, needs, overlap, shards
+from storage.reading.plan import Need, Range, merge, needs, numbers, overlap, shards
+from storage.reading.recent import Recent
+from storage.reading.request import Request, Source, grid_table, parts_of, unpack_range
+from storage.reading.workers import Workers
 
 Array = npt.NDArray[Any]
 T = TypeVar("T")
@@ -32,41 +32,12 @@ INDEXES_KEPT = 4096
 SMALL_SHARD = 1 << 20
 """Raw bytes up to which a shard is fetched whole: its index would cost a round trip and save little."""
 CORES = len(os.sched_getaffinity(0))
-HANDS = CORES
-"""Threads at most that read one request from files: they decode more than they wait."""
-SHARE = 12
-"""Ranges for which one thread more is worth it. On two busy cores two threads took a sixth more processor time for one
-crop than one thread, and were no sooner done: between two chunks they wait for the interpreter's lock."""
 MOST_OF_FILE = 512 << 10
 """As `MOST`, of files, where a further range costs microseconds: the threads that share a crop end together."""
 REMEDY = "`tomoscale data verify` lists every damage; restore the object, or ingest into a new store"
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One array of one volume.
-
-    Args:
-        root: Its key in the store.
-        content: Digest of the volume, which keeps cached voxels of an older one from being taken for it.
-    """
-
-    volume_id: str
-    root: str
-    meta: ArrayMeta
-    content: str
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """Boxes of one source and the arrays they fill; an array has its box's extent in stored, native byte order."""
-
-    source: Source
-    boxes: Sequence[Box]
-    outs: Sequence[Array]
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Part:
     """Chunks of one shard that a request needs."""
 
@@ -75,12 +46,15 @@ class _Part:
     key: str
     chunks: Sequence[Need]
 
+    @cached_property
+    def grid(self) -> Table:
+        """Where the chunks are, for compiled code."""
+        return grid_table(self.request.source.meta, self.shard)
 
-def _next(queue: deque[S]) -> S | None:
-    try:
-        return queue.popleft()
-    except IndexError:  # another thread took the last one
-        return None
+
+def _chunks(request: Request) -> dict[tuple[int, ...], dict[int, Need]]:
+    compiled = BATCH.after(0) is not None and request.targets is not None
+    return (numbers if compiled else needs)(request.source.meta, request.boxes)
 
 
 def _slot(part: _Part) -> Hashable:
@@ -104,21 +78,17 @@ class Executor:
 
     def __init__(self, store: ByteStore, cache: NodeCache | None, threads: int, gap: int, most: int) -> None:
         self._store, self._cache, self._gap, self._most = store, cache, gap, most
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
-        self._pid, self._closed = os.getpid(), False
+        self._workers, self._closed = Workers(store.url, threads), False
         self._files = store if isinstance(store, FileStore) else None
         if self._files is not None:
             self._most = min(most, MOST_OF_FILE)
         self._indexes: Recent[Index] = Recent(INDEXES_KEPT)
-        self._scratch = Scratch()
+        self._scratch, self._decoded = Scratch(), Scratch()
 
     def close(self) -> None:
-        """End the threads; what was asked of them is finished first, and nothing more is taken.
-
-        Cancelled here, the rest of a read in progress would never be done for the thread that waits for it.
-        """
+        """End the threads; what was asked of them is finished first, and nothing more is taken."""
         self._closed = True
-        self._pool.shutdown(wait=True)
+        self._workers.close()
 
     def fill(self, requests: Sequence[Request]) -> None:
         """Fill the arrays of every request. Voxels outside a volume are left as they are.
@@ -136,61 +106,13 @@ class Executor:
         unread = [part for part, indexed in zip(parts, ready, strict=True) if not indexed]
         fetches += [item for items in self.each(self._locate, unread) for item in items]
         if self._files is not None:
-            self._together(self._fetch, fetches)
+            self._workers.together(self._fetch, fetches)
         else:
             self.each(self._fetch, fetches)
 
     def each(self, work: Callable[[S], T], items: Sequence[S]) -> list[T]:
-        """Call `work` on every item, in threads; the first failure is raised and what has not begun is dropped.
-
-        Raises:
-            StoreError: it is closed, or this is a fork of the process that opened it.
-        """
-        same_process(self._pid, self._store.url)
-        if len(items) <= 1:
-            return [work(item) for item in items]
-        futures = [self._submit(work, item) for item in items]
-        done, waiting = set[Future[T]](), set(futures)
-        try:
-            done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
-        finally:  # after an interrupt too
-            for future in waiting:
-                future.cancel()
-        for future in futures:
-            if future in done and (error := future.exception()) is not None:
-                raise error
-        return [future.result() for future in futures]
-
-    def _together(self, work: Callable[[S], object], items: Sequence[S]) -> None:
-        """Call `work` on every item, in this thread and, if they are many, in some of the pool; fails as `each`.
-
-        Ranges of a file are decoded more than they are waited for. Each thread takes the next one when it is free, and
-        nobody waits for a thread that has not begun.
-        """
-        same_process(self._pid, self._store.url)
-        queue = deque(items)
-
-        def drain() -> None:
-            try:
-                for item in iter(partial(_next, queue), None):
-                    work(item)
-            except BaseException:
-                queue.clear()
-                raise
-
-        helpers = [self._submit(drain) for _ in range(min(HANDS, 1 + len(items) // SHARE) - 1)]
-        try:
-            drain()
-        finally:
-            begun = [helper for helper in helpers if not helper.cancel()]
-        for helper in begun:
-            helper.result()
-
-    def _submit(self, work: Callable[..., T], *items: S) -> Future[T]:
-        try:
-            return self._pool.submit(work, *items)
-        except RuntimeError as closed:
-            raise StoreError(self._store.url, expected="an open store", found=str(closed)) from closed
+        """See `Workers.each`."""
+        return self._workers.each(work, items)
 
     def checked(self, source: Source, key: str, call: Callable[[], T]) -> T:
         """A store call whose errors name the volume."""
@@ -217,11 +139,7 @@ class Executor:
 
     @staticmethod
     def _parts(requests: Sequence[Request]) -> list[_Part]:
-        return [
-            _part(request, shard, chunks)
-            for request in requests
-            for shard, chunks in needs(request.source.meta, request.boxes).items()
-        ]
+        return [_part(request, shard, chunks) for request in requests for shard, chunks in _chunks(request).items()]
 
     def _uncached(self, requests: Sequence[Request]) -> list[_Part]:
         """Take what the node has; returns the rest."""
@@ -294,7 +212,7 @@ class Executor:
         if whole is None:
             return [(part, span) for span in ranges]
         for span in ranges:
-            self._finish(part, span, whole[span.start : span.stop])
+            self._finish(part, span, np.frombuffer(whole, np.uint8)[span.start : span.stop])
         return []
 
     def _index(self, source: Source, key: str) -> Index:
@@ -337,10 +255,14 @@ class Executor:
             raise DamagedError("an index entry longer than a chunk can be")
         return index
 
-    def _fetch(self, item: tuple[_Part, Range]) -> None:
+    def _fetch(self, item: tuple[_Part, Range]) -> float:
+        """Read one range and be done with it; returns the seconds that it was waited for."""
         part, span = item
+        before = time.perf_counter()
         data = self.checked(part.request.source, part.key, lambda: self._bytes(part.key, span.start, span.stop))
+        wait_s = time.perf_counter() - before
         self._finish(part, span, data)
+        return wait_s
 
     def _bytes(self, key: str, start: int, stop: int) -> Bytes:
         """Bytes of an object, in memory that may be this thread's next ones' too."""
@@ -351,11 +273,17 @@ class Executor:
         self._files.read_into(key, start, data.data)
         return data
 
-    def _finish(self, part: _Part, span: Range, data: bytes | Bytes) -> None:
+    def _finish(self, part: _Part, span: Range, data: Bytes) -> None:
         """Check, decode, keep and hand out the chunks of one range."""
         source, key = part.request.source, part.key
         meta = source.meta
         slab = self._slab(source, part.shard)
+        unpack = BATCH.after(len(span.chunks)) if slab is None else None
+        if unpack is not None:
+            decoded = self._decoded.take(math.prod(meta.chunk) * meta.chain.dtype.itemsize)
+            if unpack_range(unpack, part.request, part.grid, span, data, decoded):
+                return
+            # One by one, which finds what is wrong and reads it once more.
         outs = part.request.outs
         for need, start, stop in span.chunks:
             raw = data[start - span.start : stop - span.start]
@@ -368,33 +296,7 @@ class Executor:
                 except DamagedError as error:
                     place = f"chunk {need.number}, bytes [{start}, {stop})"
                     raise self.corrupt(source, key, f"{place}: {error}") from error
-            for b, into, out_of in need.parts:
+            for b, into, out_of in need.parts or parts_of(part.request, part.shard, need.number):
                 outs[b][into] = chunk[out_of]
             if slab is not None:
                 slab.write(tuple(int(i) for i in np.unravel_index(need.number, meta.grid)), chunk)
-
-
-class Recent(Generic[T]):
-    """A map of the `most` entries used last, for threads."""
-
-    def __init__(self, most: int) -> None:
-        self._entries: LRUCache[Hashable, T] = LRUCache(most)
-        self._lock = threading.Lock()
-
-    def peek(self, key: Hashable) -> T | None:
-        """The entry, or None."""
-        with self._lock:
-            return self._entries.get(key)
-
-    def put(self, key: Hashable, value: T) -> None:
-        """Add an entry; the one unused longest goes."""
-        with self._lock:
-            self._entries[key] = value
-
-    def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The entry, made where it is missing; two threads may both make it."""
-        entry = self.peek(key)
-        if entry is None:
-            entry = make()
-            self.put(key, entry)
-        return entry

@@ -73,6 +73,29 @@ def needs(meta: ArrayMeta, boxes: Sequence[Box]) -> dict[tuple[int, ...], dict[i
     return by_shard
 
 
+def numbers(meta: ArrayMeta, boxes: Sequence[Box]) -> dict[tuple[int, ...], dict[int, Need]]:
+    """As `needs`, without what the boxes want of each chunk: for who works that out himself."""
+    by_shard: dict[tuple[int, ...], dict[int, Need]] = {}
+    for box in boxes:
+        axes: list[list[tuple[int, list[int]]]] = []
+        stride = 1
+        steps = list(zip(box.start, box.stop, meta.shape, meta.chunk, meta.grid, strict=True))
+        for start, stop, extent, chunk, grid in reversed(steps):
+            low, high = max(0, start), min(extent, stop)
+            along: dict[int, list[int]] = {}
+            for at in range(low // chunk, -(-high // chunk)) if low < high else ():
+                along.setdefault(at // grid, []).append(at % grid * stride)
+            axes.append(list(along.items()))
+            stride *= grid
+        for pick in product(*reversed(axes)):
+            places = [0]
+            for _, along_axis in pick:
+                places = [place + step for place in places for step in along_axis]
+            inside = by_shard.setdefault(tuple(shard for shard, _ in pick), {})
+            inside.update((place, Need(place)) for place in places)
+    return by_shard
+
+
 def _steps(start: int, stop: int, extent: int, chunk: int, grid: int) -> list[tuple[int, int, slice, slice]]:
     """Along one axis the chunks that a box meets: shard, place in the shard, voxels of the box, voxels of the chunk."""
     low, high = max(0, start), min(extent, stop)

@@ -17,9 +17,11 @@ from storage.format.records import DEFAULT_CODECS, Triple, VolumeRecord, without
 from storage.format.zarr_metadata import ArrayMeta, default_meta, parse_array
 from storage.objects import ByteStore, join, open_store
 from storage.objects.traffic import tally_of
-from storage.reading.executor import INDEXES_KEPT, Executor, Recent, Request, Source
+from storage.reading.executor import INDEXES_KEPT, Executor
 from storage.reading.node_cache import NodeCache
 from storage.reading.plan import GAP, MOST, Box
+from storage.reading.recent import Recent
+from storage.reading.request import Request, Source
 
 Array = npt.NDArray[Any]
 

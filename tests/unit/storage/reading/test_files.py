@@ -11,7 +11,7 @@ import pytest
 from storage.errors import CorruptChunk, NotFound, StoreError
 from storage.format.layout import Layout
 from storage.objects.local import FileStore
-from storage.reading import executor
+from storage.reading import executor, workers
 from storage.reading.volume_store import Crop, VolumeStore
 from storage.testing.phantoms import publish_phantoms
 
@@ -23,7 +23,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, An
     """A store of large shards and its one volume."""
     monkeypatch.setattr(executor, "SMALL_SHARD", 0)
     monkeypatch.setattr(executor, "MOST_OF_FILE", 4096)  # many ranges a crop
-    monkeypatch.setattr(executor, "SHARE", 1)
+    monkeypatch.setattr(workers, "SHARE", 1)
     publish_phantoms(tmp_path.as_uri(), [SHAPE], layout=LAYOUT)
     with VolumeStore(tmp_path.as_uri()) as store:
         return tmp_path, store.read_volume("phantom-000")
@@ -33,7 +33,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, An
 def test_crops_are_equal_however_many_threads_share_them(
     published: tuple[Path, Any], hands: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(executor, "HANDS", hands)
+    monkeypatch.setattr(workers, "HANDS", hands)
     whole = published[1]
     starts = np.random.default_rng(hands).integers(0, (40, 30, 20), (12, 3)).tolist()
     with VolumeStore(published[0].as_uri(), threads=3) as store:
@@ -111,7 +111,8 @@ def test_an_error_of_the_disk_names_the_file(published: tuple[Path, Any], monkey
 @pytest.mark.parametrize("hands", [1, 4])
 def test_no_error_of_a_thread_is_lost(published: tuple[Path, Any], hands: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """An IndexError neither, which is also how a queue says that it is empty."""
-    monkeypatch.setattr(executor, "HANDS", hands)
+    monkeypatch.setattr(workers, "HANDS", hands)
+    monkeypatch.setattr(workers, "SLOW_S", 60.0)
     calls: list[int] = []
     decode = executor.Executor._finish
 

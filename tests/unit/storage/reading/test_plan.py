@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from storage.format.shard_index import curve_order
 from storage.format.zarr_metadata import ArrayMeta, default_meta
-from storage.reading.plan import Box, Need, merge, needs, overlap, plan
+from storage.reading.plan import Box, Need, merge, needs, numbers, overlap, plan
 
 
 @st.composite
@@ -49,6 +49,8 @@ def test_needs_are_exactly_the_chunks_with_a_wanted_voxel(data: st.DataObject) -
         for shard, inside in needs(meta, boxes).items()
     }
     assert found == expected
+    bare = {shard: {n: need.number for n, need in inside.items()} for shard, inside in numbers(meta, boxes).items()}
+    assert bare == {shard: {n: n for n in inside} for shard, inside in expected.items()}
 
 
 @settings(deadline=None)
