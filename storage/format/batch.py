@@ -49,9 +49,13 @@ def load() -> Unpack | None:
         from storage.format.batch_compiled import unpack
     except (ImportError, AttributeError, OSError, RuntimeError, TypeError) as error:
         # A numba without a compiler or a folder for its cache, or a codec library that does not export its functions.
-        return _warn(f"{type(error).__name__}: {error}")
+        _warn(f"{type(error).__name__}: {error}")
+        return None
     compiled: Unpack = unpack
-    return compiled if _agrees(compiled) else _warn("it does not decode what was just encoded")
+    if not _agrees(compiled):
+        _warn("it does not decode what was just encoded")
+        return None
+    return compiled
 
 
 def _warn(reason: str) -> None:

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from typing import Any, TypeVar
 
@@ -291,8 +291,8 @@ class Executor:
                 chunk = meta.chain.decode(raw, meta.chunk)
             except DamagedError:
                 try:  # once more: it may have been damaged on the way
-                    raw = self.checked(source, key, lambda a=start, b=stop: self._store.get_range(key, a, b))  # type: ignore[misc]
-                    chunk = meta.chain.decode(raw, meta.chunk)
+                    again = self.checked(source, key, partial(self._store.get_range, key, start, stop))
+                    chunk = meta.chain.decode(again, meta.chunk)
                 except DamagedError as error:
                     place = f"chunk {need.number}, bytes [{start}, {stop})"
                     raise self.corrupt(source, key, f"{place}: {error}") from error
