@@ -15,7 +15,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from docs.update import ARCHITECTURE, MARKED, REFERENCE, TABLES, rooms, table
+from docs.update import ARCHITECTURE, MARKED, NODES, REFERENCE, TABLES, disasters, rooms, table
 from jobs import configs
 from jobs.cli import main as cli
 from jobs.ingest_config import IngestConfig
@@ -211,6 +211,11 @@ def test_the_reference_lists_every_key_with_its_default_and_meaning(model: type[
 def test_the_rooms_on_the_page_are_those_that_the_test_holds() -> None:
     (written,) = re.findall(MARKED.format("rooms"), read(ARCHITECTURE), re.DOTALL)
     assert written == rooms(), "bring it up to date: python docs/update.py"
+
+
+def test_the_table_of_disasters_is_what_was_measured() -> None:
+    (written,) = re.findall(MARKED.format("nodes"), read(NODES), re.DOTALL)
+    assert written == disasters(), "bring it up to date: python docs/update.py"
 
 
 def test_unknown_keys_are_refused_as_the_reference_says() -> None:
