@@ -10,6 +10,8 @@ from storage.objects.open import check_url
 
 
 def _checked_url(url: str) -> str:
+    if not url.strip():  # else said without its key
+        raise ValueError("the place of a store, such as s3://bucket/folder or file:///data/folder; . is this folder")
     check_url(url)
     return url
 

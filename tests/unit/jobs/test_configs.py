@@ -423,7 +423,7 @@ def test_a_warm_up_that_never_ends_is_refused() -> None:
         ("probe.label=''", "probe.label"),
         ("backbone.arguments={act: ''}", "backbone.arguments.act"),
         ("backbone.arguments={'': 1}", "backbone.arguments"),
-        ("method={name: supervised, label: ''}", "method.label"),
+        ("method={name: supervised, label: ''}", "method supervised: label"),
         ("method={name: pgl, crops: {scale: [1.0e-9, 1.0e-9]}}", "crops"),
         ("method={name: simclr, temperature: 1.0e-9}", "temperature"),
         ("backbone={name: unet, arguments: {strides: [2, 2, 2, 2], channels: [8, 8]}}", "backbone.arguments.channels"),

@@ -211,8 +211,8 @@ def test_a_collapse_is_named_in_the_log_and_in_the_metrics(data: str, monkeypatc
     job = config(data, "simclr", steps=4, warmup_steps=1, probe_every=2, weight_decay=0.0, lr=1e-9)
     real = loop.build_engine
 
-    def dead(settings: PretrainConfig, device: torch.device) -> Any:
-        engine = real(settings, device)
+    def dead(*arguments: Any, **named: Any) -> Any:
+        engine = real(*arguments, **named)
         with torch.no_grad():
             for parameter in engine.method.encoder().net.down_4.parameters():
                 parameter.zero_()

@@ -311,8 +311,8 @@ def test_the_module_where_a_value_stops_being_finite_is_named(
 ) -> None:
     plain = loop.build_engine
 
-    def built(settings: PretrainConfig, device: torch.device) -> Engine:
-        engine = plain(settings, device)
+    def built(*arguments: Any, **named: Any) -> Engine:
+        engine = plain(*arguments, **named)
         with torch.no_grad():
             [m for m in engine.method.modules() if isinstance(m, torch.nn.Conv3d)][2].weight.fill_(3e38)
         return engine

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,10 +82,13 @@ def test_the_end_of_a_job_waits_for_mlflow(
     monkeypatch.setattr(driver.runs, "steps_on_server", lambda *_: set())
     monkeypatch.setattr(driver.bundles, "write_encoder", lambda *_, **__: tmp_path)
     monkeypatch.setattr(driver.registration, "register", lambda *_, **__: "1")
+    monkeypatch.setattr(driver.bundles, "read_encoder", lambda _: SimpleNamespace(weights={}))
+    monkeypatch.setattr(driver, "open_store", lambda _: None)
+    monkeypatch.setattr(driver.document, "issue_from", lambda *_, **__: None)
     server.statuses = [503, 503, 200]
     back = threading.Timer(1.0, server.start)
     back.start()
-    assert driver._complete(api, config, "r", tmp_path) == "1"
+    assert driver._complete(api, config, "r", tmp_path, tmp_path) == "1"
     assert server.requests >= 4
     text = capsys.readouterr().out
     assert text.count("is away; waiting for it with the points of n, which is trained and lies below s3://runs/n,") == 1
