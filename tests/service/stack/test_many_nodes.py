@@ -45,18 +45,3 @@ def test_workers_on_two_nodes_find_each_other_and_equal_one(fleet: Fleet, tmp_pa
     assert outcome.points == [point.step for point in points]
     # AdamW turns a rounding of a small gradient into a whole step; bitwise is what two ranks of one machine are.
     np.testing.assert_allclose(outcome.losses, [point.metrics["loss"] for point in points], rtol=1e-3)
-
-
-def test_after_notice_of_preemption_no_step_is_repeated_and_training_goes_on_on_the_nodes_that_stay(
-    fleet: Fleet,
-) -> None:
-    """Notice as `ray drain-node` gives it, to one of two nodes; with one worker less, as the job allows."""
-    engine = {"steps": 60, "checkpoint_every": 55}
-    job = Job(fleet, configuration("notice", DATA, cluster={"min_workers": 1}, engine=engine))
-    job.wait_for_step(5)
-    fleet.announce("w2")
-    job.wait_for(r"saved at step \d+, as a node will be taken away")
-    assert job.end() == 0, job.text[-5000:]
-    steps = [step for _, step in job.steps()]
-    assert steps == list(range(1, 61)), "a step was repeated or skipped"
-    assert job.outcome(60).points == steps
