@@ -104,7 +104,7 @@ def test_a_machine_loses_power_and_the_job_goes_on_without(
 
 
 def test_notice_is_given_and_no_step_is_repeated(fleet: Fleet, calm: tuple[Job, Outcome], table: list[Row]) -> None:
-    job, since = at_step(fleet, "notice", 50, lambda: fleet.announce("w2"), cluster={"min_workers": 1})
+    job, since = at_step(fleet, "notice", 10, lambda: fleet.announce("w2"), cluster={"min_workers": 1})
     job.wait_for("saved at step")
     row = row_of(job, "90 s of notice, then the machine goes", since, calm[1], same_weights=False)
     fleet.lab.lose_power("w2")

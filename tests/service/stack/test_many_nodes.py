@@ -32,7 +32,7 @@ def fleet() -> Iterator[Fleet]:
 
 
 def test_workers_on_two_nodes_find_each_other_and_equal_one(fleet: Fleet, tmp_path: Path) -> None:
-    config = configuration("two", DATA, engine={"steps": 4, "checkpoint_every": 2})
+    config = configuration("two", DATA, engine={"steps": 4, "warmup_steps": 2, "checkpoint_every": 2})
     job = Job(fleet, config)
     assert job.end() == 0, job.text[-5000:]
     outcome = job.outcome(4)
