@@ -7,6 +7,7 @@ import ast
 import json
 import re
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -74,13 +75,13 @@ def _value(new: str, _match: re.Match[str]) -> str:
     return new
 
 
-def update_reference() -> None:
-    """Write every table of the reference anew."""
-    text = REFERENCE.read_text(encoding="utf-8")
-    for model in TABLES:
-        new = f"<!-- {model.__name__} -->\n{table(model)}<!-- end -->"
-        text = re.sub(MARKED.format(model.__name__), partial(_value, new), text, flags=re.DOTALL)
-    REFERENCE.write_text(text, encoding="utf-8")
+def update(page: Path, tables: Mapping[str, str]) -> None:
+    """Write tables of a page anew, each between its mark and the next end."""
+    text = page.read_text(encoding="utf-8")
+    for mark, rows in tables.items():
+        new = f"<!-- {mark} -->\n{rows}<!-- end -->"
+        text = re.sub(MARKED.format(mark), partial(_value, new), text, flags=re.DOTALL)
+    page.write_text(text, encoding="utf-8")
 
 
 def metrics_table() -> str:
@@ -92,14 +93,6 @@ def metrics_table() -> str:
             f"| `{metric.exported}` | {'counter' if metric.is_counter else 'gauge'} | {labels} | {metric.text} |"
         )
     return "\n".join(rows) + "\n"
-
-
-def update_metrics() -> None:
-    """Write the table of metrics anew."""
-    text = METRICS_PAGE.read_text(encoding="utf-8")
-    new = f"<!-- metrics -->\n{metrics_table()}<!-- end -->"
-    text = re.sub(MARKED.format("metrics"), partial(_value, new), text, flags=re.DOTALL)
-    METRICS_PAGE.write_text(text, encoding="utf-8")
 
 
 def rooms() -> str:
@@ -120,14 +113,6 @@ def _purpose(path: Path) -> str:
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
     return re.split(r"(?<=\.)\s", " ".join(text.split("\n\n")[0].split()), maxsplit=1)[0]
-
-
-def update_rooms() -> None:
-    """Write the tables of rooms anew."""
-    text = ARCHITECTURE.read_text(encoding="utf-8")
-    new = f"<!-- rooms -->\n{rooms()}<!-- end -->"
-    text = re.sub(MARKED.format("rooms"), partial(_value, new), text, flags=re.DOTALL)
-    ARCHITECTURE.write_text(text, encoding="utf-8")
 
 
 def disasters() -> str:
@@ -153,16 +138,8 @@ def disasters() -> str:
     return "\n".join(lines) + "\n\n"
 
 
-def update_disasters() -> None:
-    """Write the table of disasters anew."""
-    text = NODES.read_text(encoding="utf-8")
-    new = f"<!-- nodes -->\n{disasters()}<!-- end -->"
-    text = re.sub(MARKED.format("nodes"), partial(_value, new), text, flags=re.DOTALL)
-    NODES.write_text(text, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    update_reference()
-    update_metrics()
-    update_rooms()
-    update_disasters()
+    update(REFERENCE, {model.__name__: table(model) for model in TABLES})
+    update(METRICS_PAGE, {"metrics": metrics_table()})
+    update(ARCHITECTURE, {"rooms": rooms()})
+    update(NODES, {"nodes": disasters()})

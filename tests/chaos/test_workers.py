@@ -69,19 +69,12 @@ def test_a_worker_is_killed(fleet: Fleet, calm: tuple[Job, Outcome], table: list
     table.append(row_of(job, "a worker is killed", since, calm[1]))
 
 
-def test_a_link_is_cut_for_20_s(fleet: Fleet, calm: tuple[Job, Outcome], table: list[Row]) -> None:
-    job, since = at_step(fleet, "cut-20", 50, lambda: fleet.lab.cut("w2"))
-    time.sleep(20)
+@pytest.mark.parametrize("seconds", [20, 150])
+def test_a_link_is_cut(fleet: Fleet, calm: tuple[Job, Outcome], table: list[Row], seconds: int) -> None:
+    job, since = at_step(fleet, f"cut-{seconds}", 50, lambda: fleet.lab.cut("w2"))
+    time.sleep(seconds)
     fleet.lab.heal("w2")
-    table.append(row_of(job, "a worker's link is cut for 20 s", since, calm[1]))
-    fleet.wait_for_nodes(3)
-
-
-def test_a_link_is_cut_for_150_s(fleet: Fleet, calm: tuple[Job, Outcome], table: list[Row]) -> None:
-    job, since = at_step(fleet, "cut-150", 50, lambda: fleet.lab.cut("w2"))
-    time.sleep(150)
-    fleet.lab.heal("w2")
-    table.append(row_of(job, "a worker's link is cut for 150 s", since, calm[1]))
+    table.append(row_of(job, f"a worker's link is cut for {seconds} s", since, calm[1]))
     fleet.wait_for_nodes(3)
 
 
