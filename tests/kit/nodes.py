@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+_PROGRAMS = ("ip", "unshare", "nsenter", "setpriv", "openssl", "wget")
 _INSIDE = """
 node=$1 here=$2 disk=$3; shift 3
 hostname "$node"
@@ -31,7 +32,7 @@ def why_not() -> str:
     """Why no machines can be made here; empty where they can."""
     if os.geteuid() != 0:
         return "namespaces of their own need root"
-    missing = [program for program in ("ip", "unshare", "nsenter", "setpriv", "openssl", "wget") if shutil.which(program) is None]
+    missing = [program for program in _PROGRAMS if shutil.which(program) is None]
     if missing:
         return f"{', '.join(missing)} is not installed"
     probe = subprocess.run(["unshare", "--net", "--pid", "--fork", "--mount", "true"], capture_output=True, text=True)
