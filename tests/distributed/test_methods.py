@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from ssl_core.distributed import Collectives
-from ssl_core.methods.base import method_names
 from ssl_core.networks.batch_norm import GlobalBatchNorm
 from ssl_core.testing.method import assert_same_on_ranks
 from ssl_core.testing.ranks import Ranks
@@ -22,7 +21,9 @@ def three_ranks() -> Iterator[Ranks]:
         yield ranks
 
 
-@pytest.mark.parametrize("name", method_names())
+# Every method is held to two ranks by its contract; a third shows what an order of ranks could change: keys of a queue,
+# prototypes, and maps that are matched.
+@pytest.mark.parametrize("name", ["mocov2", "pcl", "pgl"])
 def test_three_ranks_equal_one(name: str, three_ranks: Ranks) -> None:
     assert_same_on_ranks(three_ranks, name, each=1, steps=2)
 
