@@ -63,16 +63,13 @@ def test_the_hours_of_a_plan_are_within_a_tenth_of_the_run(data: str) -> None:
     job = job.model_copy(update={"cluster": job.cluster.model_copy(update={"workers": 1})})
     tries = []
     for _ in range(3):
-        tries.append(ratio(job, time.perf_counter))
-        print(f"planned / real: {tries}")
+        # Others at work on the machine make a clock on the wall useless, and the processor time of this process not.
+        is_busy = os.getloadavg()[0] > len(os.sched_getaffinity(0))
+        tries.append(ratio(job, time.process_time if is_busy else time.perf_counter))
+        print(f"planned / real{' by processor time, as the machine is busy' if is_busy else ''}: {tries[-1]:.3f}")
         if abs(tries[-1] - 1) <= 0.1:
             return
-    # Others at work on the machine make a clock on the wall useless, and the processor time of this process not.
-    cores = len(os.sched_getaffinity(0))
-    assert os.getloadavg()[0] > cores, f"planned / real: {tries} on a machine that has nothing else to do"
-    own = ratio(job, time.process_time)
-    print(f"planned / real by processor time, load {os.getloadavg()[0]:.1f} on {cores} cores: {own}")
-    assert abs(own - 1) <= 0.1
+    raise AssertionError(f"planned / real: {tries}")
 
 
 def test_each_number_of_workers_is_measured_or_says_why_not(data: str) -> None:
