@@ -30,7 +30,7 @@ class Row:
         skipped: Steps that were never read.
         samples: Whether the same samples were taken in the same order as in the undisturbed run.
         weights: `equal` to its to the bit, or the number of workers was another.
-        points: Whether MLflow has each step once.
+        points: Whether MLflow has each step once. Both are None of jobs that have no steps.
         code: Exit code of the client.
         last: The last line that its user reads.
     """
@@ -40,9 +40,9 @@ class Row:
     resumed_s: float | None
     repeated: int
     skipped: int
-    samples: bool
+    samples: bool | None
     weights: str
-    points: bool
+    points: bool | None
     code: int
     last: str
 

@@ -27,9 +27,9 @@ def row_of(job: Job, scenario: str, since: float, expected: str) -> Row:
         resumed_s=round(after[0] - since, 1) if after else None,
         repeated=0,
         skipped=0,
-        samples=True,
+        samples=None,
         weights=expected,
-        points=True,
+        points=None,
         code=code,
         last=job.lines[-1][1],
     )

@@ -22,7 +22,7 @@ def test_s3_is_away(fleet: Fleet, calm: tuple[Job, Outcome], table: list[Row], s
 
 def test_mlflow_is_away_over_the_end(fleet: Fleet, calm: tuple[Job, Outcome], table: list[Row]) -> None:
     job, since = at_step(fleet, "mlflow", 50, fleet.stop_mlflow)
-    job.wait_for("waiting for MLflow|MLflow")
+    job.wait_for("MLflow at .* is away; waiting for it")
     time.sleep(20)
     fleet.start_mlflow()
     table.append(row_of(job, "MLflow is away from step 50 until after the end", since, calm[1]))

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -211,7 +212,7 @@ class Stamps:
     def seconds(self) -> list[float]:
         """Between each stamp and the next; waits for the last."""
         wait(self._device)
-        pairs = zip(self._stamps, self._stamps[1:], strict=False)
+        pairs = pairwise(self._stamps)
         if self._device.type == "cuda":
             return [float(one.elapsed_time(other)) / 1000 for one, other in pairs]
         return [other - one for one, other in pairs]
