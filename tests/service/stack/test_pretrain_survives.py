@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cluster import jobclient, stack
-from cluster.stack import StackInfo
+from cluster.stack_info import StackInfo
 from jobs import submit
 from jobs.cli.main import main
 from jobs.configs import PretrainConfig

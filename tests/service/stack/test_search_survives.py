@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.stack import StackInfo
+from cluster.stack_info import StackInfo
 from jobs import driver, submit
 from jobs.configs import FinetuneJobConfig, TuneConfig
 from jobs.tracking import models as registry
