@@ -142,7 +142,8 @@ def server(name: str, state_dir: Path, stack: str, ports: dict[str, dict[str, in
         environment.pop(key, None)
     environment |= {key: value for key, value in extra.items() if value is not None}
     environment |= {STACK_MARK: stack, SERVICE_MARK: name, states.STATE_VARIABLE: str(state_dir)}
-    return Server(name, command, environment, state_dir / name, state_dir / "logs" / f"{name}.log", probe)
+    folder = state_dir / ("ray" if states.kind(name) == states.NODE else name)
+    return Server(name, command, environment, folder, state_dir / "logs" / f"{name}.log", probe)
 
 
 Made = tuple[list[str], dict[str, str | None], Callable[[], str]]
