@@ -111,6 +111,16 @@ class Lab:
         """Who connected to whom so far: `source`, `to`, `port`, `outside`, `asks`; see `tests.kit.connections`."""
         return [json.loads(line) for line in self._record.read_text().splitlines()[1:]]
 
+    def calls_outside(self) -> list[dict[str, Any]]:
+        """Those of `connections` that lead out of the network, or ask for a name that is none of a node or its address.
+
+        A node whose /etc/hosts does not know it looks up its own name.
+        """
+        return [pair for pair in self.connections() if pair["outside"] or not self._is_own(pair["asks"])]
+
+    def _is_own(self, name: str) -> bool:
+        return not name or name.partition(".")[0] in self.names or name.endswith(".0.88.10.in-addr.arpa")
+
     def _space(self, name: str) -> str:
         return f"{self.folder.name}-{name}"
 
