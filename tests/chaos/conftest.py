@@ -73,7 +73,13 @@ def calm(fleet: Fleet) -> tuple[Job, Outcome]:
 
 
 @pytest.fixture(scope="session")
-def table() -> Iterator[list[Row]]:
+def rates() -> dict[str, object]:
+    """Seconds a step of Ray Train and of torchrun, for the table."""
+    return {}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def table(rates: dict[str, object]) -> Iterator[list[Row]]:
     rows: list[Row] = []
     yield rows
     if OUT in os.environ:
@@ -83,5 +89,5 @@ def table() -> Iterator[list[Row]]:
             "cores": os.cpu_count(),
             "day": time.strftime("%Y-%m-%d"),
         }
-        text = json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1)
+        text = json.dumps({**about, "rates": rates, "rows": [asdict(row) for row in rows]}, indent=1)
         Path(os.environ[OUT]).write_text(text + "\n")
