@@ -140,7 +140,7 @@ def disasters() -> str:
         ray, torchrun = (statistics.median(rates["ms_a_step"][kind]) for kind in ("ray", "torchrun"))
         lines += [
             "",
-            f"Two workers on two machines took {ray:.1f} ms a step under Ray Train and {torchrun:.1f} ms under torchrun:",
+            f"Two workers on two machines took {ray:.1f} ms a step under Ray Train, {torchrun:.1f} ms under torchrun:",
             f"medians of {len(rates['ratios'])} turns, whose ratios were {', '.join(map(str, rates['ratios']))}.",
         ]
     return "\n".join(lines) + "\n\n"
