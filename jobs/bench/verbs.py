@@ -22,13 +22,14 @@ Say = Callable[[str], None]
 Runner = Callable[[argparse.Namespace, Say], tuple[dict[str, Any], str]]
 """From the arguments and a listener of progress to the result, JSON-able, and its text."""
 
-NEED_SERVICES = ("reads", "loader", "overhead")
+NEED_SERVICES = ("reads", "loader", "overhead", "checkpoint")
 """What measures object storage or a cluster: a caller that knows of a local stack points the process at it first."""
 
 
 def add(names: Names) -> list[argparse.ArgumentParser]:
     """Register the verbs; `run` runs what was parsed."""
     actions = [*_storage_verbs(names), *_device_verbs(names), _learn_verb(names), _overhead_verb(names)]
+    actions += [_size_verb(names), _checkpoint_verb(names)]
     for action in actions:
         action.add_argument("--out", type=_writable, metavar="FILE", help="write the JSON there")
         action.add_argument("--json", action="store_true", help="print JSON")
@@ -130,6 +131,23 @@ def _overhead_verb(names: Names) -> argparse.ArgumentParser:
     overhead.add_argument("--steps", type=whole(10), default=60, metavar="N", help="steps of a run (default 60)")
     overhead.add_argument("--address", metavar="URL", help="job server; the local stack's when empty")
     return _measured_by(overhead, _overhead)
+
+
+def _size_verb(names: Names) -> argparse.ArgumentParser:
+    size = names.add_parser("size", help="many nodes and volumes, pretended: what a step, a start and a resume cost")
+    size.add_argument("--quick", action="store_true", help="seconds: does it run, not what it costs")
+    size.add_argument("--nodes", type=_numbers, metavar="A,B", help="default 1,10,100,1000")
+    size.add_argument("--volumes", type=_numbers, metavar="A,B", help="default 1000,10000,100000,1000000")
+    return _measured_by(size, _size)
+
+
+def _checkpoint_verb(names: Names) -> argparse.ArgumentParser:
+    action = names.add_parser("checkpoint", help="how long training waits for a checkpoint, and beside its upload")
+    action.add_argument("--quick", action="store_true", help="seconds, a small state")
+    action.add_argument("--mb", type=whole(1), metavar="N", help="of the state (default 200)")
+    action.add_argument("--rounds", type=whole(1), metavar="N", help="checkpoints measured (default 5)")
+    action.add_argument("--store", metavar="URL", help="s3:// prefix to upload to, at 50 MB/s (default: a folder)")
+    return _measured_by(action, _checkpoint)
 
 
 def _measured_by(action: argparse.ArgumentParser, runner: Runner) -> argparse.ArgumentParser:
@@ -260,6 +278,26 @@ def _overhead(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], 
     return result, format_overhead(result)
 
 
+def _size(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
+    from jobs.bench.size.simulate import QUICK, Size, bench_size, format_size
+
+    size = QUICK if arguments.quick else Size()
+    size = replace(size, nodes=arguments.nodes or size.nodes, volumes=arguments.volumes or size.volumes)
+    result = bench_size(size, say=say)
+    return result, format_size(result)
+
+
+def _checkpoint(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
+    from jobs.bench.checkpoint import QUICK, Size, bench_checkpoint, format_checkpoint
+
+    size = QUICK if arguments.quick else Size()
+    size = replace(size, rounds=arguments.rounds or size.rounds)
+    if arguments.mb is not None:
+        size = replace(size, state_bytes=arguments.mb * 10**6)
+    result = bench_checkpoint(size, _prefix(arguments), say=say)
+    return result, format_checkpoint(result)
+
+
 def _prefix(arguments: argparse.Namespace) -> str | None:
     """Where to measure S3: `--store`, else the endpoint of the AWS environment, else nowhere."""
     if arguments.store:
@@ -277,6 +315,11 @@ def _writable(text: str) -> Path:
 
 def _words(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers of at least 1, ascending."""
+    return tuple(sorted({whole(1)(word) for word in _words(text)}))
 
 
 def _say(line: str) -> None:

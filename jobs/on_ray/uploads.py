@@ -25,12 +25,16 @@ class Uploads:
     Args:
         require: Called before anything is written; raises where this job must not write any more.
         done: Called with the seconds and the bytes of a checkpoint that is in the storage.
+        train: Ray Train, or what stands in for it in a benchmark.
     """
 
     def __init__(
-        self, require: Callable[[], None], done: Callable[[float, int], None] = lambda _seconds, _size: None
+        self,
+        require: Callable[[], None],
+        done: Callable[[float, int], None] = lambda _seconds, _size: None,
+        train: Any = ray.train,
     ) -> None:
-        self._require, self._done = require, done
+        self._require, self._done, self._train = require, done, train
         self._idle = threading.Event()
         self._idle.set()
 
@@ -48,8 +52,8 @@ class Uploads:
             snapshot = take()
             self._idle.clear()
             directory = Checkpoint.from_directory(tempfile.mkdtemp(prefix="tomoscale-"))
-            upload = partial(self._upload, ray.train.get_context().get_storage(), snapshot)
-        ray.train.report(
+            upload = partial(self._upload, self._train.get_context().get_storage(), snapshot)
+        self._train.report(
             metrics,
             checkpoint=directory,
             checkpoint_dir_name=name,

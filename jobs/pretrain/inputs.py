@@ -1,12 +1,13 @@
 """What a pre-training job reads: its manifest, the views of its method, and the stream that serves them."""
 
+import numpy as np
+
 from jobs.configs import PretrainConfig
 from ssl_core.methods.base import method_class
 from ssl_core.views.placement_size import host_size
 from ssl_core.views.types import ViewSpec
 from storage.errors import ConfigError
 from storage.format.manifest import Manifest
-from storage.ingest.derived_maps import lacking
 from storage.stream.plan import StreamSpec
 
 
@@ -55,14 +56,16 @@ def require_superpixels(config: PretrainConfig, manifest: Manifest, views: ViewS
     Raises:
         ConfigError: names the store and the command that makes them.
     """
+    if not views.superpixels:
+        return
     computed = {settings.name for settings in views.superpixels}
-    rows = set(manifest.select(split=config.stream.split).tolist())
+    rows = manifest.select(split=config.stream.split)
     for name in views.maps:
         if name not in computed:  # volumes without the label are left out anyway
-            rows &= set(manifest.select(labelled=name).tolist())
+            rows = np.intersect1d(rows, manifest.select(labelled=name))
     for settings in views.superpixels:
-        without = rows & set(lacking(manifest, settings.name))
-        if without:
+        without = np.setdiff1d(rows, manifest.select(labelled=settings.name))
+        if len(without):
             command = " ".join(["tomoscale data superpixels", config.data, *settings.overrides()])
             unpin = ", and pin the new manifest or leave `fingerprint` empty" if config.fingerprint else ""
             raise ConfigError(

@@ -31,7 +31,7 @@ from ssl_core.networks.recompute import has_batch_norm
 from ssl_core.networks.registry import build
 from ssl_core.networks.weights import load_exact
 from ssl_core.train import checkpoint
-from ssl_core.train.checkpoint import Snapshot
+from ssl_core.train.checkpoint import Buffers, Snapshot
 from ssl_core.train.engine import Engine, fit
 from ssl_core.views.make import make_views
 from ssl_core.views.types import ViewBatch
@@ -74,7 +74,8 @@ class Hooks:
 
     Attributes:
         publish: Called on every rank with the steps done, what takes the checkpoint (rank 0 only) and the metrics. The
-            state is live until it is taken, which is to be done before returning; writing what was taken may wait.
+            state is live until it is taken, which is to be done before returning; writing what was taken may wait, but
+            not beyond the next taking, which uses its memory.
         on_point: Called on rank 0 with each new point.
         is_recorded: Whether the point of a step is where it stays; checkpoints carry all others.
         say: Called on rank 0 with a line for the log.
@@ -253,6 +254,8 @@ def run(
         if metrics.get("probe/collapsed"):
             hooks.say(f"step {step}: COLLAPSE WARNING, {_probes(metrics)}")
 
+    buffers = Buffers()
+
     def save(step: int, state: dict[str, Any]) -> None:
         if collectives.rank:
             hooks.publish(step, None, hooks.last)
@@ -267,7 +270,7 @@ def run(
             SETTINGS: resolved(config),
         }
         whole = {**state, **evidence.state()}
-        hooks.publish(step, lambda: Snapshot.of(whole, facts), hooks.last)
+        hooks.publish(step, lambda: Snapshot.of(whole, facts, buffers), hooks.last)
 
     probe = LabelProbe(config, store, method_views, hooks.say if collectives.rank == 0 else _silent)
     with store, stream:

@@ -77,7 +77,8 @@ class Chain:
     _samples: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._linked, self._head = 0, hashlib.sha256(b"tomoscale-chain-1" + canonical(self.what)).digest()
+        self._begun = self._linked = 0
+        self._head = hashlib.sha256(b"tomoscale-chain-1" + canonical(self.what)).digest()
 
     @property
     def steps(self) -> int:
@@ -155,9 +156,10 @@ class Chain:
             self._head = hashlib.sha256(self._head + b"step" + _number(self._linked) + row + weights).digest()
 
     def _link_starts(self) -> None:
-        for item in self.starts:
-            if item.step == self._linked:
-                self._head = hashlib.sha256(self._head + b"start" + _number(item.step) + canonical(item.facts)).digest()
+        while self._begun < len(self.starts) and self.starts[self._begun].step <= self._linked:
+            item = self.starts[self._begun]
+            self._begun += 1
+            self._head = hashlib.sha256(self._head + b"start" + _number(item.step) + canonical(item.facts)).digest()
 
 
 def first_difference(expected: Chain, actual: Chain, until: int) -> Difference | None:

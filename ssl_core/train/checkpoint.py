@@ -23,6 +23,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from storage.errors import ConfigError, CorruptChunk, NotFound, StoreError
@@ -50,7 +51,8 @@ def save(path: str | Path, state: Mapping[str, Any], meta: Mapping[str, Any]) ->
     """
     path = Path(path)
     tensors: dict[str, dict[str, Tensor]] = {}
-    tree = {_key(k, ""): _describe(v, str(k), str(k), tensors) for k, v in state.items()}
+    storages: dict[str, set[int]] = {}
+    tree = {_key(k, ""): _describe(v, str(k), str(k), tensors, storages) for k, v in state.items()}
     try:
         facts = json.loads(json.dumps(dict(meta), allow_nan=False))
     except (TypeError, ValueError) as error:
@@ -85,6 +87,25 @@ def save(path: str | Path, state: Mapping[str, Any], meta: Mapping[str, Any]) ->
     return path
 
 
+class Buffers:
+    """Tensors on the host that one snapshot after another is copied into.
+
+    They are made once: training waits for the copy, and fresh memory takes longer to get than to fill.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, Tensor] = {}
+
+    def filled(self, name: str, source: Tensor) -> Tensor:
+        """The tensor of that name, equal to `source` from now on; a new one where type or shape is another."""
+        source = source.detach()
+        tensor = self._tensors.get(name)
+        if tensor is None or (tensor.dtype, tensor.shape) != (source.dtype, source.shape):
+            tensor = self._tensors[name] = torch.empty_like(source, device="cpu")
+        tensor.copy_(source)
+        return tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """A checkpoint before it is written: as long as it is held, training may go on.
@@ -98,9 +119,16 @@ class Snapshot:
     meta: Mapping[str, Any]
 
     @classmethod
-    def of(cls, state: Mapping[str, Any], meta: Mapping[str, Any]) -> "Snapshot":
-        """A copy of a live state."""
-        return cls({key: _copy(value) for key, value in state.items()}, dict(meta))
+    def of(cls, state: Mapping[str, Any], meta: Mapping[str, Any], buffers: "Buffers | None" = None) -> "Snapshot":
+        """A copy of a live state.
+
+        Args:
+            state: See `save`.
+            meta: See `save`.
+            buffers: Memory for the tensors, those of the snapshot before this one, which is then used up.
+        """
+        buffers = Buffers() if buffers is None else buffers
+        return cls({key: _copy(value, str(key), buffers) for key, value in state.items()}, dict(meta))
 
     def save(self, path: str | Path) -> Path:
         """Write it; see `save`."""
@@ -160,13 +188,13 @@ def require_same(meta: Mapping[str, Any], allow: bool = False, **identity: Any) 
     return [f"{name}: checkpoint has {recorded!r}, this run has {expected!r}" for name, recorded, expected in other]
 
 
-def _copy(value: Any) -> Any:
+def _copy(value: Any, name: str, buffers: Buffers) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        return buffers.filled(name, value)
     if isinstance(value, Mapping):
-        return {key: _copy(item) for key, item in value.items()}
+        return {key: _copy(item, f"{name}/{key}", buffers) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_copy(item) for item in value]
+        return [_copy(item, f"{name}/{i}", buffers) for i, item in enumerate(value)]
     return value
 
 
@@ -176,21 +204,24 @@ def _key(key: Any, prefix: str) -> str:
     return key
 
 
-def _describe(value: Any, name: str, group: str, tensors: dict[str, dict[str, Tensor]]) -> Any:
-    """JSON for `value`; its tensors are put into `tensors[group]` under their full names."""
+def _describe(
+    value: Any, name: str, group: str, tensors: dict[str, dict[str, Tensor]], storages: dict[str, set[int]]
+) -> Any:
+    """JSON for `value`; puts its tensors into `tensors[group]` under their full names, their memory into `storages`."""
     if isinstance(value, Tensor):
         group_tensors = tensors.setdefault(group, {})
         flat = value.detach().cpu().contiguous()
         # The format has no shared memory: a tied or sliced tensor is written out.
-        storages = {t.untyped_storage().data_ptr() for t in group_tensors.values()}
-        if flat.untyped_storage().nbytes() != flat.nbytes or flat.untyped_storage().data_ptr() in storages:
+        group_storages = storages.setdefault(group, set())
+        if flat.untyped_storage().nbytes() != flat.nbytes or flat.untyped_storage().data_ptr() in group_storages:
             flat = flat.clone()
+        group_storages.add(flat.untyped_storage().data_ptr())
         group_tensors[name] = flat
         return {"$tensor": name, "in": group}
     if isinstance(value, Mapping):
-        return {_key(k, f"{name}/"): _describe(v, f"{name}/{k}", group, tensors) for k, v in value.items()}
+        return {_key(k, f"{name}/"): _describe(v, f"{name}/{k}", group, tensors, storages) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_describe(v, f"{name}/{i}", group, tensors) for i, v in enumerate(value)]
+        return [_describe(v, f"{name}/{i}", group, tensors, storages) for i, v in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
         return {"$float": repr(value)}
     if value is None or isinstance(value, bool | int | float | str):

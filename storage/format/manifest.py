@@ -6,7 +6,7 @@ publish by `update`, which replaces the pointer only if it is still the one that
 meanwhile is merged, not lost.
 
 A manifest of a million volumes opens by its footer alone: rows are read in groups when a record is asked for, and what
-`select` needs (split and label names of every row) travels compressed in the footer.
+a start asks of every row (split, names of labels, stored type and channels) travels compressed in the footer.
 """
 
 import base64
@@ -57,6 +57,7 @@ class Manifest:
             self.dataset: dict[str, Any] = json.loads(file.notes["tomoscale.dataset"])
             self._split_codes, self._splits = _unpack(file.notes["tomoscale.splits"])
             self._label_codes, self._label_sets = _unpack(file.notes["tomoscale.labels"])
+            self._kinds = _unpack(file.notes["tomoscale.kinds"]) if "tomoscale.kinds" in file.notes else None
             self._first: list[str] = json.loads(file.notes["tomoscale.first"])
         except (KeyError, ValueError, zlib.error) as error:
             raise CorruptChunk(
@@ -202,6 +203,19 @@ class Manifest:
             keep &= np.isin(self._label_codes, [i for i, s in enumerate(self._label_sets) if labelled in s])
         return np.flatnonzero(keep).astype(np.int64)
 
+    def kinds(self) -> tuple[npt.NDArray[np.uint32], list[tuple[str, int]]]:
+        """Which of the pairs (stored type, channels) each row is, (N,), and these pairs.
+
+        From the footer; a manifest of before has none there, and all of it is read.
+        """
+        if self._kinds is None:
+            rows = list(zip(self.column("dtype"), self.column("channels"), strict=True))
+            pairs = sorted(set(rows))
+            code = {pair: i for i, pair in enumerate(pairs)}
+            self._kinds = np.array([code[row] for row in rows], dtype=np.uint32), pairs
+        codes, names = self._kinds
+        return codes, [(str(dtype), int(channels)) for dtype, channels in names]
+
     def label_names(self) -> tuple[str, ...]:
         """Every label or derived map that some volume has, sorted."""
         return tuple(sorted({name for names in self._label_sets for name in names}))
@@ -289,20 +303,24 @@ def _to_parquet(records: list[VolumeRecord], dataset: dict[str, Any]) -> bytes:
     sets = sorted({r.map_names() for r in records})
     split_code = {s: i for i, s in enumerate(splits)}
     set_code = {s: i for i, s in enumerate(sets)}
-    rows = [to_row(record) for record in records]
+    kinds = sorted({(r.dtype, r.channels) for r in records})
+    kind_code = {kind: i for i, kind in enumerate(kinds)}
     meta = {
         "tomoscale.format": FORMAT,
-        "tomoscale.fingerprint": _fingerprint(rows, dataset),
+        "tomoscale.fingerprint": _fingerprint(map(to_row, records), dataset),
         "tomoscale.dataset": _canonical(dataset),
         "tomoscale.splits": _pack([split_code[r.split] for r in records], splits),
         "tomoscale.labels": _pack([set_code[r.map_names()] for r in records], sets),
+        "tomoscale.kinds": _pack([kind_code[r.dtype, r.channels] for r in records], kinds),
         "tomoscale.first": json.dumps([r.volume_id for r in records[::ROWS_PER_GROUP]]),
     }
     schema = SCHEMA.with_metadata(meta)
     out = io.BytesIO()
     with pq.ParquetWriter(out, schema, compression=COMPRESSION) as writer:
-        for at in range(0, len(rows), ROWS_PER_GROUP):
-            table = pa.Table.from_pylist(rows[at : at + ROWS_PER_GROUP], schema=schema)
+        for at in range(0, len(records), ROWS_PER_GROUP):
+            # Rows are made twice, here and for the fingerprint: those of a million volumes together take gigabytes.
+            rows = [to_row(record) for record in records[at : at + ROWS_PER_GROUP]]
+            table = pa.Table.from_pylist(rows, schema=schema)
             writer.write_table(table, row_group_size=ROWS_PER_GROUP)
     return seal(out.getvalue())
 

@@ -87,8 +87,8 @@ class Mapper(Protocol):
 
 def lacking(manifest: Manifest, name: str) -> list[int]:
     """Rows without a map of that name, ascending."""
-    have = set(manifest.select(labelled=name).tolist())
-    return [i for i in range(len(manifest)) if i not in have]
+    without: list[int] = np.setdiff1d(np.arange(len(manifest)), manifest.select(labelled=name)).tolist()
+    return without
 
 
 def run(

@@ -95,9 +95,15 @@ def places(sample_B: Int64s, *, seed: int, n: int, lanes: int, crops_per_visit: 
 
 
 def owned(first: int, global_batch: int, *, lanes: int, rank: int, world: int) -> Int64s:
-    """Global samples of the batch that starts at `first` whose lane rank `rank` of `world` owns, ascending."""
-    sample = np.arange(first, first + global_batch, dtype=np.int64)
-    of_rank: Int64s = sample[(sample % lanes) % world == rank]
+    """Global samples of the batch that starts at `first` whose lane rank `rank` of `world` owns, ascending.
+
+    Raises:
+        ConfigError: `lanes` is no multiple of `world`.
+    """
+    if lanes % world:
+        raise ConfigError("lanes", expected=f"a multiple of the world size {world}", found=str(lanes))
+    # Of a multiple of `world` lanes a rank's are every `world`-th: what it takes to list them is flat in the ranks.
+    of_rank: Int64s = np.arange(first + (rank - first) % world, first + global_batch, world, dtype=np.int64)
     return of_rank
 
 

@@ -123,9 +123,9 @@ def order_digest(spec: StreamSpec, indices: npt.NDArray[np.int64]) -> str:
 
 def _largest_voxel(manifest: Manifest, indices: npt.NDArray[np.int64]) -> int:
     """Bytes of a voxel, all channels, of the volume that has most: types may differ within a data set."""
-    types, channels = manifest.column("dtype"), manifest.column("channels")
-    kinds = {(types[i], channels[i]) for i in indices.tolist()}
-    sizes: list[int] = [np.dtype(dtype).itemsize * int(count) for dtype, count in kinds]
+    codes, kinds = manifest.kinds()
+    used = [kinds[code] for code in np.unique(codes[indices]).tolist()]
+    sizes: list[int] = [np.dtype(dtype).itemsize * count for dtype, count in used]
     return max(sizes)
 
 

@@ -96,12 +96,14 @@ class FaultProxy:
     Args:
         target: `http://127.0.0.1:PORT` of the real server.
         latency_s: Added to every request before it is passed on.
+        upload_bytes_per_s: What all bodies of requests together get; 0: as fast as they come.
     """
 
-    def __init__(self, target: str, latency_s: float = 0.0) -> None:
+    def __init__(self, target: str, latency_s: float = 0.0, upload_bytes_per_s: float = 0.0) -> None:
         host, _, port = target.removeprefix("http://").rstrip("/").partition(":")
         self._target = (host, int(port))
         self.latency_s = latency_s
+        self._upload_bytes_per_s, self._free_at = upload_bytes_per_s, 0.0
         self.requests: list[Request] = []
         self.sent_bytes = 0
         self._rules: list[_Rule] = []
@@ -182,6 +184,8 @@ class FaultProxy:
                 method, path, _ = head.first.split(" ", 2)
                 fault = self._fault(Request(method, path, head.fields.get("range", "")))
                 body = await _sized(reader, head)
+                if self._upload_bytes_per_s:
+                    await self._carry(len(body))
                 if self.latency_s:
                     await asyncio.sleep(self.latency_s)
                 if isinstance(fault, Stall):
@@ -212,6 +216,12 @@ class FaultProxy:
                 if side is not None:
                     with contextlib.suppress(OSError, RuntimeError):
                         side.close()
+
+    async def _carry(self, size: int) -> None:
+        """Take as long as `size` bytes do, behind those that came before them."""
+        now = self._loop.time()
+        self._free_at = max(now, self._free_at) + size / self._upload_bytes_per_s
+        await asyncio.sleep(self._free_at - now)
 
     async def _answer(
         self, answers: asyncio.StreamReader, writer: asyncio.StreamWriter, method: str, fault: Fault | None
@@ -285,11 +295,12 @@ class ProxyProcess:
 
 
 @contextmanager
-def delayed(endpoint: str, latency_s: float) -> Iterator[ProxyProcess]:
+def delayed(endpoint: str, latency_s: float, upload_bytes_per_s: float = 0.0) -> Iterator[ProxyProcess]:
     """Run a proxy in front of a plain HTTP endpoint, in a process of its own.
 
     Args:
         latency_s: Added to every request before it is passed on.
+        upload_bytes_per_s: See `FaultProxy`.
 
     Raises:
         ConfigError: the endpoint is not plain HTTP, which cannot be looked into.
@@ -300,6 +311,7 @@ def delayed(endpoint: str, latency_s: float) -> Iterator[ProxyProcess]:
         raise ConfigError(endpoint, expected="a plain http:// endpoint to delay", found=parts.scheme or "no scheme")
     target = f"http://{parts.hostname}:{parts.port or 80}"
     command = [sys.executable, "-m", "storage.testing.fault_proxy", target, str(latency_s)]
+    command.append(str(upload_bytes_per_s))
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None
     assert process.stdout is not None
@@ -314,9 +326,9 @@ def delayed(endpoint: str, latency_s: float) -> Iterator[ProxyProcess]:
         process.stdout.close()
 
 
-def _serve(target: str, latency_s: float) -> None:
+def _serve(target: str, latency_s: float, upload_bytes_per_s: float) -> None:
     """Print the endpoint, then a line of counts for each line read; end with the standard input."""
-    with FaultProxy(target, latency_s) as proxy:
+    with FaultProxy(target, latency_s, upload_bytes_per_s) as proxy:
         print(proxy.endpoint, flush=True)
         for _ in sys.stdin:
             print(proxy.count().total(), proxy.sent_bytes, flush=True)
@@ -349,4 +361,4 @@ def _reset(writer: asyncio.StreamWriter) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1], float(sys.argv[2]))
+    _serve(sys.argv[1], float(sys.argv[2]), float(sys.argv[3]))

@@ -83,7 +83,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "tune": "configs output lease on_ray tracking driver labelled pinning finetune",
         "predict": "on_ray",
         "demo": "configs output submit tracking pages driver ingestion labelled pretrain",
-        "bench": "configs options output submit tracking demo",
+        "bench": "configs options output submit tracking demo on_ray pretrain",
         "cli": "*",
     },
     "cluster": {},

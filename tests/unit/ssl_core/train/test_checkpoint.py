@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ssl_core.train import checkpoint
+from ssl_core.train.checkpoint import Buffers, Snapshot
 from storage.errors import ConfigError, CorruptChunk, NotFound, StoreError
 
 
@@ -75,6 +76,23 @@ def test_saved_tensors_do_not_follow_the_live_ones(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "c", live, {})
     live["method"]["w"].zero_()
     assert checkpoint.load(tmp_path / "c")[0]["method"]["w"].tolist() == [1.0] * 4
+
+
+def test_snapshots_one_after_another_share_their_memory_and_follow_no_live_tensor() -> None:
+    live = {"method": {"w": torch.zeros(3), "b": [torch.zeros(2)]}, "optimizer": {"w": torch.zeros(3)}}
+    buffers = Buffers()
+    first = Snapshot.of(live, {"step": 1}, buffers)
+    place = first.state["method"]["w"].data_ptr()
+    live["method"]["w"] += 1
+    live["method"]["b"] = [torch.ones(4)]
+    assert first.state["method"]["w"].tolist() == [0, 0, 0]
+    second = Snapshot.of(live, {"step": 2}, buffers)
+    assert second.state["method"]["w"].data_ptr() == place
+    assert second.state["method"]["w"].tolist() == [1, 1, 1]
+    assert second.state["method"]["b"][0].tolist() == [1, 1, 1, 1]
+    assert second.state["optimizer"]["w"].tolist() == [0, 0, 0]
+    alone = Snapshot.of(live, {})
+    assert alone.state["method"]["w"].data_ptr() != place
 
 
 def test_replaces_only_by_a_complete_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

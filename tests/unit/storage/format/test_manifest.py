@@ -14,17 +14,45 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jobs.driver import check_channels
 from storage.errors import ConfigError, CorruptChunk, NotFound
 from storage.format.manifest import POINTER, Manifest, manifest_key
 from storage.format.records import LabelRecord
 from storage.objects import ByteStore, open_store
 from storage.objects.memory import MemoryStore
+from storage.objects.tally import Tally, counted
+from storage.stream.plan import Plan, StreamSpec, select
 from tests.kit.records import record
 
 
 @pytest.fixture
 def store() -> ByteStore:
     return open_store(f"memory://{uuid.uuid4().hex}")
+
+
+def test_a_start_reads_no_row_of_a_large_manifest(store: ByteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = record(2, volume_id="v00900", dtype="float32", channels=2, stats=record(2).stats * 2)
+    Manifest.from_records([*(record(i) for i in range(900)), odd], {}).write(store)
+    monkeypatch.setattr("storage.format.manifest.WHOLE_BYTES", 0)
+    tally = Tally()
+    manifest = Manifest.open(counted(store, tally))
+    before = tally.now()
+    indices = select(manifest, StreamSpec(seed=0, global_batch=4, crop_DHW=(8, 8, 8), split=""))
+    Plan(manifest, StreamSpec(seed=0, global_batch=4, crop_DHW=(8, 8, 8), split=""), indices)
+    check_channels(manifest, indices[:-1].tolist(), "network", {})
+    assert tally.now() == before
+    with pytest.raises(ConfigError, match="v00900"):
+        check_channels(manifest, indices.tolist(), "network", {})
+
+
+def test_kinds_of_a_manifest_that_does_not_say_them_are_read_from_its_rows() -> None:
+    records = [record(i, dtype=("int16", "uint8")[i % 2]) for i in range(5)]
+    manifest = Manifest.from_records(records, {})
+    codes, kinds = manifest.kinds()
+    assert [kinds[code] for code in codes] == [(r.dtype, r.channels) for r in records]
+    manifest._kinds = None
+    again, same = manifest.kinds()
+    assert (again.tolist(), same) == (codes.tolist(), kinds)
 
 
 def test_every_field_comes_back(store: ByteStore) -> None:

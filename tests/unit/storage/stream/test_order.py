@@ -133,6 +133,18 @@ def test_ranks_share_a_batch_evenly_and_completely(lanes: int, share: int, world
         assert set((part % lanes % world).tolist()) == {rank}
 
 
+def test_what_a_rank_does_for_its_share_is_flat_in_the_ranks() -> None:
+    world = 10**12  # whose batch no memory holds
+    assert order.owned(4 * world, 4 * world, lanes=world, rank=7, world=world).tolist() == [
+        4 * world + 7,
+        5 * world + 7,
+        6 * world + 7,
+        7 * world + 7,
+    ]
+    with pytest.raises(ConfigError, match="lanes"):
+        order.owned(0, 6, lanes=4, rank=0, world=3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "thing", "words"),
     [

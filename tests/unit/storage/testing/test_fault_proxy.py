@@ -24,6 +24,12 @@ def server() -> Iterator[str]:
             self.end_headers()
             self.wfile.write(b"x" * 1000)
 
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
         def log_message(self, format: str, *args: Any) -> None: ...
 
     web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -52,6 +58,22 @@ def test_the_proxy_delays_and_counts_each_request(server: str) -> None:
         endpoint = proxy.endpoint
     with pytest.raises(OSError, match="refused"):
         _get(endpoint)
+
+
+def test_uploads_share_a_slow_way(server: str) -> None:
+    def put(endpoint: str) -> None:
+        request = urllib.request.Request(endpoint, b"x" * 1000, method="PUT")
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            assert answer.status == 200
+
+    with delayed(server, 0.0, 10_000) as proxy:
+        began = time.perf_counter()
+        threads = [threading.Thread(target=put, args=(proxy.endpoint,)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert time.perf_counter() - began >= 0.2
 
 
 def test_the_proxy_refuses_what_it_cannot_look_into() -> None:
