@@ -82,11 +82,11 @@ def foreground(values: Values) -> tuple[Mask, dict[str, float]]:
     ranked = _ranked_by(finite, ordered)
     mask = _mask(values, _bounds(finite.size, ranked))
     inside = values[mask]
-    first = finite.size - inside.size  # the foreground are the greatest of the finite values
+    below = finite.size - inside.size  # the foreground are the greatest of the finite values
     mean = float(inside.mean(dtype=np.float64))
     apart = np.subtract(inside, mean, dtype=np.float64)
     std = float(np.sqrt(apart @ apart / inside.size))
-    low, high = _bounds(inside.size, lambda k: ranked(first + k))
+    low, high = _bounds(inside.size, lambda k: ranked(below + k))
     return mask, dict(zip(STATS_ORDER, (float(inside.min()), float(inside.max()), mean, std, low, high), strict=True))
 
 
@@ -149,7 +149,7 @@ def _ranked_by(flat: Values, ordered: Values | None) -> Callable[[int], tuple[fl
     """A function of k: the k-th and next smallest of finite values; one sample of them serves every k."""
     if ordered is not None:
         return lambda k: (float(ordered[k]), float(ordered[min(k + 1, ordered.size - 1)]))
-    sample = np.sort(flat[:: max(1, flat.size // 40_000)])
+    sample: Any = np.sort(flat[:: max(1, flat.size // 40_000)])
     return lambda k: _ranked(flat, sample, k)
 
 

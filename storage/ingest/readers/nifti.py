@@ -33,6 +33,8 @@ READER = "nifti/1"
 PIXEL_SUFFIXES = (".img", ".img.gz")
 _HEAD_BYTES = 1 << 16
 """Of a file, which hold its header, gzipped or not."""
+_PIECE = 1 << 18
+"""Bytes that are decompressed by one call: as many as the processor's cache holds."""
 _gzip_file: Any = igzip.IGzipFile  # untyped
 _gzip_error: Any = isal_zlib.error
 
@@ -159,14 +161,15 @@ class _Source:
         out = bytearray(n)
         out[: len(head)] = head
         have = len(head)
-        with memoryview(out) as view:  # filled in place: a large volume is not copied
-            while have < n and (got := self._guarded(self._file.readinto, view[have:])):
-                have += int(got)
+        with memoryview(out) as view:  # by pieces: a gzip file's `readinto` makes a second copy of all that it reads
+            while have < n and (piece := self._more(min(n - have, _PIECE))):
+                view[have : have + len(piece)] = piece
+                have += len(piece)
         if have < n:
             raise RefusedInput(
                 self._path, expected=f"{n:,} bytes of voxels", found=f"{have:,}", remedy="the file is truncated"
             )
-        while self._more(1 << 20):
+        while self._more(_PIECE):
             pass
         return out
 
