@@ -57,3 +57,11 @@ def test_no_cluster_is_imported() -> None:
     code = "import sys, jobs.data_check; print(sorted({'ray', 'torch', 'mlflow', 'monai'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_ingest_starts_without_what_few_volumes_need() -> None:
+    """Each of these costs a start a tenth of a second or more; those that are needed are imported then."""
+    heavy = {"ray", "torch", "mlflow", "monai", "numba", "scipy", "pandas", "nibabel", "pydicom", "SimpleITK"}
+    code = f"import sys, jobs.ingestion; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
