@@ -6,8 +6,9 @@
 SETTINGS = {
     # Unset, Ray decides by what it finds on the machine whether to ask for the token.
     "RAY_AUTH_MODE": "token",
-    # `ray start` has no flag against Ray Client's server, which takes code on port 10001.
-    "RAY_START_HOOK": "cluster.ray_hooks.leave_out_ray_client",
+    # `ray start` has no flag against Ray Client's server, which takes code on port 10001, nor against calls to Ray's
+    # makers and to the cloud's metadata service.
+    "RAY_START_HOOK": "cluster.ray_hooks.prepare_node",
     # How long an elastic group waits for as many workers as it had, before it takes fewer.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import psutil
 
 from cluster import services
-from cluster.state import State
+from cluster.state import State, kind
 from storage.errors import StackError
 
 _RANGE = range(20000, 32000)  # below the ephemeral range, so that an outgoing connection cannot take a port first
@@ -20,7 +20,7 @@ def choose(state: State, name: str, requested: int) -> dict[str, int]:
     Raises:
         StackError: the requested one is taken, or too few are free.
     """
-    purposes = services.PORTS[name]
+    purposes = services.PORTS[kind(name)]
     reserved = {port for service in state.services.values() for port in service.ports.values()}
     last = state.ports.get(name, {})
     ports: dict[str, int] = {}
@@ -28,7 +28,7 @@ def choose(state: State, name: str, requested: int) -> dict[str, int]:
         if not is_free(requested):
             owner = owner_of(requested)
             raise StackError(
-                f"port {requested} for {services.TITLES[name]}",
+                f"port {requested} for {services.title(name)}",
                 expected="a free port",
                 found=f"{owner} listening on it" if owner else "it in use",
                 remedy="end that program, name another port, or leave the choice to tomoscale",
@@ -43,7 +43,7 @@ def choose(state: State, name: str, requested: int) -> dict[str, int]:
         ports.update(zip(rest, find_free(len(rest), reserved | set(ports.values())), strict=True))
     except OSError as error:
         raise StackError(
-            f"ports for {services.TITLES[name]}",
+            f"ports for {services.title(name)}",
             expected="free ports",
             found=str(error),
             remedy="end programs that hold them; `tomoscale doctor` looks too",
@@ -57,13 +57,13 @@ def require_address(state: State, name: str, ports: dict[str, int], users: Seque
     Raises:
         StackError: the server would listen elsewhere; names who holds the port that it had.
     """
-    purpose = services.PORTS[name][0]
+    purpose = services.PORTS[kind(name)][0]
     last = state.ports.get(name, ports)[purpose]
     if users and last != ports[purpose]:
         owner = owner_of(last)
         raise StackError(
-            f"port {last} for {services.TITLES[name]}",
-            expected=f"the one that {' and '.join(services.TITLES[user] for user in users)} know, which still run",
+            f"port {last} for {services.title(name)}",
+            expected=f"the one that {' and '.join(services.title(user) for user in users)} know, which still run",
             found=f"{owner} listening on it" if owner else f"port {ports[purpose]} instead",
             remedy="end that program, or start all with `tomoscale down` and `tomoscale up`",
         )

@@ -5,6 +5,7 @@ of a machine can list.
 """
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from cluster.processes import SERVICE_MARK, STACK_MARK
 from storage.errors import StackError
 
 HOST = "127.0.0.1"
-TITLES = {"s3": "S3 (SeaweedFS)", "mlflow": "MLflow", "ray": "Ray"}
+_TITLES = {"s3": "S3 (SeaweedFS)", "mlflow": "MLflow", "ray": "Ray"}
 REGION = "us-east-1"
 PROFILE = "tomoscale"
 BUCKETS = ("volumes", "runs", "mlflow")
@@ -33,6 +34,8 @@ PATIENCE_S = 10.0  # a server on a busy machine may be slow and well
 # Ray waits 30 s for its own node, which no setting changes, and then ends with these words.
 IMPATIENT = "timed out during startup"
 DRIVER_SLOTS = 16
+# Drivers of trials ask for this instead of a CPU, so that they cannot eat the CPUs their own workers wait for.
+_RESOURCES = {"driver": DRIVER_SLOTS}
 # A cluster of one machine has nobody to fail over to: a node that is slow beside heavy work is waited for. Ray would
 # take it for dead after half a minute, and end it with every job at work.
 _PATIENT_RAY = {"RAY_health_check_timeout_ms": "60000", "RAY_health_check_failure_threshold": "10"}
@@ -46,6 +49,7 @@ PORTS = {
         *("dashboard", "gcs", "node", "object", "agent", "agent_grpc"),
         *("runtime_env", "metrics", "autoscaler_metrics", "dashboard_metrics"),
     ),
+    states.NODE: ("node", "object", "agent", "agent_grpc", "runtime_env", "metrics"),
 }
 _OF_CLIENTS = (
     *("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_DISABLE_TELEMETRY"),
@@ -65,6 +69,11 @@ class Server:
     cwd: Path
     log: Path
     probe: Callable[[], str]
+
+
+def title(name: str) -> str:
+    """What a person calls a server."""
+    return _TITLES.get(name) or f"Ray's node {name.partition('-')[2]}"
 
 
 def client_environment(state_dir: Path, ports: dict[str, dict[str, int]]) -> dict[str, str]:
@@ -125,7 +134,7 @@ def server(name: str, state_dir: Path, stack: str, ports: dict[str, dict[str, in
     Raises:
         StackError: its program is not installed.
     """
-    make = {"s3": _s3, "mlflow": _mlflow, "ray": _ray}[name]
+    make = {"s3": _s3, "mlflow": _mlflow, "ray": _ray}.get(name) or functools.partial(_node, name)
     command, extra, probe = make(state_dir, ports, cpus)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_", "RAY_", "TOMOSCALE_"))}
     environment |= client_environment(state_dir, ports)
@@ -133,7 +142,8 @@ def server(name: str, state_dir: Path, stack: str, ports: dict[str, dict[str, in
         environment.pop(key, None)
     environment |= {key: value for key, value in extra.items() if value is not None}
     environment |= {STACK_MARK: stack, SERVICE_MARK: name, states.STATE_VARIABLE: str(state_dir)}
-    return Server(name, command, environment, state_dir / name, state_dir / "logs" / f"{name}.log", probe)
+    folder = state_dir / ("ray" if states.kind(name) == states.NODE else name)
+    return Server(name, command, environment, folder, state_dir / "logs" / f"{name}.log", probe)
 
 
 Made = tuple[list[str], dict[str, str | None], Callable[[], str]]
@@ -197,7 +207,6 @@ def _mlflow(state_dir: Path, ports: dict[str, dict[str, int]], cpus: int) -> Mad
 
 def _ray(state_dir: Path, ports: dict[str, dict[str, int]], cpus: int) -> Made:
     own = ports["ray"]
-    binaries = str(Path(sys.executable).parent)
     command = [_program("ray", "tomoscale"), "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--node-ip-address={HOST}", f"--port={own['gcs']}", f"--temp-dir={state_dir / 'ray'}"]
     command += ["--include-dashboard=true", f"--dashboard-host={HOST}", f"--dashboard-port={own['dashboard']}"]
@@ -206,22 +215,49 @@ def _ray(state_dir: Path, ports: dict[str, dict[str, int]], cpus: int) -> Made:
     command += [f"--runtime-env-agent-port={own['runtime_env']}", f"--metrics-export-port={own['metrics']}"]
     command += ["--min-worker-port=0", "--max-worker-port=0"]
     command += [f"--num-cpus={cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}"]
-    # Drivers of trials ask for this instead of a CPU, so that they cannot eat the CPUs their own workers wait for.
-    command += ["--resources", json.dumps({"driver": DRIVER_SLOTS})]
-    threads = max(1, (os.cpu_count() or 1) // 2)
+    command += ["--resources", json.dumps(_RESOURCES)]
     extra: dict[str, str | None] = {
-        # A job's `python -m jobs.pretrain` must find this environment.
-        "PATH": os.pathsep.join([binaries, os.environ.get("PATH", os.defpath)]),
-        **SETTINGS,
-        **_PATIENT_RAY,
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        **_of_ray_nodes(),
         # Ray's metrics ports, 44217 and 44227 by default, would be in the way of a second cluster.
         "AUTOSCALER_METRIC_PORT": str(own["autoscaler_metrics"]),
         "DASHBOARD_METRIC_PORT": str(own["dashboard_metrics"]),
+    }
+    return command, extra, lambda: ray_problem(state_dir, own["dashboard"])
+
+
+def _node(name: str, state_dir: Path, ports: dict[str, dict[str, int]], cpus: int) -> Made:
+    own = ports[name]
+    settings = {
+        "gcs_address": f"{HOST}:{ports['ray']['gcs']}",
+        "node_ip_address": HOST,
+        "node_name": name,
+        "num_cpus": cpus,
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "resources": _RESOURCES,
+        "node_manager_port": own["node"],
+        "object_manager_port": own["object"],
+        "dashboard_agent_listen_port": own["agent"],
+        "metrics_agent_port": own["agent_grpc"],
+        "runtime_env_agent_port": own["runtime_env"],
+        "metrics_export_port": own["metrics"],
+        "min_worker_port": 0,
+        "max_worker_port": 0,
+    }
+    command = [sys.executable, "-m", "cluster.ray_node", json.dumps(settings)]
+    return command, {**_of_ray_nodes()}, lambda: node_problem(state_dir, ports["ray"]["dashboard"], name)
+
+
+def _of_ray_nodes() -> dict[str, str]:
+    threads = max(1, (os.cpu_count() or 1) // 2)
+    return {
+        # A job's `python -m jobs.pretrain` must find this environment.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        **SETTINGS,
+        **_PATIENT_RAY,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         # Gradients between the workers of one machine have no business on its network.
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
     }
-    return command, extra, lambda: ray_problem(state_dir, own["dashboard"])
 
 
 def _program(name: str, package: str) -> str:
@@ -288,6 +324,19 @@ def ray_problem(state_dir: Path, port: int) -> str:
     )
 
 
+def node_problem(state_dir: Path, port: int, name: str) -> str:
+    """Ask Ray's dashboard whether a node of that name is alive."""
+    request = urllib.request.Request(f"http://{HOST}:{port}/nodes?view=summary")
+    request.add_header("Authorization", f"Bearer {states.secret(state_dir, 'ray_token')}")
+    try:
+        data = json.loads(_read(request))
+        nodes = [node["raylet"] for node in data["data"]["summary"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return " ".join(str(getattr(error, "reason", error)).split())[:200]
+    alive = [node for node in nodes if node.get("nodeName") == name and node.get("state") == "ALIVE"]
+    return "" if alive else "Ray has no living node of this name"
+
+
 def http_problem(
     url: str,
     *,
@@ -304,14 +353,19 @@ def http_problem(
         import base64
 
         request.add_header("Authorization", "Basic " + base64.b64encode(":".join(basic).encode()).decode())
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(request, timeout=timeout_s) as answer:
-            return "" if holding.encode() in answer.read() else f"an answer without {holding}"
+        return "" if holding.encode() in _read(request, timeout_s) else f"an answer without {holding}"
     except urllib.error.HTTPError as error:
         return f"HTTP {error.code} {error.reason}"
     except (OSError, ValueError) as error:
         return " ".join(str(getattr(error, "reason", error)).split())[:200]
+
+
+def _read(request: urllib.request.Request, timeout_s: float = PATIENCE_S) -> bytes:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=timeout_s) as answer:
+        data: bytes = answer.read()
+    return data
 
 
 def remove_sockets(ports: dict[str, int]) -> None:

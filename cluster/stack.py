@@ -1,84 +1,25 @@
 """The local stack: S3, MLflow and Ray on loopback, started together, looked at, and stopped exactly as started."""
 
 import contextlib
-import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
 
-from cluster import memory, ports, processes, services
+from cluster import ports, processes, services
 from cluster import state as states
+from cluster.stack_info import ServiceInfo, StackInfo, absent, family_mb
 from cluster.state import State, default_dir
 from storage.errors import StackError
 
 Progress = Callable[[str], None]
 START_TIMEOUT_S = 240.0  # 8 s on an idle machine; a server that dies is noticed at once
 _LEAST_FREE_BYTES = 2 * 1024**3
-_GRACE_S = {"ray": 5.0, "mlflow": 4.0, "s3": 2.0}  # jobs were asked before; weed never ends by itself
-_TOLD = {"s3": ("mlflow", "ray"), "mlflow": ("ray",), "ray": ()}  # who is given the address of a server
-
-
-@dataclasses.dataclass(frozen=True)
-class ServiceInfo:
-    """One server as it was found."""
-
-    name: str
-    url: str
-    pid: int | None
-    healthy: bool
-    detail: str  # why it is not healthy
-    healthy_s: float | None  # seconds that its start took
-    resident_mb: float  # of all its processes; shared pages count once where the system can tell
-
-
-@dataclasses.dataclass(frozen=True)
-class StackInfo:
-    """The stack as it was found."""
-
-    state_dir: Path
-    services: tuple[ServiceInfo, ...]
-    cpus: int
-
-    @property
-    def running(self) -> bool:
-        """Whether anything runs."""
-        return any(service.pid for service in self.services)
-
-    @property
-    def healthy(self) -> bool:
-        """Whether everything runs and answers."""
-        return bool(self.services) and all(service.healthy for service in self.services)
-
-    def url(self, name: str) -> str:
-        """The address of a service: `s3`, `mlflow` or `ray`.
-
-        Raises:
-            StackError: it was not started.
-        """
-        for service in self.services:
-            if service.name == name:
-                return service.url
-        raise _absent(self.state_dir)
-
-    @property
-    def jobs_address(self) -> str:
-        """What `ray job submit --address` takes from any shell: Ray asks `cluster` for the token of this stack."""
-        return self.url("ray").replace("http://", "cluster://")
-
-    def to_json(self) -> dict[str, object]:
-        """Plain values, without secrets."""
-        return {
-            "state_dir": str(self.state_dir),
-            "running": self.running,
-            "healthy": self.healthy,
-            "cpus": self.cpus,
-            "services": [dataclasses.asdict(service) for service in self.services],
-            "jobs_address": self.jobs_address if self.running else "",
-        }
+_GRACE_S = {"node": 5.0, "ray": 5.0, "mlflow": 4.0, "s3": 2.0}  # jobs were asked before; weed never ends by itself
+_TOLD = {"s3": ("mlflow", "ray"), "mlflow": ("ray",), "ray": (), "node": ()}  # who is given the address of a server
 
 
 def up(
@@ -88,6 +29,7 @@ def up(
     mlflow_port: int = 0,
     dashboard_port: int = 0,
     cpus: int | None = None,
+    nodes: int | None = None,
     progress: Progress = lambda line: None,
 ) -> StackInfo:
     """Start what does not run and wait until all of it answers.
@@ -99,6 +41,8 @@ def up(
         dashboard_port: Port of Ray's dashboard and job server; 0 likewise.
         cpus: Logical CPUs that Ray hands out; they are slots, not cores. At least 4 by default, so that a driver, two
             training workers and a trial fit on a machine with two cores.
+        nodes: Ray nodes on this machine, the head among them, each with `cpus` of its own: a cluster to try on what
+            happens between nodes. What the last start had by default, at first 1.
         progress: Receives one line of text at a time.
 
     Raises:
@@ -110,9 +54,11 @@ def up(
     state = states.prepare(state_dir)
     with states.locked(state_dir):
         state = states.load(state_dir) or state
+        _resize(state_dir, state, nodes or state.nodes, progress)
         missing = [name for name in states.SERVICES if not _main(state, name)]
+        further = [name for name in state.names[len(states.SERVICES) :] if "ray" in missing or not _main(state, name)]
         free = shutil.disk_usage(state_dir).free
-        if missing and free < _LEAST_FREE_BYTES:
+        if (missing or further) and free < _LEAST_FREE_BYTES:
             raise StackError(
                 f"disk of {state_dir}",
                 expected=f"{_LEAST_FREE_BYTES / 1e9:.1f} GB free",
@@ -121,10 +67,14 @@ def up(
             )
         requested = {"s3": s3_port, "mlflow": mlflow_port, "ray": dashboard_port}
         try:
-            _start(state_dir, state, missing, requested, cpus, progress)
+            for name in further:  # one that runs knows a head that is gone
+                _end_service(state, name, _GRACE_S[states.NODE])
+            _start(state_dir, state, states.SERVICES, missing, requested, cpus, progress)
+            # Once there is a head that they can join.
+            _start(state_dir, state, state.names[len(states.SERVICES) :], further, requested, cpus, progress)
         except BaseException:  # Ctrl-C included: nothing half-started stays
             progress("stopping what was started")
-            _stop(state_dir, state, missing, lambda line: None)
+            _stop(state_dir, state, missing + further, lambda line: None)
             raise
         return _info(state_dir, state)
 
@@ -139,29 +89,43 @@ def _unbroken(progress: Progress) -> Progress:
     return tell
 
 
+def _resize(state_dir: Path, state: State, nodes: int, progress: Progress) -> None:
+    """Stop Ray's nodes beyond that number, and note it."""
+    _stop(state_dir, state, state.names[len(states.SERVICES) + nodes - 1 :], progress)
+    state.nodes = nodes
+    states.save(state_dir, state)
+
+
 def _start(
-    state_dir: Path, state: State, missing: list[str], requested: dict[str, int], cpus: int | None, progress: Progress
+    state_dir: Path,
+    state: State,
+    names: Sequence[str],
+    missing: list[str],
+    requested: dict[str, int],
+    cpus: int | None,
+    progress: Progress,
 ) -> None:
+    """Start those of `names` that are missing, and wait until all of them answer."""
     began = time.monotonic()
-    running = [name for name in states.SERVICES if name not in missing]
+    running = [name for name in names if name not in missing]
     if running:
-        progress(f"already running: {', '.join(services.TITLES[name] for name in running)}")
+        progress(f"already running: {', '.join(services.title(name) for name in running)}")
     if missing:
-        progress(f"starting {', '.join(services.TITLES[name] for name in missing)} in {state_dir}")
-    waiting = _launch(state_dir, state, missing, requested, cpus)
+        progress(f"starting {', '.join(services.title(name) for name in missing)} in {state_dir}")
+    waiting = _launch(state_dir, state, names, missing, requested, cpus)
     why: dict[str, str] = {}
     while waiting:
         for name, server in list(waiting.items()):
             service = state.services[name]
             if _main(state, name) is None:
                 if name not in missing:  # it was dying when `up` looked, as after a kill a moment ago
-                    progress(f"{services.TITLES[name]} has ended meanwhile; starting it")
+                    progress(f"{services.title(name)} has ended meanwhile; starting it")
                     missing.append(name)
                 elif services.IMPATIENT in _tail(server.log):
-                    progress(f"this machine is busy, and {services.TITLES[name]} gave up on itself; starting it again")
+                    progress(f"this machine is busy, and {services.title(name)} gave up on itself; starting it again")
                 else:
                     raise _died(server)
-                waiting[name] = _launch(state_dir, state, [name], requested, cpus)[name]
+                waiting[name] = _launch(state_dir, state, names, [name], requested, cpus)[name]
                 continue
             why[name] = server.probe()
             if why[name]:
@@ -170,11 +134,11 @@ def _start(
             if service.healthy_s is None:
                 service.healthy_s = round(time.monotonic() - began, 1)
                 states.save(state_dir, state)
-                progress(f"{services.TITLES[name]} answers after {service.healthy_s} s")
+                progress(f"{services.title(name)} answers after {service.healthy_s} s")
         if waiting and time.monotonic() - began > START_TIMEOUT_S:
             name, server = next(iter(waiting.items()))
             raise StackError(
-                services.TITLES[name],
+                services.title(name),
                 expected=f"a good answer within {START_TIMEOUT_S:.0f} s",
                 found=why[name],
                 remedy=f"read {server.log}:\n{_tail(server.log)}",
@@ -183,24 +147,30 @@ def _start(
 
 
 def _launch(
-    state_dir: Path, state: State, names: list[str], requested: dict[str, int], cpus: int | None
+    state_dir: Path,
+    state: State,
+    names: Sequence[str],
+    missing: Sequence[str],
+    requested: dict[str, int],
+    cpus: int | None,
 ) -> dict[str, services.Server]:
-    """Start these servers, noting each before and after; returns all, running ones included."""
-    if names:
+    """Start the missing servers, noting each before and after; returns all of `names`, running ones included."""
+    if missing:
         services.write_credentials(state_dir)
-    if "ray" in names:
+    if "ray" in missing:
         state.cpus = cpus or max(4, os.cpu_count() or 1)
         _drop_old_sessions(state_dir)
-    for name in names:
+    for name in missing:
         # Children of a server that died alone would keep its ports.
         _end_service(state, name, 5.0)
-        own = ports.choose(state, name, requested[name])
-        ports.require_address(state, name, own, [other for other in _TOLD[name] if _main(state, other)])
+        own = ports.choose(state, name, requested.get(name, 0))
+        told = _TOLD[states.kind(name)]
+        ports.require_address(state, name, own, [other for other in told if _main(state, other)])
         state.services[name] = states.Service(ports=own)
         state.ports[name] = own
-    by_service = {name: state.services[name].ports for name in states.SERVICES}
-    servers = {name: services.server(name, state_dir, state.stack, by_service, state.cpus) for name in states.SERVICES}
-    for name in names:
+    by_service = {name: service.ports for name, service in state.services.items()}
+    servers = {name: services.server(name, state_dir, state.stack, by_service, state.cpus) for name in names}
+    for name in missing:
         states.save(state_dir, state)
         server, service = servers[name], state.services[name]
         server.log.unlink(missing_ok=True)
@@ -212,7 +182,7 @@ def _launch(
 
 def _died(server: services.Server) -> StackError:
     return StackError(
-        services.TITLES[server.name],
+        services.title(server.name),
         expected="it to run",
         found="that it ended while it started",
         remedy=f"the last lines of {server.log}:\n{_tail(server.log)}",
@@ -276,7 +246,7 @@ def down(state_dir: Path | None = None, *, purge: bool = False, progress: Progre
         state = states.load(state_dir)
         if state is None:
             return False
-        stopped = _stop(state_dir, state, list(states.SERVICES), progress)
+        stopped = _stop(state_dir, state, state.names, progress)
         if purge:
             for name in ("ray", "mlflow", "s3", "logs", "secrets"):
                 shutil.rmtree(state_dir / name, ignore_errors=True)
@@ -288,18 +258,18 @@ def down(state_dir: Path | None = None, *, purge: bool = False, progress: Progre
     return stopped
 
 
-def _stop(state_dir: Path, state: State, names: list[str], progress: Progress) -> bool:
+def _stop(state_dir: Path, state: State, names: Sequence[str], progress: Progress) -> bool:
     stopped = False
-    for name in ("ray", "mlflow", "s3"):
+    if "ray" in names and _all(state, "ray"):
+        _stop_jobs(state_dir, state, progress)
+    for name in reversed(state.names):
         if name not in names:
             continue
         members = _all(state, name)
-        if members and name == "ray":
-            _stop_jobs(state_dir, state, progress)
-        left = _end_service(state, name, _GRACE_S[name])
+        left = _end_service(state, name, _GRACE_S[states.kind(name)])
         if left:
             raise StackError(
-                services.TITLES[name],
+                services.title(name),
                 expected="it to end",
                 found=", ".join(f"pid {process.pid}" for process in left) + " still there after SIGKILL",
                 remedy="look at what holds it with `ps`, then run `tomoscale down` again",
@@ -308,7 +278,7 @@ def _stop(state_dir: Path, state: State, names: list[str], progress: Progress) -
             services.remove_sockets(state.services[name].ports)
         if members:
             stopped = True
-            progress(f"{services.TITLES[name]} stopped")
+            progress(f"{services.title(name)} stopped")
         state.services.pop(name, None)
         states.save(state_dir, state)
     return stopped
@@ -353,22 +323,27 @@ def status(state_dir: Path | None = None) -> StackInfo:
 def _info(state_dir: Path, state: State) -> StackInfo:
     infos = []
     probes = {"s3": services.s3_problem, "mlflow": services.mlflow_problem, "ray": services.ray_problem}
-    for name in states.SERVICES:
+    for name in state.names:
         service = state.services.get(name)
         if service is None:
             continue
-        port = service.ports[services.PORTS[name][0]]
+        port = service.ports[services.PORTS[states.kind(name)][0]]
         main = _main(state, name)
-        detail = probes[name](state_dir, port) if main else "no process"
+        if main is None:
+            detail = "no process"
+        elif name in probes:
+            detail = probes[name](state_dir, port)
+        else:
+            detail = services.node_problem(state_dir, state.services["ray"].ports["dashboard"], name)
         infos.append(
             ServiceInfo(
                 name,
-                f"http://{services.HOST}:{port}",
+                f"{'http://' if name in probes else ''}{services.HOST}:{port}",
                 main.pid if main else None,
                 not detail,
                 detail,
                 service.healthy_s,
-                round(memory.of_family(main), 1),
+                round(family_mb(main), 1),
             )
         )
     return StackInfo(state_dir, tuple(infos), state.cpus)
@@ -385,14 +360,5 @@ def environment(state_dir: Path | None = None) -> dict[str, str]:
     state_dir = (state_dir or default_dir()).expanduser().absolute()
     state = states.load(state_dir)
     if state is None or any(name not in state.services for name in states.SERVICES):
-        raise _absent(state_dir)
+        raise absent(state_dir)
     return services.client_environment(state_dir, {name: service.ports for name, service in state.services.items()})
-
-
-def _absent(state_dir: Path) -> StackError:
-    return StackError(
-        f"local stack in {state_dir}",
-        expected="it to run",
-        found="nothing started there",
-        remedy="run `tomoscale up`",
-    )

@@ -21,6 +21,7 @@ from storage.objects.retry import OutOfTime, RetryPolicy, repeat
 
 STATE_VARIABLE = "TOMOSCALE_STATE"
 SERVICES = ("s3", "mlflow", "ray")
+NODE = "node"
 # Ray puts `<temp>/session_YYYY-MM-DD_HH-MM-SS_micros_pid/sockets/plasma_store` in a Unix socket address of 107 bytes.
 _LONGEST = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 
@@ -43,6 +44,17 @@ class State:
     services: dict[str, Service] = dataclasses.field(default_factory=dict)
     ports: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # of the last start, used again if free
     cpus: int = 0
+    nodes: int = 1  # of Ray, its head included
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All servers, each after those that it needs: `SERVICES`, then `node-2` and so on."""
+        return (*SERVICES, *(f"{NODE}-{number}" for number in range(2, self.nodes + 1)))
+
+
+def kind(name: str) -> str:
+    """What a server is: of `node-2`, `node`."""
+    return name.partition("-")[0]
 
 
 def default_dir() -> Path:

@@ -27,6 +27,7 @@ from jobs.output import write_page
 from jobs.pretrain.loop import KIND, Hooks, Take, collectives_backend, run
 from jobs.tracking.runs import Point
 from ssl_core.config import load, resolved
+from ssl_core.distributed import current
 from storage.objects import open_store
 
 
@@ -105,7 +106,9 @@ def _train(config: PretrainConfig, out: Path, device: torch.device) -> int:
         stop=stop.is_set,
         captures=Captures(out.absolute().as_uri(), lambda line: print(line, flush=True)),
     )
-    return int(run(config, hooks, restore=done[-1] if done else None, device=device)["steps"])
+    nodes_differ = os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]  # so on every rank or on none
+    restore, collectives = done[-1] if done else None, current(overlap=nodes_differ)
+    return int(run(config, hooks, restore=restore, device=device, collectives=collectives)["steps"])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ The gather is differentiable: its backward pass sums the gradients that all rank
 anchors against gathered keys", averaged over ranks, has the gradient of one rank on the joined batch.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -12,10 +13,17 @@ from torch import Tensor
 
 
 class Collectives(Protocol):
-    """What a method may do across ranks."""
+    """What a method may do across ranks, and the engine.
+
+    Attributes:
+        rank: Of this process.
+        world: Number of ranks.
+        overlaps: Whether sums that were begun go on beside the backward pass; the same on all ranks.
+    """
 
     rank: int
     world: int
+    overlaps: bool
 
     def gather(self, x_B: Tensor) -> Tensor:
         """Concatenate along axis 0 over ranks, in rank order; differentiable; equal local shapes."""
@@ -29,12 +37,20 @@ class Collectives(Protocol):
         """Sum over ranks; differentiable."""
         ...
 
+    def begin_sum(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begin a sum over ranks, in the same order on all of them; the answer waits for it and gives it.
+
+        Not differentiable. `x` may change meanwhile. Where `overlaps`, order among other collectives does not matter.
+        """
+        ...
+
 
 class Single:
     """One rank."""
 
     rank = 0
     world = 1
+    overlaps = False
 
     def gather(self, x_B: Tensor) -> Tensor:
         """The input."""
@@ -48,12 +64,28 @@ class Single:
         """The input."""
         return x
 
+    def begin_sum(self, x: Tensor) -> Callable[[], Tensor]:
+        """A copy of the input."""
+        copy = x.clone()
+        return lambda: copy
+
 
 class ProcessGroup:
-    """The default `torch.distributed` group."""
+    """The default `torch.distributed` group.
 
-    def __init__(self) -> None:
+    Args:
+        overlap: Give sums that are begun a group of their own. Losses have collectives in their backward pass too, and
+            within one group all ranks would have to call both in one order. All ranks make the object together then.
+    """
+
+    def __init__(self, *, overlap: bool = False) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.overlaps = overlap and self.world > 1
+        self._apart = dist.new_group() if self.overlaps else None
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> "ProcessGroup":
+        """Itself, since a copy of a network has the ranks that the network has."""
+        return self
 
     def gather(self, x_B: Tensor) -> Tensor:
         """Concatenate along axis 0 in rank order."""
@@ -75,14 +107,30 @@ class ProcessGroup:
             return summed
         return _summed(x.detach())
 
+    def begin_sum(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begin a sum over ranks; see `Collectives.begin_sum`."""
+        total, dtype = _wide(x.detach()), x.dtype
+        work = dist.all_reduce(total, group=self._apart, async_op=True)
+
+        def result() -> Tensor:
+            work.wait()
+            return total.to(dtype)
+
+        return result
+
 
 def _summed(x: Tensor) -> Tensor:
-    """The sum over ranks, rounded once: halves are added as float32, or the result would depend on the ranks' order."""
-    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    # A clone keeps the strides of a transposed tensor, which NCCL refuses.
-    total = wide.clone(memory_format=torch.contiguous_format)
+    """The sum over ranks, rounded once."""
+    total = _wide(x)
     dist.all_reduce(total)
     return total.to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """A copy to add to: halves as float32, or the result would depend on the ranks' order."""
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    # A clone keeps the strides of a transposed tensor, which NCCL refuses.
+    return wide.clone(memory_format=torch.contiguous_format)
 
 
 class _Gather(torch.autograd.Function):
@@ -111,6 +159,11 @@ class _Sum(torch.autograd.Function):
         return _summed(grads[0])
 
 
-def current() -> Collectives:
-    """The process group when one is up, else one rank."""
-    return ProcessGroup() if dist.is_available() and dist.is_initialized() else Single()
+def current(*, overlap: bool = False) -> Collectives:
+    """The process group when one is up, else one rank.
+
+    Args:
+        overlap: Whether gradients are averaged while the backward pass goes on, which pays where ranks are on more than
+            one machine. The same on all ranks, which make the object together then.
+    """
+    return ProcessGroup(overlap=overlap) if dist.is_available() and dist.is_initialized() else Single()

@@ -79,14 +79,14 @@ def foreground(values: Values) -> tuple[Mask, dict[str, float]]:
     ordered = finite.copy() if finite.size <= _SMALL else None
     if ordered is not None:
         ordered.sort()
-    mask = _mask(values, _percentiles(finite, ordered))
+    ranked = _ranked_by(finite, ordered)
+    mask = _mask(values, _bounds(finite.size, ranked))
     inside = values[mask]
-    if ordered is not None:
-        ordered = ordered[-inside.size :]  # the foreground are the greatest of the finite values
+    first = finite.size - inside.size  # the foreground are the greatest of the finite values
     mean = float(inside.mean(dtype=np.float64))
     apart = np.subtract(inside, mean, dtype=np.float64)
     std = float(np.sqrt(apart @ apart / inside.size))
-    low, high = _percentiles(inside, ordered)
+    low, high = _bounds(inside.size, lambda k: ranked(first + k))
     return mask, dict(zip(STATS_ORDER, (float(inside.min()), float(inside.max()), mean, std, low, high), strict=True))
 
 
@@ -133,26 +133,24 @@ def _mask(values: Values, bounds: tuple[float, float]) -> Mask:
     return above if above.any() else np.isfinite(values)
 
 
-def _percentiles(values: Values, ordered: Values | None = None) -> tuple[float, float]:
-    """The 0.5th and 99.5th percentile of finite values, as `numpy.percentile` defines them ("linear").
+def _percentiles(values: Values) -> tuple[float, float]:
+    """The 0.5th and 99.5th percentile of finite values, as `numpy.percentile` defines them ("linear")."""
+    counted = _counts(values)
+    return _bounds(values.size, _ranked_by(values.reshape(-1), None)) if counted is None else _ranks(*counted)
 
-    Args:
-        values: Any shape.
-        ordered: The same values sorted, where that has been done.
-    """
-    counted = None if ordered is not None else _counts(values)
-    if counted is not None:
-        return _ranks(*counted)
-    flat = values.reshape(-1)
-    sample: Any = np.sort(flat[:: max(1, flat.size // 40_000)]) if ordered is None else flat[:0]
 
-    def ranked(k: int) -> tuple[float, float]:
-        if ordered is None:
-            return _ranked(flat, sample, k)
-        return float(ordered[k]), float(ordered[min(k + 1, ordered.size - 1)])
-
-    low, high = (_blend(share, flat.size, ranked) for share in SHARES)
+def _bounds(size: int, ranked: Callable[[int], tuple[float, float]]) -> tuple[float, float]:
+    """Both percentiles of that many values; `ranked` as of `_blend`."""
+    low, high = (_blend(share, size, ranked) for share in SHARES)
     return low, high
+
+
+def _ranked_by(flat: Values, ordered: Values | None) -> Callable[[int], tuple[float, float]]:
+    """A function of k: the k-th and next smallest of finite values; one sample of them serves every k."""
+    if ordered is not None:
+        return lambda k: (float(ordered[k]), float(ordered[min(k + 1, ordered.size - 1)]))
+    sample = np.sort(flat[:: max(1, flat.size // 40_000)])
+    return lambda k: _ranked(flat, sample, k)
 
 
 def _blend(share: float, size: int, ranked: Callable[[int], tuple[float, float]]) -> float:

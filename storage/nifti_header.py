@@ -39,6 +39,12 @@ NIFTI2 = np.dtype(
         ("dim_info", "u1"), ("unused", "S15"),
     ]
 )  # fmt: skip
+_LAYOUTS = tuple(
+    (layout.newbyteorder(order), version, order)
+    for layout, version in ((NIFTI1, b"1"), (NIFTI2, b"2"))
+    for order in ("<", ">")
+)
+"""Made once: a structured type in another byte order takes longer to make than a header to parse."""
 MOST_BYTES = NIFTI2.itemsize
 """No header is longer."""
 
@@ -119,7 +125,7 @@ def parse_header(name: str, head: bytes, *, pair: bool = False) -> NiftiHeader:
     if unit_mm != 1:
         affine[:3] *= unit_mm
         notes.append(f"lengths converted from {unit_name} to mm")
-    little = np.array(record).astype(record.dtype.newbyteorder("<"))
+    little = np.array(record) if order == "<" else np.array(record).astype(record.dtype.newbyteorder("<"))
     dtype = np.dtype(order + DATATYPES[code])
     offset = _offset(name, record, pair)
     return NiftiHeader(little, shape, dtype, offset, slope, inter, affine, unit_mm, tuple(notes))
@@ -152,28 +158,27 @@ def glimpse(data: bytes) -> str:
 
 def _record(name: str, head: bytes, pair: bool) -> tuple[Any, str]:
     """The header record and the byte order of the file."""
-    for layout, version in ((NIFTI1, b"1"), (NIFTI2, b"2")):
-        for order in ("<", ">"):
-            if len(head) < layout.itemsize or np.frombuffer(head, order + "i4", 1)[0] != layout.itemsize:
-                continue
-            record = np.frombuffer(head, layout.newbyteorder(order), 1)[0]
-            magic = bytes(record["magic"])[:3]
-            if magic == (b"ni" if pair else b"n+") + version:
-                return record, order
-            if magic in (b"n+" + version, b"ni" + version):
-                raise RefusedInput(
-                    name,
-                    expected=f"the header of {'a pair' if pair else 'a single file'}",
-                    found=f"one that says that its voxels are in {'this file' if pair else 'an .img file'}",
-                    remedy="name a single file .nii, and the header and voxels of a pair .hdr and .img",
-                )
-            if layout is NIFTI1:
-                raise RefusedInput(
-                    name,
-                    expected="a NIfTI-1 or NIfTI-2 volume",
-                    found="an Analyze 7.5 header, which does not say left from right",
-                    remedy="convert it to NIfTI with a tool that knows its orientation",
-                )
+    for layout, version, order in _LAYOUTS:
+        if len(head) < layout.itemsize or np.frombuffer(head, order + "i4", 1)[0] != layout.itemsize:
+            continue
+        record = np.frombuffer(head, layout, 1)[0]
+        magic = bytes(record["magic"])[:3]
+        if magic == (b"ni" if pair else b"n+") + version:
+            return record, order
+        if magic in (b"n+" + version, b"ni" + version):
+            raise RefusedInput(
+                name,
+                expected=f"the header of {'a pair' if pair else 'a single file'}",
+                found=f"one that says that its voxels are in {'this file' if pair else 'an .img file'}",
+                remedy="name a single file .nii, and the header and voxels of a pair .hdr and .img",
+            )
+        if version == b"1":
+            raise RefusedInput(
+                name,
+                expected="a NIfTI-1 or NIfTI-2 volume",
+                found="an Analyze 7.5 header, which does not say left from right",
+                remedy="convert it to NIfTI with a tool that knows its orientation",
+            )
     raise RefusedInput(
         name,
         expected="a NIfTI-1 or NIfTI-2 volume",

@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 from nibabel.spatialimages import SpatialImage
 
-from cluster import memory, services, stack
+from cluster import services, stack, stack_info
 from jobs import driver, submit
 from jobs.configs import FinetuneJobConfig, LabelledConfig, PretrainConfig, TuneConfig
 from jobs.demo import presets
@@ -65,7 +65,7 @@ class Memory:
     def _watch(self) -> None:
         while not self._stop.wait(5.0):
             with suppress(TomoscaleError, psutil.Error):
-                used = memory.of_stack(self._state) / 1e3
+                used = stack_info.stack_mb(self._state) / 1e3
                 self.peak_gb = max(self.peak_gb, used + psutil.Process().memory_info().rss / 1e9)
 
 

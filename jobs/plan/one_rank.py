@@ -1,5 +1,7 @@
 """One rank of many, at work without the others: what it reads and computes is what it would in their company."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ class OneRank:
     """
 
     rank = 0
+    overlaps = False
 
     def __init__(self, world: int) -> None:
         self.world = world
@@ -32,6 +35,11 @@ class OneRank:
     def sum(self, x: Tensor) -> Tensor:
         """The input, as if the others had zeros: initial weights, which rank 0 shares by a sum, stay as they are."""
         return x
+
+    def begin_sum(self, x: Tensor) -> Callable[[], Tensor]:
+        """A copy of the input."""
+        copy = x.clone()
+        return lambda: copy
 
 
 def with_workers(config: PretrainConfig, workers: int) -> PretrainConfig:

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from jobs.on_ray.uploads import Uploads
 from jobs.pretrain.loop import KIND, Hooks, Take, run
 from jobs.tracking.runs import Sender
 from ssl_core.config import parse
+from ssl_core.distributed import current
 from storage.objects import join
 
 UNMEASURED = 1e308
@@ -62,11 +64,14 @@ def train_loop(payload: dict[str, Any]) -> None:
     )
     device = ray.train.torch.get_device()
     cache_dir = Path(tempfile.gettempdir()) / f"tomoscale-cache-{os.getuid()}"
+    # Fewer on a node than in all is so on every rank or on none.
+    collectives = current(overlap=context.get_local_world_size() < context.get_world_size())
+    train = partial(run, config, hooks, device=device, cache_dir=cache_dir, collectives=collectives)
     last = ray.train.get_checkpoint()
     if last is None:
-        run(config, hooks, restore=None, device=device, cache_dir=cache_dir)
+        train(restore=None)
     else:
         with last.as_directory() as folder:
-            run(config, hooks, restore=Path(folder), device=device, cache_dir=cache_dir)
+            train(restore=Path(folder))
     if sender is not None:
         sender.close()

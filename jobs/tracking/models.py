@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version as installed
@@ -302,7 +303,9 @@ def _log(
         run_id = tracking.open_run(api, "tomoscale", f"register {name}", "register", params={}, tags=tags)
         api.set_terminated(run_id)
     _quiet()
-    with tempfile.TemporaryDirectory(prefix="tomoscale-register-") as folder:
+    with tempfile.TemporaryDirectory(prefix="tomoscale-register-") as folder, warnings.catch_warnings():
+        # MLflow predicts the example, of which a predictor says that it is like nothing that it learned from.
+        warnings.filterwarnings("ignore", "array: ", UserWarning)
         copy = Path(folder) / "bundle"
         for file in [*card["files"], "bundle.json"]:  # what is listed, without caches of compiled code
             (copy / file).parent.mkdir(parents=True, exist_ok=True)

@@ -6,13 +6,14 @@
 import copy
 from collections.abc import Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import ssl_core.methods  # noqa: F401  registers every method
 from ssl_core.config import parse, resolved
-from ssl_core.distributed import Collectives, Single
+from ssl_core.distributed import Collectives, ProcessGroup, Single
 from ssl_core.methods.base import StepContext, method_class
 from ssl_core.networks import build
 from ssl_core.networks.batch_norm import bind
@@ -20,6 +21,8 @@ from ssl_core.networks.pyramid import Pyramid
 from ssl_core.testing.pretended_device import DEVICE, pretended_device
 from ssl_core.testing.ranks import Ranks
 from ssl_core.testing.views import map_tensors, synthetic_views
+from ssl_core.train import buckets
+from ssl_core.train.buckets import Buckets
 from ssl_core.train.engine import Engine, EngineConfig
 from ssl_core.views.types import ViewBatch
 
@@ -149,6 +152,41 @@ def assert_same_on_ranks(
         for key, value in state.items():
             gap = float((value.double() - alone[key].double()).abs().max()) if value.numel() else 0.0
             assert gap < tolerance, f"{key} differs by {gap:.2e} between {ranks.world} ranks and one"
+
+
+def overlapped_and_not(_collectives: Collectives, name: str, steps: int = 3) -> tuple[list[str], list[int], int]:
+    """What a method learns where gradients are averaged during the backward pass, and where after it.
+
+    Args:
+        name: A registered method.
+        steps: Of both runs, with each parameter a bucket of its own.
+
+    Returns:
+        Tensors of its state that differ in any bit; buckets that had left at the end of each backward pass of the
+        first run; how many parameters are trained.
+    """
+    early, states = list[int](), list[dict[str, Tensor]]()
+    average = Buckets.average
+
+    def note(self: Buckets, votes: Tensor) -> None:
+        early.append(self.left)
+        average(self, votes)
+
+    with (
+        mock.patch.object(buckets, "BUCKET_BYTES", 1),
+        mock.patch.object(buckets, "LAST_BYTES", 0),
+        mock.patch.object(Buckets, "average", note),
+    ):
+        for overlap in (True, False):
+            group, method = ProcessGroup(overlap=overlap), tiny_method(name)
+            samples = [2 * group.rank, 2 * group.rank + 1]
+            batch = synthetic_views(type(method).view_spec(method.config), samples)
+            engine = Engine(method, EngineConfig(steps=steps, warmup_steps=0, log_every=steps), collectives=group)
+            for _ in range(steps):
+                engine.step(batch)
+            states.append({key: value.clone() for key, value in method.state_dict().items()})
+    differing = [key for key, value in states[0].items() if not torch.equal(value, states[1][key])]
+    return differing, early[:steps], len(trained(method))
 
 
 def faults_on_a_device(collectives: Collectives, name: str, settings: Mapping[str, Any], steps: int = 1) -> list[str]:

@@ -24,6 +24,7 @@ from ssl_core.testing.method import (
     context,
     faults_on_a_device,
     gradient,
+    overlapped_and_not,
     rounded,
     tiny_config,
     tiny_method,
@@ -139,6 +140,12 @@ class MethodContract:
     def test_two_ranks_equal_one(self, name: str, two_ranks: Ranks) -> None:
         """Losses, weights, targets, queues and norm statistics after three steps in float64."""
         assert_same_on_ranks(two_ranks, name)
+
+    def test_averaging_gradients_in_the_backward_pass_changes_no_bit(self, name: str, two_ranks: Ranks) -> None:
+        """Each leaves when it is whole, wherever the method uses its parameters; but in the first pass, all do."""
+        for differing, early, parameters in two_ranks.run(overlapped_and_not, name):
+            assert differing == []
+            assert early == [0, parameters, parameters]
 
     def test_a_step_on_a_device_mixes_nothing_and_waits_for_nothing(self, name: str, two_ranks: Ranks) -> None:
         """On two ranks, each with a CUDA device of `ssl_core.testing.pretended_device`; names the lines at fault."""

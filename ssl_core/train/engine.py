@@ -3,10 +3,10 @@
 The engine knows nothing of Ray or MLflow: it is given `report` and `save`. It draws nothing from global random state
 that it has not seeded itself, so its whole state is the method's tensors, the optimizer's and one integer.
 
-Gradients are averaged with one all-reduce over one flat buffer rather than with `DistributedDataParallel`. DDP lays
-its buckets out anew after its first step, so that with three ranks and more a resumed run adds in another order than
-the undisturbed one and differs in the last bits (tried: 3 ranks, gloo). The price is that communication does not
-overlap with the backward pass.
+Gradients are averaged in buckets of one flat buffer (`ssl_core.train.buckets`) rather than with
+`DistributedDataParallel`. DDP lays its buckets out anew after its first step, so that with three ranks and more a
+resumed run adds in another order than the undisturbed one and differs in the last bits (tried: 3 ranks, gloo). The
+buckets here follow from the parameters alone. They leave during the backward pass where the collectives say so.
 """
 
 import math
@@ -167,7 +167,7 @@ class Engine:
         # Steps whose verdict may still be on its way while the next one is launched.
         self._lag = 1 if self.device.type == "cuda" else 0
         self._pending: list[Verdict] = []
-        self._grads = FlatGradients(list(trainable.values()))
+        self._grads = FlatGradients(trainable, self.collectives)
         self.optimizer = NamedOptimizer(
             trainable, config.optimizer, betas=config.betas, momentum=config.momentum, fused=config.fused
         )
@@ -202,13 +202,13 @@ class Engine:
             determinism.seed_step(config.seed, self.step_done, self.collectives.rank, index)
             terms = self.forward(part, ctx)
             total = terms.total
-            (total / len(parts)).backward()
+            self._grads.backward(total / len(parts), last=index == len(parts) - 1)
             finite.append(torch.isfinite(total.detach()) & torch.isfinite(self._grads.norm()))
             for name, value in _named_values(terms, total).items():
                 share = value.detach().double() / len(parts)
                 values[name] = values[name] + share if name in values else share
         finite_P = torch.stack(finite)
-        self._grads.average(self.collectives, stop=stop, bad=~finite_P.all())
+        self._grads.average(stop=stop, bad=~finite_P.all())
         norm = self._grads.norm()
         samples = [part.sample_B for part in parts]
         self._pending.append(Verdict(self.step_done, samples, finite_P, self._grads.summary(norm, values["loss"])))

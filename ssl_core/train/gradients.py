@@ -1,12 +1,14 @@
 """The gradients of a step: one buffer for all of them, and the verdict on whether they are sound."""
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ssl_core.distributed import Collectives
+from ssl_core.train.buckets import Buckets
 
 
 class FlatGradients:
@@ -16,29 +18,38 @@ class FlatGradients:
     elements carry the ranks' votes, so that these need no message of their own.
 
     Args:
-        parameters: Trainable parameters of one dtype on one device, in the same order on all ranks.
+        parameters: Trainable parameters of one dtype on one device by name, in the same order on all ranks.
+        collectives: The ranks.
     """
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        total = sum(p.numel() for p in parameters)
-        self._buffer = torch.zeros(total + 2, dtype=parameters[0].dtype, device=parameters[0].device)
+    def __init__(self, parameters: Mapping[str, nn.Parameter], collectives: Collectives) -> None:
+        total, first = sum(p.numel() for p in parameters.values()), next(iter(parameters.values()))
+        self._buffer = torch.zeros(total + 2, dtype=first.dtype, device=first.device)
         self._flat, self._votes = self._buffer[:total], self._buffer[total:]
         offset = 0
-        for p in parameters:
+        for p in parameters.values():
             # Same strides as the parameter, or fused optimizers fall back to slower code.
             p.grad = self._flat.as_strided(p.shape, p.stride(), offset)
             offset += p.numel()
+        self._buckets = Buckets(self._flat, parameters, collectives) if collectives.world > 1 else None
 
     def zero(self) -> None:
         """Forget the last step."""
         self._buffer.zero_()
 
-    def average(self, collectives: Collectives, *, stop: bool, bad: Tensor) -> None:
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of a part's loss; after the `last` part of a step, gradients may be on their way already."""
+        if self._buckets is not None and last:
+            self._buckets.backward(loss)
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    def average(self, *, stop: bool, bad: Tensor) -> None:
         """Average over ranks, and count the votes: `stop` to end the run, `bad` for a loss that is not finite."""
         self._votes[0].fill_(float(stop))  # an assignment of a number would be a copy that the host waits for
         self._votes[1].copy_(bad)
-        if collectives.world > 1:
-            self._buffer.copy_(collectives.mean(self._buffer))
+        if self._buckets is not None:
+            self._buckets.average(self._votes)
 
     def norm(self) -> Tensor:
         """Euclidean norm over all parameters."""

@@ -35,6 +35,7 @@ def write_volume(
     membership: Membership = UNASSIGNED,
     provenance: Provenance = UNKNOWN,
     layout: Layout | None = None,
+    content: str | None = None,
 ) -> VolumeRecord:
     """Write `volumes/<volume_id>/` and return its record; it exists for readers once a manifest names it.
 
@@ -42,6 +43,7 @@ def write_volume(
 
     Args:
         layout: Chunks and shards; chosen for 96^3 crops where not given.
+        content: `content_sha256` of image and labels, where the caller has it.
 
     Raises:
         ConfigError: an id with a slash, or statistics of another number of channels.
@@ -77,7 +79,7 @@ def write_volume(
         foreground = foreground_box(mask) if foreground is None else foreground
     if len(stats) != channels:
         raise ConfigError(f"statistics of {thing}", expected=f"{channels}, one of each channel", found=str(len(stats)))
-    content = content_sha256(array_CDHW, labels)
+    content = content_sha256(array_CDHW, labels) if content is None else content
     root = f"volumes/{volume_id}"
     chunk, shard = (1, *layout.chunk_DHW), (channels, *layout.shard_DHW)
     kind = layout.compressor
@@ -179,17 +181,28 @@ def region_count(map_DHW: Array) -> int:
 
 def content_sha256(array_CDHW: Array, labels: Mapping[str, Array] | None = None) -> str:
     """SHA-256 of image and labels: type, shape and little-endian values in C order, labels in order of name."""
+    return content_digests(array_CDHW, labels)[1]
+
+
+def content_digests(array_CDHW: Array, labels: Mapping[str, Array] | None = None) -> tuple[str, str]:
+    """`content_sha256` of the image alone, and of it with its labels; the image is hashed once."""
     digest = hashlib.sha256()
-    for name, array in (("", array_CDHW), *sorted((labels or {}).items())):
-        digest.update(f"{name}|{array.dtype.name}|{array.shape}|".encode())
-        for plane in array:  # a plane at a time bounds the copy
-            digest.update(np.ascontiguousarray(plane, dtype=array.dtype.newbyteorder("<")).data)
-    return digest.hexdigest()
+    _hash(digest, "", array_CDHW)
+    image = digest.hexdigest()
+    for name, array in sorted((labels or {}).items()):
+        _hash(digest, name, array)
+    return image, digest.hexdigest()
+
+
+def _hash(digest: Any, name: str, array: Array) -> None:
+    digest.update(f"{name}|{array.dtype.name}|{array.shape}|".encode())
+    for plane in array:  # a plane at a time bounds the copy
+        digest.update(np.ascontiguousarray(plane, dtype=array.dtype.newbyteorder("<")).data)
 
 
 def label_record(name: str, label_DHW: Array) -> LabelRecord:
     """Values, counts, boxes and up to 64 sample positions of each value but 0; the same for equal content."""
-    flat = np.flatnonzero(label_DHW)
+    flat = np.flatnonzero(label_DHW != 0)  # places of true are listed several times as fast as those of numbers
     voxels = label_DHW.reshape(-1)[flat] if label_DHW.flags.c_contiguous else label_DHW.flatten()[flat]
     order = np.argsort(voxels, kind="stable")
     flat, voxels = flat[order], voxels[order]
@@ -269,9 +282,20 @@ def _write_array(
         block = part
         if part.shape != shard:
             # Repeating the border compresses better than a constant and is never read.
-            block = np.pad(part, [(0, s - n) for s, n in zip(shard, part.shape, strict=True)], mode="edge")
+            block = _padded(part, shard)
         store.put(f"{root}/c/" + "/".join(map(str, at)), encode_shard(block, chunk, part.shape, kind))
     store.put(f"{root}/zarr.json", array_document(array.shape, shard, chunk, array.dtype, axes, kind))
+
+
+def _padded(part: Array, shape: tuple[int, ...]) -> Array:
+    """The array with its last voxels along each axis repeated up to `shape`."""
+    block = np.empty(shape, part.dtype)
+    block[tuple(slice(n) for n in part.shape)] = part
+    for axis, n in enumerate(part.shape):
+        if n < shape[axis]:  # of what is filled by now: earlier axes wholly, later ones as far as the part goes
+            lead, rest = tuple(slice(s) for s in shape[:axis]), tuple(slice(m) for m in part.shape[axis + 1 :])
+            block[(*lead, slice(n, None), *rest)] = block[(*lead, slice(n - 1, n), *rest)]
+    return block
 
 
 def _check_label(thing: str, name: str, label: Array, shape: Triple) -> None:

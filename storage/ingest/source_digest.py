@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 from pathlib import Path
 
 from storage.errors import RefusedInput
@@ -27,11 +28,12 @@ def source_state(item: IngestItem) -> tuple[tuple[str, int, int], ...]:
     """
     states = []
     for path in _with_pixels(item.files):
-        root = Path(path)
         try:
-            for part in [root, *(sorted(root.rglob("*")) if root.is_dir() else [])]:
-                stat = part.stat()
-                states.append((str(part), stat.st_size, stat.st_mtime_ns))
+            root = os.stat(path)
+            states.append((path, root.st_size, root.st_mtime_ns))
+            for part in sorted(Path(path).rglob("*")) if stat.S_ISDIR(root.st_mode) else []:
+                state = part.stat()
+                states.append((str(part), state.st_size, state.st_mtime_ns))
         except OSError as error:
             raise RefusedInput(path, expected="a readable file", found=error.strerror or "none") from error
     return tuple(states)
@@ -41,7 +43,7 @@ def _with_pixels(paths: tuple[str, ...]) -> list[str]:
     """The paths, and the pixel files that detached headers among them name or imply."""
     files: list[str] = []
     for path in paths:
-        suffix = split_name(Path(path).name)[1]
+        suffix = split_name(os.path.basename(path))[1]
         form = format_of_suffix(suffix) if suffix else None
         parts = form.reader.parts(path) if form and suffix in form.headers else []
         files += [path, *(part for part in dict.fromkeys(parts) if os.path.isfile(part))]
@@ -51,13 +53,13 @@ def _with_pixels(paths: tuple[str, ...]) -> list[str]:
 def file_digest(path: str) -> str:
     """SHA-256 of a file, or of every file of a folder with its relative name, in hex."""
     digest = hashlib.sha256()
-    root = Path(path)
     try:
-        if root.is_dir():
+        if os.path.isdir(path):
+            root = Path(path)
             for part in sorted(p for p in root.rglob("*") if p.is_file()):
                 digest.update(f"{part.relative_to(root).as_posix()}\0{file_digest(str(part))}\n".encode())
             return digest.hexdigest()
-        with root.open("rb") as file:
+        with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise RefusedInput(path, expected="a readable file", found=error.strerror or type(error).__name__) from error

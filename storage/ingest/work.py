@@ -4,15 +4,15 @@ Memory of a task: at most about 26 bytes a voxel of the larger of source and res
 copies, percentile copy, stored int16, label); `ReadPolicy.max_voxels` bounds it.
 """
 
+import os
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from storage.errors import RefusedInput
 from storage.format.layout import choose_layout
 from storage.format.records import VolumeRecord
 from storage.format.volume import Membership, Provenance, Volume
-from storage.format.volume_writer import content_sha256, write_volume
+from storage.format.volume_writer import content_digests, write_volume
 from storage.ingest.items import IngestItem
 from storage.ingest.label_like import check_told
 from storage.ingest.label_tables import label_names, with_label_names
@@ -111,8 +111,10 @@ def ingest_item(work: Work) -> tuple[VolumeRecord, bool]:
     layout = choose_layout(
         (shape[1], shape[2], shape[3]), policy.crop_DHW, itemsize=ready.stored_CDHW.dtype.itemsize, channels=shape[0]
     )
-    if ready.label_DHW is not None:
-        ready.notes.append(f"image_sha256={content_sha256(ready.stored_CDHW)}")
+    labels = {} if ready.label_DHW is None else {policy.label_name: ready.label_DHW}
+    image, content = content_digests(ready.stored_CDHW, labels)
+    if labels:
+        ready.notes.append(f"image_sha256={image}")
     record = write_volume(
         store,
         sidecar.volume_id,
@@ -120,7 +122,7 @@ def ingest_item(work: Work) -> tuple[VolumeRecord, bool]:
             ready.stored_CDHW,
             spacing_mm=ready.spacing_mm,
             affine=ready.affine,
-            labels={} if ready.label_DHW is None else {policy.label_name: ready.label_DHW},
+            labels=labels,
             scale=ready.scale,
             offset=ready.offset,
             stats=ready.stats,
@@ -137,6 +139,7 @@ def ingest_item(work: Work) -> tuple[VolumeRecord, bool]:
             notes=ready.notes,
         ),
         layout=layout,
+        content=content,
     )
     replace(sidecar, record=record, forced=work.unforced is None).save(store)
     return _of_this_run(record, work), False
@@ -156,5 +159,5 @@ def size_of(item: IngestItem) -> int:
     size = 0
     for path in item.files:
         with suppress(OSError):
-            size += Path(path).stat().st_size
+            size += os.stat(path).st_size
     return size

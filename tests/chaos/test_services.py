@@ -63,3 +63,15 @@ def test_the_clients_link_is_cut_for_300_s(fleet: Fleet, calm: tuple[Job, Outcom
     time.sleep(300)
     fleet.lab.heal(CLIENT)
     table.append(row_of(job, "the client's own link is cut for 300 s", since, calm[1]))
+
+
+def test_the_workers_disks_are_full(fleet: Fleet, calm: tuple[Job, Outcome], table: list[Row]) -> None:
+    def fill() -> None:
+        for name in fleet.workers:
+            fleet.fill_disk(name)
+
+    job, since = at_step(fleet, "full", 30, fill)
+    time.sleep(30)
+    for name in fleet.workers:
+        fleet.free_disk(name)
+    table.append(row_of(job, "the disks of all workers are full for 30 s", since, calm[1]))

@@ -54,6 +54,11 @@ def test_what_answers_asks_for_a_secret(fleet: Fleet) -> None:
     assert seen.stdout.strip() == "UNAVAILABLE", seen.stdout + seen.stderr  # no handshake without the certificate
 
 
+def test_in_all_this_nobody_outside_was_called(fleet: Fleet) -> None:
+    """The last test: through all disasters nothing was fetched from elsewhere, and nothing told to anybody."""
+    assert fleet.lab.calls_outside() == []
+
+
 _ASK = """
 import sys, urllib.error, urllib.request
 try:

@@ -1,6 +1,7 @@
 """Small bundles, the facts that go into one, and a scan to predict."""
 
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 from ssl_core.bundle import write_bundle
 from ssl_core.bundle_card import BundleFacts
 from ssl_core.networks import build
+from ssl_core.portable.training_data import TrainingData
 from ssl_core.views.intensity import IntensityPolicy
+from storage.intensity_stats import STATS_ORDER
 
 FEATURES = (4, 4, 8, 8, 16, 4)
 
@@ -20,6 +23,22 @@ LABELS = ((0, "background"), (1, "front"), (7, "back"))
 def facts(**changes: object) -> BundleFacts:
     given = {"name": "tiny", "patch_DHW": (32, 32, 32), "intensity": IntensityPolicy(), "labels": LABELS} | changes
     return BundleFacts(**given)  # type: ignore[arg-type]
+
+
+SPACING = (2.0, 1.5, 1.5)
+
+
+def learned(**changes: Any) -> TrainingData:
+    """What four volumes of MR were like."""
+    given: dict[str, Any] = {
+        "volumes": 4,
+        "modalities": ("MR",),
+        "spacing_mm": (SPACING, SPACING),
+        "source_mm": (SPACING, SPACING),
+        "field_mm": ((60.0, 45.0, 45.0), (80.0, 60.0, 60.0)),
+        "intensities": (dict.fromkeys(STATS_ORDER, (10.0, 1200.0)),),
+    }
+    return TrainingData(**{**given, **changes})
 
 
 def network(seed: int = 0, out_channels: int = 3) -> object:

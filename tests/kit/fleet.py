@@ -144,6 +144,16 @@ class Fleet:
                 continue
         return count
 
+    def fill_disk(self, name: str) -> None:
+        """Leave no byte free where a machine keeps temporary files and Ray's logs; it needs a `disk` of its own."""
+        assert name in self.disk
+        done = self.run(name, ["sh", "-c", "cat /dev/zero > /tmp/node/full"], variables=self.bare)
+        assert "No space left" in done.stderr, done.stderr
+
+    def free_disk(self, name: str) -> None:
+        """Take that back."""
+        assert self.run(name, ["rm", "/tmp/node/full"], variables=self.bare).returncode == 0
+
     def announce(self, name: str, seconds: int = 90) -> None:
         """Give notice that a machine of Ray will be taken away."""
         command = ["ray", "drain-node", f"--address={self.lab.address(HEAD)}:6379", f"--node-id={self.node(name)}"]

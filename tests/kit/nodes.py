@@ -1,23 +1,32 @@
 """Machines from namespaces: each has its own address, mounts, processes, host name, /tmp, /dev/shm and home.
 
 A node can be cut off or lose its power without touching the others. Nothing of it leaves the bridge between the nodes,
-which leads nowhere else. It takes root and `ip` of iproute2; `why_not` says what is missing.
+which leads nowhere else: what is sent elsewhere, and each name that is looked up, is refused and written down. It takes
+root and `ip` of iproute2; `why_not` says what is missing.
 """
 
+import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from tests.kit import ROOT
+
+_GATEWAY = "10.88.0.254"
 _PROGRAMS = ("ip", "unshare", "nsenter", "setpriv", "openssl", "wget")
 _INSIDE = """
 node=$1 here=$2 disk=$3; shift 3
 hostname "$node"
 mount --bind "$here/hosts" /etc/hosts
+mount --bind "$here/resolv.conf" /etc/resolv.conf
 mkdir -p /tmp/node
 if [ -n "$disk" ]; then mount -t tmpfs -o "size=$disk" tmpfs "$here/tmp"; fi
 mount --bind "$here/tmp" /tmp/node
@@ -66,6 +75,7 @@ class Lab:
             _ip("-n", self._space("hub"), "link", "add", "br0", "type", "bridge")
             for link in ("br0", "lo"):
                 _ip("-n", self._space("hub"), "link", "set", link, "up")
+            self._answer_and_write_down()
             for name in self.names:
                 self._add(name)
         except BaseException:
@@ -75,6 +85,41 @@ class Lab:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _answer_and_write_down(self) -> None:
+        """The hub is everybody's way out and name server, and knows of no way and no name."""
+        hub = self._space("hub")
+        _ip("-n", hub, "addr", "add", f"{_GATEWAY}/24", "dev", "br0")
+        _ip("-n", hub, "route", "add", "unreachable", "default")
+        _ip("-n", hub, "link", "set", "br0", "promisc", "on")
+        _ip("netns", "exec", hub, "sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv4.icmp_ratelimit=0")
+        command = ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", hub]
+        command += [sys.executable, "-m", "tests.kit.connections", "br0", f"{_GATEWAY}/24"]
+        with self._record.open("wb") as file:
+            self._started.append(subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True))
+        end = time.monotonic() + 60
+        while not self._record.read_text().startswith("listening"):
+            if time.monotonic() > end:
+                raise AssertionError(f"nobody writes down connections: {self._record.read_text()}")
+            time.sleep(0.05)
+
+    @property
+    def _record(self) -> Path:
+        return self.folder / "connections.jsonl"
+
+    def connections(self) -> list[dict[str, Any]]:
+        """Who connected to whom so far: `source`, `to`, `port`, `outside`, `asks`; see `tests.kit.connections`."""
+        return [json.loads(line) for line in self._record.read_text().splitlines()[1:]]
+
+    def calls_outside(self) -> list[dict[str, Any]]:
+        """Those of `connections` that lead out of the network, or ask for a name that is none of a node or its address.
+
+        A node whose /etc/hosts does not know it looks up its own name.
+        """
+        return [pair for pair in self.connections() if pair["outside"] or not self._is_own(pair["asks"])]
+
+    def _is_own(self, name: str) -> bool:
+        return not name or name.partition(".")[0] in self.names or name.endswith(".0.88.10.in-addr.arpa")
 
     def _space(self, name: str) -> str:
         return f"{self.folder.name}-{name}"
@@ -86,9 +131,11 @@ class Lab:
         _ip("-n", node, "addr", "add", f"{self.address(name)}/24", "dev", f"e{name}")
         for link in (f"e{name}", "lo"):
             _ip("-n", node, "link", "set", link, "up")
+        _ip("-n", node, "route", "add", "default", "via", _GATEWAY)
         _ip("-n", hub, "link", "set", f"p{name}", "master", "br0", "up")
         for part in ("tmp", "home"):
             (self.folder / name / part).mkdir(parents=True)
+        (self.folder / name / "resolv.conf").write_text(f"nameserver {_GATEWAY}\n")
         (self.folder / name / "hosts").write_text("\n".join(["127.0.0.1 localhost", *self._hosts(name), ""]))
 
     def _hosts(self, name: str) -> list[str]:
@@ -154,7 +201,7 @@ class Lab:
 
     def close(self) -> None:
         """End all nodes and take the network down."""
-        for name in self.names:
+        for name in (*self.names, "hub"):
             self._end(name)
         for process in self._started:
             process.wait(timeout=30)

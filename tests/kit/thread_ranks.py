@@ -34,8 +34,12 @@ class ThreadGroup:
         for part, value in zip(parts, self._exchange(x), strict=True):
             part.copy_(value)
 
-    def all_reduce(self, total: Tensor) -> None:
+    def all_reduce(self, total: Tensor, group: None = None, async_op: bool = False) -> "ThreadGroup":
         total.copy_(sum(self._exchange(total)))
+        return self
+
+    def wait(self) -> None:
+        """Of a sum; it is there already."""
 
     def run(self, work: Callable[[int], Any]) -> list[Any]:
         """`work(rank)` of all ranks."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster import stack
-from cluster.stack import StackInfo
+from cluster.stack_info import StackInfo
 from tests.kit.phantoms import write_phantoms
 from tests.kit.s3server import S3Server
 

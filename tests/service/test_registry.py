@@ -18,7 +18,7 @@ from ssl_core.bundle import write_bundle
 from ssl_core.portable import Predictor
 from ssl_core.portable.geometry import to_canonical
 from storage.errors import ConfigError, NotFound, RefusedInput, StackError
-from tests.kit.bundles import facts, network, scan
+from tests.kit.bundles import facts, learned, network, scan
 from tests.kit.mlflow_server import environment, mlflow_server
 
 pytestmark = pytest.mark.service
@@ -75,6 +75,14 @@ def test_a_registered_model_predicts_like_its_bundle(server: str, bundle: Path, 
     assert len(one) == 1
     with pytest.raises(Exception, match="absent"):
         model.predict(str(tmp_path / "absent.nii.gz"))
+
+
+def test_registering_says_nothing_of_its_own_example(
+    server: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    bundle = write_bundle(tmp_path / "b", "segmenter", network(12), facts(training=learned()))
+    registry.register(bundle, "quiet")
+    assert [note for note in recwarn if "array: " in str(note.message)] == []
 
 
 def test_a_version_tells_where_it_comes_from(server: str, bundle: Path) -> None:

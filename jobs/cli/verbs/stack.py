@@ -4,7 +4,7 @@ import argparse
 import shlex
 import sys
 
-from cluster import doctor, services, stack
+from cluster import doctor, services, stack, stack_info
 from cluster import state as states
 from jobs.cli.verbs.common import add_json, add_state, job_address, state_dir, use_stack
 from jobs.options import whole
@@ -18,6 +18,12 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     for name in ("s3", "mlflow", "dashboard"):
         up.add_argument(f"--{name}-port", type=whole(0, 65535), default=0, metavar="PORT", help="0 picks a free one")
     up.add_argument("--cpus", type=whole(1), metavar="N", help="logical CPUs that Ray offers (default: at least 4)")
+    up.add_argument(
+        "--nodes",
+        type=whole(1, 64),
+        metavar="N",
+        help="Ray nodes, the head among them, each with these CPUs (default: as before, at first 1)",
+    )
     add_json(up)
     up.set_defaults(run=_up)
     down = verbs.add_parser("down", help="stop exactly what `up` started")
@@ -47,6 +53,7 @@ def _up(arguments: argparse.Namespace) -> int:
         mlflow_port=arguments.mlflow_port,
         dashboard_port=arguments.dashboard_port,
         cpus=arguments.cpus,
+        nodes=arguments.nodes,
         progress=_say,
     )
     metrics = _metrics(info)
@@ -67,7 +74,7 @@ def _status(arguments: argparse.Namespace) -> int:
     return 0 if info.healthy else 1
 
 
-def _metrics(info: stack.StackInfo) -> str:
+def _metrics(info: stack_info.StackInfo) -> str:
     """Where Prometheus reads what jobs show; empty where Ray was not started."""
     state = states.load(info.state_dir)
     ray = state.services.get("ray") if state else None
@@ -100,11 +107,11 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _describe(info: stack.StackInfo, metrics: str = "") -> str:
+def _describe(info: stack_info.StackInfo, metrics: str = "") -> str:
     if not info.services:
         return f"no stack in {info.state_dir}; start one with `tomoscale up`"
     rows = [
-        (services.TITLES[s.name], "up" if s.healthy else s.detail, s.url, s.pid, round(s.resident_mb), s.healthy_s)
+        (services.title(s.name), "up" if s.healthy else s.detail, s.url, s.pid, round(s.resident_mb), s.healthy_s)
         for s in info.services
     ]
     lines = [table(("service", "state", "address", "pid", "MB", "started in s"), rows), f"state: {info.state_dir}"]

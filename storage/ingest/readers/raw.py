@@ -1,7 +1,6 @@
 """What every reader returns, and the choices a reader must be told."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -99,7 +98,7 @@ class VolumeHeader:
 def read_bytes(path: str, most: int | None = None) -> bytes:
     """The whole file or its first `most` bytes, or a refusal that names it."""
     try:
-        with Path(path).open("rb") as file:
+        with open(path, "rb") as file:
             return file.read() if most is None else file.read(most)
     except OSError as error:
         raise RefusedInput(path, expected="a readable file", found=error.strerror or type(error).__name__) from error

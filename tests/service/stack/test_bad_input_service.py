@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.stack import StackInfo
+from cluster.stack_info import StackInfo
 from jobs.cli import main as cli
 from jobs.cli.verbs.common import use_stack
 from storage.objects import open_store

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster import jobclient
-from cluster.stack import StackInfo
+from cluster.stack_info import StackInfo
 from storage.errors import StackError
 
 pytestmark = pytest.mark.service

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.stack import StackInfo
+from cluster.stack_info import StackInfo
 from storage.ingest.publishing.quarantine import QUARANTINE
 from tests.kit.scans import folder
 

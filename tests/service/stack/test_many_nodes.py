@@ -45,3 +45,12 @@ def test_workers_on_two_nodes_find_each_other_and_equal_one(fleet: Fleet, tmp_pa
     assert outcome.points == [point.step for point in points]
     # AdamW turns a rounding of a small gradient into a whole step; bitwise is what two ranks of one machine are.
     np.testing.assert_allclose(outcome.losses, [point.metrics["loss"] for point in points], rtol=1e-3)
+
+
+def test_a_whole_run_calls_nobody_outside(fleet: Fleet) -> None:
+    """The run of the test before, from the start of its machines: nothing is fetched, and nothing is told."""
+    inside = {(pair["source"], pair["to"], pair["port"]) for pair in fleet.lab.connections()}
+    services = fleet.lab.address("svc")
+    workers = {fleet.lab.address(name) for name in fleet.workers}
+    assert {(worker, services, 8333) for worker in workers} <= inside, "the record misses what was there"
+    assert fleet.lab.calls_outside() == []

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cluster import jobclient, stack
-from cluster.stack import StackInfo
+from cluster.stack_info import StackInfo
 from jobs import submit
 from jobs.cli.main import main
 from jobs.configs import PretrainConfig
@@ -86,24 +86,34 @@ def kill(matches: Callable[[psutil.Process], bool]) -> None:
                 return
 
 
-def disturb(info: StackInfo, data: str, name: str, matches: Callable[[psutil.Process], bool], sign: str) -> str:
-    """Run the job and kill one of its processes at a random step; returns the job's name.
+def undergo(info: StackInfo, data: str, name: str, disturb: Callable[[Watched], None], sign: str) -> str:
+    """Run the job and disturb it; returns its name.
 
-    `sign` in the log tells that the death was met. Where this process was held up so long that the job had ended by
-    itself, there was none, and another job is tried.
+    `sign` in the log tells that it was met. Where this process was held up so long that the job had ended by itself, it
+    was not, and another job is tried.
     """
     lines: list[str] = []
     for attempt in range(3):
-        step = 5 * random.SystemRandom().randrange(4, 9)  # after a checkpoint, and long before the end
-        print(f"killing after step {step}")
         watched = Watched(info, config(f"{name}-{attempt}", data))
-        watched.wait_for_step(step)
-        kill(matches)
+        # After a checkpoint, and long before the end.
+        watched.wait_for_step(step := 5 * random.SystemRandom().randrange(4, 8))
+        print(f"disturbed after step {step}")
+        disturb(watched)
         watched.finish()
         if any(sign in line for line in watched.lines):
             return f"{name}-{attempt}"
         lines += watched.lines
     raise AssertionError(f"{sign!r} was never said:\n" + "\n".join(lines))
+
+
+def restart_store(info: StackInfo) -> None:
+    """SIGKILL the stack's S3 server, and start it again after some seconds."""
+    (pid,) = [service.pid for service in stack.status(info.state_dir).services if service.name == "s3"]
+    killed = psutil.Process(pid)
+    killed.kill()
+    killed.wait(120)
+    time.sleep(4)
+    stack.up(info.state_dir, progress=print)
 
 
 def named(text: str) -> Callable[[psutil.Process], bool]:
@@ -155,10 +165,15 @@ def calm(local_stack: StackInfo, phantoms: str, tmp_path_factory: pytest.TempPat
     return outcome("calm", tmp_path_factory.mktemp("calm"))
 
 
-def test_a_killed_worker_changes_neither_samples_nor_weights(
+def test_a_killed_worker_and_a_restarted_store_change_neither_samples_nor_weights(
     calm: Any, local_stack: StackInfo, phantoms: str, tmp_path: Path
 ) -> None:
-    name = disturb(local_stack, phantoms, "killed-worker", named("ray::RayTrainWorker"), "resumed at step")
+    def disturb(job: Watched) -> None:
+        kill(named("ray::RayTrainWorker"))
+        job.wait_for_step(50)
+        restart_store(local_stack)
+
+    name = undergo(local_stack, phantoms, "killed-worker", disturb, "resumed at step")
     assert_same(calm, outcome(name, tmp_path))
     assert_each_point_once(name)
 
@@ -169,26 +184,9 @@ def test_a_killed_driver_changes_neither_samples_nor_weights(
     def driver(process: psutil.Process) -> bool:
         return named("jobs.pretrain")(process) and "python" in process.cmdline()[0]
 
-    name = disturb(local_stack, phantoms, "killed-driver", driver, "submitting again")
+    name = undergo(local_stack, phantoms, "killed-driver", lambda _: kill(driver), "submitting again")
     assert_same(calm, outcome(name, tmp_path))
     assert_each_point_once(name)
-
-
-def test_a_restarted_object_store_changes_neither_samples_nor_weights(
-    calm: Any, local_stack: StackInfo, phantoms: str, tmp_path: Path
-) -> None:
-    watched = Watched(local_stack, config("store-restarted", phantoms))
-    watched.wait_for_step(25)
-    s3 = next(s for s in local_stack.services if s.name == "s3")
-    assert s3.pid is not None
-    killed = psutil.Process(s3.pid)
-    killed.kill()
-    killed.wait(120)
-    time.sleep(4)
-    stack.up(Path(os.environ["TOMOSCALE_STATE"]), progress=print)
-    watched.finish()
-    assert_same(calm, outcome("store-restarted", tmp_path))
-    assert_each_point_once("store-restarted")
 
 
 def test_a_run_is_what_its_certificate_says(

@@ -8,35 +8,26 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.stack import StackInfo
+from cluster.stack_info import StackInfo
 from jobs import driver, submit
-from jobs.configs import FinetuneJobConfig, PretrainConfig, TuneConfig
+from jobs.configs import FinetuneJobConfig, TuneConfig
 from jobs.tracking import models as registry
 from jobs.tracking import runs as tracking
 from jobs.tune import METRIC
+from ssl_core.bundle import write_bundle
 from ssl_core.config import parse
 from storage.objects import open_store
 from tests.kit.ahead import Ahead
+from tests.kit.bundles import facts, network
 
 pytestmark = [pytest.mark.service, pytest.mark.chaos, pytest.mark.timeout(1200)]
 EPOCHS = 4
 
 
 @pytest.fixture(scope="module")
-def encoder(local_stack: StackInfo, phantoms: str) -> str:
-    crops = {"size_DHW": [16, 16, 16], "scale": [1.0, 1.2], "min_overlap": 0.3}
-    job = {
-        "name": "search-encoder",
-        "data": phantoms,
-        "method": {"name": "pgl", "crops": crops, "hidden": 32, "out": 16},
-        "backbone": {"name": "basic_unet", "arguments": {"features": [4, 4, 8, 8, 16, 4]}},
-        "stream": {"global_batch": 4, "lanes": 8},
-        "engine": {"steps": 4, "warmup_steps": 1, "log_every": 2, "checkpoint_every": 4, "probe_every": 0},
-        "cluster": {"workers": 1},
-    }
-    submit.run(
-        local_stack.jobs_address, "jobs.pretrain", parse(PretrainConfig, job), "search-encoder", show=lambda _: None
-    )
+def encoder(local_stack: StackInfo, tmp_path_factory: pytest.TempPathFactory) -> str:
+    bundle = write_bundle(tmp_path_factory.mktemp("bundle") / "encoder", "encoder", network(), facts(labels=()))
+    registry.register(bundle, "search-encoder")
     return "models:/search-encoder@candidate"
 
 

@@ -20,7 +20,7 @@ from botocore.exceptions import ClientError
 
 from cluster import doctor, jobclient, services, stack
 from cluster import state as states
-from cluster.stack import StackInfo
+from cluster.stack_info import StackInfo
 from storage.errors import StackError
 
 pytestmark = pytest.mark.service

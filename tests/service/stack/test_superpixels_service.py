@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cluster.stack import StackInfo
+from cluster.stack_info import StackInfo
 from jobs import submit
 from jobs.cli import main as cli
 from jobs.configs import PretrainConfig

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cluster.stack import StackInfo
+from cluster.stack_info import StackInfo
 from jobs.tracking import runs as tracking
 from jobs.tracking.runs import SENTINEL, Sender
 from storage.errors import StackError

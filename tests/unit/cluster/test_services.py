@@ -1,4 +1,5 @@
 import configparser
+import importlib
 import json
 import socket
 import sys
@@ -6,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import processes, services
+from cluster import processes, ray_node, services
 from cluster import state as states
 from storage.errors import StackError
 
@@ -14,6 +15,9 @@ PORTS = {
     name: {purpose: 20000 + 100 * i + j for j, purpose in enumerate(purposes)}
     for i, (name, purposes) in enumerate(services.PORTS.items())
 }
+
+EVERY = (*states.SERVICES, "node-2")
+PORTS["node-2"] = PORTS.pop(states.NODE)
 
 
 @pytest.fixture
@@ -31,13 +35,13 @@ def secrets(folder: Path) -> list[str]:
 
 
 def test_no_secret_on_a_command_line(folder: Path) -> None:
-    for name in states.SERVICES:
+    for name in EVERY:
         line = " ".join(services.server(name, folder, "id", PORTS, 4).command)
         assert not [secret for secret in secrets(folder) if secret in line]
 
 
 def test_servers_are_marked_and_clients_are_not(folder: Path) -> None:
-    for name in states.SERVICES:
+    for name in EVERY:
         environment = services.server(name, folder, "id", PORTS, 4).environment
         assert environment[processes.STACK_MARK] == "id"
         assert environment[processes.SERVICE_MARK] == name
@@ -50,7 +54,7 @@ def test_foreign_credentials_do_not_reach_the_servers(folder: Path, monkeypatch:
     foreign = {"AWS_ACCESS_KEY_ID": "f", "MLFLOW_TRACKING_TOKEN": "f", "RAY_AUTH_TOKEN": "f", "RAY_NAMESPACE": "f"}
     for key, value in foreign.items():
         monkeypatch.setenv(key, value)
-    for name in states.SERVICES:
+    for name in EVERY:
         assert not foreign.keys() & services.server(name, folder, "id", PORTS, 4).environment.keys()
 
 
@@ -84,6 +88,23 @@ def test_every_server_keeps_to_loopback(folder: Path) -> None:
     assert {"--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--disable-usage-stats"} <= set(ray.command)
     assert ray.environment["RAY_AUTH_MODE"] == "token"
     assert ray.environment["PATH"].startswith(str(Path(sys.executable).parent))
+
+
+def test_a_further_node_is_made_by_names_that_the_pinned_ray_has(folder: Path) -> None:
+    """It has every port of its own named, keeps to loopback, and joins this head."""
+    settings = json.loads(services.server("node-2", folder, "id", PORTS, 3).command[-1])
+    for module, name in ray_node.PRIVATE:
+        assert hasattr(importlib.import_module(module), name)
+    parameters = getattr(importlib.import_module(ray_node.PRIVATE[0][0]), ray_node.PRIVATE[0][1])(**settings)
+    assert (parameters.node_ip_address, parameters.num_cpus) == ("127.0.0.1", 3)
+    assert parameters.gcs_address == f"127.0.0.1:{PORTS['ray']['gcs']}"
+    assert all(port in settings.values() for port in PORTS["node-2"].values())
+
+
+def test_a_ray_without_these_names_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_node, "PRIVATE", (("ray._private.parameter", "RayParams"), ("ray._private.node", "Gone")))
+    with pytest.raises(StackError, match=r"ray\._private\.node\.Gone.*requirements\.lock"):
+        ray_node.make({})
 
 
 def test_a_missing_program_names_what_to_install(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ def start(monkeypatch: pytest.MonkeyPatch, folder: Path, last_words: str) -> lis
     monkeypatch.setattr(stack, "_main", lambda _state, name: OURS if name != "ray" or len(launches) > 1 else None)
     monkeypatch.setattr(stack.states, "save", lambda *_: None)
     lines: list[str] = []
-    stack._start(folder, state, ["ray"], {}, None, lines.append)
+    stack._start(folder, state, stack.states.SERVICES, ["ray"], {}, None, lines.append)
     return lines
 
 

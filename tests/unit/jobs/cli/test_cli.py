@@ -218,7 +218,7 @@ def test_a_reader_that_goes_away_is_met_with_silence(
         process.stdout.readline()
     process.stdout.close()
     err = process.stderr.read()
-    assert process.wait(timeout=240) in (0, 141)  # 0 where a whole page fits into the pipe before it closes
+    assert process.wait(timeout=240) in (0, 141), err  # 0 where a whole page fits into the pipe before it closes
     assert err == ""
     if not lines:
         assert process.returncode == 141

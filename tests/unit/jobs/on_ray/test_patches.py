@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
 
-from cluster.ray_hooks import leave_out_ray_client
+from cluster.ray_hooks import MODULES, prepare_node
 from jobs.on_ray.patches import (
     COUNT_WORKERS,
     CREATE_SCALING_POLICY,
@@ -52,14 +53,42 @@ def test_a_ray_without_the_module_is_refused() -> None:
         PrivateName("ray.gone", "create").owner()
 
 
-def test_the_pinned_ray_has_the_parameter_of_its_start_hook() -> None:
+@pytest.fixture
+def ray_services(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Ray's own, as it was after the test."""
+    from ray._private import services
+
+    monkeypatch.setattr(services, "start_ray_process", services.start_ray_process)
+    return services
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_the_start_hook_leaves_out_ray_client_and_a_dashboard_that_calls_others(ray_services: Any, head: bool) -> None:
     from ray._private.parameter import RayParams
 
+    commands: list[list[str]] = []
+    ray_services.start_ray_process = lambda command, *_: commands.append(command)
     parameters = RayParams(ray_client_server_port=10001)
-    leave_out_ray_client(parameters, head=True)
+    for _ in range(2):
+        prepare_node(parameters, head=head)
     assert parameters.ray_client_server_port is None
+    ray_services.start_ray_process(["dashboard.py"], "dashboard", False)
+    ray_services.start_ray_process(["raylet"], "raylet", False)
+    assert commands == [["dashboard.py", *[f"--modules-to-load={','.join(MODULES)}"] * head], ["raylet"]]
 
 
-def test_a_ray_without_that_parameter_is_refused() -> None:
+def test_the_modules_are_those_of_the_pinned_ray_but_three() -> None:
+    from ray.dashboard.subprocesses.module import SubprocessModule
+    from ray.dashboard.utils import DashboardHeadModule, get_all_modules
+
+    names = {module.__name__ for kind in (DashboardHeadModule, SubprocessModule) for module in get_all_modules(kind)}
+    assert names - set(MODULES) == {"UsageStatsHead", "ServeHead", "DataHead"}
+    assert set(MODULES) <= names
+
+
+def test_a_ray_without_the_names_of_the_hook_is_refused(ray_services: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StackError, match="ray_client_server_port"):
-        leave_out_ray_client(SimpleNamespace(), head=True)
+        prepare_node(SimpleNamespace(), head=True)
+    monkeypatch.delattr(ray_services, "start_ray_process")
+    with pytest.raises(StackError, match="start_ray_process"):
+        prepare_node(SimpleNamespace(ray_client_server_port=1), head=True)

@@ -22,23 +22,8 @@ from ssl_core.views.intensity import IntensityPolicy
 from storage.errors import RefusedInput
 from storage.geometry import resample
 from storage.intensity_stats import STATS_ORDER
-from tests.kit.bundles import facts, network
+from tests.kit.bundles import SPACING, facts, learned, network
 from tests.kit.phantoms import write_phantoms
-
-SPACING = (2.0, 1.5, 1.5)
-
-
-def learned(**changes: Any) -> TrainingData:
-    given: dict[str, Any] = {
-        "volumes": 4,
-        "modalities": ("MR",),
-        "spacing_mm": (SPACING, SPACING),
-        "source_mm": (SPACING, SPACING),
-        "field_mm": ((60.0, 45.0, 45.0), (80.0, 60.0, 60.0)),
-        "intensities": (dict.fromkeys(STATS_ORDER, (10.0, 1200.0)),),
-    }
-    return TrainingData(**{**given, **changes})
-
 
 HU = (dict.fromkeys(STATS_ORDER, (-900.0, 1500.0)) | {"p0_5": (-900.0, -500.0)},)
 CT = {"modalities": ("CT",), "intensities": HU}
