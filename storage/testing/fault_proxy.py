@@ -7,6 +7,7 @@ so for benchmarks, in a process of its own, whose work is not counted as the cli
 
 import asyncio
 import contextlib
+import re
 import socket
 import struct
 import subprocess
@@ -183,7 +184,10 @@ class FaultProxy:
             while (head := await _head(reader)) is not None:
                 method, path, _ = head.first.split(" ", 2)
                 fault = self._fault(Request(method, path, head.fields.get("range", "")))
-                body = await _sized(reader, head)
+                if head.fields.get("expect", "").lower() == "100-continue":
+                    writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # the server is not asked, or it would answer twice
+                    head.raw = re.sub(rb"(?i)\r\nexpect:[^\r]*", b"", head.raw, count=1)
+                body = await _body(reader, head)
                 if self._upload_bytes_per_s:
                     await self._carry(len(body))
                 if self.latency_s:
@@ -347,9 +351,21 @@ async def _head(reader: asyncio.StreamReader) -> _Head | None:
     return _Head(first, raw, {name.lower().strip(): value.strip() for name, _, value in pairs})
 
 
-async def _sized(reader: asyncio.StreamReader, head: _Head) -> bytes:
-    size = int(head.fields.get("content-length", "0"))
-    return await reader.readexactly(size) if size else b""
+async def _body(reader: asyncio.StreamReader, head: _Head) -> bytes:
+    """A request's body as it came; one in chunks with their sizes and the trailers."""
+    if head.fields.get("transfer-encoding", "").lower() != "chunked":
+        size = int(head.fields.get("content-length", "0"))
+        return await reader.readexactly(size) if size else b""
+    body = bytearray()
+    size = 1
+    while size:
+        line = await reader.readuntil(b"\r\n")
+        size = int(line.split(b";")[0], 16)
+        body += line + (await reader.readexactly(size + 2) if size else b"")
+    while line != b"\r\n":
+        line = await reader.readuntil(b"\r\n")
+        body += line
+    return bytes(body)
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

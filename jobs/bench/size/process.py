@@ -9,7 +9,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -160,14 +160,13 @@ def _peak_mib() -> float:
     return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 1024
 
 
-VERBS = {"publish": publish, "read": read, "same": same_sequence}
+VERBS: dict[str, Callable[..., dict[str, Any]]] = {"publish": publish, "read": read, "same": same_sequence}
 
 
 def main(task: Mapping[str, Any]) -> dict[str, Any]:
     """Run one verb with its arguments."""
     arguments = dict(task)
-    result: dict[str, Any] = VERBS[arguments.pop("verb")](**arguments)
-    return result
+    return VERBS[arguments.pop("verb")](**arguments)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ def test_steps_with_and_without_a_checkpoint_are_told_apart(
     out = tmp_path / "checkpoint.json"
     assert bench.main(["checkpoint", "--quick", "--mb", "2", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
-    steps = {row["step"]: row["steps"] for row in result["rows"]}
-    assert steps["without"] == 2 * 3
-    assert steps["taking"] == 2
+    counts = {row["step"]: row["count"] for row in result["rows"]}
+    assert counts["without"] == 2 * 3
+    assert counts["with the copy"] == counts["the copy alone"] == 2
     assert 2e6 < result["uploads"]["bytes"] < 2.1e6
-    assert "to a folder" in capsys.readouterr().out
+    assert "send to a folder" in capsys.readouterr().out

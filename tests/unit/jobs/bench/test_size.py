@@ -1,4 +1,4 @@
-"""`bench size`: its quick form runs."""
+"""`bench size`: its quick form runs, and its page shows the committed run."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from jobs.bench import __main__ as bench
-from jobs.bench.size import process, simulate
+from jobs.bench.size import page, process, simulate
+from jobs.bench.storage.page import fill
+
+ROOT = Path(__file__).parents[4]
 
 
 def test_many_ranks_read_what_one_would_and_start_by_the_footer(
@@ -28,3 +31,9 @@ def test_a_number_of_nodes_is_a_whole_number(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         bench.main(["size", "--nodes", "1,none"])
     assert "'none' is not a whole number" in capsys.readouterr().err
+
+
+def test_the_page_shows_the_committed_run() -> None:
+    text = (ROOT / "docs/benchmarks-size.md").read_text(encoding="utf-8")
+    assert fill(text, ROOT / "docs/benchmarks", page.TABLES) == text
+    assert text.count("<!-- table ") == text.count("<!-- end -->") == len(page.TABLES)
