@@ -8,8 +8,7 @@ rm -rf torch/test torch/include
 find torch/bin -mindepth 1 -not -name torch_shm_manager -delete
 # Ray's Java and its library of reinforcement learning; Arrow's servers; what boto3 would read for AWS beside S3.
 rm -rf ray/jars ray/rllib pyarrow/include
-rm -f pyarrow/libarrow_flight.* pyarrow/_flight.* pyarrow/libarrow_substrait.* pyarrow/_substrait.*
-rm -f pyarrow/libarrow_python_flight.*
+rm -f pyarrow/libarrow_flight.* pyarrow/_flight.* pyarrow/libarrow_python_flight.*
 find botocore/data -mindepth 1 -maxdepth 1 -type d -not -name s3 -not -name 'sso*' -not -name sts -exec rm -rf {} +
 # Pictures and tables of examples; of the head's atlases all but the two files of storage/datasets/simulated.py.
 find skimage/data pydicom/data/test_files sklearn/datasets/data sklearn/datasets/images matplotlib/mpl-data/sample_data \
