@@ -34,7 +34,8 @@ def look(store: str, gpus: float) -> tuple[dict[str, str], list[Check]]:
         store: As of `cluster.doctor.run`.
         gpus: What the node offers to jobs.
     """
-    return versions(), [*settings(os.environ), interface(os.environ), *gpu(gpus), *doctor.services_of_node(store)]
+    checks = [*settings(os.environ), interface(os.environ), compiler(os.environ), *gpu(gpus)]
+    return versions(), [*checks, *doctor.services_of_node(store)]
 
 
 def differences(client: Mapping[str, str], node: Mapping[str, str]) -> list[Check]:
@@ -73,6 +74,14 @@ def interface(environment: Mapping[str, str]) -> Check:
         remedy = f"set {' and '.join(VARIABLES)} there, or --node-ip-address of `ray start`"
         return Check("interface", False, "none has the address by which Ray knows this node", remedy)
     return Check("interface", True, ", ".join(sorted(names)))
+
+
+def compiler(environment: Mapping[str, str]) -> Check:
+    """What `engine.compile` needs on the CPU; a node without it is well for every other job."""
+    program = environment.get("CXX", "g++")
+    if shutil.which(program) is None:
+        return Check("compiler", True, f"no {program}: engine.compile=true is refused there")
+    return Check("compiler", True, program)
 
 
 def gpu(offered: float) -> list[Check]:

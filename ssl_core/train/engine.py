@@ -23,7 +23,7 @@ from ssl_core.distributed import Collectives, Single
 from ssl_core.methods.base import LossTerms, Method, StepContext
 from ssl_core.networks import batch_norm, recompute
 from ssl_core.networks.pyramid import cut_batches
-from ssl_core.train import checkpoint, determinism
+from ssl_core.train import checkpoint, compiling, determinism
 from ssl_core.train.gradients import FlatGradients, Outcome, Verdict
 from ssl_core.train.optim import NamedOptimizer
 from ssl_core.train.precision import resolve_precision
@@ -174,7 +174,7 @@ class Engine:
         if config.activation_checkpointing:
             recompute.enable(method)
         if config.compile:
-            method.compile()
+            compiling.enable(method, self.device)
 
     def step(self, views: ViewBatch, *, stop: bool = False) -> dict[str, float]:
         """One optimizer step on this rank's part of the batch.

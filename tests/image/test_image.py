@@ -203,6 +203,19 @@ def test_a_data_set_is_published_and_a_job_trains_on_it(composition: Composition
     assert set(runs.split()) == {"FINISHED"}
 
 
+def test_compiled_steps_are_refused_before_the_first_as_the_image_has_no_compiler(composition: Composition) -> None:
+    program = (
+        "import torch; from ssl_core.train.engine import Engine, EngineConfig;"
+        "Engine(torch.nn.Linear(2, 2), EngineConfig(steps=2, warmup_steps=0, compile=True))"
+    )
+    done = composition.run("worker", ["python", "-c", program])
+    last = done.stderr.splitlines()[-1]
+    say(f"engine.compile: {last}")
+    assert done.returncode == 1
+    assert "ConfigError: engine.compile" in last
+    assert "No working C++ compiler" in last
+
+
 def test_a_node_that_is_told_to_stop_ends_at_once(composition: Composition) -> None:
     """tini passes SIGTERM on, which `ray start --block` as the first process would not act on."""
     begin = time.monotonic()

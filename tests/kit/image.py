@@ -24,6 +24,7 @@ BASE, IMAGE = "localhost/base", "localhost/tomoscale:dev"
 PROGRAMS = ("buildah", "mmdebstrap", "apt-get", "setpriv", "openssl")
 PACKAGES = "python3,python3-venv"
 PIP_FOLDER = "/etc/xdg/pip"
+HOOKS = "/usr/share/mmdebstrap/hooks"
 
 
 def _output(command: Sequence[str | Path], **options: Any) -> str:
@@ -124,7 +125,11 @@ class Buildah:
         archive = self.folder / "base.tar"
         # Without manuals and translations, like the slim images that the Dockerfile stands on.
         slim = [f"--dpkgopt=path-exclude=/usr/share/{part}/*" for part in ("doc", "info", "locale", "man")]
-        _output(["mmdebstrap", "--variant=minbase", *slim, f"--include={PACKAGES}", SUITE, archive, mirror()])
+        # They are laid out with a merged /usr; what would merge it afterwards needs all of Perl.
+        merged = f"--hook-directory={HOOKS}/merged-usr"
+        fast = "--dpkgopt=force-unsafe-io"
+        options = ["--variant=minbase", *slim, fast, merged, f"--include={PACKAGES}"]
+        _output(["mmdebstrap", *options, SUITE, archive, mirror()])
         container = self("from", "scratch").strip()
         self("add", container, archive, "/")
         archive.unlink()

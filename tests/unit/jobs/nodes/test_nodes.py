@@ -4,7 +4,7 @@ import json
 
 from cluster.doctor import Check
 from cluster.node_settings import SETTINGS
-from jobs.nodes.look import CODE, differences, gpu, interface, settings, versions
+from jobs.nodes.look import CODE, compiler, differences, gpu, interface, settings, versions
 from jobs.nodes.report import Node, from_json, sentences, text, to_json
 
 
@@ -37,6 +37,12 @@ def test_settings_that_a_node_lacks_are_named() -> None:
 def test_the_interface_of_collectives_is_what_the_process_was_told() -> None:
     assert interface({"GLOO_SOCKET_IFNAME": "eth1", "NCCL_SOCKET_IFNAME": "eth1"}) == Check("interface", True, "eth1")
     assert not interface({}).ok
+
+
+def test_a_node_without_a_compiler_says_what_is_refused_there_and_is_well() -> None:
+    check = compiler({"CXX": "/nonexistent/g++"})
+    assert check == Check("compiler", True, "no /nonexistent/g++: engine.compile=true is refused there")
+    assert compiler({"CXX": "sh"}) == Check("compiler", True, "sh")
 
 
 def test_a_gpu_that_torch_has_no_cuda_for_is_named() -> None:

@@ -16,7 +16,7 @@ from ssl_core.monitor.collapse import CollapseWarning, probe
 from ssl_core.networks import build
 from ssl_core.testing.method import tiny_method
 from ssl_core.testing.views import synthetic_views
-from ssl_core.train import checkpoint
+from ssl_core.train import checkpoint, compiling
 from ssl_core.train.engine import Engine, EngineConfig, fit
 from ssl_core.views.make import make_views
 from tests.kit import crops
@@ -75,6 +75,7 @@ def test_a_compiled_method_has_the_same_losses(name: str, monkeypatch: pytest.Mo
         graphs.append(graph)  # traced as for any backend, and run without a C++ compiler
         return graph.forward
 
+    monkeypatch.setattr(compiling, "why_not", lambda device: "")
     compile_ = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_(module, backend=backend))
     losses = []
