@@ -4,7 +4,8 @@
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -172,11 +173,7 @@ def overlapped_and_not(_collectives: Collectives, name: str, steps: int = 3) -> 
         early.append(self.left)
         average(self, votes)
 
-    with (
-        mock.patch.object(buckets, "BUCKET_BYTES", 1),
-        mock.patch.object(buckets, "LAST_BYTES", 0),
-        mock.patch.object(Buckets, "average", note),
-    ):
+    with _buckets_of_one(), mock.patch.object(Buckets, "average", note):
         for overlap in (True, False):
             group, method = ProcessGroup(overlap=overlap), tiny_method(name)
             samples = [2 * group.rank, 2 * group.rank + 1]
@@ -192,6 +189,8 @@ def overlapped_and_not(_collectives: Collectives, name: str, steps: int = 3) -> 
 def faults_on_a_device(collectives: Collectives, name: str, settings: Mapping[str, Any], steps: int = 1) -> list[str]:
     """What a method does in a step that a CUDA device refuses, or that makes the host wait for it.
 
+    On several ranks gradients are averaged during the backward pass.
+
     Args:
         collectives: This rank's.
         name: A registered method.
@@ -201,10 +200,11 @@ def faults_on_a_device(collectives: Collectives, name: str, settings: Mapping[st
     method = tiny_method(name)
     batch = synthetic_views(type(method).view_spec(method.config), [2 * collectives.rank, 2 * collectives.rank + 1])
     config = EngineConfig(**{"steps": 100, "log_every": 100, "precision": "fp32", **settings})
-    with pretended_device() as record:
+    group = ProcessGroup(overlap=True) if collectives.world > 1 else collectives
+    with _buckets_of_one(), pretended_device() as record:
         try:
             views = map_tensors(batch, lambda x: x.to(DEVICE))
-            engine = Engine(method, config, collectives=collectives, device=DEVICE)
+            engine = Engine(method, config, collectives=group, device=DEVICE)
             engine.step(views)
             record.waits.clear()
             for _ in range(steps):
@@ -212,6 +212,13 @@ def faults_on_a_device(collectives: Collectives, name: str, settings: Mapping[st
         except Exception as error:  # noqa: BLE001  other methods are to be tried all the same
             return [f"{type(error).__name__}: {error}"]
     return [f"{wait.where} waits for the device: {wait.why}" for wait in record.waits]
+
+
+@contextmanager
+def _buckets_of_one() -> Iterator[None]:
+    """Each parameter is a bucket of gradients, where an engine is made inside."""
+    with mock.patch.object(buckets, "BUCKET_BYTES", 1), mock.patch.object(buckets, "LAST_BYTES", 0):
+        yield
 
 
 class _Joined(Single):

@@ -72,7 +72,7 @@ class Buckets:
         self._sums.clear()
         self._is_counting = True
         try:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         finally:
             self._is_counting = False
         if self._is_once is None:

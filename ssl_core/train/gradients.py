@@ -42,7 +42,7 @@ class FlatGradients:
         if self._buckets is not None and last:
             self._buckets.backward(loss)
         else:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
 
     def average(self, *, stop: bool, bad: Tensor) -> None:
         """Average over ranks, and count the votes: `stop` to end the run, `bad` for a loss that is not finite."""
