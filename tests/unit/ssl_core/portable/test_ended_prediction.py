@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ssl_core.portable import nifti
 from ssl_core.portable.nifti import read_nifti, write_nifti
 from tests.kit import ROOT
 
@@ -74,7 +73,16 @@ def test_a_prediction_that_is_ended_leaves_no_half_mask_and_runs_again(
 def test_a_mask_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     sync, name = os.fsync, os.replace
-    monkeypatch.setattr(nifti.os, "fsync", lambda handle: (order.append("disk"), sync(handle))[1])
-    monkeypatch.setattr(nifti.os, "replace", lambda old, new: (order.append("name"), name(old, new))[1])
+
+    def synced(handle: int) -> None:
+        order.append("disk")
+        sync(handle)
+
+    def named(old: str, new: Path) -> None:
+        order.append("name")
+        name(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", named)
     write_nifti(tmp_path / "mask.nii.gz", np.zeros((2, 3, 4), np.uint8), np.eye(4))
     assert order == ["disk", "name"]
