@@ -187,7 +187,7 @@ class Pyramid(nn.Module):
 
     def _describe(self, offsets: Sequence[tuple[float, ...]]) -> tuple[tuple[Level, ...], tuple[Level, ...]]:
         """Channels and decoder strides from a pass without data on the meta device."""
-        twin = copy.deepcopy(self.net).to("meta").eval()
+        twin = _without_data(self.net).eval()
         size = [2 * s for s in self._strides[-1][3 - self.dims :]]
         first = next(iter(self.net.parameters())).dtype
         channels = int(self.arguments.get("in_channels", 1))
@@ -195,6 +195,13 @@ class Pyramid(nn.Module):
             x = torch.empty((1, channels, *size), device="meta", dtype=first)
             maps = self._architecture.encode(twin, x, len(self._strides) - 1)
             decoded = self._architecture.decode(twin, maps)
+        for number, (f, stride) in enumerate(zip(maps, self._strides, strict=True)):
+            due = [n // s for n, s in zip(size, stride[3 - self.dims :], strict=True)]
+            if list(f.shape[2:]) != due:
+                raise ValueError(
+                    f"kernels and strides that make {due} positions of {size} at level {number} (odd kernels do), not"
+                    f" {list(f.shape[2:])}"
+                )
         levels = tuple(
             Level(int(f.shape[1]), s, self._triple(tuple(o), 0.5))
             for f, s, o in zip(maps, self._strides, offsets, strict=True)
@@ -206,6 +213,15 @@ class Pyramid(nn.Module):
             for f in decoded
         )
         return levels, decoder
+
+
+def _without_data(net: nn.Module) -> nn.Module:
+    """A copy on the meta device; no weights are copied for it."""
+    memo: dict[int, Any] = {}
+    for tensor in (*net.parameters(), *net.buffers()):
+        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(net, memo)
 
 
 def cut_batches(module: nn.Module, parts: int) -> None:

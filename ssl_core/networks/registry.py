@@ -139,7 +139,7 @@ def _flat(value: Any) -> Iterator[Any]:
         yield value
 
 
-_REFUSALS = (TypeError, ValueError, AssertionError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+REFUSALS = (TypeError, ValueError, AssertionError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 """What stock classes raise over arguments that do not fit together."""
 
 
@@ -182,5 +182,5 @@ def build(name: str, **arguments: Any) -> Pyramid:
     kind = architecture(name)
     try:
         return Pyramid(name, kind, arguments, offsets(name, kind, arguments))
-    except _REFUSALS as error:
+    except REFUSALS as error:
         raise ConfigError(f"arguments of backbone {name!r}", expected=str(error), found=repr(arguments)) from error

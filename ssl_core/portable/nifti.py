@@ -99,6 +99,8 @@ def write_nifti(
     try:
         with os.fdopen(handle, "wb") as out:
             out.write(data)
+            out.flush()
+            os.fsync(out.fileno())  # else a power failure may leave an empty file under the name of a whole one
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, target)
     except BaseException:  # also of who interrupts it: half a file stays nowhere

@@ -57,7 +57,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def load_config(kind: str, arguments: argparse.Namespace) -> "Job":
-    """The configuration that the arguments name, resolved and checked."""
+    """The configuration that the arguments name, resolved and checked, its network and method included."""
     from jobs import configs
     from ssl_core.config import load
 
@@ -66,7 +66,12 @@ def load_config(kind: str, arguments: argparse.Namespace) -> "Job":
         "tune": configs.TuneConfig,
         "finetune": configs.FinetuneJobConfig,
     }
-    return load(models[kind], Path(arguments.config), arguments.overrides)
+    config = load(models[kind], Path(arguments.config), arguments.overrides)
+    # After all that is checked without it: the import of a network takes seconds, a job that cannot start takes more.
+    from jobs.plan.buildable import require_buildable
+
+    require_buildable(config)
+    return config
 
 
 def _methods(arguments: argparse.Namespace) -> int:
