@@ -70,8 +70,8 @@ def up(
             for name in further:  # one that runs knows a head that is gone
                 _end_service(state, name, _GRACE_S[states.NODE])
             _start(state_dir, state, states.SERVICES, missing, requested, cpus, progress)
-            # Once there is a head that they can join.
-            _start(state_dir, state, state.names[len(states.SERVICES) :], further, requested, cpus, progress)
+            if state.nodes > 1:  # once there is a head that they can join
+                _start(state_dir, state, state.names[len(states.SERVICES) :], further, requested, cpus, progress)
         except BaseException:  # Ctrl-C included: nothing half-started stays
             progress("stopping what was started")
             _stop(state_dir, state, missing + further, lambda line: None)
@@ -91,7 +91,8 @@ def _unbroken(progress: Progress) -> Progress:
 
 def _resize(state_dir: Path, state: State, nodes: int, progress: Progress) -> None:
     """Stop Ray's nodes beyond that number, and note it."""
-    _stop(state_dir, state, state.names[len(states.SERVICES) + nodes - 1 :], progress)
+    if nodes < state.nodes:
+        _stop(state_dir, state, state.names[len(states.SERVICES) + nodes - 1 :], progress)
     state.nodes = nodes
     states.save(state_dir, state)
 

@@ -15,11 +15,9 @@ from typing import Any
 
 import pyarrow.fs as pa_fs
 import torch
-from ray.train import Checkpoint
 
 from jobs.bench import measure
 from jobs.on_ray.filesystem import storage_for
-from jobs.on_ray.uploads import Uploads
 from ssl_core.train.checkpoint import Buffers, Snapshot
 from storage.objects import join
 from storage.testing.fault_proxy import delayed
@@ -87,7 +85,7 @@ class TrainAlone:
         """As Ray Train's."""
         return self
 
-    def persist_current_checkpoint(self, source: Checkpoint, name: str) -> Checkpoint:
+    def persist_current_checkpoint(self, source: Any, name: str) -> Any:
         """Upload a folder, as Ray does it."""
         path, system = storage_for(self.url)
         system.create_dir(f"{path}/{name}")
@@ -110,6 +108,8 @@ def bench_checkpoint(size: Size, url: str | None, *, say: Callable[[str], None])
         url: Prefix on S3, behind a way of `bytes_per_s`; None: a folder, without one.
         say: Takes a line of progress.
     """
+    from jobs.on_ray.uploads import Uploads  # with Ray, which the page of the figures does without
+
     facts = measure.machine()
     state = _state(size)
     work = _calibrated(size.step_s)

@@ -1,6 +1,6 @@
 """The benchmarks as verbs, for `tomoscale bench` and `python -m jobs.bench`.
 
-A benchmark is imported when it runs. So only `overhead`, which measures Ray, imports Ray.
+A benchmark is imported when it runs. So only `overhead` and `checkpoint` import Ray, of which they measure parts.
 """
 
 import argparse

@@ -35,7 +35,8 @@ def why_not(device: torch.device) -> str:
     try:
         torch.compile(_double, fullgraph=True, dynamic=False)(torch.ones(8, device=device))
     except (RuntimeError, OSError, ImportError) as error:  # torch's own are RuntimeErrors; a cache may not be writable
-        lines = [line for line in str(error).splitlines() if line.strip()]
+        # The first line names the backend that raised, the next one says what.
+        lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith(" raised:")]
         return lines[0].strip()[:300] if lines else type(error).__name__
     return ""
 
