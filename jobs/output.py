@@ -134,7 +134,7 @@ class Progress:
         self._start = time.monotonic()
         self._last = -10.0
         self._live = sys.stderr.isatty()
-        self._blocks = _blocks(sys.stderr.encoding)
+        self._blocks = _blocks(sys.stderr.encoding or "ascii")  # a stream of a program, such as StringIO, has none
 
     def update(self, done: int, extra: str = "") -> None:
         """Show `done` of the total, the time left, and `extra`."""

@@ -1,5 +1,6 @@
 """Tables, JSON and progress."""
 
+import io
 import json
 from pathlib import Path
 
@@ -61,3 +62,10 @@ def test_progress_of_nothing_does_not_divide_by_zero(capsys: pytest.CaptureFixtu
 def test_a_bar_is_drawn_with_what_the_terminal_has() -> None:
     assert _blocks("utf-8") == "█░"
     assert _blocks("ascii") == "#-"
+
+
+def test_progress_goes_into_a_stream_of_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()  # it has no encoding
+    monkeypatch.setattr("sys.stderr", stream)
+    Progress("verify", 2).update(2)
+    assert stream.getvalue().startswith("verify: 2/2")
