@@ -124,17 +124,26 @@ def disasters() -> str:
     versions = ", ".join(f"{name} {number}" for name, number in figures["versions"].items())
     lines = [
         "",
-        f"Measured on {figures['day']} on {figures['cores']} cores with Python {figures['python']}, {versions}.",
+        f"Measured on {figures['cores']} cores with Python {figures['python']}, {versions}.",
         "",
     ]
     lines += [
-        "| disaster | noticed | next new step | repeated | weights | exit code | last line |",
-        "|---|---|---|---|---|---|---|",
+        "| disaster | noticed | next new step | repeated | weights | exit code | last line | day |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in figures["rows"]:
         noticed, resumed = ("-" if row[key] is None else f"{row[key]:.0f} s" for key in ("noticed_s", "resumed_s"))
         last = row["last"].replace("|", "\\|")
-        cells = [row["scenario"], noticed, resumed, row["repeated"], row["weights"], row["code"], f"`{last}`"]
+        cells = [
+            row["scenario"],
+            noticed,
+            resumed,
+            row["repeated"],
+            row["weights"],
+            row["code"],
+            f"`{last}`",
+            row["day"],
+        ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     if rates := figures.get("rates"):
         ray, torchrun = (statistics.median(rates["ms_a_step"][kind]) for kind in ("ray", "torchrun"))

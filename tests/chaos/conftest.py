@@ -5,7 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,6 +33,7 @@ class Row:
         points: Whether MLflow has each step once. Both are None of jobs that have no steps.
         code: Exit code of the client.
         last: The last line that its user reads.
+        day: Of the run.
     """
 
     scenario: str
@@ -45,6 +46,7 @@ class Row:
     points: bool | None
     code: int
     last: str
+    day: str = field(default_factory=lambda: time.strftime("%Y-%m-%d"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -80,14 +82,19 @@ def rates() -> dict[str, object]:
 
 @pytest.fixture(scope="session", autouse=True)
 def table(rates: dict[str, object]) -> Iterator[list[Row]]:
+    """What was measured; written into the file of another run, whose rows stay where they were not measured again."""
     rows: list[Row] = []
     yield rows
     if OUT in os.environ:
+        path = Path(os.environ[OUT])
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": [], "rates": {}}
+        new = {row.scenario: asdict(row) for row in rows}
+        old = {row["scenario"]: row for row in before["rows"]}
         about = {
             "versions": {name: version(name) for name in ("ray", "torch", "mlflow", "zarr")},
             "python": platform.python_version(),
             "cores": os.cpu_count(),
-            "day": time.strftime("%Y-%m-%d"),
+            "rates": rates or before["rates"],
+            "rows": list((old | new).values()),
         }
-        text = json.dumps({**about, "rates": rates, "rows": [asdict(row) for row in rows]}, indent=1)
-        Path(os.environ[OUT]).write_text(text + "\n")
+        path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
