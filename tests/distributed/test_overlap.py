@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ssl_core.distributed import ProcessGroup, Single
 from ssl_core.methods.base import LossTerms
-from ssl_core.train import buckets
+from ssl_core.train import buckets, compiling
 from ssl_core.train.engine import Engine, EngineConfig, NonFiniteError
 from storage.errors import ConfigError
 from tests.distributed.test_engine_ranks import CONFIG, STEPS, mine
@@ -162,6 +162,7 @@ def test_a_compiled_method_gives_its_whole_gradient(left: list[int], monkeypatch
     def backend(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Any:
         return graph.forward
 
+    monkeypatch.setattr(compiling, "why_not", lambda _device: "")  # which compiles for minutes on a busy machine
     compile_ = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda module: compile_(module, backend=backend))
     assert_equal(trained(Toy(), Twins(), compile=True), trained(Toy(), late(), compile=True))
