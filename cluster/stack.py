@@ -56,7 +56,7 @@ def up(
         state = states.load(state_dir) or state
         _resize(state_dir, state, nodes or state.nodes, progress)
         missing = [name for name in states.SERVICES if not _main(state, name)]
-        further = [name for name in state.names[len(states.SERVICES) :] if "ray" in missing or not _main(state, name)]
+        further = [name for name in state.further if "ray" in missing or not _main(state, name)]
         free = shutil.disk_usage(state_dir).free
         if (missing or further) and free < _LEAST_FREE_BYTES:
             raise StackError(
@@ -71,7 +71,7 @@ def up(
                 _end_service(state, name, _GRACE_S[states.NODE])
             _start(state_dir, state, states.SERVICES, missing, requested, cpus, progress)
             if state.nodes > 1:  # once there is a head that they can join
-                _start(state_dir, state, state.names[len(states.SERVICES) :], further, requested, cpus, progress)
+                _start(state_dir, state, state.further, further, requested, cpus, progress)
         except BaseException:  # Ctrl-C included: nothing half-started stays
             progress("stopping what was started")
             _stop(state_dir, state, missing + further, lambda line: None)
@@ -92,7 +92,7 @@ def _unbroken(progress: Progress) -> Progress:
 def _resize(state_dir: Path, state: State, nodes: int, progress: Progress) -> None:
     """Stop Ray's nodes beyond that number, and note it."""
     if nodes < state.nodes:
-        _stop(state_dir, state, state.names[len(states.SERVICES) + nodes - 1 :], progress)
+        _stop(state_dir, state, state.further[nodes - 1 :], progress)
     state.nodes = nodes
     states.save(state_dir, state)
 

@@ -49,7 +49,12 @@ class State:
     @property
     def names(self) -> tuple[str, ...]:
         """All servers, each after those that it needs: `SERVICES`, then `node-2` and so on."""
-        return (*SERVICES, *(f"{NODE}-{number}" for number in range(2, self.nodes + 1)))
+        return (*SERVICES, *self.further)
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        """Ray's nodes beside its head: `node-2` and so on."""
+        return tuple(f"{NODE}-{number}" for number in range(2, self.nodes + 1))
 
 
 def kind(name: str) -> str:

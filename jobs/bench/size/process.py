@@ -46,7 +46,7 @@ def records(volumes: int) -> Iterator[VolumeRecord]:
             offset=-1024.0,
             foreground_lo=(0, int(80 * draws[3]), int(80 * draws[4])),
             foreground_hi=(100, 430, 430),
-            stats=(dict(zip(STATS_ORDER, (1000 * x for x in draws), strict=False)),),
+            stats=(dict(zip(STATS_ORDER, (1000 * x for x in draws[: len(STATS_ORDER)]), strict=True)),),
             labels=(),
             source=f"{digest[:12]}/series-{i % 3}",
             source_sha256=digest,
