@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test image-test fuzz chaos coverage lint types check clean
+.PHONY: demo test image-test tls-test fuzz chaos coverage lint types check clean
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -33,6 +33,10 @@ fuzz: $(READY)
 chaos: $(READY)
 	TOMOSCALE_CHAOS_OUT=docs/benchmarks/nodes.json $(BIN)/pytest -s tests/chaos $(ARGS)
 	$(BIN)/python docs/update.py
+
+# A run over TLS on machines of namespaces (root, stunnel) with somebody who listens on their network, two minutes.
+tls-test: $(READY)
+	TOMOSCALE_TLS_TEST=1 $(BIN)/pytest --capture=no -rs tests/tls $(ARGS)
 
 coverage: $(READY)
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --cov --cov-report=

@@ -14,6 +14,7 @@ from cluster import state as states
 from cluster.patience import OUTAGE_S, UnknownJob, forgotten, through_outage
 from cluster.ray_hooks import patch_ray_to_limit_requests
 from storage.errors import StackError
+from storage.objects.certificates import REMEDY, distrust
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -315,6 +316,13 @@ def _client(address: str, token: str | None, job: str = "") -> "Iterator[JobSubm
             remedy="set RAY_AUTH_TOKEN_PATH to the cluster's token file; for the local stack, check TOMOSCALE_STATE",
         ) from error
     except (ConnectionError, OSError) as error:
+        if wrong := distrust(error):
+            raise StackError(
+                f"Ray jobs at {url}",
+                expected="a certificate that this machine trusts",
+                found=wrong,
+                remedy=REMEDY,
+            ) from error
         raise _absent(url, str(error)) from ConnectionError(str(error))
     except (RuntimeError, ValueError) as error:
         # The server answers with its whole traceback; the last line is the reason.

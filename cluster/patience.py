@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from storage.errors import StackError
+from storage.objects.certificates import distrust
 from storage.objects.retry import OutOfTime, RetryPolicy, repeat
 
 OUTAGE_S = 3600.0
@@ -72,7 +73,9 @@ def through_outage(look: Callable[[], T], address: str, job: str, outage_s: floa
 
 def _is_away(error: Exception) -> bool:
     cause = error.__cause__
-    return isinstance(error, StackError) and (isinstance(cause, ConnectionError) or bool(_GATEWAY.search(str(cause))))
+    if not isinstance(error, StackError) or distrust(error):
+        return False
+    return isinstance(cause, ConnectionError) or bool(_GATEWAY.search(str(cause)))
 
 
 def _reason(error: Exception) -> str:

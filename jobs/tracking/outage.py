@@ -3,11 +3,12 @@
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 from jobs.output import last_line
 from storage.errors import ConfigError, StackError
+from storage.objects.certificates import causes, distrust
 from storage.objects.retry import OutOfTime, RetryPolicy, repeat
 
 T = TypeVar("T")
@@ -77,7 +78,9 @@ def is_away(error: BaseException) -> bool:
     from mlflow.exceptions import RestException
     from requests.exceptions import RetryError  # of answers such as 503, after the client's own repetitions
 
-    for cause in _causes(error):
+    if distrust(error):
+        return False
+    for cause in causes(error):
         if isinstance(cause, ConnectionError | TimeoutError | requests.ConnectionError | requests.Timeout | RetryError):
             return True
         if isinstance(cause, requests.HTTPError) and cause.response is not None:
@@ -88,9 +91,3 @@ def is_away(error: BaseException) -> bool:
         if _STATUS.search(str(cause)):
             return True
     return False
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

@@ -18,6 +18,7 @@ from obstore.store import HTTPStore, S3Store
 from storage.errors import ConfigError, NotFound, NotOffered, StoreError
 from storage.fork_guard import same_process
 from storage.objects.aws import resolve
+from storage.objects.certificates import REMEDY, distrust
 from storage.objects.protocol import check_key, check_prefix, check_range, join, truncated
 from storage.objects.retry import RetryPolicy, TransientError, retry
 from storage.objects.traffic import Traffic
@@ -124,6 +125,13 @@ class ObjectStore:
                         expected="a server that answers range requests",
                         found=_reason(error),
                         remedy="Python's own http.server does not; nginx, Apache and object stores do",
+                    ) from error
+                if wrong := distrust(error):
+                    raise StoreError(
+                        thing,
+                        expected=f"a certificate of {self._where} that this machine trusts",
+                        found=wrong,
+                        remedy=REMEDY,
                     ) from error
                 if _is_final(error):
                     raise StoreError(thing, expected=f"an answer of {self._where}", found=_reason(error)) from error

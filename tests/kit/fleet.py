@@ -53,12 +53,14 @@ class Fleet:
         workers: Names of the workers that are started at once; `spare` are made, and started when asked.
         own_name: As of `Lab`.
         disk: As of `Lab`.
+        tls: Whether all that the guide can encrypt is encrypted.
     """
 
     workers: Sequence[str] = ("w1", "w2")
     spare: Sequence[str] = ("w3",)
     own_name: Any = "address"
     disk: dict[str, str] = field(default_factory=dict)
+    tls: bool = False
 
     def __post_init__(self) -> None:
         names = [SERVICES, HEAD, CLIENT, *self.workers, *self.spare]
@@ -69,6 +71,8 @@ class Fleet:
         self.lab.__enter__()
         try:
             self._write_secrets()
+            if self.tls:
+                self._write_certificates()
             self.start_machine(SERVICES, "sleep infinity")
             self.start_s3()
             self.start_mlflow()
@@ -113,10 +117,16 @@ class Fleet:
         lines = guide("head" if name == HEAD else "worker").strip()
         lines += f" {_HEAD_SIZE if name == HEAD else _WORKER_SIZE}"
         health = "".join(f"export {key}={value}\n" for key, value in HEALTH.items())
-        script = f"{guide('every machine')}{health}while true; do {self._placed(lines, name)}; sleep 1; done"
-        self.start_machine(name, script)
+        first = guide("every machine") + (guide("tls variables") if self.tls else "") + health
+        if self.tls and name == HEAD:
+            (home / "proxy.conf").write_text(self._placed(guide("tls proxy"), name))
+            first += "stunnel proxy.conf &\n"
+        self.start_machine(name, f"{first}while true; do {self._placed(lines, name)}; sleep 1; done")
 
     def _placed(self, text: str, name: str) -> str:
+        if self.tls:
+            text = text.replace("--dashboard-host=HEAD", "--dashboard-host=127.0.0.1")
+            text = text.replace("http://HEAD:8265", self.jobs_address)
         return text.replace("HEAD", self.lab.address(HEAD)).replace("WORKER", self.lab.address(name))
 
     def wait_for_nodes(self, count: int) -> None:
@@ -170,14 +180,18 @@ class Fleet:
     @property
     def jobs_address(self) -> str:
         """Of the job server."""
-        return f"http://{self.lab.address(HEAD)}:8265"
+        return f"https://{self.lab.address(HEAD)}:8443" if self.tls else f"http://{self.lab.address(HEAD)}:8265"
+
+    def _service_address(self, port: int) -> str:
+        return f"{'https' if self.tls else 'http'}://{self.lab.address(SERVICES)}:{port}"
 
     def start_s3(self) -> None:
         """Start the object store, over the data that it has."""
         service = self._service("s3")
         (self.home(SERVICES) / "data").mkdir(exist_ok=True)
         environment = {key: value for key, value in service["environment"].items() if key.startswith("WEED_")}
-        self._serve("s3", [str(BIN / "weed"), *service["command"][1:]], environment)
+        encrypted = ["-s3.cert.file=machine.pem", "-s3.key.file=machine.key"] if self.tls else []
+        self._serve("s3", [str(BIN / "weed"), *service["command"][1:], *encrypted], environment)
         make = [str(BIN / "python"), "-m", "cluster.buckets", "volumes", "runs", "mlflow"]
         own = self.bare | self.s3_variables("admin")
         log = self.lab.folder / "s3.log"
@@ -204,14 +218,17 @@ class Fleet:
         ini = self.home(SERVICES) / "secrets" / "mlflow_auth.ini"
         ini.write_text(re.sub(r"(?m)^database_uri.*$", f"database_uri = sqlite:///{home}/auth.db", ini.read_text()))
         environment = self.s3_variables("mlflow") | {
-            "MLFLOW_S3_ENDPOINT_URL": f"http://{self.lab.address(SERVICES)}:8333",
+            "MLFLOW_S3_ENDPOINT_URL": self._service_address(8333),
             "MLFLOW_AUTH_CONFIG_PATH": str(ini),
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_FLASK_SERVER_SECRET_KEY": self._secrets["token"],
         }
+        if self.tls:
+            command.append("--uvicorn-opts=--ssl-certfile=machine.pem --ssl-keyfile=machine.key")
         self._serve("mlflow", [str(BIN / "python"), "-m", "mlflow", "server", *command], environment)
-        look = ["wget", "-q", "-O", "/dev/null", "http://127.0.0.1:5000/health"]
+        trust = [f"--ca-certificate={home}/ca.pem"] if self.tls else []
+        look = ["wget", "-q", "-O", "/dev/null", *trust, f"{self._service_address(5000)}/health"]
         log = self.lab.folder / "mlflow.log"
         _until(lambda: self.run(SERVICES, look).returncode == 0, "MLflow answers", log)
 
@@ -245,6 +262,28 @@ class Fleet:
         client = (folder / "secrets" / "mlflow_client.env").read_text()
         self._secrets = dict(line.split("=", 1) for line in client.splitlines()) | {"token": secrets.token_hex(32)}
 
+    def _write_certificates(self) -> None:
+        folder = self.lab.folder / "certificates"
+        folder.mkdir()
+        addresses = {name: self.lab.address(name) for name in self.lab.names}
+        script = guide("tls certificates").replace("ADDRESSES", " ".join(addresses.values()))
+        subprocess.run(["bash", "-euc", script], cwd=folder, check=True, capture_output=True, timeout=120)
+        for name, address in addresses.items():
+            shutil.copy(folder / "ca.pem", self.home(name))
+            for kind in ("key", "pem"):
+                shutil.copy(folder / f"{address}.{kind}", self.home(name) / f"machine.{kind}")
+
+    @property
+    def secrets(self) -> dict[str, str]:
+        """What nobody else may learn, by name."""
+        return dict(self._secrets)
+
+    @property
+    def trust(self) -> dict[str, str]:
+        """Whom a program on any machine trusts beside public authorities; nothing without TLS."""
+        names = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE") if self.tls else ()
+        return {name: str(self.home(SERVICES) / "ca.pem") for name in names}
+
     def s3_variables(self, name: str) -> dict[str, str]:
         """How somebody with the key of that name reaches S3."""
         keys = configparser.ConfigParser()
@@ -255,14 +294,14 @@ class Fleet:
             "AWS_SECRET_ACCESS_KEY": section["aws_secret_access_key"],
             "AWS_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_ENDPOINT_URL_S3": f"http://{self.lab.address(SERVICES)}:8333",
-        }
+            "AWS_ENDPOINT_URL_S3": self._service_address(8333),
+        } | self.trust
 
     def _variables(self) -> dict[str, str]:
         """`nodes.env`, filled in."""
         user, password = (self._secrets[f"MLFLOW_TRACKING_{part}"] for part in ("USERNAME", "PASSWORD"))
         return self.s3_variables("trainer") | {
-            "MLFLOW_TRACKING_URI": f"http://{self.lab.address(SERVICES)}:5000",
+            "MLFLOW_TRACKING_URI": self._service_address(5000),
             "MLFLOW_TRACKING_USERNAME": user,
             "MLFLOW_TRACKING_PASSWORD": password,
         }
@@ -279,7 +318,8 @@ class Fleet:
             "CUDA_VISIBLE_DEVICES": "",
         }
 
-    def _client(self) -> dict[str, str]:
+    def client_variables(self) -> dict[str, str]:
+        """Of the machine that jobs are sent from."""
         token = self.home(CLIENT) / "ray_token"
         token.write_text(self._secrets["token"])
         return self.bare | self._variables() | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
@@ -292,7 +332,7 @@ class Fleet:
         """Run a command on a machine, with a client's environment unless `variables` are given."""
         return subprocess.run(
             self.lab.inside(name, command),
-            env=self._client() if variables is None else variables,
+            env=self.client_variables() if variables is None else variables,
             cwd=self.home(name),
             capture_output=True,
             text=True,
@@ -305,7 +345,7 @@ class Fleet:
         lines = f"cd {self.home(CLIENT)}\n{self._placed(lines, CLIENT)}"
         return subprocess.Popen(
             self.lab.inside(CLIENT, ["bash", "-ec", lines]),
-            env=self._client(),
+            env=self.client_variables(),
             cwd=self.home(CLIENT),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

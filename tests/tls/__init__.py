@@ -1,0 +1,1 @@
+"""Machines that trust certificates, and somebody who listens: `make tls-test`."""
