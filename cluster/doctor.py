@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
@@ -46,7 +47,8 @@ def run(store: str = "s3://runs", state_dir: Path | None = None) -> list[Check]:
     """All checks, in the order in which a failure explains the later ones.
 
     Args:
-        store: `s3://bucket[/prefix]` to write a small object to, read it back and delete it.
+        store: `s3://bucket[/prefix]` to write a small object to, read it back and delete it; where this key may only
+            read, to list.
         state_dir: Folder of the local stack; `$TOMOSCALE_STATE` or `~/.tomoscale` by default.
 
     Raises:
@@ -239,6 +241,8 @@ def _s3(store: str) -> list[Check]:
         client.delete_object(Bucket=address.netloc, Key=key)
         took = time.perf_counter() - began
     except (BotoCoreError, ClientError) as error:
+        if _is_refused(error) and (reads := _reads(client, store)):
+            return [reads]
         return [Check("S3", False, " ".join(str(error).split())[:300], "check endpoint, credentials and bucket")]
     where = f"{client.meta.endpoint_url} {store}"
     checks = [Check("S3", read == b"doctor", f"{where}: put, get, delete in {took * 1000:.0f} ms")]
@@ -250,6 +254,26 @@ def _s3(store: str) -> list[Check]:
             Check("clock", abs(skew) <= _LARGEST_SKEW_S, f"{skew:+.0f} s against the S3 server", "set it with NTP")
         )
     return checks
+
+
+def _is_refused(error: Exception) -> bool:
+    answer = getattr(error, "response", {})
+    return answer.get("ResponseMetadata", {}).get("HTTPStatusCode") == 403
+
+
+def _reads(client: Any, store: str) -> Check | None:
+    """What is said of a store that this key may read and not write, as trainers may the volumes; None of others."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    address = urlsplit(store)
+    began = time.perf_counter()
+    try:
+        client.list_objects_v2(Bucket=address.netloc, Prefix=address.path.strip("/"), MaxKeys=1)
+    except (BotoCoreError, ClientError):
+        return None
+    took = time.perf_counter() - began
+    finding = f"{client.meta.endpoint_url} {store}: list in {took * 1000:.0f} ms; this key may read it and not write it"
+    return Check("S3", True, finding)
 
 
 def _mlflow() -> list[Check]:

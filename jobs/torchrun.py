@@ -72,6 +72,8 @@ def main(argv: Sequence[str]) -> int:
         with Lease(arguments.out.absolute().as_uri(), config.name, KIND) if rank == 0 else nullcontext():
             dist.barrier()
             steps = _train(config, arguments.out / config.name, device)
+            if rank == 0 and steps == config.engine.steps:
+                _certify(config, arguments.out)
     finally:
         dist.destroy_process_group()
     if steps < config.engine.steps:
@@ -80,11 +82,14 @@ def main(argv: Sequence[str]) -> int:
                 f"stopped after step {steps} of {config.engine.steps}; the same command goes on from there", flush=True
             )
         return 128 + signal.SIGTERM
-    if rank == 0:
-        out: Path = arguments.out / config.name
-        store = open_store(out.absolute().as_uri())
-        document.issue_from(store, out / f"step-{steps:08d}", config.name, resolved(config))
     return 0
+
+
+def _certify(config: PretrainConfig, folder: Path) -> None:
+    """Write the certificate of a training that has ended, while no other of its name can begin."""
+    out = folder / config.name
+    last = out / f"step-{config.engine.steps:08d}"
+    document.issue_from(open_store(out.absolute().as_uri()), last, config.name, resolved(config))
 
 
 def _train(config: PretrainConfig, out: Path, device: torch.device) -> int:

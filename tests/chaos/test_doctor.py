@@ -1,5 +1,6 @@
 """`tomoscale doctor --nodes` on machines of which two are not as they should be."""
 
+import json
 import os
 
 import pytest
@@ -37,3 +38,14 @@ def test_the_doctor_names_the_node_that_lacks_the_key_and_the_one_with_another_t
     assert [line for line in lines if line.startswith(f"{keyless}S3: no credentials in this environment; ")], lines
     assert [line for line in lines if line.startswith(f"{torch}torch: 1.2.3, where the client has ")], lines
     assert not [line for line in lines if line.startswith(f"{keyless}torch: ") or line.startswith(f"{torch}S3: ")]
+
+
+def test_the_doctor_tells_a_store_that_a_key_may_only_read_from_one_out_of_reach(fleet: Fleet) -> None:
+    words = ["tomoscale", "doctor", "--json", "--store"]
+    checks = json.loads(fleet.run(CLIENT, [*words, "s3://volumes"]).stdout)["checks"]
+    (s3,) = [check for check in checks if check["name"] == "S3"]
+    assert s3["ok"], s3
+    assert "may read it and not write it" in s3["finding"]
+    checks = json.loads(fleet.run(CLIENT, [*words, "s3://mlflow"]).stdout)["checks"]
+    (s3,) = [check for check in checks if check["name"] == "S3"]
+    assert not s3["ok"], s3
