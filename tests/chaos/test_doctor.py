@@ -42,10 +42,10 @@ def test_the_doctor_names_the_node_that_lacks_the_key_and_the_one_with_another_t
 
 def test_the_doctor_tells_a_store_that_a_key_may_only_read_from_one_out_of_reach(fleet: Fleet) -> None:
     words = ["tomoscale", "doctor", "--json", "--store"]
-    checks = json.loads(fleet.run(CLIENT, [*words, "s3://volumes"]).stdout)["checks"]
-    (s3,) = [check for check in checks if check["name"] == "S3"]
+    checks = json.loads(fleet.run(CLIENT, [*words, "s3://volumes"]).stdout)
+    (s3,) = [check for check in checks if check["check"] == "S3"]
     assert s3["ok"], s3
-    assert "may read it and not write it" in s3["finding"]
-    checks = json.loads(fleet.run(CLIENT, [*words, "s3://mlflow"]).stdout)["checks"]
-    (s3,) = [check for check in checks if check["name"] == "S3"]
+    assert "may read it and not write it" in s3["found"]
+    checks = json.loads(fleet.run(CLIENT, [*words, "s3://mlflow"]).stdout)
+    (s3,) = [check for check in checks if check["check"] == "S3"]
     assert not s3["ok"], s3
