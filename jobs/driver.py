@@ -99,6 +99,8 @@ def quiet() -> None:
     """Keep the log for what a reader can act on: libraries speak from warnings upwards, and not of deprecations."""
     for name in ("ray", "ray.train", "ray.tune", "botocore", "mlflow", "optuna", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # A line for each try of each request to a server that is away; what asks says once that it is.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(mlflow|monai|ray|torch)(\.|$)")
 
 

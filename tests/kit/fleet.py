@@ -321,7 +321,8 @@ class Fleet:
     def client_variables(self) -> dict[str, str]:
         """Of the machine that jobs are sent from."""
         token = self.home(CLIENT) / "ray_token"
-        token.write_text(self._secrets["token"])
+        if not token.exists():  # a client at work reads it
+            token.write_text(self._secrets["token"])
         return self.bare | self._variables() | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
 
     # -- commands
