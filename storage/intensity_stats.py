@@ -12,6 +12,8 @@ positive factor, so a CT in Hounsfield units and an MR in arbitrary units share 
 A channel of one value everywhere, such as a series that is missing and was filled with 0, is all foreground by this
 rule, with std 0; normalisation makes it 0 everywhere. It says nothing of where the body is.
 
+Sums are numpy's own and not BLAS's, whose order follows the number of cores: a scan has the same statistics everywhere.
+
 numpy only: the file is shipped inside model bundles, where nothing else of this project is installed.
 """
 
@@ -85,7 +87,8 @@ def foreground(values: Values) -> tuple[Mask, dict[str, float]]:
     below = finite.size - inside.size  # the foreground are the greatest of the finite values
     mean = float(inside.mean(dtype=np.float64))
     apart = np.subtract(inside, mean, dtype=np.float64)
-    std = float(np.sqrt(apart @ apart / inside.size))
+    np.square(apart, out=apart)
+    std = float(np.sqrt(apart.sum() / inside.size))
     low, high = _bounds(inside.size, lambda k: ranked(below + k))
     return mask, dict(zip(STATS_ORDER, (float(inside.min()), float(inside.max()), mean, std, low, high), strict=True))
 
@@ -211,8 +214,8 @@ def _ranks(lowest: int, counts: npt.NDArray[np.int64]) -> tuple[float, float]:
 def _counted_stats(lowest: int, counts: npt.NDArray[np.int64]) -> dict[str, float]:
     present = np.flatnonzero(counts)
     at, often = present.astype(np.float64) + lowest, counts[present].astype(np.float64)
-    mean = float(at @ often / often.sum())
-    std = float(np.sqrt((at - mean) ** 2 @ often / often.sum()))
+    mean = float((at * often).sum() / often.sum())
+    std = float(np.sqrt(((at - mean) ** 2 * often).sum() / often.sum()))
     low, high = _ranks(lowest, counts)
     return dict(zip(STATS_ORDER, (float(at[0]), float(at[-1]), mean, std, low, high), strict=True))
 

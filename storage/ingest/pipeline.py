@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from threadpoolctl import threadpool_limits
+
 from storage.errors import NotFound, RefusedInput, StoreError
 from storage.format.manifest import Manifest
 from storage.format.records import VolumeRecord
@@ -143,7 +145,8 @@ def run(
         subjects = [item.subject for item in discovery.items]
         check_subjects(src, subjects, 1 if append else policy.min_subjects, refused)
         resumed = any(True for _ in store.list("ingest/"))
-        with file_system_of(store) as disk:
+        # A volume has a thread of its own; those of BLAS would spend half of the time waiting for each other.
+        with threadpool_limits(1, "blas"), file_system_of(store) as disk:
             device = disk.device if disk is not None and mapper in HERE else None
             works = [replace(work, resumed=resumed, unforced=device) for work in works]
             for outcome in mapper(ingest_work, works):
