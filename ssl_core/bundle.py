@@ -233,13 +233,7 @@ def _write(work: Path, kind: str, backbone: Backbone, facts: BundleFacts) -> Non
     (work / "MODEL_CARD.md").write_text(model_card(kind, facts, plan, _class_of(backbone), tensors), encoding="utf-8")
     if facts.evaluation is not None:
         _dump(work / "evaluation.json", facts.evaluation)
-    source = Path(portable.__file__).parent
-    (work / CODE).mkdir()
-    for file in sorted(source.glob("*.py")):
-        borrowed = _BORROWED.get(file.name)
-        text = (Path(str(borrowed.__file__)) if borrowed else file).read_text(encoding="utf-8")
-        text = text.replace("from storage.errors import", "from .errors import")
-        (work / CODE / file.name).write_text(text, encoding="utf-8")
+    write_code(work / CODE)
     files = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file())
     card = {
         "format": FORMAT,
@@ -250,6 +244,16 @@ def _write(work: Path, kind: str, backbone: Backbone, facts: BundleFacts) -> Non
         "files": {name: hashlib.sha256((work / name).read_bytes()).hexdigest() for name in files},
     }
     _dump(work / "bundle.json", card)
+
+
+def write_code(folder: Path) -> None:
+    """The code of `ssl_core.portable` in a new folder, complete: a package that imports nothing of this project."""
+    folder.mkdir()
+    for file in sorted(Path(portable.__file__).parent.glob("*.py")):
+        borrowed = _BORROWED.get(file.name)
+        text = (Path(str(borrowed.__file__)) if borrowed else file).read_text(encoding="utf-8")
+        text = text.replace("from storage.errors import", "from .errors import")
+        (folder / file.name).write_text(text, encoding="utf-8")
 
 
 def _check(work: Path, kind: str, backbone: Backbone) -> None:

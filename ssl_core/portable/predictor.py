@@ -1,7 +1,5 @@
 """A bundle directory to a function from volumes to masks or features."""
 
-import hashlib
-import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,26 +11,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .card import FORMAT, check_bundle, read_json
 from .errors import ConfigError, RefusedInput
-from .geometry import Canonical, back_to_grid, to_canonical
+from .geometry import back_to_grid
 from .grid import spacing_dhw
-from .intensity_stats import channel_foreground
+from .intake import Intake
 from .network import build, feature_maps, load, logits
 from .nifti import Nifti, read_nifti, write_nifti
-from .preprocess import LEAST_SPREAD, Preprocess, prepare
+from .preprocess import Preprocess
 from .safetensors import read_safetensors
-from .training_data import refuse
 from .windows import slide, slide_features
 
-FORMAT = "tomoscale-bundle/1"
-LARGEST = 1e38
-"""Of a voxel's value: float32, in which networks compute, holds the difference of two such."""
-LEVELS = 256
-"""Steps of float32 between the lowest and the highest voxel, at least; our choice."""
+__all__ = ["FORMAT", "Predictor", "check_bundle", "check_target"]
 
 
 def _warn(note: str) -> None:
-    warnings.warn(note, UserWarning, stacklevel=4)
+    warnings.warn(note, UserWarning, stacklevel=5)
 
 
 class Predictor:
@@ -62,8 +56,8 @@ class Predictor:
         root = Path(bundle)
         self.card = check_bundle(root)
         self.kind: str = self.card["kind"]
-        self.plan = Preprocess.parse(str(root / "preprocess.json"), _json(root / "preprocess.json"))
-        self.architecture = _json(root / "architecture.json")
+        self.plan = Preprocess.parse(str(root / "preprocess.json"), read_json(root / "preprocess.json"))
+        self.architecture = read_json(root / "architecture.json")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         name = str(root / "weights.safetensors")
         network = build(str(root / "architecture.json"), self.architecture)
@@ -72,7 +66,7 @@ class Predictor:
         self.network = network.to(self.device)
         self.dims = int(self.architecture["dims"])
         self._report = report or _warn
-        self._silent_bundle = self.plan.training is None
+        self._intake = Intake(self.plan, self.card.get("name", "the model"), self._report)
 
     def forward(self, x_BCDHW: Tensor) -> Tensor:
         """Logits of a batch of windows, (B, K, D, H, W)."""
@@ -147,8 +141,8 @@ class Predictor:
             after resampling to the nearest spacing that the model learned from (`Preprocess.target_spacing`).
         """
         name, array, matrix = self._volume(source, affine)
-        volume = self._canonical(name, array, matrix)
-        image, air = self._prepared(name, volume.values_CDHW, volume.affine, None, "", force)
+        volume = self._intake.canonical(name, array, matrix)
+        image, air = self._intake.prepared(name, volume.values_CDHW, volume.affine, None, "", force)
         entry = self.architecture["levels"][level]
         if not entry["module"]:
             raise ConfigError(
@@ -189,7 +183,7 @@ class Predictor:
             raise ConfigError(
                 "predict", expected="a segmenter bundle", found=f"an {self.kind} bundle", remedy="use `features`"
             )
-        image, air = self._prepared(name, values_CDHW, affine, stats, modality, force)
+        image, air = self._intake.prepared(name, values_CDHW, affine, stats, modality, force)
         logits_KDHW = slide(self.forward, image, air, self.plan.patch_DHW, device=self.device)
         if not torch.isfinite(logits_KDHW).all():  # the largest of numbers that are none would be the background
             raise RefusedInput(
@@ -206,62 +200,8 @@ class Predictor:
         return np.array(values, np.uint8 if max(values) < 256 else np.int32)[classes]
 
     def _predict(self, name: str, array: NDArray[Any], affine: NDArray[Any], force: bool) -> NDArray[Any]:
-        volume = self._canonical(name, array, affine)
+        volume = self._intake.canonical(name, array, affine)
         return volume.to_file(self.segment(volume.values_CDHW, volume.affine, name=name, force=force))
-
-    def _prepared(
-        self,
-        name: str,
-        values_CDHW: NDArray[Any],
-        affine: NDArray[np.float64],
-        stats: Sequence[dict[str, float]] | None,
-        modality: str,
-        force: bool,
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """The network's input and its value of air, of a scan that is like those of training."""
-        if values_CDHW.shape[0] != self.plan.channels:
-            raise RefusedInput(
-                name,
-                expected=f"a volume of {self.plan.channels} channel(s)",
-                found=str(values_CDHW.shape[0]),
-                remedy="use a model of as many channels",
-            )
-        training = self.plan.training
-        if training is None:
-            if self._silent_bundle:
-                self._silent_bundle = False
-                self._report(
-                    f"{self.card.get('name', 'the model')}: its bundle, written by an earlier version, does not say"
-                    " which spacing, field of view, modality and intensities it learned from: scans are taken as they"
-                    " are; train it again for a bundle that does"
-                )
-            return self._told_apart(name, prepare(values_CDHW, affine, self.plan, stats), force)
-        refused, noted = training.check_geometry(values_CDHW.shape[1:], spacing_dhw(affine))
-        if refused and not force:  # before the intensities of what may be no scan at all are measured
-            raise refuse(name, refused)
-        if stats is None:
-            stats = channel_foreground(values_CDHW)[1]
-        absolute = self.plan.intensity["kind"] in ("ct", "none")
-        far, near = training.check_intensities(values_CDHW, stats, modality, absolute)
-        if far and not force:
-            raise refuse(name, far)
-        for note in (*refused, *far, *noted, *near):
-            self._report(f"{name}: {note}")
-        return self._told_apart(name, prepare(values_CDHW, affine, self.plan, stats), force)
-
-    def _told_apart(
-        self, name: str, prepared: tuple[NDArray[np.float32], NDArray[np.float32]], force: bool
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """What `prepare` gave, where the network can see anything in it; one empty channel of several is noted."""
-        empty = [str(c) for c, channel in enumerate(prepared[0]) if np.ptp(channel) < LEAST_SPREAD]
-        if not empty:
-            return prepared
-        whole = len(empty) == len(prepared[0])
-        reason = "after normalisation each voxel has one value" + ("" if whole else f" in channel {', '.join(empty)}")
-        if whole and not force:
-            raise refuse(name, [f"{reason}: an empty scan, a mask, or values outside the window of the model"])
-        self._report(f"{name}: {reason}")
-        return prepared
 
     def _report_header(self, source: str | os.PathLike[str], image: Nifti) -> None:
         for note in image.notes:
@@ -282,39 +222,6 @@ class Predictor:
         image: Nifti = read_nifti(source)
         self._report_header(source, image)
         return str(source), image.array, image.affine
-
-    def _canonical(self, name: str, array: NDArray[Any], affine: NDArray[Any]) -> Canonical:
-        channels = array.shape[3] if array.ndim == 4 else 1
-        if array.ndim not in (3, 4) or channels != self.plan.channels:
-            raise RefusedInput(
-                name,
-                expected=f"a volume of {self.plan.channels} channel(s), (I, J, K) or (I, J, K, C)",
-                found=f"shape {array.shape}",
-                remedy="give one volume of a series, or use a model of as many channels",
-            )
-        if not np.isfinite(array).all():
-            raise RefusedInput(
-                name, expected="finite voxels", found="NaN or infinity", remedy="replace them before predicting"
-            )
-        largest = max(abs(float(array.max())), abs(float(array.min()))) if array.size else 0.0
-        if largest > LARGEST:
-            raise RefusedInput(
-                name,
-                expected=f"values that float32 can compute with, up to {LARGEST:g}",
-                found=f"{largest:g}",
-                remedy="replace outliers, or scale the volume down",
-            )
-        span = float(array.max()) - float(array.min()) if array.size else 0.0
-        if 0 < span < LEVELS * float(np.finfo(np.float32).eps) * largest:
-            raise RefusedInput(
-                name,
-                expected=f"values that float32, in which networks compute, tells apart in {LEVELS} steps",
-                found=f"{float(array.min()):g} to {float(array.max()):g}, {span:g} apart",
-                remedy="subtract the offset that all voxels share",
-            )
-        if array.dtype.kind == "u" and array.dtype.itemsize == 8:  # which statistics cannot count in
-            array = array.astype(np.float64)
-        return to_canonical(name, array, affine)
 
 
 def check_target(source: str | os.PathLike[str], target: str | os.PathLike[str], *, overwrite: bool) -> None:
@@ -353,40 +260,3 @@ def check_target(source: str | os.PathLike[str], target: str | os.PathLike[str],
             found="a link" if path.is_symlink() else "a file that is there",
             remedy="give another name, or replace it with `--overwrite` (Python: overwrite=True)",
         )
-
-
-def check_bundle(root: Path) -> dict[str, Any]:
-    """The object of `bundle.json`, after every listed file was found to match its SHA-256.
-
-    Raises:
-        RefusedInput: not a bundle, or a file is missing or changed.
-    """
-    card = _json(root / "bundle.json")
-    if card.get("format") != FORMAT or card.get("kind") not in ("segmenter", "encoder"):
-        raise RefusedInput(str(root / "bundle.json"), expected=f"format {FORMAT}", found=repr(card.get("format")))
-    listed = dict(card["files"])
-    for name, digest in listed.items():
-        path = root / name
-        actual = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
-        if actual != digest:
-            raise RefusedInput(str(path), expected=f"SHA-256 {digest}", found=actual, remedy="pull the bundle again")
-    needed = {"weights.safetensors", "architecture.json", "preprocess.json"}
-    if not needed <= set(listed):
-        raise RefusedInput(
-            str(root / "bundle.json"),
-            expected="digests of " + ", ".join(sorted(needed)),
-            found=", ".join(sorted(listed)),
-        )
-    return card
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RefusedInput(
-            str(path), expected="a bundle's JSON file", found=str(error), remedy="pull it again"
-        ) from error
-    if not isinstance(data, dict):
-        raise RefusedInput(str(path), expected="a JSON object", found=type(data).__name__)
-    return data

@@ -52,6 +52,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "downstream": "config portable networks views train",
         "bundle": "bundle_card portable networks views",
         "bundle_card": "portable networks views",
+        "encoder": "portable",
         "testing": "*",
     },
     "jobs": {
@@ -82,6 +83,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "finetune": "configs output lease on_ray tracking driver labelled pinning",
         "tune": "configs output lease on_ray tracking driver labelled pinning finetune",
         "predict": "on_ray",
+        "exchange": "tracking",
         "demo": "configs output submit tracking pages driver ingestion labelled pretrain",
         "bench": "configs options output submit tracking demo on_ray pretrain",
         "cli": "*",

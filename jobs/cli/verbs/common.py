@@ -8,6 +8,9 @@ from cluster import services, stack
 from cluster.state import default_dir
 from storage.errors import StackError
 
+MODEL = "model URI (models:/NAME@ALIAS, models:/NAME/VERSION or NAME), or the folder or URL of a bundle"
+"""What verbs that read a model say of it."""
+
 
 def state_dir(arguments: argparse.Namespace) -> Path:
     """The local stack's folder: `--state`, else $TOMOSCALE_STATE, else ~/.tomoscale."""

@@ -199,6 +199,9 @@ BANNED = {
     "a path of one machine": re.compile(r"""["'(\s]/(home|Users|root|work)/"""),
 }
 
+# Reads PyTorch's files with its restricted reader only: tests/unit/jobs/exchange/test_torch_files.py.
+ALLOWED = {("pickle", "jobs/exchange/torch_files.py")}
+
 
 @pytest.mark.parametrize("what", sorted(BANNED))
 def test_nothing_banned_is_in_the_code(what: str) -> None:
@@ -206,6 +209,7 @@ def test_nothing_banned_is_in_the_code(what: str) -> None:
         f"{path.relative_to(ROOT)}: {match.group(0).strip()}"
         for package in PACKAGES
         for path in sources(package)
+        if (what, path.relative_to(ROOT).as_posix()) not in ALLOWED
         for match in BANNED[what].finditer(path.read_text(encoding="utf-8"))
     ]
     assert not hits

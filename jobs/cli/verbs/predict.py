@@ -1,0 +1,151 @@
+"""evaluate; predict."""
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jobs.cli.verbs.common import MODEL, add_json, add_state, use_stack
+from jobs.output import Progress, emit, table
+from storage.errors import ConfigError, StackError
+
+
+def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the verbs."""
+    evaluate = verbs.add_parser("evaluate", help="score a segmenter on a split of a store, case by case")
+    evaluate.add_argument("model", help=MODEL)
+    evaluate.add_argument("data", help="URL of a store with labels")
+    evaluate.add_argument("--split", default="test", help="split of the manifest (default: test)")
+    evaluate.add_argument("--label", default="label", help="name of the label map (default: label)")
+    _add_force(evaluate)
+    evaluate.add_argument("--tolerance-mm", type=float, default=1.0, help="tolerance of the NSD (default: 1)")
+    add_json(evaluate)
+    add_state(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+    predict = verbs.add_parser("predict", help="segment a NIfTI file into a mask on the same grid")
+    predict.add_argument("model", help=MODEL)
+    predict.add_argument("input", type=Path, help=".nii or .nii.gz")
+    predict.add_argument("output", type=Path, help=".nii or .nii.gz to write")
+    predict.add_argument("--overwrite", action="store_true", help="replace the output where it is there")
+    _add_force(predict)
+    add_state(predict)
+    predict.set_defaults(run=_predict)
+
+
+def _add_force(verb: argparse.ArgumentParser) -> None:
+    text = "predict what is far from all that the model learned from (spacing, field of view, intensities), with a note"
+    verb.add_argument("--force", action="store_true", help=text)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from jobs.tracking.encoder import bundle_of
+    from ssl_core.downstream.scores import METRICS, CaseScore, mean_scores, score_case
+    from storage.format.manifest import Manifest
+    from storage.reading.volume_store import VolumeStore
+
+    if not arguments.tolerance_mm > 0:
+        raise ConfigError(
+            "--tolerance-mm",
+            expected="millimetres, above 0",
+            found=f"{arguments.tolerance_mm:g}",
+            remedy="leave it out",
+        )
+    use_stack(arguments)
+    manifest = Manifest.open(arguments.data)
+    indices = manifest.select(split=arguments.split, labelled=arguments.label).tolist()
+    if not indices:
+        raise ConfigError(
+            f"split {arguments.split!r} of {arguments.data}",
+            expected=f"volumes with label {arguments.label!r}",
+            found="none",
+            remedy="`tomoscale data show URL` lists splits and labels",
+        )
+    cases: list[CaseScore] = []
+    with bundle_of(arguments.model) as bundle:
+        predictor = _predictor(arguments.model, bundle)
+        names = {value: name for value, name in predictor.plan.labels if value != 0}
+        store = VolumeStore(arguments.data, manifest)
+        bar = Progress("evaluate", len(indices), "cases")
+        for done, index in enumerate(indices, 1):
+            record = manifest.record(index)
+            values = store.read_volume(record.volume_id) * record.scale + record.offset
+            affine = np.array(record.affine).reshape(4, 4)
+            mask = predictor.segment(
+                values,
+                affine,
+                record.stats,
+                name=record.volume_id,
+                modality=record.modality,
+                force=arguments.force,
+            )
+            truth = store.read_volume(record.volume_id, label=arguments.label)[0]
+            scores = score_case(
+                mask, truth, labels=names, spacing_mm=record.spacing_mm, tolerance_mm=arguments.tolerance_mm
+            )
+            cases += [CaseScore(record.volume_id, record.subject, label, s) for label, s in scores.items()]
+            bar.update(done)
+        store.close()
+    groups = [("mean", label, mean_scores([c for c in cases if c.label == label])) for label in names.values()]
+    rows = [(c.volume_id, c.label, c.scores) for c in cases] + groups
+    header = ("case", "label", *(metric.heading(arguments.tolerance_mm) for metric in METRICS))
+    emit(
+        {
+            "split": f"{manifest.fingerprint} {arguments.split}",
+            "cases": [{"volume_id": c.volume_id, "label": c.label, **asdict(c.scores)} for c in cases],
+        },
+        arguments.json,
+        table(header, [(case, label, *(scores.of(metric) for metric in METRICS)) for case, label, scores in rows]),
+    )
+    return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from jobs.tracking.encoder import bundle_of
+    from ssl_core.portable.predictor import check_target
+
+    if not arguments.input.is_file():
+        what = "a folder" if arguments.input.is_dir() else "no such file"
+        raise ConfigError(str(arguments.input), expected="a NIfTI file", found=what, remedy="check the path")
+    if not arguments.output.parent.is_dir():
+        raise ConfigError(str(arguments.output.parent), expected="a folder", found="none", remedy="create it first")
+    check_target(arguments.input, arguments.output, overwrite=arguments.overwrite)
+    use_stack(arguments)
+    with bundle_of(arguments.model) as bundle:
+        predictor = _predictor(arguments.model, bundle)
+        mask = _write_mask(predictor, arguments)
+    counts = {name: int((mask == value).sum()) for value, name in predictor.plan.labels}
+    print(f"{arguments.output}: {mask.shape}, voxels {counts}", file=sys.stderr)
+    return 0
+
+
+def _write_mask(predictor: Any, arguments: argparse.Namespace) -> Any:
+    source, target = arguments.input, arguments.output
+    try:
+        return predictor.predict_file(source, target, overwrite=arguments.overwrite, force=arguments.force)
+    except OSError as error:
+        if error.filename == str(source):
+            raise
+        raise StackError(
+            str(target),
+            expected="a mask written to a disk with room, by a user with the right to",
+            found=error.strerror or str(error),
+            remedy="free space, change the owner of the folder, or give another place",
+        ) from error
+
+
+def _predictor(model: str, bundle: Path) -> Any:
+    from ssl_core.portable import Predictor
+
+    predictor = Predictor(bundle, report=lambda note: print(f"note: {note}", file=sys.stderr))
+    if predictor.kind != "segmenter":
+        raise ConfigError(
+            f"model {model}",
+            expected="a segmenter",
+            found=f"an {predictor.kind}",
+            remedy="fine-tune it first (`tomoscale finetune`), or take its features with `mlflow.pyfunc.load_model`",
+        )
+    return predictor

@@ -1,0 +1,1 @@
+"""Models for other tools, and checkpoints of other tools for this one."""
