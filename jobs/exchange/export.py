@@ -15,7 +15,7 @@ from jobs.exchange.model import Model, open_model
 from storage.errors import ConfigError
 
 Write = Callable[[Model, Path], list[str]]
-"""Fills a folder; returns notes for a person."""
+"""Fills a folder; returns notes for a person, in which `{folder}` is where it will be."""
 
 
 def export(bundle: Path, target: Path, form: str) -> list[str]:
@@ -51,4 +51,4 @@ def export(bundle: Path, target: Path, form: str) -> list[str]:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
-    return notes
+    return [note.replace("{folder}", str(target)) for note in notes]

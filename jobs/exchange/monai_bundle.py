@@ -62,7 +62,8 @@ def write(model: Model, folder: Path) -> list[str]:
     network = parser.get_parsed_content("network_def")
     network.load_state_dict(read_torch(folder / _WEIGHTS))
     model.check("a bundle of MONAI", type(model.outputs)(network.eval(), 3, ()))
-    return [f"python -m monai.bundle run --config_file {folder.name}/configs/inference.json --dataset_dir FOLDER"]
+    run = "python -m monai.bundle run --config_file {folder}/configs/inference.json --bundle_root {folder}"
+    return [f"{run} --dataset_dir SCANS --output_dir MASKS, with pytorch-ignite installed"]
 
 
 def _inference(model: Model) -> dict[str, Any]:

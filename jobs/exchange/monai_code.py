@@ -81,9 +81,8 @@ class FinishMaskd(MapTransform):
                 classes = back_to_grid(classes, target_mm, new_DHW, old_mm)
             values = [value for value, _ in self.plan.labels]
             mask = volume.to_file(np.array(values, np.uint8 if max(values) < 256 else np.int32)[classes])
-            result[key] = MetaTensor(
-                torch.from_numpy(mask)[None], affine=torch.from_numpy(affine), meta=dict(logits_KDHW.meta)
-            )
+            meta = {"filename_or_obj": logits_KDHW.meta["filename_or_obj"], "original_affine": affine}
+            result[key] = MetaTensor(torch.from_numpy(mask)[None], affine=torch.from_numpy(affine), meta=meta)
         return result
 
 

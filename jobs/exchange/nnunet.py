@@ -40,9 +40,9 @@ def write(model: Model, folder: Path) -> list[str]:
     plan = adaptation_plan(model)
     write_torch(folder / FILE, {"network_weights": weights, "citations": [], "nnssl_adaptation_plan": plan})
     model.write_card(folder, "nnunet", file=FILE, nnssl_adaptation_plan=plan)
-    notes = [f"nnUNetv2_preprocess_like_nnssl -d ID -n NAME -pc {folder.name}/{FILE}, then nnUNetv2_train_pretrained"]
+    notes = [f"nnUNetv2_preprocess_like_nnssl -d ID -n NAME -pc {{folder}}/{FILE}, then nnUNetv2_train_pretrained"]
     if model.predictor.kind == "segmenter":
-        notes.append(f"with plans of the same architecture also nnUNetv2_train -pretrained_weights {FILE}")
+        notes.append(f"with plans of the same architecture also nnUNetv2_train -pretrained_weights {{folder}}/{FILE}")
     return notes
 
 

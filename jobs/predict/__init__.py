@@ -1,1 +1,1 @@
-"""Prediction of a whole folder on a cluster."""
+"""Prediction: of scans in this process, and of a whole folder on a cluster."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .card import FORMAT, check_bundle, read_json
 from .errors import ConfigError, RefusedInput
-from .geometry import back_to_grid
+from .geometry import Canonical, back_to_grid
 from .grid import spacing_dhw
 from .intake import Intake
 from .network import build, feature_maps, load, logits
@@ -179,6 +179,29 @@ class Predictor:
             modality: `CT`, `MR`, ... where it is known.
             force: As for `predict`.
         """
+        return self.segmented(values_CDHW, affine, stats, name=name, modality=modality, force=force)[0]
+
+    def segmented(
+        self,
+        values_CDHW: NDArray[Any],
+        affine: NDArray[np.float64],
+        stats: Sequence[dict[str, float]] | None = None,
+        *,
+        name: str = "volume",
+        modality: str = "",
+        force: bool = False,
+        probabilities: bool = False,
+    ) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
+        """Mask of a canonical volume as of `segment`, and where they are asked for the probabilities of the classes.
+
+        Args:
+            values_CDHW: As for `segment`, like the others.
+            probabilities: Whether to return them.
+
+        Returns:
+            The mask (D, H, W), and (K, D, H, W) of a softmax in the order of the labels, or None. On a grid that was
+            resampled both are those of the nearest voxel, so that the largest probability is always the mask's.
+        """
         if self.kind != "segmenter":
             raise ConfigError(
                 "predict", expected="a segmenter bundle", found=f"an {self.kind} bundle", remedy="use `features`"
@@ -193,11 +216,28 @@ class Predictor:
                 remedy="check the intensities of the volume, and the model on one that it learned from",
             )
         classes = logits_KDHW.argmax(0).numpy()
+        maps = torch.softmax(logits_KDHW, 0).numpy() if probabilities else None
         target_mm = self.plan.target_spacing(spacing_dhw(affine))
         if target_mm is not None:
-            classes = back_to_grid(classes, target_mm, values_CDHW.shape[1:], spacing_dhw(affine))
+            shape, original_mm = values_CDHW.shape[1:], spacing_dhw(affine)
+            classes = back_to_grid(classes, target_mm, shape, original_mm)
+            if maps is not None:
+                maps = np.stack([back_to_grid(channel, target_mm, shape, original_mm) for channel in maps])
         values = [value for value, _ in self.plan.labels]
-        return np.array(values, np.uint8 if max(values) < 256 else np.int32)[classes]
+        return np.array(values, np.uint8 if max(values) < 256 else np.int32)[classes], maps
+
+    def canonical(self, array: NDArray[Any], affine: NDArray[Any], *, name: str = "array") -> Canonical:
+        """A scan as `segment` takes it, and how its mask goes back to its grid.
+
+        Args:
+            array: (I, J, K) or (I, J, K, C) in file order.
+            affine: (4, 4); voxel-centre indices to RAS+ mm.
+            name: What messages call it.
+
+        Raises:
+            RefusedInput: other channels, values beyond float32, or an affine that is no geometry.
+        """
+        return self._intake.canonical(name, array, affine)
 
     def _predict(self, name: str, array: NDArray[Any], affine: NDArray[Any], force: bool) -> NDArray[Any]:
         volume = self._intake.canonical(name, array, affine)
@@ -224,27 +264,34 @@ class Predictor:
         return str(source), image.array, image.affine
 
 
-def check_target(source: str | os.PathLike[str], target: str | os.PathLike[str], *, overwrite: bool) -> None:
+def check_target(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    overwrite: bool,
+    endings: tuple[str, ...] = (".nii", ".nii.gz"),
+) -> None:
     """Refuse to write a mask where something would be lost.
 
     Args:
         source: The scan.
         target: Where its mask is to go.
         overwrite: Whether another file may be replaced.
+        endings: Those that the target may have.
 
     Raises:
-        ConfigError: another ending than `.nii` and `.nii.gz`, the scan itself under whatever name, a folder, or a file
+        ConfigError: another ending, the scan itself under whatever name, a folder, or a file
             or link that is there.
     """
     path = Path(target)
-    if not path.name.endswith((".nii", ".nii.gz")):
+    if not path.name.endswith(endings):
         raise ConfigError(
             "output",
-            expected="a name that ends in .nii or .nii.gz",
+            expected=f"a name that ends in {' or '.join(endings)}",
             found=str(path),
             remedy="give a mask such a name",
         )
-    if path.exists() and Path(source).exists() and path.samefile(source):
+    if path.exists() and source and Path(source).exists() and path.samefile(source):
         raise ConfigError(
             str(path),
             expected="another file than the scan",

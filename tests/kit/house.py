@@ -82,7 +82,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "torchrun": "configs output lease tracking driver certificate pretrain",
         "finetune": "configs output lease on_ray tracking driver labelled pinning",
         "tune": "configs output lease on_ray tracking driver labelled pinning finetune",
-        "predict": "on_ray",
+        "predict": "on_ray output pages",
         "exchange": "tracking",
         "demo": "configs output submit tracking pages driver ingestion labelled pretrain",
         "bench": "configs options output submit tracking demo on_ray pretrain",

@@ -18,6 +18,7 @@ def resenc(seed: int = 0, **arguments: object) -> Backbone:
     with torch.no_grad():  # a fresh network's masks are of one class
         for parameter in backbone.net.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+        backbone.net.decoder.seg_layers[-1].bias.zero_()  # type: ignore[union-attr, operator, index]
     return backbone
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from jobs.cli.verbs.common import MODEL, add_json, add_state, use_stack
 from jobs.output import Progress, emit, table
-from storage.errors import ConfigError, StackError
+from storage.errors import ConfigError, RefusedInput
 
 
 def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -26,11 +26,24 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     add_state(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
-    predict = verbs.add_parser("predict", help="segment a NIfTI file into a mask on the same grid")
+    predict = verbs.add_parser("predict", help="segment scans into masks on their own grids")
     predict.add_argument("model", help=MODEL)
-    predict.add_argument("input", type=Path, help=".nii or .nii.gz")
-    predict.add_argument("output", type=Path, help=".nii or .nii.gz to write")
-    predict.add_argument("--overwrite", action="store_true", help="replace the output where it is there")
+    predict.add_argument(
+        "input", help="a file (NIfTI, NRRD, MHA, MGZ), a DICOM series, a folder of either, or the URL of a store"
+    )
+    predict.add_argument(
+        "output",
+        type=Path,
+        help="a mask (.nii, .nii.gz; .dcm, a DICOM segmentation, of a DICOM series), or a folder for several",
+    )
+    predict.add_argument("--probabilities", action="store_true", help="write NAME-probabilities.nii.gz too")
+    predict.add_argument("--features", action="store_true", help="write NAME-features.npz too; NAME.npz of an encoder")
+    predict.add_argument("--overlay", action="store_true", help="write NAME-overlay.png too")
+    predict.add_argument("--nifti", action="store_true", help="in a folder: masks of DICOM series as NIfTI")
+    predict.add_argument("--split", help="of a store: only this split (default: all)")
+    predict.add_argument(
+        "--overwrite", action="store_true", help="replace what is there; without, masks in a folder are left"
+    )
     _add_force(predict)
     add_state(predict)
     predict.set_defaults(run=_predict)
@@ -104,48 +117,46 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
+    from jobs.predict import run
+    from jobs.predict.outputs import Wanted
     from jobs.tracking.encoder import bundle_of
-    from ssl_core.portable.predictor import check_target
 
-    if not arguments.input.is_file():
-        what = "a folder" if arguments.input.is_dir() else "no such file"
-        raise ConfigError(str(arguments.input), expected="a NIfTI file", found=what, remedy="check the path")
-    if not arguments.output.parent.is_dir():
-        raise ConfigError(str(arguments.output.parent), expected="a folder", found="none", remedy="create it first")
-    check_target(arguments.input, arguments.output, overwrite=arguments.overwrite)
+    source, output = arguments.input, arguments.output
+    run.check_places(source, output)
+    wanted = Wanted(arguments.probabilities, arguments.features, arguments.overlay, arguments.nifti, arguments.force)
+    whole = {"overwrite": arguments.overwrite, "split": arguments.split}
+    one = run.is_file_output(source, output)
+    if one and Path(source).is_file():  # before a model is fetched
+        run.check_file(Path(source), output, overwrite=arguments.overwrite)
     use_stack(arguments)
     with bundle_of(arguments.model) as bundle:
-        predictor = _predictor(arguments.model, bundle)
-        mask = _write_mask(predictor, arguments)
-    counts = {name: int((mask == value).sum()) for value, name in predictor.plan.labels}
-    print(f"{arguments.output}: {mask.shape}, voxels {counts}", file=sys.stderr)
-    return 0
+        predictor = _any_predictor(bundle)
+        if one:
+            counts = run.to_file(predictor, arguments.model, source, output, wanted, _note, **whole)
+            print(f"{output}: voxels {counts}" if counts else str(output), file=sys.stderr)
+            return 0
+        done, refused = run.to_folder(predictor, arguments.model, bundle, source, output, wanted, _note, **whole)
+    print(f"{output}: {done} of {done + len(refused)} scans", file=sys.stderr)
+    return RefusedInput.exit_code if refused else 0
 
 
-def _write_mask(predictor: Any, arguments: argparse.Namespace) -> Any:
-    source, target = arguments.input, arguments.output
-    try:
-        return predictor.predict_file(source, target, overwrite=arguments.overwrite, force=arguments.force)
-    except OSError as error:
-        if error.filename == str(source):
-            raise
-        raise StackError(
-            str(target),
-            expected="a mask written to a disk with room, by a user with the right to",
-            found=error.strerror or str(error),
-            remedy="free space, change the owner of the folder, or give another place",
-        ) from error
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+def _any_predictor(bundle: Path) -> Any:
+    from ssl_core.portable import Predictor
+
+    return Predictor(bundle, report=_note)
 
 
 def _predictor(model: str, bundle: Path) -> Any:
-    from ssl_core.portable import Predictor
-
-    predictor = Predictor(bundle, report=lambda note: print(f"note: {note}", file=sys.stderr))
+    predictor = _any_predictor(bundle)
     if predictor.kind != "segmenter":
         raise ConfigError(
             f"model {model}",
             expected="a segmenter",
             found=f"an {predictor.kind}",
-            remedy="fine-tune it first (`tomoscale finetune`), or take its features with `mlflow.pyfunc.load_model`",
+            remedy="fine-tune it first (`tomoscale finetune`)",
         )
     return predictor

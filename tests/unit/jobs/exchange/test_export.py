@@ -13,17 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from jobs.cli.main import main
+from jobs.exchange import nnunet
 from jobs.exchange.export import export
 from jobs.exchange.model import Model, open_model
-from jobs.exchange.nnunet import CLASS
-from ssl_core.bundle import write_bundle
-from ssl_core.networks import build as build_backbone
 from ssl_core.portable import Predictor
 from ssl_core.portable.network import build
 from storage.errors import ConfigError
-from tests.kit.bundles import facts, scan
-from tests.kit.networks import SMALL
-from tests.kit.small_models import WINDOW, encoder_bundle, segmenter_bundle
+from tests.kit.bundles import scan
+from tests.kit.small_models import encoder_bundle, segmenter_bundle
 
 Bundle = Callable[[str], Path]
 
@@ -159,20 +156,22 @@ def test_nnunet_takes_a_whole_segmenter_but_for_its_output_layers(bundle: Bundle
     export(bundle("segmenter"), tmp_path / "out", "nnunet")
     weights = torch.load(tmp_path / "out/checkpoint_final.pth", weights_only=True)["network_weights"]
     arguments = open_model(bundle("segmenter")).predictor.architecture["arguments"] | {"deep_supervision": True}
-    own = build("x", {"class": CLASS, "arguments": arguments | {"num_classes": 7}}).state_dict()
+    own = build("x", {"class": nnunet.CLASS, "arguments": arguments | {"num_classes": 7}}).state_dict()
     needed = {key: value.shape for key, value in own.items() if ".seg_layers." not in key}
     assert needed == {key: weights[key].shape for key in needed}
 
 
-def test_nnunet_takes_no_other_network(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    network = build_backbone("unet", **SMALL["unet"], out_channels=3)
-    write_bundle(tmp_path / "b", "segmenter", network, facts(patch_DHW=WINDOW))
+def test_nnunet_takes_no_other_network(bundle: Bundle, tmp_path: Path) -> None:
+    model = open_model(bundle("segmenter"))
+    model.predictor.architecture["class"] = "monai.networks.nets.UNet"
     with pytest.raises(ConfigError, match="nnU-Net's residual encoder.*backbone.name=resenc"):
-        export(tmp_path / "b", tmp_path / "out", "nnunet")
+        nnunet.write(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bundle_of_monai_is_run_by_monai_on_a_volume(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_bundle_of_monai_is_run_by_monai_on_a_volume(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from monai.bundle import ConfigWorkflow, load
 
     path = segmenter_bundle(tmp_path / "b", 3, spacing_mm=(2.0, 1.5, 1.7))
@@ -192,6 +191,7 @@ def test_a_bundle_of_monai_is_run_by_monai_on_a_volume(bundle: Bundle, tmp_path:
         expected = Predictor(path, "cpu").predict(source)
     assert len(np.unique(expected)) > 1
     if importlib.util.find_spec("ignite") is None:  # which the evaluator of every bundle of MONAI needs
+        monkeypatch.syspath_prepend(root)  # as `run` does
         weights = torch.load(root / "models/model.pt", weights_only=True)
         workflow.network_def.load_state_dict(weights)
         with torch.no_grad():
@@ -199,8 +199,8 @@ def test_a_bundle_of_monai_is_run_by_monai_on_a_volume(bundle: Bundle, tmp_path:
             logits = workflow.inferer(item["image"][None], workflow.network_def.eval())[0]
         workflow.parser.get_parsed_content("postprocessing")({**item, "pred": logits})
     else:
-        assert workflow.check_properties() == []
         workflow.run()
+        assert workflow.check_properties() == []
     (written,) = (tmp_path / "masks").iterdir()
     image = nib.load(written)
     assert np.array_equal(np.asanyarray(image.dataobj), expected)
