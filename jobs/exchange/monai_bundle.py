@@ -5,7 +5,7 @@ configs/metadata.json     what MONAI asks of a bundle
 configs/inference.json    network, preprocessing, sliding windows, postprocessing, evaluator
 configs/preprocess.json   the preprocessing of training, as it lies in the bundle
 models/model.pt           state dict of the stock network, loaded with `weights_only=True`
-tomoscale_monai/          the two transforms that the configuration names, and the portable code that they call
+tomoscale_monai/          the transforms that the configuration names, and the portable code that they call
 docs/                     the model card
 ```
 """
@@ -125,15 +125,7 @@ def _inference(model: Model) -> dict[str, Any]:
                     "keys": "pred",
                     "plan": "$@bundle_root + '/configs/preprocess.json'",
                 },
-                {
-                    "_target_": "SaveImaged",
-                    "keys": "pred",
-                    "output_dir": "@output_dir",
-                    "output_postfix": "mask",
-                    "output_dtype": "uint8" if max(value for value, _ in plan.labels) < 256 else "int32",
-                    "resample": False,
-                    "separate_folder": False,
-                },
+                {"_target_": f"{CODE}.SaveMaskd", "keys": "pred", "output_dir": "@output_dir"},
             ],
         },
         "handlers": [

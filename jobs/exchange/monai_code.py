@@ -14,6 +14,7 @@ from monai.transforms import MapTransform
 
 from ssl_core.portable.geometry import back_to_grid, to_canonical
 from ssl_core.portable.intake import Intake
+from ssl_core.portable.nifti import write_nifti
 from ssl_core.portable.preprocess import Preprocess
 from ssl_core.portable.windows import padded
 
@@ -84,6 +85,29 @@ class FinishMaskd(MapTransform):
             meta = {"filename_or_obj": logits_KDHW.meta["filename_or_obj"], "original_affine": affine}
             result[key] = MetaTensor(torch.from_numpy(mask)[None], affine=torch.from_numpy(affine), meta=meta)
         return result
+
+
+class SaveMaskd(MapTransform):
+    """Masks of `FinishMaskd` to `NAME_mask.nii.gz`, each whole or not at all.
+
+    Args:
+        keys: Of masks.
+        output_dir: Folder; made where there is none.
+    """
+
+    def __init__(self, keys: KeysCollection, output_dir: str) -> None:
+        super().__init__(keys)
+        self.folder = Path(output_dir)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """The data, unchanged."""
+        for key in self.key_iterator(dict(data)):
+            mask = data[key]
+            name = Path(str(mask.meta["filename_or_obj"])).name
+            self.folder.mkdir(parents=True, exist_ok=True)
+            target = self.folder / f"{name.removesuffix('.gz').removesuffix('.nii')}_mask.nii.gz"
+            write_nifti(target, np.asarray(mask[0]), np.asarray(mask.meta["original_affine"], np.float64))
+        return dict(data)
 
 
 def _plan(path: str) -> Preprocess:

@@ -1,4 +1,4 @@
-"""models list | show | promote | pull | export."""
+"""models list | show | promote | pull | export | import."""
 
 import argparse
 import time
@@ -12,7 +12,7 @@ from jobs.output import emit, table
 
 def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register the verbs."""
-    models = verbs.add_parser("models", help="registered models: list, show, promote, pull, export")
+    models = verbs.add_parser("models", help="registered models: list, show, promote, pull, export, import")
     actions = models.add_subparsers(dest="action", required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="all versions")
     show = actions.add_parser("show", help="one version, with its lineage")
@@ -35,6 +35,16 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     add_state(export)
     add_json(export)
     export.set_defaults(run=_export)
+
+    arrival = actions.add_parser("import", help="make an encoder's bundle of a checkpoint of nnU-Net or nnssl")
+    arrival.add_argument("file", type=Path, help="checkpoint (.pth); nothing in it is executed")
+    arrival.add_argument("folder", type=Path, help="folder to create")
+    arrival.add_argument("--from", dest="tool", required=True, choices=["nnunet", "nnssl"], help="who wrote it")
+    arrival.add_argument("--map", type=Path, required=True, help="YAML file that says which tensor goes where")
+    arrival.add_argument("--register", metavar="NAME", help="register it under this name too")
+    add_state(arrival)
+    add_json(arrival)
+    arrival.set_defaults(run=_import)
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -89,6 +99,22 @@ def _export(arguments: argparse.Namespace) -> int:
         notes = export(bundle, arguments.folder, arguments.to)
     facts = {"model": arguments.model, "form": arguments.to, "folder": str(arguments.folder), "notes": notes}
     emit(facts, arguments.json, "\n".join([str(arguments.folder), *notes]))
+    return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from jobs.exchange.foreign import ImportMap, import_checkpoint
+    from ssl_core.config import load
+
+    mapping = load(ImportMap, arguments.map, [])
+    folder = import_checkpoint(arguments.file, arguments.tool, mapping, arguments.folder)
+    facts: dict[str, Any] = {"folder": str(folder), "model": None}
+    if arguments.register:
+        from jobs.tracking import models as registry
+
+        use_stack(arguments)
+        facts["model"] = f"models:/{arguments.register}/{registry.register(folder, arguments.register)}"
+    emit(facts, arguments.json, "\n".join(filter(None, facts.values())))
     return 0
 
 
