@@ -11,6 +11,7 @@ from ssl_core.bundle import write_bundle
 from tests.kit import ROOT
 from tests.kit.bundles import FEATURES, facts, network, scan
 from tests.kit.phantoms import write_phantoms
+from tests.kit.small_models import encoder_bundle
 
 PAGE = (ROOT / "docs/python.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,22 +33,29 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_readme_shows_the_first_example_of_the_page() -> None:
-    assert BLOCK.findall(README) == BLOCKS[:1]
-    assert len(BLOCKS[0].splitlines()) <= 18, "it is meant to fit a screen"
+def test_the_readme_shows_an_example_of_the_page() -> None:
+    assert BLOCK.findall(README) == BLOCKS[1:2]
+    assert len(BLOCKS[1].splitlines()) <= 18, "it is meant to fit a screen"
+
+
+def test_an_encoder_with_its_preprocessing_is_loaded_first(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    encoder_bundle(folder / "bundle")
+    scan(folder, (12, 14, 16)).rename(folder / "scan.nii.gz")
+    exec(compile(BLOCKS[0], "docs/python.md", "exec"), {})
+    assert capsys.readouterr().out == "(8, 4, 4, 4) (4, 8, 8) ((1, 1, 1), (2, 2, 2), (4, 4, 4))\n"
 
 
 def test_a_store_is_read_and_views_are_made(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_phantoms("volumes", 5, shape=(48, 64, 48))
     names: dict[str, object] = {}
-    exec(compile(BLOCKS[0], "docs/python.md", "exec"), names)
+    exec(compile(BLOCKS[1], "docs/python.md", "exec"), names)
     assert capsys.readouterr().out.startswith("torch.Size([4, 1, 32, 48, 32])\ntensor([[")
     assert isinstance(names["one"].image_BCDHW, torch.Tensor)  # type: ignore[attr-defined]
 
 
 def test_an_encoder_is_loaded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_bundle(folder / "bundle", "encoder", network(1), facts(labels=()))
-    exec(compile(BLOCKS[1], "docs/python.md", "exec"), {})
+    exec(compile(BLOCKS[2], "docs/python.md", "exec"), {})
     assert capsys.readouterr().out.startswith("basic_unet [(1, 1, 1), (2, 2, 2)")
 
 
@@ -55,15 +63,15 @@ def test_a_scan_is_predicted(folder: Path) -> None:
     write_bundle(folder / "bundle", "segmenter", network(), facts())
     scan(folder).rename(folder / "scan.nii.gz")
     names: dict[str, object] = {}
-    exec(compile(BLOCKS[2], "docs/python.md", "exec"), names)
+    exec(compile(BLOCKS[3], "docs/python.md", "exec"), names)
     assert names["mask"].shape == (36, 30, 41)  # type: ignore[attr-defined]
 
 
 def test_a_method_is_trained(folder: Path) -> None:
     write_phantoms("volumes", 5)
     (folder / "pretrain.yaml").write_text(JOB)
-    exec(compile(BLOCKS[3], "docs/python.md", "exec"), {})
-    assert len(BLOCKS) == 4, "each example of the page has a test here"
+    exec(compile(BLOCKS[4], "docs/python.md", "exec"), {})
+    assert len(BLOCKS) == 5, "each example of the page has a test here"
 
 
 def test_every_promised_name_is_where_the_page_says() -> None:
