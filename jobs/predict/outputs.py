@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ ENDINGS = (".nii.gz", ".nii", ".dcm", ".npz")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Choice:
     """What is written.
 
     Attributes:
@@ -42,11 +42,11 @@ class Wanted:
     force: bool = False
 
 
-def ending_of(scan: Scan, predictor: Predictor, wanted: Wanted) -> str:
+def ending_of(scan: Scan, predictor: Predictor, choice: Choice) -> str:
     """Ending of the file that a scan becomes in a folder."""
     if predictor.kind == "encoder":
         return ".npz"
-    return ".dcm" if scan.kind == DICOM and not wanted.nifti else ".nii.gz"
+    return ".dcm" if scan.kind == DICOM and not choice.nifti else ".nii.gz"
 
 
 def split_ending(name: str) -> tuple[str, str]:
@@ -55,7 +55,7 @@ def split_ending(name: str) -> tuple[str, str]:
     return (name[: -len(ending)], ending) if ending else (name, "")
 
 
-def check_model(predictor: Predictor, model: str, wanted: Wanted) -> None:
+def check_model(predictor: Predictor, model: str, choice: Choice) -> None:
     """Refuse what the model does not have, before any scan is read.
 
     Raises:
@@ -63,7 +63,7 @@ def check_model(predictor: Predictor, model: str, wanted: Wanted) -> None:
     """
     if predictor.kind == "segmenter":
         return
-    if not wanted.features or wanted.probabilities or wanted.overlay:
+    if not choice.features or choice.probabilities or choice.overlay:
         raise ConfigError(
             f"model {model}",
             expected="a segmenter",
@@ -72,14 +72,16 @@ def check_model(predictor: Predictor, model: str, wanted: Wanted) -> None:
         )
 
 
-def write_scan(predictor: Predictor, scan: Scan, target: Path, wanted: Wanted, say: Any) -> dict[str, int]:
-    """Read and predict a scan and write what is wanted; returns the voxels of each label.
+def write_scan(
+    predictor: Predictor, scan: Scan, target: Path, choice: Choice, say: Callable[[str], None]
+) -> dict[str, int]:
+    """Read and predict a scan and write what is asked for; returns the voxels of each label.
 
     Args:
         predictor: The model.
         scan: The scan.
         target: The mask, or the features of an encoder; other files stand beside it.
-        wanted: What is written.
+        choice: What is written.
         say: Hears what its reader assumed.
 
     Raises:
@@ -92,7 +94,7 @@ def write_scan(predictor: Predictor, scan: Scan, target: Path, wanted: Wanted, s
     stem, ending = split_ending(target.name)
     if predictor.kind == "encoder":
         with _written(target) as folder:
-            _features(folder / target.name, predictor, scan, volume, wanted)
+            _features(folder / target.name, predictor, scan, volume, choice)
         return {}
     canonical = predictor.canonical(volume.array, volume.affine, name=scan.source)
     mask_DHW, probabilities_KDHW = predictor.segmented(
@@ -101,8 +103,8 @@ def write_scan(predictor: Predictor, scan: Scan, target: Path, wanted: Wanted, s
         volume.stats,
         name=scan.source,
         modality=volume.modality,
-        force=wanted.force,
-        probabilities=wanted.probabilities,
+        force=choice.force,
+        probabilities=choice.probabilities,
     )
     mask = canonical.to_file(mask_DHW)
     labels = dict(predictor.plan.labels)
@@ -110,9 +112,9 @@ def write_scan(predictor: Predictor, scan: Scan, target: Path, wanted: Wanted, s
         if probabilities_KDHW is not None:
             maps = np.stack([canonical.to_file(channel) for channel in probabilities_KDHW], axis=-1)
             nibabel.save(nibabel.Nifti1Image(maps, volume.affine), folder / f"{stem}-probabilities.nii.gz")
-        if wanted.features:
-            _features(folder / f"{stem}-features.npz", predictor, scan, volume, wanted)
-        if wanted.overlay:
+        if choice.features:
+            _features(folder / f"{stem}-features.npz", predictor, scan, volume, choice)
+        if choice.overlay:
             (folder / f"{stem}-overlay.png").write_bytes(_overlay(canonical, mask_DHW, labels))
         if ending == ".dcm":
             dicom_seg.write_segmentation(
@@ -128,10 +130,10 @@ def write_scan(predictor: Predictor, scan: Scan, target: Path, wanted: Wanted, s
     return {name: int((mask == value).sum()) for value, name in predictor.plan.labels}
 
 
-def _features(path: Path, predictor: Predictor, scan: Scan, volume: Volume, wanted: Wanted) -> None:
+def _features(path: Path, predictor: Predictor, scan: Scan, volume: Volume, choice: Choice) -> None:
     """Features of the deepest level, with the voxels between them and the frame that they lie in."""
     canonical = volume.canonical(scan.source)
-    features_EDHW = predictor.features(volume.array, volume.affine, force=wanted.force)
+    features_EDHW = predictor.features(volume.array, volume.affine, force=choice.force)
     target_mm = predictor.plan.target_spacing(canonical.spacing_mm)
     np.savez_compressed(
         path,

@@ -3,11 +3,12 @@
 import json
 import shutil
 from collections.abc import Callable
+from glob import escape
 from pathlib import Path
 
 from jobs.output import Progress
 from jobs.predict import dicom_seg
-from jobs.predict.outputs import ENDINGS, Wanted, check_model, ending_of, split_ending, write_scan
+from jobs.predict.outputs import ENDINGS, Choice, check_model, ending_of, split_ending, write_scan
 from jobs.predict.scans import DICOM, Scan, scans_of
 from ssl_core.bundle import fingerprint
 from ssl_core.portable import Predictor
@@ -39,7 +40,7 @@ def check_file(source: Path, output: Path, *, overwrite: bool) -> None:
     check_target(source, output, overwrite=overwrite, endings=ENDINGS)
 
 
-def to_file(predictor: Predictor, model: str, source: str, output: Path, wanted: Wanted, say: Say, *, overwrite: bool,
+def to_file(predictor: Predictor, model: str, source: str, output: Path, choice: Choice, say: Say, *, overwrite: bool,
             split: str | None = None) -> dict[str, int]:  # fmt: skip
     """Predict the one scan of a source into a file; returns the voxels of each label.
 
@@ -47,7 +48,7 @@ def to_file(predictor: Predictor, model: str, source: str, output: Path, wanted:
         ConfigError: several scans, an output of another kind, or one that is there.
         RefusedInput: the scan is refused.
     """
-    check_model(predictor, model, wanted)
+    check_model(predictor, model, choice)
     scans = scans_of(source, split)
     if len(scans) > 1:
         raise ConfigError(
@@ -55,8 +56,7 @@ def to_file(predictor: Predictor, model: str, source: str, output: Path, wanted:
         )
     (scan,) = scans
     _check_output(scan, predictor, output, overwrite)
-    counts = write_scan(predictor, scan, output, wanted, say)
-    return counts
+    return write_scan(predictor, scan, output, choice, say)
 
 
 def _check_output(scan: Scan, predictor: Predictor, output: Path, overwrite: bool) -> None:
@@ -70,7 +70,7 @@ def _check_output(scan: Scan, predictor: Predictor, output: Path, overwrite: boo
         dicom_seg.require()
 
 
-def to_folder(predictor: Predictor, model: str, bundle: Path, source: str, output: Path, wanted: Wanted, say: Say, *,
+def to_folder(predictor: Predictor, model: str, bundle: Path, source: str, output: Path, choice: Choice, say: Say, *,
               overwrite: bool, split: str | None = None) -> tuple[int, dict[str, str]]:  # fmt: skip
     """Predict each scan of a source into a folder; what is there already is left.
 
@@ -82,13 +82,13 @@ def to_folder(predictor: Predictor, model: str, bundle: Path, source: str, outpu
     Raises:
         ConfigError: the folder has masks of another model, or is the source itself.
     """
-    check_model(predictor, model, wanted)
+    check_model(predictor, model, choice)
     if "://" not in source and output.exists() and output.samefile(source):
         raise ConfigError(
             str(output), expected="another folder than that of the scans", found="the same", remedy="name another"
         )
     scans = scans_of(source, split)
-    targets = {scan.name: output / f"{scan.name}{ending_of(scan, predictor, wanted)}" for scan in scans}
+    targets = {scan.name: output / f"{scan.name}{ending_of(scan, predictor, choice)}" for scan in scans}
     if len(targets) < len(scans):
         raise ConfigError(source, expected="scans of different names", found="two of one", remedy="name one folder")
     if any(target.name.endswith(".dcm") for target in targets.values()):
@@ -99,11 +99,11 @@ def to_folder(predictor: Predictor, model: str, bundle: Path, source: str, outpu
     bar = Progress("predict", len(scans), "scans")
     for number, scan in enumerate(scans, 1):
         target = targets[scan.name]
-        for stale in output.glob(f".{target.name}.*"):  # of a run that was killed
+        for stale in output.glob(f".{escape(target.name)}.*"):  # of a run that was killed
             shutil.rmtree(stale, ignore_errors=True)
         if overwrite or not target.exists():
             try:
-                write_scan(predictor, scan, target, wanted, say)
+                write_scan(predictor, scan, target, choice, say)
             except RefusedInput as error:
                 refused[scan.source] = str(error)
                 say(f"no mask: {error}")

@@ -118,12 +118,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _predict(arguments: argparse.Namespace) -> int:
     from jobs.predict import run
-    from jobs.predict.outputs import Wanted
+    from jobs.predict.outputs import Choice
     from jobs.tracking.encoder import bundle_of
 
     source, output = arguments.input, arguments.output
     run.check_places(source, output)
-    wanted = Wanted(arguments.probabilities, arguments.features, arguments.overlay, arguments.nifti, arguments.force)
+    choice = Choice(arguments.probabilities, arguments.features, arguments.overlay, arguments.nifti, arguments.force)
     whole = {"overwrite": arguments.overwrite, "split": arguments.split}
     one = run.is_file_output(source, output)
     if one and Path(source).is_file():  # before a model is fetched
@@ -132,10 +132,10 @@ def _predict(arguments: argparse.Namespace) -> int:
     with bundle_of(arguments.model) as bundle:
         predictor = _any_predictor(bundle)
         if one:
-            counts = run.to_file(predictor, arguments.model, source, output, wanted, _note, **whole)
+            counts = run.to_file(predictor, arguments.model, source, output, choice, _note, **whole)
             print(f"{output}: voxels {counts}" if counts else str(output), file=sys.stderr)
             return 0
-        done, refused = run.to_folder(predictor, arguments.model, bundle, source, output, wanted, _note, **whole)
+        done, refused = run.to_folder(predictor, arguments.model, bundle, source, output, choice, _note, **whole)
     print(f"{output}: {done} of {done + len(refused)} scans", file=sys.stderr)
     return RefusedInput.exit_code if refused else 0
 
