@@ -130,11 +130,11 @@ def _in_order(headers: Sequence[Any], depth: int, affine: NDArray[np.float64]) -
     return [slices[k] for k in range(depth)]
 
 
-def _off_grid(found: str) -> RefusedInput:
+def _off_grid(reason: str) -> RefusedInput:
     return RefusedInput(
         "series",
         expected="an image for each slice of the mask",
-        found=found,
+        found=reason,
         remedy="its tilt or gaps were corrected, or it is of another kind: write NIfTI (an output that ends in .nii.gz;"
         " `--nifti`)",
     )
