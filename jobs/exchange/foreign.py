@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from jobs.exchange.torch_files import read_torch
 from ssl_core.bundle import write_bundle
 from ssl_core.bundle_card import BundleFacts
+from ssl_core.config import Config
 from ssl_core.networks import Backbone, build
 from ssl_core.networks.weights import load_exact
 from ssl_core.views.intensity import IntensityPolicy
@@ -24,19 +25,15 @@ TOOLS = {"nnunet": "network_weights", "nnssl": "network_weights"}
 """Tools, and the key below which their checkpoints keep the weights."""
 
 
-class Network(BaseModel):
+class Network(Config):
     """The network that takes the weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field("resenc", description="registered backbone")
     arguments: dict[str, Any] = Field(default_factory=dict, description="its arguments")
 
 
-class ImportMap(BaseModel):
+class ImportMap(Config):
     """What a YAML file given to `--map` says."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(description="what the model is called in its card")
     backbone: Network = Network()

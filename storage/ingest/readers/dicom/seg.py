@@ -49,7 +49,8 @@ def read_segmentation(path: str, image: RawVolume) -> RawVolume:
         labels = np.zeros(image.array_CDHW.shape[1:], np.uint8)
         overlap = 0
         for plane, frame in zip(pixels, frames, strict=True):
-            number = int(frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
+            segment = frame.get("SegmentIdentificationSequence") or shared[0].SegmentIdentificationSequence
+            number = int(segment[0].ReferencedSegmentNumber)  # of one segment alone it is said once
             oriented = frame.get("PlaneOrientationSequence") or shared[0].PlaneOrientationSequence
             direction = np.array([float(x) for x in oriented[0].ImageOrientationPatient])
             origin = np.array([float(x) for x in frame.PlanePositionSequence[0].ImagePositionPatient])

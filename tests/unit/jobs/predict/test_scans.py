@@ -184,7 +184,7 @@ def test_a_dicom_series_gives_a_segmentation_that_refers_to_it(
     assert np.array_equal(np.asanyarray(nib.load(mask).dataobj), expected)
 
 
-def test_an_empty_mask_is_a_segmentation_too(tmp_path: Path) -> None:
+def test_a_mask_of_one_label_and_an_empty_one_are_segmentations_too(tmp_path: Path) -> None:
     pytest.importorskip("highdicom", reason="highdicom is not installed: pip install 'tomoscale[dicom]'")
     from jobs.predict.dicom_seg import write_segmentation
     from storage.ingest.readers.dicom.seg import read_segmentation
@@ -193,8 +193,11 @@ def test_an_empty_mask_is_a_segmentation_too(tmp_path: Path) -> None:
     raw = read_any(str(series))
     files = [str(path) for path in series.iterdir()]
     empty = np.zeros(SHAPE, np.uint8)
-    write_segmentation(tmp_path / "mask.dcm", empty, raw.affine, files, [(1, "front")], model="tiny")
-    assert not read_segmentation(str(tmp_path / "mask.dcm"), raw).array_CDHW.any()
+    ball = empty.copy()
+    ball[3:9, 4:11, 5:8] = 1
+    for mask in (empty, ball):
+        write_segmentation(tmp_path / "mask.dcm", mask, raw.affine, files, [(1, "front")], model="tiny")
+        assert np.array_equal(read_segmentation(str(tmp_path / "mask.dcm"), raw).array_CDHW[0], mask)
 
 
 def test_a_segmentation_says_which_package_it_needs(
