@@ -42,7 +42,7 @@ def test_an_encoder_with_its_preprocessing_is_loaded_first(folder: Path, capsys:
     encoder_bundle(folder / "bundle")
     scan(folder, (12, 14, 16)).rename(folder / "scan.nii.gz")
     exec(compile(BLOCKS[0], "docs/python.md", "exec"), {})
-    assert capsys.readouterr().out == "(8, 4, 4, 4) (4, 8, 8) ((1, 1, 1), (2, 2, 2), (4, 4, 4))\n"
+    assert capsys.readouterr().out == "(8, 4, 3, 4) (4, 8, 8) ((1, 1, 1), (2, 2, 2), (4, 4, 4))\n"
 
 
 def test_a_store_is_read_and_views_are_made(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,9 +169,8 @@ def test_nnunet_takes_no_other_network(bundle: Bundle, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bundle_of_monai_is_run_by_monai_on_a_volume(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bundle_of_monai_is_run_by_monai_on_a_volume(bundle: Bundle, tmp_path: Path) -> None:
+    pytest.importorskip("ignite", reason="pytorch-ignite, which MONAI's evaluator needs, is not installed")
     from monai.bundle import ConfigWorkflow, load
 
     path = segmenter_bundle(tmp_path / "b", 3, spacing_mm=(2.0, 1.5, 1.7))
@@ -190,17 +189,8 @@ def test_a_bundle_of_monai_is_run_by_monai_on_a_volume(
     with pytest.warns(UserWarning, match="does not say which spacing"):
         expected = Predictor(path, "cpu").predict(source)
     assert len(np.unique(expected)) > 1
-    if importlib.util.find_spec("ignite") is None:  # which the evaluator of every bundle of MONAI needs
-        monkeypatch.syspath_prepend(root)  # as `run` does
-        weights = torch.load(root / "models/model.pt", weights_only=True)
-        workflow.network_def.load_state_dict(weights)
-        with torch.no_grad():
-            item = workflow.dataset[0]
-            logits = workflow.inferer(item["image"][None], workflow.network_def.eval())[0]
-        workflow.parser.get_parsed_content("postprocessing")({**item, "pred": logits})
-    else:
-        workflow.run()
-        assert workflow.check_properties() == []
+    workflow.run()
+    assert workflow.check_properties() == []
     (written,) = (tmp_path / "masks").iterdir()
     image = nib.load(written)
     assert np.array_equal(np.asanyarray(image.dataobj), expected)
