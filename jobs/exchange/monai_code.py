@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.config import KeysCollection
-from monai.data import MetaTensor
-from monai.transforms import MapTransform
+from monai.config.type_definitions import KeysCollection
+from monai.data.meta_tensor import MetaTensor
+from monai.transforms.transform import MapTransform
 
 from ssl_core.portable.geometry import back_to_grid, to_canonical
 from ssl_core.portable.intake import Intake
