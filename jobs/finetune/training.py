@@ -18,7 +18,7 @@ from ssl_core.downstream.finetune import (
     train_segmenter,
 )
 from ssl_core.downstream.settings import Transfer
-from ssl_core.downstream.transfer import require_weights, transferred_keys
+from ssl_core.downstream.transfer import repeat_channels, require_weights, transferred_keys
 from ssl_core.networks.outline import outline, shapes_only
 from storage.errors import ConfigError
 from storage.format.manifest import Manifest
@@ -62,13 +62,21 @@ def train_from(
     everyone = (*subjects.train, *subjects.inner, *subjects.test)
     values = label_values(store, everyone, labelled.label)
     labels = split.value_names(manifest, labelled.label, values)
-    driver.check_channels(manifest, everyone, f"the encoder of {like if start == 'none' else start}", encoder.arguments)
+    model, arguments, weights = like if start == "none" else start, encoder.arguments, encoder.weights
+    notes: tuple[str, ...] = ()
+    channels = manifest.record(subjects.train[0]).channels
+    if settings.channels == "repeat" and channels > 1 and int(arguments.get("in_channels", 1)) == 1:
+        weights = repeat_channels(encoder.backbone, arguments, weights, channels)
+        arguments = {**arguments, "in_channels": channels}
+        notes = (f"The first convolution of {model}, of one channel, was repeated for {channels} and divided by them.",)
+        print(notes[0], flush=True)
+    driver.check_channels(manifest, everyone, f"the encoder of {model}", arguments)
     network = build_segmenter(
         encoder.backbone,
-        encoder.arguments,
+        arguments,
         len(labels) + 1,
         seed,
-        None if start == "none" else Start(start, encoder.weights, encoder.rest, settings.transfer),
+        None if start == "none" else Start(start, weights, encoder.rest, settings.transfer),
     )
     history = train_segmenter(
         network,
@@ -85,7 +93,7 @@ def train_from(
         on_epoch=on_epoch,
         checkpoints=checkpoints,
     )
-    return TrainedSegmenter(network, store, subjects, labels, encoder.intensity, tuple(history), device)
+    return TrainedSegmenter(network, store, subjects, labels, encoder.intensity, tuple(history), device, notes)
 
 
 def require_transfer(start: str, transfer: Transfer) -> None:

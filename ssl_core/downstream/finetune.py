@@ -169,7 +169,7 @@ def train_segmenter(
     best: dict[str, Tensor] = {}
     if checkpoints is not None and (folder := checkpoints.newest()) is not None:
         state, meta = checkpoint.load(folder)
-        checkpoint.require_same(meta, **identity)
+        checkpoint.require_same(meta, allow=False, **identity)
         engine.load_state_dict(state)
         best, history = state["best"], list(meta["history"])
         for epoch, metrics in enumerate(history, 1):

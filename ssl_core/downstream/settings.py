@@ -40,6 +40,11 @@ class FinetuneConfig(Config):
         description="What a pre-trained start brings: its encoder, its decoder too, or all but the output layer;"
         " matched by name and shape, or refused",
     )
+    channels: Literal["exact", "repeat"] = Field(
+        "exact",
+        description="`repeat`: a start of one channel takes volumes of several, as the weights of its first convolution"
+        " are repeated and divided by their number; `exact`: such a start is refused",
+    )
     trained: TrainedParts = TrainedParts()
     epochs: int = Field(10, ge=1, description="Epochs; the inner metric is measured after each")
     steps_per_epoch: int = Field(10, ge=1, description="Optimizer steps of an epoch")

@@ -67,6 +67,32 @@ def transferred_keys(network: Backbone, transfer: Transfer) -> list[str]:
     return [key for key in network.net.state_dict() if key not in head]
 
 
+def repeat_channels(
+    name: str, arguments: Mapping[str, Any], weights: Mapping[str, Tensor], channels: int
+) -> dict[str, Tensor]:
+    """Weights of a network of one channel for one of several.
+
+    The first convolution's weights are repeated over the channels and divided by their number: where all channels show
+    one image, the network computes what it computed of that.
+
+    Args:
+        name: Backbone name.
+        arguments: Its keyword arguments.
+        weights: By name.
+        channels: Of the new network.
+    """
+    with shapes_only():
+        other = outline(name, {**arguments, "in_channels": channels}).net.state_dict()
+        shapes = {key: tuple(tensor.shape) for key, tensor in other.items()}
+    return {key: _repeated(tensor, shapes.get(key), channels) for key, tensor in weights.items()}
+
+
+def _repeated(tensor: Tensor, shape: tuple[int, ...] | None, channels: int) -> Tensor:
+    if tensor.dim() < 3 or tensor.shape[1] != 1 or shape != (tensor.shape[0], channels, *tensor.shape[2:]):
+        return tensor  # of another layer, or of another network, which loading refuses by name
+    return tensor.repeat(1, channels, *(1,) * (tensor.dim() - 2)) / channels
+
+
 def head_keys(network: Backbone) -> list[str]:
     """Names of `network.net` whose shape follows the number of classes."""
     classes = int(network.arguments["out_channels"])
