@@ -6,17 +6,19 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.configs import LabelledConfig
+from jobs.configs import FinetuneJobConfig, LabelledConfig, TuneConfig
 from jobs.finetune import train_from
 from jobs.finetune.checkpoints import StoredCheckpoints
 from jobs.finetune.training import require_transfer
 from jobs.tracking.bundles import read_encoder, write_encoder
 from ssl_core.bundle import DECODER, load_backbone, write_bundle
 from ssl_core.bundle_card import BundleFacts
+from ssl_core.config import parse
 from ssl_core.downstream.finetune import FinetuneConfig, Start, build_segmenter
-from ssl_core.downstream.transfer import head_keys, transferred_keys
+from ssl_core.downstream.transfer import head_keys, repeat_channels, transferred_keys
 from ssl_core.methods.base import method_class
 from ssl_core.networks import backbone_names
+from ssl_core.networks.weights import WeightsError, encoder_state
 from ssl_core.train import checkpoint
 from ssl_core.views.intensity import IntensityPolicy
 from storage.errors import ConfigError
@@ -155,3 +157,27 @@ def test_the_output_layer_is_what_follows_the_number_of_classes(name: str) -> No
     head = head_keys(network)
     assert head
     assert not set(head) & set(network.encoder_keys() + network.decoder_keys())
+
+
+def test_several_channels_start_from_one_only_where_that_is_asked_for() -> None:
+    network = build_segmenter("unet", NETWORK, 2, 0, None)
+    weights = encoder_state(network)
+    with pytest.raises(WeightsError, match="of another shape"):
+        build_segmenter("unet", {**NETWORK, "in_channels": 3}, 2, 0, Start("s", weights))
+    repeated = repeat_channels("unet", NETWORK, weights, 3)
+    wide = build_segmenter("unet", {**NETWORK, "in_channels": 3}, 2, 0, Start("s", repeated))
+    image = torch.randn(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    for one, three in zip(network.features(image), wide.features(image.repeat(1, 3, 1, 1, 1)), strict=True):
+        assert torch.allclose(one, three, atol=1e-5)
+
+
+def test_inner_subjects_are_asked_for_by_what_they_decide() -> None:
+    job: dict[str, Any] = {"name": "n", "starts": {"a": "models:/e/1"}}
+    alone = {"data": "memory://x", "subjects": 1, "inner": 0}
+    assert parse(FinetuneJobConfig, job | {"labelled": alone}).labelled.inner == 0
+    for settings in ({"select": "best"}, {"patience": 2}):
+        with pytest.raises(ConfigError, match=r"labelled\.inner to be 1 or more"):
+            parse(FinetuneJobConfig, job | {"labelled": alone, "finetune": settings})
+    search = {"name": "n", "encoders": ["models:/e/1"], "labelled": alone}
+    with pytest.raises(ConfigError, match=r"labelled\.inner to be 1 or more"):
+        parse(TuneConfig, search)

@@ -9,17 +9,20 @@ from typing import Any
 import pytest
 import torch
 
+from ssl_core import distributed
 from ssl_core.distributed import Single
 from ssl_core.downstream import finetune
 from ssl_core.downstream.finetune import FinetuneConfig, FolderCheckpoints, build_segmenter, train_segmenter
 from ssl_core.downstream.objective import Segmentation, region_loss
 from ssl_core.train.engine import Engine
 from ssl_core.views.intensity import IntensityPolicy
+from ssl_core.views.split import _cut
 from ssl_core.views.types import View, ViewBatch
 from storage.errors import ConfigError
 from storage.format.manifest import Manifest
 from storage.reading.volume_store import VolumeStore
 from tests.kit.phantoms import write_phantoms
+from tests.kit.thread_ranks import on_threads
 
 NETWORK = {"n_stages": 3, "features_per_stage": [4, 8, 8], "n_blocks_per_stage": [1, 1, 1], "strides": [1, 2, 2]}
 NETWORK |= {"kernel_sizes": [3, 3, 3]}
@@ -163,12 +166,12 @@ def steps_of(config: FinetuneConfig, pretrained: bool = True) -> list[set[str]]:
     return changed
 
 
-def _views() -> ViewBatch:
+def _views(dtype: torch.dtype = torch.float32) -> ViewBatch:
     generator = torch.Generator().manual_seed(0)
     label = torch.zeros(2, 16, 16, 16, dtype=torch.int64)
     label[:, 4:9, 5:12, 3:8] = 1
     view = View(
-        image_BCDHW=torch.randn(2, 1, 16, 16, 16, generator=generator),
+        image_BCDHW=torch.randn(2, 1, 16, 16, 16, generator=generator).to(dtype),
         to_volume_B34=torch.zeros(2, 3, 4),
         position_B3=torch.zeros(2, 3),
         valid_B1DHW=torch.ones(2, 1, 16, 16, 16),
@@ -274,3 +277,24 @@ def test_each_loss_falls_in_bf16_too(loss: str) -> None:
     last = engine.step(_views())
     assert {f"loss/{part}" for part in loss.split("_")} <= first.keys()
     assert last["loss"] < first["loss"]
+
+
+def test_one_rank_is_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dice is over the crops of both ranks, not the mean of each rank's own."""
+    config = settings(precision="fp64", ema=0.5, clip=1.0)
+
+    # Before the threads, which share one random state; rank 0's weights are to win.
+    networks = {world: [build_segmenter("resenc", NETWORK, 2, rank, None) for rank in range(world)] for world in (1, 2)}
+
+    def trained(rank: int, world: int) -> dict[str, torch.Tensor]:
+        network = networks[world][rank]
+        objective = Segmentation(network, config, label="l", labels={1: "b"}, pretrained=False)
+        engine = Engine(objective, config.engine(0), collectives=distributed.ProcessGroup() if world > 1 else None)
+        for _ in range(2):
+            engine.step(_cut(_views(torch.float64), slice(rank, None, world)))
+        return {key: tensor.clone() for key, tensor in network.net.state_dict().items()}
+
+    alone = trained(0, 1)
+    for of_rank in on_threads(monkeypatch, 2, lambda rank: trained(rank, 2)):
+        for key, tensor in alone.items():
+            assert torch.allclose(tensor, of_rank[key], rtol=0, atol=1e-9), key
