@@ -24,7 +24,12 @@ from storage.reading.volume_store import VolumeStore
 from tests.kit.phantoms import write_phantoms
 from tests.kit.thread_ranks import on_threads
 
-NETWORK = {"n_stages": 3, "features_per_stage": [4, 8, 8], "n_blocks_per_stage": [1, 1, 1], "strides": [1, 2, 2]}
+NETWORK: dict[str, Any] = {
+    "n_stages": 3,
+    "features_per_stage": [4, 8, 8],
+    "n_blocks_per_stage": [1, 1, 1],
+    "strides": [1, 2, 2],
+}
 NETWORK |= {"kernel_sizes": [3, 3, 3]}
 CPU = torch.device("cpu")
 
@@ -37,7 +42,13 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def settings(**changes: Any) -> FinetuneConfig:
-    plain = {"epochs": 3, "steps_per_epoch": 3, "batch": 2, "patch_DHW": (16, 16, 16), "warmup_steps": 2}
+    plain: dict[str, Any] = {
+        "epochs": 3,
+        "steps_per_epoch": 3,
+        "batch": 2,
+        "patch_DHW": (16, 16, 16),
+        "warmup_steps": 2,
+    }
     return FinetuneConfig(**(plain | changes))
 
 
@@ -45,7 +56,7 @@ def train(
     url: str, config: FinetuneConfig, *, inner: tuple[int, ...] = (), **changes: Any
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     network = build_segmenter("resenc", NETWORK, 2, 0, None)
-    how = {"train": (0, 1, 2), "label": "labels", "labels": {1: "ball"}, "policy": IntensityPolicy()}
+    how: dict[str, Any] = {"train": (0, 1, 2), "label": "labels", "labels": {1: "ball"}, "policy": IntensityPolicy()}
     how |= {"pretrained": True, "seed": 0, "device": CPU} | changes
     with VolumeStore(url, Manifest.open(url)) as store:
         history = train_segmenter(network, config, store, inner=inner, **how)
@@ -56,7 +67,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(tensor, other[key]) for key, tensor in one.items())
 
 
-RICH = {"epochs": 2, "ema": 0.9, "accumulate": 2, "trained": {"parts": "gradual", "steps": 2}}
+RICH: dict[str, Any] = {"epochs": 2, "ema": 0.9, "accumulate": 2, "trained": {"parts": "gradual", "steps": 2}}
 RICH |= {"encoder_lr_scale": 0.5}
 
 
@@ -185,7 +196,7 @@ def test_parts_join_when_they_are_to_and_not_before() -> None:
     network = build_segmenter("resenc", NETWORK, 2, 0, None)
     encoder = set(network.encoder_keys())
     deepest = encoder - set(network.level_keys(1))
-    short = {"epochs": 2, "steps_per_epoch": 3, "lr": 1e-2, "warmup_steps": 1}
+    short: dict[str, Any] = {"epochs": 2, "steps_per_epoch": 3, "lr": 1e-2, "warmup_steps": 1}
     for changed in steps_of(settings(**short, trained={"parts": "frozen_encoder"})):
         assert changed
         assert not changed & encoder
@@ -256,7 +267,7 @@ def test_losses_are_those_of_monai() -> None:
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(3, 4, 5, 6, 7, generator=generator)
     classes = torch.randint(0, 3, (3, 5, 6, 7), generator=generator)  # nobody sees the last class
-    how = {"include_background": False, "to_onehot_y": True, "softmax": True, "batch": True}
+    how: dict[str, Any] = {"include_background": False, "to_onehot_y": True, "softmax": True, "batch": True}
     ours = region_loss(logits, classes, miss=0.5, collectives=Single())
     both = ours + torch.nn.functional.cross_entropy(logits, classes)
     assert float(both) == pytest.approx(float(DiceCELoss(**how)(logits, classes[:, None])), abs=1e-6)
