@@ -24,7 +24,7 @@ from storage.reading.volume_store import VolumeStore
 from tests.kit.phantoms import write_phantoms
 from tests.kit.thread_ranks import on_threads
 
-NETWORK: dict[str, Any] = {
+NETWORK = {
     "n_stages": 3,
     "features_per_stage": [4, 8, 8],
     "n_blocks_per_stage": [1, 1, 1],
@@ -42,7 +42,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def settings(**changes: Any) -> FinetuneConfig:
-    plain: dict[str, Any] = {
+    plain = {
         "epochs": 3,
         "steps_per_epoch": 3,
         "batch": 2,
