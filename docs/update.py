@@ -21,7 +21,7 @@ from jobs import configs  # noqa: E402  a script of this folder is not on the pa
 from jobs.configs import groups  # noqa: E402
 from jobs.ingest_config import IngestConfig  # noqa: E402
 from jobs.on_ray.metrics import METRICS  # noqa: E402
-from ssl_core.downstream.finetune import FinetuneConfig  # noqa: E402
+from ssl_core.downstream.settings import FinetuneConfig, TrainedParts  # noqa: E402
 from ssl_core.methods.base import Crops  # noqa: E402
 from ssl_core.superpixels.settings import Superpixels  # noqa: E402
 from ssl_core.train.engine import EngineConfig  # noqa: E402
@@ -51,6 +51,7 @@ TABLES: tuple[type[BaseModel], ...] = (
     configs.FinetuneJobConfig,
     configs.LabelledConfig,
     FinetuneConfig,
+    TrainedParts,
     IngestConfig,
     IngestPolicy,
     ReadPolicy,

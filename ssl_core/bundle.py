@@ -3,6 +3,7 @@
 ```
 bundle.json           format, kind, name, lineage, metrics, SHA-256 of every other file
 weights.safetensors   tensors under the stock network's own names, each once; its metadata names those that share one
+decoder.safetensors   of an encoder whose method trained the decoder with it: that, with nothing of the output layer
 architecture.json     stock class and arguments, backbone name and arguments, levels, names of the encoder's tensors
 preprocess.json       axes, spacing, intensity policy, channels, window, label values and names, what it learned from
 evaluation.json       split, measure and score of each held-out case, where there was an evaluation
@@ -47,6 +48,7 @@ from storage.errors import ConfigError, RefusedInput
 from storage.format.records import VolumeRecord
 from storage.intensity_stats import STATS_ORDER
 
+WEIGHTS, DECODER = "weights.safetensors", "decoder.safetensors"
 _BORROWED = {
     "errors.py": storage.errors,
     "intensity_stats.py": storage.intensity_stats,
@@ -57,7 +59,12 @@ _BORROWED = {
 
 
 def write_bundle(
-    target: str | os.PathLike[str], kind: Literal["encoder", "segmenter"], backbone: Backbone, facts: BundleFacts
+    target: str | os.PathLike[str],
+    kind: Literal["encoder", "segmenter"],
+    backbone: Backbone,
+    facts: BundleFacts,
+    *,
+    decoder: bool = False,
 ) -> Path:
     """Write a bundle directory, whole or not at all.
 
@@ -66,6 +73,7 @@ def write_bundle(
         kind: `encoder` keeps the encoder's tensors only.
         backbone: In any mode, on any device; left as it is.
         facts: The rest.
+        decoder: Whether an encoder's bundle also has the decoder, for a fine-tuning that starts from both.
 
     Raises:
         ConfigError: the target exists, the network is not one that its package alone can rebuild, labels do not fit the
@@ -88,6 +96,9 @@ def write_bundle(
     work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         _write(work, kind, backbone, facts)
+        if decoder and kind == "encoder":
+            _write_decoder(work, backbone)
+        _write_card(work, kind, facts)
         _check(work, kind, backbone)
         work.chmod(0o755)
         os.rename(work, path)
@@ -204,9 +215,7 @@ def _write(work: Path, kind: str, backbone: Backbone, facts: BundleFacts) -> Non
     keys = backbone.encoder_keys()
     state = backbone.net.state_dict()
     stored = keys if kind == "encoder" else list(state)
-    others = same_tensors({key: state[key] for key in stored})
-    tensors = {key: state[key].detach().cpu().contiguous().clone() for key in stored if key not in others}
-    save_file(tensors, work / "weights.safetensors", others)
+    tensors = _save(work / WEIGHTS, state, stored)
     architecture = {
         "class": _class_of(backbone),
         "arguments": _stock_arguments(backbone),
@@ -234,6 +243,33 @@ def _write(work: Path, kind: str, backbone: Backbone, facts: BundleFacts) -> Non
     if facts.evaluation is not None:
         _dump(work / "evaluation.json", facts.evaluation)
     write_code(work / CODE)
+
+
+def _write_decoder(work: Path, backbone: Backbone) -> None:
+    """The decoder beside the encoder: older readers know the encoder alone, and find it as it always was.
+
+    Raises:
+        ConfigError: what the file gives back is not what was written.
+    """
+    encoder, state = set(backbone.encoder_keys()), backbone.net.state_dict()
+    keys = [key for key in backbone.decoder_keys() if key not in encoder]
+    _save(work / DECODER, state, keys)
+    back = read_safetensors(work / DECODER)
+    odd = [key for key in keys if key not in back or not torch.equal(back[key], state[key].cpu())]
+    if odd:
+        raise ConfigError(f"{DECODER}", expected=f"tensor {odd[0]!r} as it is in the network", found="another")
+
+
+def _save(path: Path, state: Mapping[str, Tensor], keys: list[str]) -> dict[str, Tensor]:
+    """Write tensors, each once, with the names of those that share one; returns what was written."""
+    others = same_tensors({key: state[key] for key in keys})
+    tensors = {key: state[key].detach().cpu().contiguous().clone() for key in keys if key not in others}
+    save_file(tensors, path, others)
+    return tensors
+
+
+def _write_card(work: Path, kind: str, facts: BundleFacts) -> None:
+    """`bundle.json`, last, with the digests of all other files."""
     files = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file())
     card = {
         "format": FORMAT,

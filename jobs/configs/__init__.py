@@ -12,9 +12,10 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 import ssl_core.methods  # noqa: F401  registers the methods that `method.name` may name
 from jobs.configs.groups import BackboneConfig, CheckpointConfig, ClusterConfig
+from jobs.configs.groups import LabelledConfig as LabelledConfig
 from jobs.ingest_config import LONGEST_NAME, JobName, Url
 from ssl_core.config import LATER, Config, Fingerprint, Name, parse, resolved
-from ssl_core.downstream.finetune import FinetuneConfig
+from ssl_core.downstream.settings import FinetuneConfig
 from ssl_core.methods.base import MethodConfig, method_class
 from ssl_core.superpixels.settings import Superpixels
 from ssl_core.train.engine import EngineConfig
@@ -261,24 +262,6 @@ def _with_a_network(starts: tuple[str, ...]) -> tuple[str, ...]:
     return starts
 
 
-class LabelledConfig(Config):
-    """Which labelled subjects a fine-tuning sees; subject-level splits of the manifest throughout."""
-
-    data: Url = Field(description="URL of an ingested store with labels")
-    fingerprint: Fingerprint | None = Field(None, description="manifest to pin; the latest when empty")
-    label: Name = Field("label", description="name of the label map")
-    subjects: int = Field(8, ge=2, description="labelled training subjects to use, drawn by `subjects_seed`")
-    subjects_seed: int = Field(0, ge=0, lt=2**63, description="seed of that draw")
-    inner: int = Field(2, ge=1, description="of those, subjects held out as the inner split that steers the search")
-    test_limit: int | None = Field(None, ge=1, description="most test volumes to evaluate; all when empty")
-
-    @model_validator(mode="after")
-    def _check_inner(self) -> Self:
-        if self.inner >= self.subjects:
-            raise ValueError(f"inner ({self.inner}) to be less than subjects ({self.subjects}); the rest train")
-        return self
-
-
 class SearchSpace(Config):
     """Ranges of the search."""
 
@@ -337,6 +320,12 @@ class TuneConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _check_steered(self) -> Self:
+        if not self.labelled.inner:
+            raise ValueError("labelled.inner to be 1 or more: the inner split is what a search is steered by")
+        return self
+
+    @model_validator(mode="after")
     def _check_searched(self) -> Self:
         for key in SearchSpace.model_fields:
             if getattr(self.finetune, key) != FinetuneConfig.model_fields[key].default:
@@ -382,6 +371,12 @@ class FinetuneJobConfig(Config):
     @model_validator(mode="after")
     def _check_names(self) -> Self:
         _check_model(self.name, self.model)
+        return self
+
+    @model_validator(mode="after")
+    def _check_inner(self) -> Self:
+        if self.finetune.needs_inner and not self.labelled.inner:
+            raise ValueError("labelled.inner to be 1 or more, by which finetune.select and finetune.patience choose")
         return self
 
     @model_validator(mode="after")

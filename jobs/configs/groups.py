@@ -6,7 +6,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ssl_core.config import LATER, Config, flatten, resolved
+from jobs.ingest_config import Url
+from ssl_core.config import LATER, Config, Fingerprint, Name, flatten, resolved
 from ssl_core.networks import backbone_names
 from ssl_core.networks.registry import check_arguments
 
@@ -107,4 +108,27 @@ class CheckpointConfig(Config):
     def _check_best(self) -> Self:
         if self.register_best and self.best_by is None:
             raise ValueError("best_by to be set with register_best, or nothing says which is best")
+        return self
+
+
+class LabelledConfig(Config):
+    """Which labelled subjects a fine-tuning sees; subject-level splits of the manifest throughout."""
+
+    data: Url = Field(description="URL of an ingested store with labels")
+    fingerprint: Fingerprint | None = Field(None, description="manifest to pin; the latest when empty")
+    label: Name = Field("label", description="name of the label map")
+    subjects: int = Field(8, ge=1, description="labelled training subjects to use, drawn by `subjects_seed`")
+    subjects_seed: int = Field(0, ge=0, lt=2**63, description="seed of that draw")
+    inner: int = Field(
+        2,
+        ge=0,
+        description="of those, subjects held out as the inner split, which steers the search and chooses epochs;"
+        " 0 trains on all for a fixed length",
+    )
+    test_limit: int | None = Field(None, ge=1, description="most test volumes to evaluate; all when empty")
+
+    @model_validator(mode="after")
+    def _check_inner(self) -> Self:
+        if self.inner >= self.subjects:
+            raise ValueError(f"inner ({self.inner}) to be less than subjects ({self.subjects}); the rest train")
         return self

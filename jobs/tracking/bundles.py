@@ -4,7 +4,7 @@ import json
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,13 +14,13 @@ from torch import Tensor
 from jobs.configs import FinetuneJobConfig, PretrainConfig
 from jobs.tracking import models as registry
 from jobs.tracking.runs import Point
-from ssl_core.bundle import stored_spacing, training_data, write_bundle
+from ssl_core.bundle import DECODER, WEIGHTS, stored_spacing, training_data, write_bundle
 from ssl_core.bundle_card import BundleFacts
 from ssl_core.config import digest, parse
 from ssl_core.downstream.finetune import TrainedSegmenter
 from ssl_core.downstream.scores import CaseScore
 from ssl_core.methods.base import method_class
-from ssl_core.networks import build
+from ssl_core.networks import Backbone, build
 from ssl_core.networks.weights import load_exact
 from ssl_core.portable.predictor import check_bundle
 from ssl_core.portable.safetensors import read_safetensors
@@ -40,6 +40,8 @@ class EncoderBundle:
         weights: Encoder tensors under the stock names.
         intensity: The policy it was trained with.
         lineage: Where it comes from.
+        rest: What else the bundle holds of the network: a decoder that was trained with the encoder, or the rest of a
+            segmenter; nothing in bundles of an encoder alone.
     """
 
     backbone: str
@@ -47,10 +49,14 @@ class EncoderBundle:
     weights: dict[str, Tensor]
     intensity: IntensityPolicy
     lineage: dict[str, str]
+    rest: dict[str, Tensor] = field(default_factory=dict)
 
 
 def write_encoder(config: PretrainConfig, directory: Path, target: Path, *, run_id: str) -> Path:
-    """Bundle of the encoder in a pre-training checkpoint; every tensor of the method must match."""
+    """Bundle of the encoder in a pre-training checkpoint, with the decoder where the method trained it.
+
+    Every tensor of the method must match.
+    """
     state, meta = checkpoint.load(directory)
     method = method_class(config.method_name)(
         config.method_config, build(config.backbone.name, **config.backbone.arguments)
@@ -77,6 +83,9 @@ def write_encoder(config: PretrainConfig, directory: Path, target: Path, *, run_
     except ConfigError as error:  # no reason to lose the encoder
         spacing_mm, interpolation = None, "linear"
         notes = (f"Some of its training volumes were resampled; their spacings differ: {error.found}.",)
+    decoder = _trains_decoder(method.encoder())
+    if decoder:
+        notes += (f"{DECODER} is the decoder that was trained with it: fine-tuning takes it with transfer.",)
     facts = BundleFacts(
         name=config.model_name,
         patch_DHW=views.roles[0].size_DHW,
@@ -92,7 +101,14 @@ def write_encoder(config: PretrainConfig, directory: Path, target: Path, *, run_
             if k.startswith(("loss", "monitor", "probe")) and math.isfinite(v)
         },
     )
-    return write_bundle(target, "encoder", method.encoder(), facts)
+    return write_bundle(target, "encoder", method.encoder(), facts, decoder=decoder)
+
+
+def _trains_decoder(backbone: Backbone) -> bool:
+    """Whether the method that has this backbone trains all of its decoder."""
+    parameters = dict(backbone.net.named_parameters())
+    own = [parameters[key] for key in backbone.decoder_keys() if key in parameters]
+    return bool(own) and all(parameter.requires_grad for parameter in own)
 
 
 def write_segmenter(
@@ -136,6 +152,7 @@ def write_segmenter(
         },
         notes=(
             f"Fine-tuned on {len(trained.subjects.train)} labelled volumes, tested on {len(trained.subjects.test)}.",
+            *trained.notes,
         ),
     )
     return write_bundle(target, "segmenter", trained.network, facts)
@@ -150,21 +167,25 @@ def read_encoder(bundle: Path) -> EncoderBundle:
     card = check_bundle(bundle)
     architecture = json.loads((bundle / "architecture.json").read_text(encoding="utf-8"))
     plan = json.loads((bundle / "preprocess.json").read_text(encoding="utf-8"))
-    weights = read_safetensors(bundle / "weights.safetensors")
+    weights = read_safetensors(bundle / WEIGHTS)
     missing = [key for key in architecture["encoder_keys"] if key not in weights]
     if missing:
         raise RefusedInput(
-            str(bundle / "weights.safetensors"),
+            str(bundle / WEIGHTS),
             expected=f"all {len(architecture['encoder_keys'])} tensors of the encoder",
             found=f"{len(missing)} missing, the first: {missing[0]}",
             remedy="pull it again, or train it again",
         )
+    if DECODER in card["files"]:
+        weights |= read_safetensors(bundle / DECODER)
+    encoder = set(architecture["encoder_keys"])
     return EncoderBundle(
         backbone=architecture["backbone"],
         arguments=architecture["backbone_arguments"],
         weights={key: weights[key] for key in architecture["encoder_keys"]},
         intensity=parse(IntensityPolicy, plan["intensity"], f"{bundle / 'preprocess.json'}: intensity"),
         lineage=card["lineage"],
+        rest={key: tensor for key, tensor in weights.items() if key not in encoder},
     )
 
 

@@ -1,92 +1,40 @@
-"""Fine-tuning a segmenter on few labelled volumes, from a pre-trained encoder or from random weights.
+"""Fine-tuning a segmenter on few labelled volumes, from a pre-trained start or from random weights.
 
-Both starts get the same decoder (drawn from the seed), the same crops, augmentations and number of steps, so that the
-encoder's weights are the only difference. The epoch's metric is measured on volumes of other subjects, whole, with
-the sliding window that prediction uses.
+Both starts get the same decoder (drawn from the seed), the same crops, augmentations and number of steps, so that what
+is transferred is the only difference. The loop is that of pre-training, `ssl_core.train.engine`. The epoch's metric is
+measured on volumes of other subjects, whole, with the sliding window that prediction uses.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
-from ssl_core.config import LEAST_SCALE, MOST_SCALE, Config, CropSize
-from ssl_core.downstream.scores import CaseScore, dice, score_case
+from ssl_core.config import digest
+from ssl_core.distributed import Collectives, Single
+from ssl_core.downstream.measure import label_values as label_values
+from ssl_core.downstream.measure import module_of, volume_dice
+from ssl_core.downstream.measure import predict_volume as predict_volume
+from ssl_core.downstream.measure import score_volumes as score_volumes
+from ssl_core.downstream.objective import Segmentation
+from ssl_core.downstream.settings import FinetuneConfig as FinetuneConfig
+from ssl_core.downstream.transfer import Start as Start
+from ssl_core.downstream.transfer import build_segmenter as build_segmenter
 from ssl_core.networks.backbone import Backbone
-from ssl_core.networks.registry import build
-from ssl_core.networks.weights import load_exact
-from ssl_core.portable.windows import slide
-from ssl_core.train.engine import NonFiniteError
-from ssl_core.train.schedule import warmup_cosine
-from ssl_core.views.augment.presets import PRESETS
-from ssl_core.views.intensity import IntensityPolicy, normalise_array
+from ssl_core.train import checkpoint
+from ssl_core.train.engine import Engine, fit
+from ssl_core.views.intensity import IntensityPolicy
 from ssl_core.views.make import make_views
 from ssl_core.views.placement_size import host_size
-from ssl_core.views.types import RoleSpec, ViewSpec
 from storage.errors import ConfigError
 from storage.reading.volume_store import VolumeStore
 from storage.stream.crop_stream import CropStream
 from storage.stream.plan import StreamSpec
 
-
-class FinetuneConfig(Config):
-    """How a segmenter is trained."""
-
-    epochs: int = Field(10, ge=1, description="Epochs; the inner metric is measured after each")
-    steps_per_epoch: int = Field(10, ge=1, description="Optimizer steps of an epoch")
-    batch: int = Field(4, ge=1, le=1 << 16, description="Crops of a step")
-    patch_DHW: CropSize = Field((32, 48, 32), description="Crop and sliding window, voxels (D, H, W)")
-    lr: float = Field(2e-3, gt=0, description="Peak learning rate (AdamW)")
-    encoder_lr_scale: float = Field(
-        1.0,
-        ge=0,
-        description="Learning rate of a pre-trained encoder relative to the rest; random weights always use 1",
-    )
-    weight_decay: float = Field(1e-2, ge=0, description="AdamW's decay")
-    warmup_steps: int = Field(5, ge=0, description="Steps of linear warm-up, then a half cosine to 0")
-    clip: float = Field(12.0, ge=0, description="Largest gradient norm (nnU-Net's value); 0 does not clip")
-    class_balance: float = Field(0.5, ge=0, le=1, description="Share of crops centred on a labelled voxel")
-    flip: tuple[float, float, float] = Field(
-        (0.0, 0.0, 0.5), description="Flip probability along D, H, W; W at 0 where a label names a side"
-    )
-    scale: tuple[float, float] = Field((0.9, 1.1), description="In-plane zoom")
-    rotate_degrees: float = Field(10.0, ge=0, le=180, description="Largest rotation about D")
-    intensity: str = Field("light", description="Intensity augmentation")
-
-    @model_validator(mode="after")
-    def _check_ranges(self) -> Self:
-        if not LEAST_SCALE <= self.scale[0] <= self.scale[1] <= MOST_SCALE:
-            raise ValueError(
-                f"scale: two numbers from {LEAST_SCALE} to {MOST_SCALE}, the lower first, not {self.scale}"
-            )
-        steps = self.epochs * self.steps_per_epoch
-        plain = type(self).model_fields["warmup_steps"].default
-        if self.warmup_steps >= steps and self.warmup_steps > plain:
-            raise ValueError(f"warmup_steps ({self.warmup_steps}) below all {steps} steps, or `lr` is never reached")
-        if not all(0 <= share <= 1 for share in self.flip):
-            raise ValueError(f"flip: three probabilities from 0 to 1, not {self.flip}")
-        if self.intensity not in PRESETS:
-            raise ValueError(f"intensity: one of {', '.join(PRESETS)}, not {self.intensity!r}")
-        return self
-
-
-@dataclass(frozen=True)
-class Start:
-    """Pre-trained weights of an encoder.
-
-    Attributes:
-        name: What a message calls it.
-        weights: Encoder tensors under the stock network's names.
-    """
-
-    name: str
-    weights: Mapping[str, Tensor]
+OnEpoch = Callable[[int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -116,6 +64,7 @@ class TrainedSegmenter:
         intensity: Policy of its encoder.
         history: Metrics of each epoch.
         device: Where it was trained.
+        notes: What a person who uses it should know of how it began.
     """
 
     network: Backbone
@@ -125,27 +74,38 @@ class TrainedSegmenter:
     intensity: IntensityPolicy
     history: tuple[Mapping[str, float], ...]
     device: torch.device
+    notes: tuple[str, ...] = ()
 
 
-def build_segmenter(name: str, arguments: Mapping[str, Any], classes: int, seed: int, start: Start | None) -> Backbone:
-    """Network with random weights from `seed`, then the encoder of `start`, completely or not at all.
+class Checkpoints(Protocol):
+    """Where a training keeps its state between epochs."""
+
+    def newest(self) -> Path | None:
+        """Folder of the newest checkpoint; None before the first."""
+        ...
+
+    def save(self, state: Mapping[str, Any], meta: Mapping[str, Any], *, last: bool) -> None:
+        """Keep a state; see `ssl_core.train.checkpoint.save`. All but the `last` of a training may be left out."""
+        ...
+
+
+class FolderCheckpoints:
+    """The newest checkpoint of a training in a folder of this machine.
 
     Args:
-        name: Backbone name.
-        arguments: Its keyword arguments; `out_channels` is set here.
-        classes: Output channels, background included.
-        seed: Seed of the random weights.
-        start: Pre-trained encoder.
-
-    Raises:
-        ConfigError: the encoder does not match in every tensor.
+        folder: Made when it is needed.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = build(name, **{**arguments, "out_channels": classes})
-    if start is not None:
-        load_exact(network.net, start.weights, keys=network.encoder_keys())
-    return network
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "newest"
+
+    def newest(self) -> Path | None:
+        """See `Checkpoints.newest`."""
+        return self.path if self.path.exists() else None
+
+    def save(self, state: Mapping[str, Any], meta: Mapping[str, Any], *, last: bool) -> None:
+        """See `Checkpoints.save`; keeps each."""
+        checkpoint.save(self.path, state, meta)
 
 
 def train_segmenter(
@@ -161,7 +121,9 @@ def train_segmenter(
     pretrained: bool,
     seed: int,
     device: torch.device,
-    on_epoch: Callable[[int, dict[str, float]], None] = lambda _epoch, _metrics: None,
+    on_epoch: OnEpoch = lambda _epoch, _metrics: None,
+    collectives: Collectives | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> list[dict[str, float]]:
     """Train in place and return each epoch's metrics (`loss`, `inner_dice`).
 
@@ -170,191 +132,129 @@ def train_segmenter(
         config: Settings.
         store: Where the volumes are.
         train: Manifest indices to learn from.
-        inner: Manifest indices of other subjects, for the metric.
+        inner: Manifest indices of other subjects, for the metric; may be empty.
         label: Label map.
         labels: Label value to name, in the order of the classes 1, 2, ...
         policy: Intensity normalisation.
-        pretrained: Whether `encoder_lr_scale` applies.
+        pretrained: Whether `encoder_lr_scale` and `trained` apply.
         seed: Seed of crops and augmentations.
         device: Where to train.
-        on_epoch: Called after each epoch, counted from 1; may raise to stop.
-    """
-    from monai.losses.dice import DiceCELoss  # seconds to import, which a search's driver need not spend
+        on_epoch: Called after each epoch, counted from 1, on every rank; may raise to stop. A training that goes on
+            from a checkpoint calls it for the epochs before as well.
+        collectives: The ranks, each of which calls this with the same arguments; one by default.
+        checkpoints: Where the state is kept after each epoch. A training that has one there goes on from it, to the
+            same bits.
 
-    module = _module(network).to(device).train()
-    role = RoleSpec(
-        name="patch",
-        count=1,
-        size_DHW=config.patch_DHW,
-        scale=config.scale,
-        flip=config.flip,
-        rotate_degrees=config.rotate_degrees,
-        intensity=config.intensity,
-    )
-    views = ViewSpec(roles=(role,), maps=(label,))
-    spec = StreamSpec(
+    Raises:
+        ConfigError: no inner volume where one is to decide, or the checkpoint is of another training.
+        NonFiniteError: names step and samples.
+    """
+    if config.needs_inner and not inner:
+        raise ConfigError(
+            "finetune.select and finetune.patience",
+            expected="volumes of the inner split, by which epochs are compared",
+            found="none",
+            remedy="set labelled.inner to 1 or more, or leave select=last and patience empty",
+        )
+    ranks: Collectives = Single() if collectives is None else collectives
+    module_of(network)
+    objective = Segmentation(network, config, label=label, labels=labels, pretrained=pretrained)
+    engine = Engine(objective, config.engine(seed), collectives=ranks, device=device)
+    identity = {
+        "config_digest": digest(config),
+        "fingerprint": store.manifest.fingerprint,
+        "training": repr((tuple(train), tuple(inner), label, dict(labels), pretrained, seed)),
+    }
+    history: list[dict[str, float]] = []
+    best: dict[str, Tensor] = {}
+    if checkpoints is not None and (folder := checkpoints.newest()) is not None:
+        state, meta = checkpoint.load(folder)
+        checkpoint.require_same(meta, allow=False, **identity)
+        engine.load_state_dict(state)
+        best, history = state["best"], list(meta["history"])
+        for epoch, metrics in enumerate(history, 1):
+            on_epoch(epoch, dict(metrics))
+
+    def end_epoch(step: int, state: dict[str, Any]) -> None:
+        metrics = {"loss": float(ranks.mean(torch.stack(objective.losses).mean()))}
+        objective.losses.clear()
+        if inner:
+            metrics["inner_dice"] = _inner_dice(inner, ranks, dice_of)
+        history.append(metrics)
+        if config.select == "best" and best_epoch(history) == len(history):
+            best.update({key: tensor.detach().cpu().clone() for key, tensor in stored.state_dict().items()})
+        engine.stopping = engine.stopping or _is_over(history, config)
+        if checkpoints is not None and ranks.rank == 0:
+            last = engine.stopping or step == config.steps
+            checkpoints.save({**state, "best": best}, {**identity, "history": history}, last=last)
+        on_epoch(len(history), dict(metrics))
+
+    stored = objective.measured.net
+
+    def dice_of(index: int) -> float:
+        return volume_dice(
+            objective.measured,
+            store,
+            index,
+            label=label,
+            labels=labels,
+            policy=policy,
+            window=config.patch_DHW,
+            device=device,
+        )
+
+    if not _is_over(history, config):
+        views = config.views(label)
+        spec = _stream_spec(config, seed, host_size(views), tuple(train), label)
+        start = engine.step_done * config.batch
+        with CropStream(store, spec, rank=ranks.rank, world=ranks.world, start=start, prefetch=2, threads=1) as stream:
+            batches = (
+                make_views(batch, views, seed=seed, policy=policy, device=device, dtype=engine.dtype)
+                for batch in stream
+            )
+            fit(engine, batches, report=lambda _step, _metrics: None, save=end_epoch)
+    _settle(network, stored, best)
+    return history
+
+
+def best_epoch(history: Sequence[Mapping[str, float]]) -> int:
+    """The first epoch with the largest inner metric, counted from 1."""
+    scores = [metrics["inner_dice"] for metrics in history]
+    return scores.index(max(scores)) + 1
+
+
+def _is_over(history: Sequence[Mapping[str, float]], config: FinetuneConfig) -> bool:
+    """Whether the inner metric has stood still for as long as it may."""
+    return config.patience is not None and bool(history) and len(history) - best_epoch(history) >= config.patience
+
+
+def _inner_dice(inner: Sequence[int], ranks: Collectives, dice_of: Callable[[int], float]) -> float:
+    """Mean over the inner volumes, each measured by one rank."""
+    scores = torch.zeros(len(inner), dtype=torch.float64)
+    for place in range(ranks.rank, len(inner), ranks.world):
+        scores[place] = dice_of(inner[place])
+    return float(ranks.sum(scores).mean())
+
+
+@torch.no_grad()
+def _settle(network: Backbone, stored: torch.nn.Module, best: Mapping[str, Tensor]) -> None:
+    """Leave in the network what was measured: its average, and of the best epoch where one was chosen."""
+    final = best or stored.state_dict()
+    for key, tensor in network.net.state_dict().items():
+        tensor.copy_(final[key])
+
+
+def _stream_spec(
+    config: FinetuneConfig, seed: int, crop_DHW: tuple[int, int, int], train: tuple[int, ...], label: str
+) -> StreamSpec:
+    return StreamSpec(
         seed=seed,
         global_batch=config.batch,
-        crop_DHW=host_size(views),
+        crop_DHW=crop_DHW,
         lanes=config.batch,
         crops_per_visit=1,
-        indices=tuple(train),
+        indices=train,
         label=label,
         foreground=1.0,
         class_balance=config.class_balance,
     )
-    optimizer = _optimizer(network, config, pretrained)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    steps = config.epochs * config.steps_per_epoch
-    loss_of = DiceCELoss(include_background=False, softmax=True, to_onehot_y=True, batch=True)
-    history: list[dict[str, float]] = []
-    with CropStream(store, spec, prefetch=2, threads=1) as stream:
-        batches = iter(stream)
-        for epoch in range(1, config.epochs + 1):
-            losses: list[Tensor] = []
-            for k in range(config.steps_per_epoch):
-                step = (epoch - 1) * config.steps_per_epoch + k
-                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                    group["lr"] = warmup_cosine(step, steps=steps, warmup=config.warmup_steps, peak=peak, final=0.0)
-                (view,) = make_views(next(batches), views, seed=seed, policy=policy, device=device).roles["patch"]
-                classes_BDHW = _classes(view.maps[label], labels)
-                loss = loss_of(network.logits(view.image_BCDHW), classes_BDHW.unsqueeze(1))
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                if config.clip:
-                    nn.utils.clip_grad_norm_(module.parameters(), config.clip)
-                optimizer.step()
-                losses.append(loss.detach())
-            metrics = {"loss": _mean_finite(losses, first=(epoch - 1) * config.steps_per_epoch + 1)}
-            if inner:
-                metrics["inner_dice"] = mean_dice(
-                    network,
-                    store,
-                    inner,
-                    label=label,
-                    labels=labels,
-                    policy=policy,
-                    window=config.patch_DHW,
-                    device=device,
-                )
-            history.append(metrics)
-            on_epoch(epoch, metrics)
-    return history
-
-
-def predict_volume(
-    network: Backbone,
-    store: VolumeStore,
-    index: int,
-    *,
-    labels: Mapping[int, str],
-    policy: IntensityPolicy,
-    window: tuple[int, int, int],
-    device: torch.device,
-) -> NDArray[Any]:
-    """Label values (D, H, W) of a stored volume, from its recorded statistics and the sliding window."""
-    record = store.manifest.record(index)
-    module = _module(network).to(device)
-    training = module.training
-    module.eval()
-    stored = store.read_volume(record.volume_id)
-    values = stored.astype(np.float32) * np.float32(record.scale) + np.float32(record.offset)
-    image = normalise_array(values, record.stats, policy)
-    air = normalise_array(np.array([channel["min"] for channel in record.stats]), record.stats, policy)
-    logits = slide(network.logits, image, air, window, device=device)
-    module.train(training)
-    return np.array([0, *labels], dtype=np.int32)[logits.argmax(0).numpy()]
-
-
-def mean_dice(
-    network: Backbone,
-    store: VolumeStore,
-    indices: Sequence[int],
-    *,
-    label: str,
-    labels: Mapping[int, str],
-    policy: IntensityPolicy,
-    window: tuple[int, int, int],
-    device: torch.device,
-) -> float:
-    """Mean Dice over volumes and labels."""
-    scores = []
-    for index in indices:
-        mask = predict_volume(network, store, index, labels=labels, policy=policy, window=window, device=device)
-        truth = store.read_volume(store.manifest.record(index).volume_id, label=label)[0]
-        scores += [dice(mask == value, truth == value) for value in labels]
-    return float(np.mean(scores))
-
-
-def score_volumes(
-    network: Backbone,
-    store: VolumeStore,
-    indices: Sequence[int],
-    *,
-    label: str,
-    labels: Mapping[int, str],
-    policy: IntensityPolicy,
-    window: tuple[int, int, int],
-    tolerance_mm: float,
-    device: torch.device,
-) -> Iterator[CaseScore]:
-    """Scores of each label of each volume, volumes as listed, labels in the order of `labels`."""
-    for index in indices:
-        record = store.manifest.record(index)
-        mask = predict_volume(network, store, index, labels=labels, policy=policy, window=window, device=device)
-        truth = store.read_volume(record.volume_id, label=label)[0]
-        scores = score_case(mask, truth, labels=labels, spacing_mm=record.spacing_mm, tolerance_mm=tolerance_mm)
-        for name, of_label in scores.items():
-            yield CaseScore(record.volume_id, record.subject, name, of_label)
-
-
-def label_values(store: VolumeStore, indices: Sequence[int], label: str) -> tuple[int, ...]:
-    """All values of a label map over some volumes, ascending, background left out.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    values = sorted({v for i in indices for v in store.manifest.record(i).label(label).values if v != 0})
-    if not values:
-        raise ConfigError(f"label {label!r}", expected="at least one value besides 0", found="none")
-    return tuple(values)
-
-
-def _mean_finite(losses: Sequence[Tensor], first: int) -> float:
-    """Mean of an epoch's losses, read together: after each step the host would wait for the device.
-
-    Raises:
-        NonFiniteError: names the step, counted from `first`, whose loss is the first that is not finite.
-    """
-    values = torch.stack(list(losses)).tolist()
-    for step, value in enumerate(values, first):
-        if not math.isfinite(value):
-            raise NonFiniteError(
-                f"fine-tuning step {step}", expected="a finite loss", found=f"{value}", remedy="lower `lr` or `clip`"
-            )
-    return float(sum(values) / len(values))
-
-
-def _classes(map_BDHW: Tensor, labels: Mapping[int, str]) -> Tensor:
-    """Label values to class numbers 0, 1, 2, ...; values that are not in `labels` are background."""
-    classes = torch.zeros_like(map_BDHW)
-    for number, value in enumerate(labels, 1):
-        classes = classes.masked_fill(map_BDHW == value, number)
-    return classes
-
-
-def _optimizer(network: Backbone, config: FinetuneConfig, pretrained: bool) -> torch.optim.Optimizer:
-    encoder = set(network.encoder_keys())
-    parameters = dict(network.net.named_parameters())
-    scale = config.encoder_lr_scale if pretrained else 1.0
-    groups = [
-        {"params": [p for n, p in parameters.items() if n in encoder], "lr": config.lr * scale},
-        {"params": [p for n, p in parameters.items() if n not in encoder], "lr": config.lr},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, weight_decay=config.weight_decay)
-
-
-def _module(network: Backbone) -> nn.Module:
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"a backbone is an nn.Module, not {type(network).__name__}")
-    return network

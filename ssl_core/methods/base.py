@@ -157,6 +157,11 @@ class LossTerms:
             total = total + value
         return total
 
+    def named(self, total: Tensor) -> dict[str, Tensor]:
+        """All values by the names under which they are logged; `total` is `self.total`, computed before."""
+        losses = {f"loss/{name}": value for name, value in self.terms.items()}
+        return {"loss": total} | losses | {f"monitor/{name}": value for name, value in self.monitors.items()}
+
 
 @runtime_checkable
 class Method(Protocol):

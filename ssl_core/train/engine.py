@@ -1,4 +1,4 @@
-"""One training loop for every method.
+"""One training loop for every method, and for fine-tuning.
 
 The engine knows nothing of Ray or MLflow: it is given `report` and `save`. It draws nothing from global random state
 that it has not seeded itself, so its whole state is the method's tensors, the optimizer's and one integer.
@@ -116,7 +116,8 @@ class Engine:
     """A method, its optimizer and how far they are.
 
     Args:
-        method: An `nn.Module` that meets `ssl_core.methods.base.Method`; moved to `device` in place.
+        method: An `nn.Module` that meets `ssl_core.methods.base.Method`; moved to `device` in place. Its `rates`
+            (`ssl_core.train.optim.Rates`), where it has them, are what its parameters' learning rates differ by.
         config: Settings.
         collectives: `ssl_core.distributed.current()` in a job. Rank 0's initial weights go to all ranks, and each
             `GlobalBatchNorm` of the method normalises over all ranks.
@@ -169,7 +170,12 @@ class Engine:
         self._pending: list[Verdict] = []
         self._grads = FlatGradients(trainable, self.collectives)
         self.optimizer = NamedOptimizer(
-            trainable, config.optimizer, betas=config.betas, momentum=config.momentum, fused=config.fused
+            trainable,
+            config.optimizer,
+            betas=config.betas,
+            momentum=config.momentum,
+            fused=config.fused,
+            rates=getattr(method, "rates", None),
         )
         if config.activation_checkpointing:
             recompute.enable(method)
@@ -204,7 +210,7 @@ class Engine:
             total = terms.total
             self._grads.backward(total / len(parts), last=index == len(parts) - 1)
             finite.append(torch.isfinite(total.detach()) & torch.isfinite(self._grads.norm()))
-            for name, value in _named_values(terms, total).items():
+            for name, value in terms.named(total).items():
                 share = value.detach().double() / len(parts)
                 values[name] = values[name] + share if name in values else share
         finite_P = torch.stack(finite)
@@ -216,7 +222,7 @@ class Engine:
         if config.clip:
             self._grads.clip(norm, config.clip)
         lr, decay = self._rates()
-        self.optimizer.step(lr, decay)
+        self.optimizer.step(lr, decay, self.step_done)
         cast(Method, self.method).after_step(ctx)
         self._average_statistics()
         self.step_done += 1
@@ -392,8 +398,3 @@ def fit(
         if done % config.checkpoint_every == 0 or last or engine.stopping:
             save(done, engine.state_dict())
     return engine.step_done
-
-
-def _named_values(terms: LossTerms, total: Tensor) -> dict[str, Tensor]:
-    losses = {f"loss/{name}": value for name, value in terms.terms.items()}
-    return {"loss": total} | losses | {f"monitor/{name}": value for name, value in terms.monitors.items()}

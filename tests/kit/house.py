@@ -49,7 +49,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "methods": "config distributed to_device losses superpixels networks views",
         "train": "config distributed networks views methods",
         "monitor": "networks views methods train",
-        "downstream": "config portable networks views train",
+        "downstream": "config distributed portable networks views methods train",
         "bundle": "bundle_card portable networks views",
         "bundle_card": "portable networks views",
         "encoder": "portable",

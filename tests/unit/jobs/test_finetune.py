@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from jobs.configs import FinetuneJobConfig
-from jobs.finetune import _registered, compared, device_for
+from jobs.finetune import compared, device_for
+from jobs.finetune.driver import _registered
 from jobs.tracking import models, registration
 from jobs.tracking.bundles import write_segmenter
 from ssl_core.config import parse

@@ -1,26 +1,25 @@
-"""Fine-tuning as a Ray job: `python -m jobs.finetune CONFIG [key=value ...]`.
+"""The driver of a fine-tuning job.
 
-Each start with each seed is one task. Every test case is scored, every training is a child run in MLflow, and one
-segmenter, chosen before any test score exists, is registered. Each training's result is kept as it ends, so the same
-name goes on with those that are missing.
+Each start with each seed is one task, which goes on from its last checkpoint where it died. Every test case is scored,
+every training is a child run in MLflow, and one segmenter, chosen before any test score exists, is registered. Each
+training's result is kept as it ends, so the same name goes on with those that are missing.
 """
 
 import json
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import torch
-
 from jobs import driver
 from jobs import labelled as split
-from jobs.configs import FinetuneJobConfig, LabelledConfig
+from jobs.configs import FinetuneJobConfig
+from jobs.finetune.checkpoints import StoredCheckpoints
+from jobs.finetune.training import require_transfer, train_from
 from jobs.lease import Lease
 from jobs.pinning import pinned
 from jobs.tracking import bundles, registration
@@ -29,93 +28,11 @@ from jobs.tracking import runs as tracking
 from jobs.tracking.outage import through_outage
 from ssl_core.config import parse, resolved
 from ssl_core.downstream.comparison import Comparison, Training, paired_test_of, start_rows
-from ssl_core.downstream.finetune import (
-    FinetuneConfig,
-    Start,
-    TrainedSegmenter,
-    build_segmenter,
-    label_values,
-    score_volumes,
-    train_segmenter,
-)
+from ssl_core.downstream.finetune import TrainedSegmenter, score_volumes
 from ssl_core.downstream.scores import METRICS, CaseScore, mean_scores
 from storage.errors import ConfigError
 from storage.format.manifest import Manifest
 from storage.objects import join, open_store
-from storage.reading.volume_store import VolumeStore
-
-
-def train_from(
-    start: str,
-    labelled: LabelledConfig,
-    settings: FinetuneConfig,
-    *,
-    seed: int,
-    like: str,
-    on_epoch: Callable[[int, dict[str, float]], None] = lambda _epoch, _metrics: None,
-    gpu: bool = False,
-) -> TrainedSegmenter:
-    """One training in this process.
-
-    Args:
-        start: Model URI of an encoder, or `none`.
-        labelled: The subjects.
-        settings: How to train.
-        seed: Seed of weights, crops and augmentations.
-        like: Encoder whose network and preprocessing are used when `start` is `none`.
-        on_epoch: Hears each epoch's metrics.
-        gpu: Whether to train on a GPU.
-    """
-    driver.quiet()
-    torch.manual_seed(seed)
-    device = device_for(gpu)
-    manifest = Manifest.open(labelled.data, labelled.fingerprint)
-    subjects = split.draw(manifest, labelled)
-    store = VolumeStore(labelled.data, manifest)
-    encoder = bundles.pull_encoder(like if start == "none" else start)
-    # Of all subjects: a class that the few training volumes happen to lack is missed in the others, not left unscored.
-    everyone = (*subjects.train, *subjects.inner, *subjects.test)
-    values = label_values(store, everyone, labelled.label)
-    labels = split.value_names(manifest, labelled.label, values)
-    driver.check_channels(manifest, everyone, f"the encoder of {like if start == 'none' else start}", encoder.arguments)
-    network = build_segmenter(
-        encoder.backbone,
-        encoder.arguments,
-        len(labels) + 1,
-        seed,
-        None if start == "none" else Start(start, encoder.weights),
-    )
-    history = train_segmenter(
-        network,
-        settings,
-        store,
-        train=subjects.train,
-        inner=subjects.inner,
-        label=labelled.label,
-        labels=labels,
-        policy=encoder.intensity,
-        pretrained=start != "none",
-        seed=seed,
-        device=device,
-        on_epoch=on_epoch,
-    )
-    return TrainedSegmenter(network, store, subjects, labels, encoder.intensity, tuple(history), device)
-
-
-def device_for(gpu: bool) -> torch.device:
-    """Where to train: on a GPU where one was asked for. Ray hides none from tasks that did not ask.
-
-    Raises:
-        ConfigError: one was asked for, and torch sees none.
-    """
-    if gpu and not torch.cuda.is_available():
-        raise ConfigError(
-            "GPUs of a training",
-            expected="a build of torch that sees the one that it was given",
-            found=f"torch {torch.__version__}, which sees none",
-            remedy="install a build with CUDA on the nodes, or ask for 0",
-        )
-    return torch.device("cuda" if gpu else "cpu")
 
 
 def training_task(settings: dict[str, Any], run_id: str, start: str, seed: int) -> Training:
@@ -136,6 +53,7 @@ def training_task(settings: dict[str, Any], run_id: str, start: str, seed: int) 
         seed=seed,
         like=next(uri for uri in config.starts.values() if uri != "none"),
         gpu=config.gpus_per_run > 0,
+        checkpoints=_checkpoints(config, start, seed),
     )
     with trained.store:
         cases = tuple(
@@ -182,6 +100,8 @@ def _compare(config: FinetuneJobConfig, lease: Lease) -> int:
 
     api = tracking.client()
     config = pinned(config)
+    for uri in dict.fromkeys(config.starts.values()):
+        require_transfer(uri, config.finetune.transfer)
     manifest = Manifest.open(config.labelled.data, config.labelled.fingerprint)
     for line in split.absent_classes(manifest, config.labelled.label, split.draw(manifest, config.labelled)):
         print(f"note: {line}", flush=True)
@@ -210,6 +130,7 @@ def _compare(config: FinetuneJobConfig, lease: Lease) -> int:
             words = f"the result of {training.start} seed {training.seed}"
             through_outage(partial(_log_training, api, config, run_id, training), words)
             results.put(_key(training.start, training.seed), json.dumps(training.to_json()).encode())
+            _checkpoints(config, training.start, training.seed).clear()
             trainings.append(training)
             dice = mean_scores(training.cases).dice
             text = f"{training.start} seed {training.seed}: test Dice {dice:.3f}, {training.seconds:.0f} s"
@@ -253,6 +174,11 @@ def compared(config: FinetuneJobConfig, trainings: Sequence[Training], *, run_id
 
 def _key(start: str, seed: int) -> str:
     return f"{quote(start, safe='')}-{seed}.json"
+
+
+def _checkpoints(config: FinetuneJobConfig, start: str, seed: int) -> StoredCheckpoints:
+    name = _key(start, seed).removesuffix(".json")
+    return StoredCheckpoints(join(config.runs, config.name, "checkpoints", name))
 
 
 def _store(
@@ -307,7 +233,3 @@ def _log_training(api: Any, config: FinetuneJobConfig, run_id: str, training: Tr
     points.append(tracking.point(len(points) + 1, {f"test/{metric.name}": means.of(metric) for metric in METRICS}))
     tracking.backfill(api, child, points)
     driver.end_run(api, child, "FINISHED")
-
-
-if __name__ == "__main__":
-    sys.exit(driver.guarded(main))

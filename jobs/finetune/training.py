@@ -1,0 +1,131 @@
+"""One training in this process: subjects, start, network, loop."""
+
+from collections.abc import Callable
+
+import torch
+
+from jobs import driver
+from jobs import labelled as split
+from jobs.configs import LabelledConfig
+from jobs.finetune.checkpoints import StoredCheckpoints
+from jobs.tracking import bundles
+from ssl_core.downstream.finetune import (
+    FinetuneConfig,
+    Start,
+    TrainedSegmenter,
+    build_segmenter,
+    label_values,
+    train_segmenter,
+)
+from ssl_core.downstream.settings import Transfer
+from ssl_core.downstream.transfer import repeat_channels, require_weights, transferred_keys
+from ssl_core.networks.outline import outline, shapes_only
+from storage.errors import ConfigError
+from storage.format.manifest import Manifest
+from storage.reading.volume_store import VolumeStore
+
+
+def train_from(
+    start: str,
+    labelled: LabelledConfig,
+    settings: FinetuneConfig,
+    *,
+    seed: int,
+    like: str,
+    on_epoch: Callable[[int, dict[str, float]], None] = lambda _epoch, _metrics: None,
+    gpu: bool = False,
+    checkpoints: StoredCheckpoints | None = None,
+) -> TrainedSegmenter:
+    """One training in this process.
+
+    Args:
+        start: Model URI of an encoder, or `none`.
+        labelled: The subjects.
+        settings: How to train.
+        seed: Seed of weights, crops and augmentations.
+        like: Encoder whose network and preprocessing are used when `start` is `none`.
+        on_epoch: Hears each epoch's metrics; of a training that goes on, those of before as well.
+        gpu: Whether to train on a GPU.
+        checkpoints: Where the training's state is kept, and gone on from.
+
+    Raises:
+        ConfigError: the start does not have what `settings.transfer` is to take over.
+    """
+    driver.quiet()
+    torch.manual_seed(seed)
+    device = device_for(gpu)
+    manifest = Manifest.open(labelled.data, labelled.fingerprint)
+    subjects = split.draw(manifest, labelled)
+    store = VolumeStore(labelled.data, manifest)
+    encoder = bundles.pull_encoder(like if start == "none" else start)
+    # Of all subjects: a class that the few training volumes happen to lack is missed in the others, not left unscored.
+    everyone = (*subjects.train, *subjects.inner, *subjects.test)
+    values = label_values(store, everyone, labelled.label)
+    labels = split.value_names(manifest, labelled.label, values)
+    model, arguments, weights = like if start == "none" else start, encoder.arguments, encoder.weights
+    notes: tuple[str, ...] = ()
+    channels = manifest.record(subjects.train[0]).channels
+    if settings.channels == "repeat" and channels > 1 and int(arguments.get("in_channels", 1)) == 1:
+        weights = repeat_channels(encoder.backbone, arguments, weights, channels)
+        arguments = {**arguments, "in_channels": channels}
+        notes = (f"The first convolution of {model}, of one channel, was repeated for {channels} and divided by them.",)
+        print(notes[0], flush=True)
+    driver.check_channels(manifest, everyone, f"the encoder of {model}", arguments)
+    network = build_segmenter(
+        encoder.backbone,
+        arguments,
+        len(labels) + 1,
+        seed,
+        None if start == "none" else Start(start, weights, encoder.rest, settings.transfer),
+    )
+    history = train_segmenter(
+        network,
+        settings,
+        store,
+        train=subjects.train,
+        inner=subjects.inner,
+        label=labelled.label,
+        labels=labels,
+        policy=encoder.intensity,
+        pretrained=start != "none",
+        seed=seed,
+        device=device,
+        on_epoch=on_epoch,
+        checkpoints=checkpoints,
+    )
+    return TrainedSegmenter(network, store, subjects, labels, encoder.intensity, tuple(history), device, notes)
+
+
+def require_transfer(start: str, transfer: Transfer) -> None:
+    """Refuse a start that lacks what a training would take over from it, before one begins.
+
+    Args:
+        start: Model URI, or `none`.
+        transfer: What is to be taken over.
+
+    Raises:
+        ConfigError: names the start and the first tensor that it lacks.
+    """
+    if start == "none" or transfer == "encoder":  # an encoder is in every bundle
+        return
+    model = bundles.pull_encoder(start)
+    with shapes_only():
+        network = outline(model.backbone, {"out_channels": 2, **model.arguments})
+    keys = transferred_keys(network, transfer)
+    require_weights(start, transfer, keys, {**model.weights, **model.rest})
+
+
+def device_for(gpu: bool) -> torch.device:
+    """Where to train: on a GPU where one was asked for. Ray hides none from tasks that did not ask.
+
+    Raises:
+        ConfigError: one was asked for, and torch sees none.
+    """
+    if gpu and not torch.cuda.is_available():
+        raise ConfigError(
+            "GPUs of a training",
+            expected="a build of torch that sees the one that it was given",
+            found=f"torch {torch.__version__}, which sees none",
+            remedy="install a build with CUDA on the nodes, or ask for 0",
+        )
+    return torch.device("cuda" if gpu else "cpu")
