@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from jobs import tune
-from jobs.configs import TuneConfig
+from jobs.configs.search import TuneConfig
 from jobs.tracking import runs as tracking
 from ssl_core.config import parse
 from tests.kit.mlflow_server import environment, mlflow_server

@@ -10,7 +10,8 @@ from jobs.output import emit
 from storage.errors import ConfigError
 
 if TYPE_CHECKING:
-    from jobs.configs import FinetuneJobConfig, PretrainConfig, TuneConfig
+    from jobs.configs import FinetuneJobConfig, PretrainConfig
+    from jobs.configs.search import TuneConfig
 
     Job: TypeAlias = PretrainConfig | TuneConfig | FinetuneJobConfig
 
@@ -59,11 +60,12 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 def load_config(kind: str, arguments: argparse.Namespace) -> "Job":
     """The configuration that the arguments name, resolved and checked, its network and method included."""
     from jobs import configs
+    from jobs.configs.search import TuneConfig
     from ssl_core.config import load
 
     models: dict[str, type[Job]] = {
         "pretrain": configs.PretrainConfig,
-        "tune": configs.TuneConfig,
+        "tune": TuneConfig,
         "finetune": configs.FinetuneJobConfig,
     }
     config = load(models[kind], Path(arguments.config), arguments.overrides)

@@ -10,10 +10,11 @@ import pytest
 
 from cluster.stack_info import StackInfo
 from jobs import driver, submit
-from jobs.configs import FinetuneJobConfig, TuneConfig
+from jobs.configs import FinetuneJobConfig
+from jobs.configs.search import TuneConfig
 from jobs.tracking import models as registry
 from jobs.tracking import runs as tracking
-from jobs.tune import METRIC
+from jobs.tune.live import METRIC
 from ssl_core.bundle import write_bundle
 from ssl_core.config import parse
 from storage.objects import open_store
