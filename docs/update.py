@@ -48,7 +48,6 @@ TABLES: tuple[type[BaseModel], ...] = (
     Crops,
     search.TuneConfig,
     search.SearchSpace,
-    search.ConfirmConfig,
     configs.FinetuneJobConfig,
     configs.LabelledConfig,
     FinetuneConfig,

@@ -46,13 +46,6 @@ class SearchSpace(Config):
         return value
 
 
-class ConfirmConfig(Config):
-    """How the best settings are confirmed: refit beside the settings that the search began from."""
-
-    draws: int = Field(3, ge=1, le=1024, description="draws of the labelled subjects")
-    seeds: int = Field(1, ge=1, le=1024, description="seeds of each draw")
-
-
 class TuneConfig(Config):
     """A search over fine-tuning settings with early stopping on each epoch's metric."""
 
@@ -128,12 +121,6 @@ class TuneConfig(Config):
     compare_scratch: bool = Field(
         False,
         description="search random weights too, with as many trials again, each start among its own",
-        json_schema_extra=LATER,
-    )
-    confirm: ConfirmConfig | None = Field(
-        None,
-        description="refit the best on other draws beside the settings searched from, then register it if it is no"
-        " worse",
         json_schema_extra=LATER,
     )
 

@@ -5,12 +5,17 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from jobs import driver
+from jobs.configs import FinetuneJobConfig, registrable
 from jobs.configs.search import TuneConfig
+from jobs.configs.space import ENCODER, with_settings
 from jobs.finetune import train_from
+from jobs.ingest_config import LONGEST_NAME
 from jobs.lease import Lease
+from jobs.pages import search as page
 from jobs.pinning import pinned
 from jobs.tracking import runs as tracking
 from jobs.tracking.outage import through_outage
@@ -20,9 +25,13 @@ from jobs.tune.live import Live
 from jobs.tune.outcome import searched
 from jobs.tune.state import Search
 from jobs.tune.suggest import Earlier, Suggestions
-from ssl_core.config import resolved
+from ssl_core.config import dump_yaml, resolved
 from ssl_core.downstream.records import from_fields
 from ssl_core.downstream.search import SearchResult
+from storage.objects import join, open_store
+
+REPORT, BEST = "report.html", "best.yaml"
+"""Of a search, below `<runs>/<name>` and in its run in MLflow."""
 
 # Ray Tune is imported in functions: it reads these from the environment, and a wrong configuration need not wait.
 RAY = {
@@ -77,6 +86,7 @@ def run(config: TuneConfig, lease: Lease, *, train: Callable[..., Any] = train_f
         result = searched(config, trials, run_id=run_id, seconds=seconds())
         best = json.dumps(dict(result.best))
         through_outage(lambda: api.set_tag(run_id, "tomoscale.best", best), "what was found best")
+        publish(api, config, result)
         driver.write_result(config.runs, config.name, result.to_json())
     except BaseException as error:
         lease.check()  # the run in MLflow is another job's as well
@@ -85,7 +95,41 @@ def run(config: TuneConfig, lease: Lease, *, train: Callable[..., Any] = train_f
         raise
     driver.end_run(api, run_id, "FINISHED")
     print(f"best: {result.choice}", flush=True)
+    print(f"report: {join(config.runs, config.name, REPORT)}; to refit and register: {BEST} beside it", flush=True)
     return result
+
+
+def best_job(config: TuneConfig, result: SearchResult) -> FinetuneJobConfig:
+    """The best settings as a fine-tuning of three seeds, which scores held-out subjects and registers a segmenter."""
+    encoder = str(result.best[ENCODER])
+    starts = {"best": encoder}
+    if encoder == "none":  # whose network it is, a start has to say
+        starts["pre-trained"] = next(uri for uri in config.encoders if uri != "none")
+    name = f"{config.name[: LONGEST_NAME - 5]}-best"
+    return FinetuneJobConfig(
+        name=name,
+        runs=config.runs,
+        experiment=config.experiment,
+        starts=starts,
+        labelled=config.labelled,
+        finetune=with_settings(config.finetune, result.best),
+        cpus_per_run=config.cpus_per_trial,
+        gpus_per_run=config.gpus_per_trial,
+        model=None if registrable(name) else name.replace(".", "-"),
+        register_start="best",
+    )
+
+
+def publish(api: Any, config: TuneConfig, result: SearchResult) -> None:
+    """Write the report and the best configuration beside the result, and into the run in MLflow."""
+    best_yaml = dump_yaml(best_job(config, result))
+    price = (config.price_per_hour or 0.0) * sum(t.seconds for t in result.trials) / 3600
+    facts = {"price of the trials": f"{price:.2f}"} if price else {}
+    html = page.render(result, name=config.name, best_yaml=best_yaml, config_yaml=dump_yaml(config), facts=facts)
+    store = open_store(join(config.runs, config.name))
+    for key, text in ((BEST, best_yaml), (REPORT, html)):
+        store.put(key, text.encode())
+        through_outage(partial(api.log_text, result.run_id, text, key), f"{key} of the search")
 
 
 def state_of(
@@ -138,4 +182,4 @@ def _run_trials(config: TuneConfig, search: Search, concurrent: int, train: Call
 
     driver.quiet()  # again, as Ray Tune has only now set its loggers
     if not search.is_over():
-        on_tune.run(config, search, concurrent=concurrent, start=time.strftime("%Y%m%d-%H%M%S"), train=train)
+        on_tune.run(config, search, start=time.strftime("%Y%m%d-%H%M%S"), train=train)

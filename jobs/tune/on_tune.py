@@ -149,15 +149,12 @@ class Judge(FIFOScheduler):
             self._attempts.end(trial.trial_id, "no reason" if error is None else last_line(error))
 
 
-def run(
-    config: TuneConfig, search: Search, *, concurrent: int, start: str, train: Callable[..., Any] = train_from
-) -> None:
+def run(config: TuneConfig, search: Search, *, start: str, train: Callable[..., Any] = train_from) -> None:
     """Run the search until it is over.
 
     Args:
         config: The search.
         search: Its state.
-        concurrent: Trials at a time.
         start: Names this start among those of the search.
         train: What a trial does.
     """

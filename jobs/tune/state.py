@@ -67,7 +67,7 @@ class Search:
         self._in_order = config.deterministic and not config.waits
         self._ahead: dict[int, list[tuple[int, dict[str, float]]]] = {}
         self._unsaid: list[Entry] = []
-        # Deterministic: of each arm and rung, how many trials are judged there, and the curves of those that reached it.
+        # Deterministic: of each arm and rung, how many trials are judged there, and the curves that reached it.
         self._judged = {(arm, rung): 0 for arm in range(len(config.arms)) for rung in self._rungs}
         self._curves: dict[tuple[int, int], list[list[float]]] = {key: [] for key in self._judged}
         self._settle()

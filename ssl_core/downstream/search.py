@@ -115,7 +115,6 @@ class SearchResult:
         best_by_arm: Number of the best trial of each arm.
         front: Numbers of the trials that no other beats in Dice and in seconds; empty with one objective.
         importance: Share of the differences in Dice that each setting explains; empty where nobody can say.
-        confirmation: What refits of the best came to, in one sentence; empty where there were none.
     """
 
     trials: tuple[Trial, ...]
@@ -128,7 +127,6 @@ class SearchResult:
     best_by_arm: tuple[int, ...] = ()
     front: tuple[int, ...] = ()
     importance: Mapping[str, float] = field(default_factory=dict)
-    confirmation: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As written to `result.json`."""
@@ -143,7 +141,6 @@ class SearchResult:
             "best_by_arm": self.best_by_arm,
             "front": self.front,
             "importance": dict(self.importance),
-            "confirmation": self.confirmation,
         }
 
     @classmethod
@@ -153,7 +150,7 @@ class SearchResult:
         Raises:
             RefusedInput: an entry is missing.
         """
-        later = {"best_trial": -1, "best_by_arm": (), "front": (), "importance": {}, "confirmation": ""}
+        later = {"best_trial": -1, "best_by_arm": (), "front": (), "importance": {}}
         trials = tuple(Trial.from_json(trial) for trial in data["trials"])
         best = settings_from(data["best"])
         return from_fields(cls, {**later, **data, "trials": trials, "best": best, "choice": data["chosen"]})
