@@ -86,8 +86,8 @@ def run(config: TuneConfig, lease: Lease, *, train: Callable[..., Any] = train_f
         result = searched(config, trials, run_id=run_id, seconds=seconds())
         best = json.dumps(dict(result.best))
         through_outage(lambda: api.set_tag(run_id, "tomoscale.best", best), "what was found best")
-        publish(api, config, result)
         driver.write_result(config.runs, config.name, result.to_json())
+        publish(api, config, result)
     except BaseException as error:
         lease.check()  # the run in MLflow is another job's as well
         live.interrupted()
@@ -150,7 +150,7 @@ def state_of(
     if entries:
         ended = sum(entry.has_ended for entry in entries)
         print(f"continuing the search: {ended} of {config.total} trials have ended", flush=True)
-    rows = journal.once("earlier.json", (asdict(item) for item in warm.earlier_trials(config, api)))
+    rows = journal.once("earlier.json", lambda: [asdict(item) for item in warm.earlier_trials(config, api)])
     began, spent = time.monotonic(), journal.seconds()
 
     def seconds() -> float:

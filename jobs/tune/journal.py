@@ -1,7 +1,7 @@
 """The trials of a search on object storage: one object a trial, written before it starts and when it ends."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -86,11 +86,11 @@ class Journal:
         self._store.put(f"trial-{entry.number:06d}.json", json.dumps(asdict(entry)).encode())
         self._store.put("clock.json", json.dumps({"seconds": seconds}).encode())
 
-    def once(self, key: str, values: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """What the first start kept under a key; these values where this is the first."""
+    def once(self, key: str, values: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """What the first start kept under a key; where this is the first, what `values` gives."""
         note = self._note(key)
         if note is None:
-            note = list(values)
+            note = values()
             self._store.put(key, json.dumps(note).encode())
         return list(note)
 

@@ -121,7 +121,7 @@ def require_its_own_points(result: dict[str, Any], children: list[Any]) -> None:
     for child in children:
         trial = by_id[child.data.tags["tomoscale.trial"]]
         assert child.info.run_name.endswith(f"-{trial['trial']}")
-        assert float(child.data.params["lr"]) == trial["lr"]
+        assert float(child.data.params["finetune.lr"]) == trial["lr"]
         points = api.get_metric_history(child.info.run_id, METRIC)
         assert [p.value for p in sorted(points, key=lambda p: p.step)] == pytest.approx(trial["scores"])
 

@@ -40,15 +40,17 @@ def real_trials(folder: Path, total: int) -> list[Trial]:
     searcher = OptunaSearch(metric=METRIC, mode="max", seed=0)
     searcher.set_search_properties(METRIC, "max", space)
     generator = SearchGenerator(searcher)
-    generator.add_configurations([Experiment(folder.name, idle, num_samples=total, storage_path=folder.parent)])
+    place = ray_tune.PlacementGroupFactory([{"CPU": 1}])
+    experiment = Experiment(folder.name, idle, num_samples=total, storage_path=folder.parent, resources_per_trial=place)
+    generator.add_configurations([experiment])
     trials = []
     for _ in range(total):
         one = generator.next_trial()
         assert one is not None
         one.storage.trial_dir_name = one._generate_dirname()
-        place = folder / one.storage.trial_dir_name
-        place.mkdir(parents=True)
-        with open(place / "result.json", "w", encoding="utf-8") as file:
+        files = folder / one.storage.trial_dir_name
+        files.mkdir(parents=True)
+        with open(files / "result.json", "w", encoding="utf-8") as file:
             for epoch in (1, 2, 3):
                 score = one.config["lr"] / 10 + epoch / 100
                 report = {"epoch": epoch, METRIC: score, "trial_id": one.trial_id, "config": one.config}
