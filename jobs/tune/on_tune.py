@@ -4,6 +4,7 @@ Ray Tune starts trials, moves their reports and tries again where machines die. 
 two rungs where trials wait for others, is one trial of Ray's.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from ssl_core.train.engine import NonFiniteError
 FOLDER = "ray"
 """Of Ray Tune's own files below `<runs>/<name>`; nothing is read from them again."""
 _TRIES_AGAIN = 2
+_MEASURED = "measured"
 
 
 def trial(settings: dict[str, Any], payload: dict[str, Any], train: Callable[..., Any]) -> None:
@@ -46,9 +48,9 @@ def trial(settings: dict[str, Any], payload: dict[str, Any], train: Callable[...
         if not math.isfinite(score):
             raise NonFiniteError(f"epoch {epoch}", expected=f"a finite {METRIC}", found=f"{score}")
         print(f"trial {number} epoch {epoch}: loss {metrics['loss']:.3f}  inner Dice {score:.3f}", flush=True)
-        # The metric on its own too, for which Ray Tune looks.
-        report = {"epoch": epoch, "seconds": time.monotonic() - began, METRIC: score, "measured": dict(metrics)}
-        tune.report(report)
+        # The metric on its own too, for which Ray Tune looks; all as one text, since it takes groups apart.
+        seconds = time.monotonic() - began
+        tune.report({"epoch": epoch, "seconds": seconds, METRIC: score, _MEASURED: json.dumps(metrics)})
 
     train(
         values["encoder"],
@@ -131,9 +133,9 @@ class Judge(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Whether the trial goes on after an epoch."""
         number = self._attempts.numbers.get(trial.trial_id)
-        if number is None or "epoch" not in result:
+        if number is None or result.get("done") or _MEASURED not in result:
             return str(TrialScheduler.CONTINUE)
-        metrics = dict(result["measured"])
+        metrics = json.loads(result[_MEASURED])
         goes_on = self._attempts.search.reported(
             number, int(result["epoch"]), metrics, float(metrics[METRIC]), float(result["seconds"])
         )
