@@ -170,11 +170,12 @@ class Search:
             return
         if error is not None:
             self._end(entry, FAILED, error=error)
-        elif len(entry.scores) < self.epochs:
-            self._end(entry, FAILED, error=f"it ended after {len(entry.scores)} of {self.epochs} epochs")
-        else:
+        elif not entry.scores:
+            self._end(entry, FAILED, error="it ended without an epoch")
+        else:  # also where the training's own early stopping ended it
             self._end(entry, DONE)
         self._settle()
+        self._say()
 
     def _judge(self, entry: Entry, epoch: int) -> None:
         if epoch >= self.epochs or epoch not in self._rungs:
