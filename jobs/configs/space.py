@@ -225,7 +225,7 @@ def _range(path: str, kind: str, items: Sequence[Any]) -> Dimension:
     if kind == "quniform":
         low, high, step = numbers
         return Dimension(path, kind, low, low + step * math.floor((high - low) / step + 1e-9), step)
-    return Dimension(path, kind, *numbers)
+    return Dimension(path, kind, numbers[0], numbers[1])
 
 
 def _require_setting(path: str, job: type[Config]) -> None:

@@ -46,12 +46,12 @@ def curves_figure(result: SearchResult) -> bytes:
         is_best = trial.trial == result.best_trial
         colour = COLOURS[1] if is_best else COLOURS[0] if trial.arm == 0 else COLOURS[2]
         epochs = range(1, len(trial.scores) + 1)
-        style = {"color": colour, "lw": 2.4 if is_best else 0.9, "alpha": 1 if is_best else 0.6}
-        axis.plot(epochs, trial.scores, zorder=3 if is_best else 2, marker="o", ms=2, **style)
+        width, alpha, order = (2.4, 1.0, 3) if is_best else (0.9, 0.6, 2)
+        axis.plot(epochs, trial.scores, color=colour, lw=width, alpha=alpha, zorder=order, marker="o", ms=2)
         if trial.stopped_early:
-            axis.plot(len(trial.scores), trial.last, marker="x", ms=7, mew=1.6, color=INK, zorder=4)
+            axis.plot(len(trial.scores), trial.scores[-1], marker="x", ms=7, mew=1.6, color=INK, zorder=4)
         elif trial.error is not None:
-            axis.plot(len(trial.scores), trial.last, marker="s", ms=6, mfc="none", color="#b03a2e", zorder=4)
+            axis.plot(len(trial.scores), trial.scores[-1], marker="s", ms=6, mfc="none", color="#b03a2e", zorder=4)
     axis.set_xlabel("epoch")
     axis.set_ylabel("inner Dice")
     axis.set_xlim(0.7, result.epochs + 0.3)
@@ -70,8 +70,8 @@ def parallel_figure(trials: Sequence[Trial]) -> bytes:
     colours = colormaps[_SCORES](_places(last)[0])
     for number in np.argsort(last):
         heights = [places[number] for places, _ in columns]
-        style = {"ls": "--" if rows[number].stopped_early else "-", "alpha": 0.85, "lw": 1.3}
-        axis.plot(range(len(names)), heights, color=colours[number], **style)
+        style = "--" if rows[number].stopped_early else "-"
+        axis.plot(range(len(names)), heights, color=colours[number], ls=style, alpha=0.85, lw=1.3)
     for x, (_, ticks) in enumerate(columns):
         axis.axvline(x, color=INK, lw=0.8, zorder=0)
         for height, text in ticks:

@@ -36,7 +36,9 @@ def entries(config: TuneConfig) -> list[Entry]:
     path, filesystem = storage_for(config.runs)
     analysis = ExperimentAnalysis(f"{path}/{config.name}", storage_filesystem=filesystem)
     ended = {trial.trial_id for trial in analysis.trials or () if trial.status in ("TERMINATED", "ERROR")}
-    results = [r for r in ResultGrid(analysis) if r.metrics and "trial_id" in r.metrics]
+    grid = ResultGrid(analysis)
+    every = (grid[index] for index in range(len(grid)))
+    results = [result for result in every if result.metrics and "trial_id" in result.metrics]
     numbers = numbers_of(config, results)
     return sorted((_entry(config, r, numbers, ended) for r in results), key=lambda entry: entry.number)
 

@@ -124,7 +124,7 @@ class Judge(FIFOScheduler):
     """Ray Tune's scheduler: passes reports on, and stops what the search stops."""
 
     def __init__(self, attempts: _Attempts) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._attempts = attempts
 
     def __getstate__(self) -> dict[str, Any]:

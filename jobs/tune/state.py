@@ -79,8 +79,8 @@ class Search:
         if len(self._of(RUNNING)) >= self._concurrent:
             return None
         if self.budget_spent():
-            for entry in self._of(WAITING, PAUSED):
-                self._end(entry, STOPPED, why=self.budget_spent())
+            for rest in self._of(WAITING, PAUSED):
+                self._end(rest, STOPPED, why=self.budget_spent())
             return None
         entry = next(iter(self._of(WAITING)), None) or self._new()
         if entry is not None:

@@ -93,7 +93,8 @@ def study_of(
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     two = len(config.objectives) > 1
-    study = optuna.create_study(directions=["maximize", "minimize"][: 1 + two], sampler=sampler)
+    directions: list[Any] = ["maximize", "minimize"]
+    study = optuna.create_study(directions=directions[: 1 + two], sampler=sampler)
     spread = distributions(dims)
     states = optuna.trial.TrialState
     rows = [(item.settings, item.scores, states.PRUNED if item.stopped else None, item.seconds) for item in earlier]
