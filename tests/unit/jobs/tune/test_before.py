@@ -40,13 +40,12 @@ def real_trials(folder: Path, total: int) -> list[Trial]:
     searcher = OptunaSearch(metric=METRIC, mode="max", seed=0)
     searcher.set_search_properties(METRIC, "max", space)
     generator = SearchGenerator(searcher)
-    place = ray_tune.PlacementGroupFactory([{"CPU": 1}])
-    experiment = Experiment(folder.name, idle, num_samples=total, storage_path=folder.parent, resources_per_trial=place)
-    generator.add_configurations([experiment])
+    generator.add_configurations([Experiment(folder.name, idle, num_samples=total, storage_path=folder.parent)])
     trials = []
     for _ in range(total):
         one = generator.next_trial()
         assert one is not None
+        one.placement_group_factory = ray_tune.PlacementGroupFactory([{"CPU": 1}])  # as its controller sets it
         one.storage.trial_dir_name = one._generate_dirname()
         files = folder / one.storage.trial_dir_name
         files.mkdir(parents=True)
