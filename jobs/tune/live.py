@@ -84,7 +84,9 @@ class Live:
             StackError: it was away for too long.
         """
         for trial in trials:
-            if self._complete.get(trial.trial) != _outcome(trial.why, trial.error):
+            # Epochs before a rung may be those of an earlier start, which was killed before it had sent them.
+            is_whole = len(self._points.get(trial.trial, ())) == len(trial.scores)
+            if not is_whole or self._complete.get(trial.trial) != _outcome(trial.why, trial.error):
                 through_outage(partial(self._log, trial), f"the result of trial {trial.trial}")
 
     def _log(self, trial: Trial) -> None:
