@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jobs.configs import FinetuneJobConfig, LabelledConfig, PretrainConfig, ProbeConfig, TuneConfig
+from jobs.configs import FinetuneJobConfig, LabelledConfig, PretrainConfig, ProbeConfig
 from jobs.configs.groups import CheckpointConfig, ClusterConfig, changed
+from jobs.configs.search import TuneConfig
+from jobs.configs.space import ENCODER
 from jobs.tracking import models
 from ssl_core.config import digest, parse, resolved
 from ssl_core.train import checkpoint
@@ -26,7 +28,8 @@ KEY = "job.json"
 SETTINGS = "settings"
 # Where, how many at a time and under which name the stored segmenter is registered, but not what comes out.
 _PLACES, _AMOUNTS = ("runs", "experiment", "model"), ("concurrent", "cpus_per_trial", "gpus_per_trial")
-_FREE = (*_PLACES, *_AMOUNTS, "cpus_per_run", "gpus_per_run")
+_BUDGETS = ("hours", "money", "price_per_hour")
+_FREE = (*_PLACES, *_AMOUNTS, "cpus_per_run", "gpus_per_run", *_BUDGETS)
 # The same of a pre-training. How often to log or save, of `engine`, may change too; it says so itself.
 _FREE_OF_PRETRAIN: dict[str, Any] = {
     "probe": ProbeConfig(),
@@ -192,7 +195,9 @@ def _keep(store: ByteStore, key: str, note: dict[str, Any]) -> bool:
 def _fixed(config: J) -> J:
     labelled = config.labelled.model_copy(update={"fingerprint": _fingerprint(config.labelled)})
     if isinstance(config, TuneConfig):
-        return config.model_copy(update={"labelled": labelled, "encoders": tuple(map(_version, config.encoders))})
+        points = tuple({k: _version(v) if k == ENCODER else v for k, v in point.items()} for point in config.points)
+        encoders = tuple(map(_version, config.encoders))
+        return config.model_copy(update={"labelled": labelled, "encoders": encoders, "points": points})
     starts = {name: _version(uri) for name, uri in config.starts.items()}
     return config.model_copy(update={"labelled": labelled, "starts": starts})
 

@@ -71,6 +71,9 @@ def _experiment(name: str) -> str:
     return name
 
 
+Experiment = Annotated[str, AfterValidator(_experiment)]
+
+
 class StreamConfig(Config):
     """How crops are drawn from the store."""
 
@@ -127,7 +130,7 @@ class PretrainConfig(Config):
         None, description="folder to ingest when the store has no manifest yet, or `simulated` for the embedded cohort"
     )
     runs: Url = Field("s3://runs", description="URL below which checkpoints are written")
-    experiment: Annotated[str, AfterValidator(_experiment)] = Field("tomoscale", description="MLflow experiment")
+    experiment: Experiment = Field("tomoscale", description="MLflow experiment")
     model: ModelName = Field(None, description="registered model name; the job's name when empty")
     method: dict[str, Any] = Field(default_factory=lambda: {"name": "pgl"}, description="method name and its settings")
     backbone: BackboneConfig = BackboneConfig()
@@ -253,7 +256,8 @@ def _is_model(uri: str) -> bool:
     return bool(_MODEL_URI.fullmatch(uri)) or Path(uri).is_absolute()
 
 
-def _with_a_network(starts: tuple[str, ...]) -> tuple[str, ...]:
+def with_a_network(starts: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse starts that are no model URIs, and starts that name no network at all."""
     for uri in starts:
         if not _is_model(uri):
             raise ValueError(f"models:/NAME@ALIAS, models:/NAME/VERSION, a bundle's folder or `none`, not {uri!r}")
@@ -262,83 +266,12 @@ def _with_a_network(starts: tuple[str, ...]) -> tuple[str, ...]:
     return starts
 
 
-class SearchSpace(Config):
-    """Ranges of the search."""
-
-    lr: tuple[float, float] = Field((3e-4, 1e-2), description="`finetune.lr`: lowest and highest, drawn log-uniformly")
-    encoder_lr_scale: tuple[float, ...] = Field(
-        (0.1, 0.3, 1.0), description="`finetune.encoder_lr_scale`: the choices, drawn uniformly"
-    )
-
-    @field_validator("lr")
-    @classmethod
-    def _check_lr(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < value[0] <= value[1]:
-            raise ValueError("two numbers above 0, the lower first")
-        return value
-
-    @field_validator("encoder_lr_scale")
-    @classmethod
-    def _check_choices(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if not value or min(value) < 0:
-            raise ValueError("at least one choice, none below 0")
-        return value
-
-
-class TuneConfig(Config):
-    """A search over fine-tuning settings with early stopping on each epoch's metric."""
-
-    name: JobName = Field(description="name of the search; the same name resumes")
-    runs: Url = Field("s3://runs", description="URL below which the search's state is written")
-    experiment: Annotated[str, AfterValidator(_experiment)] = Field("tomoscale", description="MLflow experiment")
-    encoders: tuple[str, ...] = Field(
-        description="model URIs to start from, or `none` for random weights of the first one's network; a dimension of"
-        " the search"
-    )
-    labelled: LabelledConfig
-    finetune: FinetuneConfig = FinetuneConfig()
-    space: SearchSpace = SearchSpace()
-    trials: int = Field(6, ge=1, le=1 << 20, description="trials in all")
-    concurrent: int = Field(2, ge=1, le=1 << 16, description="trials at a time")
-    cpus_per_trial: float = Field(1, gt=0, description="logical CPUs of a trial")
-    gpus_per_trial: float = Field(0, ge=0, description="GPUs of a trial; without one it trains on the CPU")
-    grace_epochs: int = Field(1, ge=1, description="ASHA: epochs before a trial may be stopped")
-    reduction: int = Field(2, ge=2, description="ASHA: one in this many goes on at each rung")
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of the searcher, and of every trial's weights and crops")
-
-    @field_validator("encoders")
-    @classmethod
-    def _check_encoders(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return _with_a_network(value)
-
-    @model_validator(mode="after")
-    def _check_budget(self) -> Self:
-        if self.grace_epochs > self.finetune.epochs:
-            raise ValueError(
-                f"grace_epochs ({self.grace_epochs}) to be at most finetune.epochs ({self.finetune.epochs})"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_steered(self) -> Self:
-        if not self.labelled.inner:
-            raise ValueError("labelled.inner to be 1 or more: the inner split is what a search is steered by")
-        return self
-
-    @model_validator(mode="after")
-    def _check_searched(self) -> Self:
-        for key in SearchSpace.model_fields:
-            if getattr(self.finetune, key) != FinetuneConfig.model_fields[key].default:
-                raise ValueError(f"no finetune.{key}, which each trial draws from space.{key}: set that")
-        return self
-
-
 class FinetuneJobConfig(Config):
     """Fine-tuning from each start with each seed, evaluated per case on the held-out split."""
 
     name: JobName = Field(description="name of the job")
     runs: Url = Field("s3://runs", description="URL below which results are written")
-    experiment: Annotated[str, AfterValidator(_experiment)] = Field("tomoscale", description="MLflow experiment")
+    experiment: Experiment = Field("tomoscale", description="MLflow experiment")
     starts: dict[str, str] = Field(description="name of a start to a model URI, or `none` for random weights")
     labelled: LabelledConfig
     finetune: FinetuneConfig = FinetuneConfig()
@@ -353,7 +286,7 @@ class FinetuneJobConfig(Config):
     @field_validator("starts")
     @classmethod
     def _check_starts(cls, value: dict[str, str]) -> dict[str, str]:
-        _with_a_network(tuple(value.values()))
+        with_a_network(tuple(value.values()))
         for name in value:  # part of a run's name in MLflow, of its queries and of a file's name
             if name != name.strip() or not name.isprintable() or not 0 < len(quote(name, safe="")) <= LONGEST_NAME:
                 raise ValueError(f"names of 1 to {LONGEST_NAME} printable characters, not {name[:40]!r}")

@@ -1,8 +1,7 @@
 """Configurations of the demo, sized for two cores: a 16-channel U-Net and few steps."""
 
+from collections.abc import Mapping
 from typing import Any
-
-from ssl_core.downstream.search import TrialSettings
 
 BACKBONE = {"name": "basic_unet", "arguments": {"features": [16, 16, 32, 64, 128, 16]}}
 PATCH = [32, 48, 32]
@@ -66,14 +65,14 @@ def tune(name: str, data: str, label: str, runs: str, encoder: str) -> dict[str,
     }
 
 
-def finetune(name: str, data: str, label: str, runs: str, encoder: str, best: TrialSettings) -> dict[str, Any]:
+def finetune(name: str, data: str, label: str, runs: str, encoder: str, best: Mapping[str, Any]) -> dict[str, Any]:
     """From the encoder and from random weights, three seeds each, with the settings that the search chose."""
     return {
         "name": name,
         "runs": runs,
         "starts": {"pre-trained": encoder, "from scratch": "none"},
         "labelled": labelled(data, label),
-        "finetune": {**finetuning(), "lr": best.lr, "encoder_lr_scale": best.encoder_lr_scale},
+        "finetune": {**finetuning(), **{name: best[f"finetune.{name}"] for name in ("lr", "encoder_lr_scale")}},
         "seeds": [0, 1, 2],
         "concurrent": 2,
         "model": f"{name}-segmenter",

@@ -20,7 +20,8 @@ from nibabel.spatialimages import SpatialImage
 
 from cluster import services, stack, stack_info
 from jobs import driver, submit
-from jobs.configs import FinetuneJobConfig, LabelledConfig, PretrainConfig, TuneConfig
+from jobs.configs import FinetuneJobConfig, LabelledConfig, PretrainConfig
+from jobs.configs.search import TuneConfig
 from jobs.demo import presets
 from jobs.ingestion import ingest
 from jobs.labelled import draw

@@ -72,6 +72,11 @@ def fitting(nodes: Sequence[Node], need: Node) -> int:
     return sum(min(int(node.get(name, 0) / amount + 1e-9) for name, amount in need.items()) for node in nodes)
 
 
+def places(*, cpus: float, gpus: float = 0) -> int:
+    """How many tasks of that size the living nodes hold together, whatever runs there now."""
+    return fitting(_nodes(), {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount})
+
+
 def seconds_to_wait() -> float:
     """How long to wait for new nodes: what the environment says, else only where a cluster is known to add some.
 

@@ -11,6 +11,7 @@ from matplotlib import pyplot as plt
 from jobs.output import table
 from jobs.pages.charts import COLOURS, INK, chart
 from jobs.pages.html import Picture, page
+from jobs.pages.search import setting_heading, setting_paths, setting_text
 from jobs.pages.summary import CurvePoint, DemoSummary
 from ssl_core.downstream.comparison import Training, subject_dice
 from ssl_core.downstream.scores import METRICS
@@ -69,7 +70,7 @@ def render(summary: DemoSummary, pictures: Mapping[str, bytes], captions: Mappin
         captions: Captions by the same names.
     """
     shots = {name: Picture(png, captions.get(name, "")) for name, png in pictures.items()}
-    comparison = summary.finetune
+    comparison, paths = summary.finetune, setting_paths(summary.search.trials)
     dice = (
         "Each dot is a held-out subject in one training, each column of dots a seed, each bar its mean; grey lines join"
         " the same seed."
@@ -100,8 +101,8 @@ def render(summary: DemoSummary, pictures: Mapping[str, bytes], captions: Mappin
             ],
         },
         trials={
-            "head": ("trial", "encoder", "lr", "encoder lr ×", "epochs", "inner Dice, last epoch"),
-            "rows": [_trial_cells(trial, summary.search.epochs) for trial in summary.search.trials],
+            "head": ("trial", *map(setting_heading, paths), "epochs", "inner Dice, last epoch"),
+            "rows": [_trial_cells(trial, paths, summary.search.epochs) for trial in summary.search.trials],
         },
         seconds=[(stage, f"{seconds:.1f}") for stage, seconds in summary.timings.items()],
     )
@@ -115,13 +116,15 @@ def text(summary: DemoSummary) -> str:
         for row in comparison.rows
     ]
     headings = [metric.heading(comparison.nsd_tolerance_mm) for metric in METRICS]
+    paths = [path for path in setting_paths(search.trials) if path != "encoder"]
     trials = [
-        (t.trial, t.settings.lr, t.settings.encoder_lr_scale, len(t.scores), t.stopped_early, t.last, t.status)
+        (t.trial, *(t.settings.get(path) for path in paths), len(t.scores), t.stopped_early, t.last, t.status)
         for t in search.trials
     ]
+    head = ("trial", *map(setting_heading, paths), "epochs", "stopped early", "inner Dice, last", "ended")
     return "\n\n".join(
         [
-            table(("trial", "lr", "encoder lr x", "epochs", "stopped early", "inner Dice, last", "ended"), trials),
+            table(head, trials),
             table(("start", "label", *(word for heading in headings for word in (heading, "sd"))), scores),
             "\n".join(line for line in (comparison.statement, _caution(search)) if line),
             table(("stage", "seconds"), [(stage, round(seconds, 1)) for stage, seconds in summary.timings.items()]),
@@ -129,13 +132,11 @@ def text(summary: DemoSummary) -> str:
     )
 
 
-def _trial_cells(trial: Trial, epochs: int) -> tuple[str | int, ...]:
+def _trial_cells(trial: Trial, paths: Sequence[str], epochs: int) -> tuple[str | int, ...]:
     ended = trial.status if trial.error is not None or trial.last is None else f"{trial.last:.3f}"
     return (
         trial.trial,
-        trial.settings.encoder,
-        f"{trial.settings.lr:.2e}",
-        f"{trial.settings.encoder_lr_scale:g}",
+        *(setting_text(trial.settings.get(path)) for path in paths),
         f"{len(trial.scores)} of {epochs}" + (" (stopped early)" if trial.stopped_early else ""),
         ended,
     )
@@ -143,7 +144,7 @@ def _trial_cells(trial: Trial, epochs: int) -> tuple[str | int, ...]:
 
 def _caution(search: SearchResult) -> str:
     """What the reader of a comparison should know of a search in which one side took no part."""
-    if any(trial.settings.encoder == "none" for trial in search.trials):
+    if any(trial.encoder == "none" for trial in search.trials):
         return ""
     return (
         "All starts got the settings that the search found for the encoder; random weights had no search of their own."

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from jobs.configs import FinetuneJobConfig, PretrainConfig, TuneConfig
+from jobs.configs import FinetuneJobConfig, PretrainConfig
+from jobs.configs.search import TuneConfig
 from jobs.plan.one_rank import OneRank
 from ssl_core.methods.base import StepContext, method_class
 from ssl_core.networks.batch_norm import bind

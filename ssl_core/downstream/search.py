@@ -1,25 +1,30 @@
 """What a search of fine-tuning settings came to: its trials and the settings that it chose."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ssl_core.downstream.records import from_fields
 
+_BEFORE = {"encoder": "encoder", "lr": "finetune.lr", "encoder_lr_scale": "finetune.encoder_lr_scale"}
+"""Names of settings in results from before dotted paths."""
 
-@dataclass(frozen=True)
-class TrialSettings:
-    """One point of the search space.
 
-    Attributes:
-        encoder: Model URI to start from, or `none`.
-        lr: Peak learning rate.
-        encoder_lr_scale: Learning rate of the encoder relative to the rest.
+def settings_from(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted path, of a result of any version.
+
+    Args:
+        data: Settings as they were written, other entries beside them.
     """
+    if "settings" in data:
+        return dict(data["settings"])
+    return {path: data[name] for name, path in _BEFORE.items() if name in data}
 
-    encoder: str
-    lr: float
-    encoder_lr_scale: float
+
+def written(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as results have them: under the names of before where they had one, and all by dotted path."""
+    names = {name: settings[path] for name, path in _BEFORE.items() if path in settings}
+    return {**names, "settings": dict(settings)}
 
 
 @dataclass(frozen=True)
@@ -28,19 +33,32 @@ class Trial:
 
     Attributes:
         trial: Its number, in the order of creation; the same at every start of its search.
-        settings: What it was trained with.
-        scores: Dice of the inner split by epoch, of its last attempt.
-        stopped_early: Whether the scheduler ended it before its last epoch.
+        settings: What it was trained with: values by dotted path, such as `finetune.lr`, and the `encoder`.
+        scores: Dice of the inner split by epoch, of its last attempt, up to where it was stopped.
+        stopped_early: Whether it ended before its last epoch without failing.
         error: Why it failed, in one line; None where it did not.
         id: Its id in the search's state, from its creation on; empty in results from before it was noted.
+        why: What ended it early, such as `asha at epoch 2`; empty where nothing did.
+        seconds: Of its training, up to its last epoch.
+        epochs_spent: Epochs trained for it in all: attempts that died and epochs after its rung count.
+        arm: Which search it belongs to where random weights have one of their own.
     """
 
     trial: int
-    settings: TrialSettings
+    settings: Mapping[str, Any]
     scores: tuple[float, ...]
     stopped_early: bool
     error: str | None
     id: str = ""
+    why: str = ""
+    seconds: float = 0.0
+    epochs_spent: int = 0
+    arm: int = 0
+
+    @property
+    def encoder(self) -> str:
+        """Model URI that it starts from, or `none`."""
+        return str(self.settings["encoder"])
 
     @property
     def last(self) -> float | None:
@@ -53,10 +71,10 @@ class Trial:
         return "done" if self.error is None else "error"
 
     def to_json(self) -> dict[str, Any]:
-        """One flat object, with what follows from the scores."""
+        """One object, with what follows from the scores."""
         return {
             "trial": self.trial,
-            **asdict(self.settings),
+            **{name: value for name, value in written(self.settings).items() if name != "settings"},
             "epochs": len(self.scores),
             "scores": self.scores,
             "last": self.last,
@@ -64,16 +82,22 @@ class Trial:
             "status": self.status,
             "error": self.error,
             "id": self.id,
+            "settings": dict(self.settings),
+            "why": self.why,
+            "seconds": self.seconds,
+            "epochs_spent": self.epochs_spent,
+            "arm": self.arm,
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Trial":
-        """Inverse of `to_json`.
+        """Inverse of `to_json`; results from before dotted paths are read.
 
         Raises:
             RefusedInput: an entry is missing.
         """
-        return from_fields(cls, {"id": "", **data, "settings": from_fields(TrialSettings, data)})
+        later = {"id": "", "why": "", "seconds": 0.0, "epochs_spent": len(data.get("scores", ())), "arm": 0}
+        return from_fields(cls, {**later, **data, "settings": settings_from(data)})
 
 
 @dataclass(frozen=True)
@@ -82,38 +106,51 @@ class SearchResult:
 
     Attributes:
         trials: In the order of creation.
-        best: Settings of the chosen trial.
+        best: Settings of the chosen trial, by dotted path.
         choice: The choice in words.
         epochs: Epochs of a trial that is not stopped.
         run_id: MLflow run.
-        seconds: Wall time.
+        seconds: Wall time, all starts of the search together.
+        best_trial: Number of the chosen trial; -1 in results from before it was noted.
+        best_by_arm: Number of the best trial of each arm.
+        front: Numbers of the trials that no other beats in Dice and in seconds; empty with one objective.
+        importance: Share of the differences in Dice that each setting explains; empty where nobody can say.
     """
 
     trials: tuple[Trial, ...]
-    best: TrialSettings
+    best: Mapping[str, Any]
     choice: str
     epochs: int
     run_id: str
     seconds: float
+    best_trial: int = -1
+    best_by_arm: tuple[int, ...] = ()
+    front: tuple[int, ...] = ()
+    importance: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As written to `result.json`."""
         return {
             "trials": [trial.to_json() for trial in self.trials],
-            "best": asdict(self.best),
+            "best": written(self.best),
             "chosen": self.choice,
             "epochs": self.epochs,
             "run_id": self.run_id,
             "seconds": self.seconds,
+            "best_trial": self.best_trial,
+            "best_by_arm": self.best_by_arm,
+            "front": self.front,
+            "importance": dict(self.importance),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "SearchResult":
-        """Inverse of `to_json`.
+        """Inverse of `to_json`; results from before dotted paths are read.
 
         Raises:
             RefusedInput: an entry is missing.
         """
+        later = {"best_trial": -1, "best_by_arm": (), "front": (), "importance": {}}
         trials = tuple(Trial.from_json(trial) for trial in data["trials"])
-        best = from_fields(TrialSettings, data["best"])
-        return from_fields(cls, {**data, "trials": trials, "best": best, "choice": data["chosen"]})
+        best = settings_from(data["best"])
+        return from_fields(cls, {**later, **data, "trials": trials, "best": best, "choice": data["chosen"]})

@@ -81,7 +81,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "plan": "configs output tracking driver pretrain",
         "torchrun": "configs output lease tracking driver certificate pretrain",
         "finetune": "configs output lease on_ray tracking driver labelled pinning",
-        "tune": "configs output lease on_ray tracking driver labelled pinning finetune",
+        "tune": "configs ingest_config output lease on_ray tracking pages driver labelled pinning finetune",
         "predict": "on_ray output pages",
         "exchange": "tracking",
         "demo": "configs output submit tracking pages driver ingestion labelled pretrain",

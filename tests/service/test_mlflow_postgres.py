@@ -18,7 +18,9 @@ import pytest
 import yaml
 
 from cluster import ports
+from jobs.tracking import runs as tracking
 from tests.kit.mlflow_server import environment
+from tests.kit.senders import POINTS, SENDERS, send_at_once
 
 pytestmark = pytest.mark.service
 DOCKER = Path(__file__).resolve().parents[2] / "docker"
@@ -88,7 +90,10 @@ def status(url: str, password: str = "") -> int:
 
 
 @pytest.mark.skipif(not PROGRAMS, reason="PostgreSQL's server is not installed")
-def test_mlflow_keeps_runs_and_users_in_postgresql(secrets: Path, tmp_path: Path) -> None:
+def test_mlflow_keeps_runs_and_users_in_postgresql(
+    secrets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the points of 32 senders at once, without a lost one."""
     pytest.importorskip("psycopg2", reason="psycopg2-binary is not installed")
     variables = dict(line.split("=", 1) for line in (secrets / "mlflow_server.env").read_text().splitlines())
     client = dict(line.split("=", 1) for line in (secrets / "mlflow_client.env").read_text().splitlines())
@@ -115,10 +120,14 @@ def test_mlflow_keeps_runs_and_users_in_postgresql(secrets: Path, tmp_path: Path
             until(lambda: status(f"{url}/health") == 200, server)
             assert status(search) == 401
             assert status(search, client["MLFLOW_TRACKING_PASSWORD"]) == 200
+            for key, value in {**environment(), **client, "MLFLOW_TRACKING_URI": url}.items():
+                monkeypatch.setenv(key, value)
+            send_at_once(tracking.client())
         finally:
             os.killpg(server.pid, signal.SIGKILL)
             server.wait(30)
-        for table in ("experiments", "users"):
-            assert sql(database_port, variables["PGPASSWORD"], f"SELECT count(*) FROM {table}").stdout == "1\n"
+        for table, rows in {"experiments": 2, "users": 1, "metrics": 3 * SENDERS * POINTS}.items():
+            count = sql(database_port, variables["PGPASSWORD"], f"SELECT count(*) FROM {table}").stdout
+            assert count == f"{rows}\n", table
     assert not list(tmp_path.glob("*.db"))
     assert variables["PGPASSWORD"] not in " ".join(command)

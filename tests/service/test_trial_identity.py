@@ -3,40 +3,21 @@
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import pandas as pd
 import pytest
 
-from jobs import tune
-from jobs.configs import TuneConfig
 from jobs.tracking import runs as tracking
-from ssl_core.config import parse
+from jobs.tune.journal import Journal
+from jobs.tune.live import METRIC, Live
+from jobs.tune.state import Search
+from jobs.tune.suggest import Suggestions
 from tests.kit.mlflow_server import environment, mlflow_server
+from tests.kit.searches import play, score, search_config
+from tests.kit.senders import send_at_once
 
 pytestmark = pytest.mark.service
-TRIALS, STARTS, EPOCHS = 3, 4, 3
-
-
-class Killed(BaseException):
-    """The end of a driver, as nothing catches SIGKILL."""
-
-
-class Mortal:
-    """A client of MLflow whose process is killed before a call of it."""
-
-    def __init__(self, api: Any, calls: int) -> None:
-        self._api, self._left = api, calls
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*arguments: Any, **options: Any) -> Any:
-            if self._left == 0:
-                raise Killed
-            self._left -= 1
-            return getattr(self._api, name)(*arguments, **options)
-
-        return call
+STARTS = 4
 
 
 @pytest.fixture(scope="module")
@@ -47,50 +28,86 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield tracking.client()
 
 
-def result(number: int) -> Any:
-    """Ray Tune's of a trial: everything about it follows from its number."""
-    trial_id = f"{(number + 1) * 2654435761 % 2**32:08x}"
-    frame = pd.DataFrame({"epoch": range(1, EPOCHS + 1), tune.METRIC: [number + e / 10 for e in range(1, EPOCHS + 1)]})
-    settings = {"encoder": "models:/e/1", "lr": 0.001 * (number + 1), "encoder_lr_scale": 1.0}
-    path = f"runs/s/trial_{trial_id}_{number + 1}_lr=0.1_2026-01-01"
-    metrics = {"trial_id": trial_id}
-    return SimpleNamespace(metrics=metrics, metrics_dataframe=frame, config=settings, error=None, path=path)
+class Mortal:
+    """A client of MLflow whose process is killed before a call of it: nothing is sent any more."""
+
+    def __init__(self, api: Any, calls: int) -> None:
+        self._api, self._left = api, calls
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if self._left <= 0:
+                raise SystemExit
+            self._left -= 1
+            return getattr(self._api, name)(*arguments, **options)
+
+        return call
 
 
-def start(api: Any, config: TuneConfig, run_id: str, results: list[Any]) -> str:
-    """What the driver does with the results of a search; returns what it found best."""
-    trials = tune.trials_of(config, results, tune.numbers_of(config, results))
-    for item in trials:
-        tune._log_trial(api, config, run_id, item)
-    return tune.searched(config, trials, run_id=run_id, seconds=1.0).choice
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_whatever_the_order_and_whenever_it_is_killed_a_child_is_one_trial(api: Any, tmp_path: Path, seed: int) -> None:
-    source = random.Random(seed)
-    name = f"search-{seed}"
-    given = {"name": name, "runs": str(tmp_path), "encoders": ["models:/e/1"], "labelled": {"data": "memory://x"}}
-    config = parse(TuneConfig, {**given, "finetune": {"epochs": EPOCHS}, "trials": TRIALS})
-    run_id = tracking.open_run(api, config.experiment, name, "tune", params={}, tags={})
-    best, kills = set(), 0
-    for number in range(STARTS + 1):
-        results = [result(trial) for trial in range(TRIALS)]
-        source.shuffle(results)
-        is_last = number == STARTS
-        try:
-            best.add(start(api if is_last else Mortal(api, source.randrange(20)), config, run_id, results))
-        except Killed:
-            kills += 1
-    assert kills > 1, "no start was killed"
-    assert best == {f"trial {TRIALS - 1}, lr 3.00e-03, encoder lr x 1, inner Dice {TRIALS - 1 + 0.3:.3f}"}
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("scheduler", ["asha", "halving"])
+def test_whatever_the_order_and_whenever_it_is_killed_a_child_is_one_trial(
+    api: Any, tmp_path: Path, scheduler: str
+) -> None:
+    source = random.Random(scheduler)
+    config = search_config(name=f"search-{scheduler}", runs=str(tmp_path), trials=4, scheduler=scheduler)
+    run_id = tracking.open_run(api, config.experiment, config.name, "tune", params={}, tags={})
+    journal = Journal(config.runs, config.name)
+    for number in range(STARTS):
+        is_last = number == STARTS - 1
+        live = Live(config, run_id, api if is_last else Mortal(api, source.randrange(12)))
+        search = Search(
+            config,
+            1 + number,
+            Suggestions(config),
+            entries=journal.read(),
+            keep=lambda entry: journal.write(entry, 1.0),
+            listener=live,
+        )
+        play(search, number, most=None if is_last else source.randrange(1, 9))
+        live.close()
+        live.complete(search.trials() if is_last else ())
+    trials = search.trials()
     experiment = api.get_run(run_id).info.experiment_id
     children = api.search_runs([experiment], f"tags.mlflow.parentRunId = '{run_id}'")
-    assert sorted(child.info.run_name for child in children) == [f"{name}-{trial}" for trial in range(TRIALS)]
+    assert sorted(child.info.run_name for child in children) == [f"{config.name}-{trial.trial}" for trial in trials]
     for child in children:
-        trial = int(child.info.run_name.rpartition("-")[2])
-        assert child.data.tags["tomoscale.trial"] == result(trial).metrics["trial_id"]
-        assert float(child.data.params["lr"]) == pytest.approx(result(trial).config["lr"])
-        points = sorted(api.get_metric_history(child.info.run_id, tune.METRIC), key=lambda point: point.step)
-        assert [point.step for point in points] == [1, 2, 3], "a point is missing or there twice"
-        assert [point.value for point in points] == pytest.approx([trial + epoch / 10 for epoch in (1, 2, 3)])
+        trial = trials[int(child.info.run_name.rpartition("-")[2])]
+        assert child.data.tags["tomoscale.trial"] == trial.id
+        assert child.data.tags["tomoscale.stopped_early"] == str(trial.stopped_early)
+        assert float(child.data.params["finetune.lr"]) == pytest.approx(trial.settings["finetune.lr"])
+        points = sorted(api.get_metric_history(child.info.run_id, METRIC), key=lambda point: point.step)
+        assert [point.step for point in points] == list(range(1, len(trial.scores) + 1)), "missing or twice"
+        assert [point.value for point in points] == pytest.approx(trial.scores)
         assert child.info.status == "FINISHED"
+
+
+def test_a_trial_is_in_mlflow_while_it_runs(api: Any, tmp_path: Path) -> None:
+    config = search_config(name="live", runs=str(tmp_path), trials=2, scheduler="none")
+    run_id = tracking.open_run(api, config.experiment, config.name, "tune", params={}, tags={})
+    live = Live(config, run_id, tracking.client())
+    search = Search(config, 1, Suggestions(config), listener=live)
+    entry = search.next()
+    assert entry is not None
+    for epoch in (1, 2):
+        dice = score(entry.settings, epoch)
+        search.reported(0, epoch, {METRIC: dice, "loss": 1 - dice}, dice, 1.0 * epoch)
+    live.close()
+    experiment = api.get_run(run_id).info.experiment_id
+    (child,) = api.search_runs([experiment], f"tags.mlflow.parentRunId = '{run_id}'")
+    assert child.info.status == "RUNNING"
+    assert float(child.data.params["finetune.lr"]) == pytest.approx(entry.settings["finetune.lr"])
+    assert [m.step for m in api.get_metric_history(child.info.run_id, "loss")] == [1, 2]
+    live.interrupted()
+    assert api.get_run(child.info.run_id).info.status == "KILLED"
+    failing = Live(config, run_id, tracking.client())
+    again = Search(config, 1, Suggestions(config), entries=search.entries, listener=failing)
+    again.ended(0, "ArithmeticError: a loss of nan")
+    failing.close()
+    ended = api.get_run(child.info.run_id)
+    assert ended.info.status == "FAILED"
+    assert ended.data.tags["tomoscale.error"] == "ArithmeticError: a loss of nan"
+
+
+def test_thirty_two_senders_lose_no_point_on_sqlite(api: Any) -> None:
+    send_at_once(api)

@@ -10,7 +10,8 @@ from jobs.output import emit
 from storage.errors import ConfigError
 
 if TYPE_CHECKING:
-    from jobs.configs import FinetuneJobConfig, PretrainConfig, TuneConfig
+    from jobs.configs import FinetuneJobConfig, PretrainConfig
+    from jobs.configs.search import TuneConfig
 
     Job: TypeAlias = PretrainConfig | TuneConfig | FinetuneJobConfig
 
@@ -40,6 +41,10 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         job.add_argument("--address", metavar="URL", help="job server; the local stack's when empty")
         job.add_argument("--dry-run", action="store_true", help=_DRY_RUN[kind])
         job.add_argument("--no-wait", action="store_true", help="submit and return")
+        if kind == "tune":
+            job.add_argument(
+                "--resume", action="store_true", help="go on with the search of this name; refuse where there is none"
+            )
         add_state(job)
         job.set_defaults(run=_submit, kind=kind)
 
@@ -59,11 +64,12 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 def load_config(kind: str, arguments: argparse.Namespace) -> "Job":
     """The configuration that the arguments name, resolved and checked, its network and method included."""
     from jobs import configs
+    from jobs.configs.search import TuneConfig
     from ssl_core.config import load
 
     models: dict[str, type[Job]] = {
         "pretrain": configs.PretrainConfig,
-        "tune": configs.TuneConfig,
+        "tune": TuneConfig,
         "finetune": configs.FinetuneJobConfig,
     }
     config = load(models[kind], Path(arguments.config), arguments.overrides)
@@ -119,6 +125,8 @@ def _submit(arguments: argparse.Namespace) -> int:
         )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     use_stack(arguments)
+    if getattr(arguments, "resume", False):
+        _require_begun(config)
     address = job_address(arguments)
     module = MODULES[arguments.kind]
     if arguments.no_wait:
@@ -126,3 +134,21 @@ def _submit(arguments: argparse.Namespace) -> int:
         return 0
     submit.run(address, module, config, config.name, show=lambda line: print(line, flush=True))
     return 0
+
+
+def _require_begun(config: "Job") -> None:
+    """Refuse to resume a search that has not begun: a misspelt name would start another one.
+
+    Raises:
+        ConfigError: nothing lies below its name.
+    """
+    from storage.objects import join, open_store
+
+    store = open_store(join(config.runs, config.name))
+    if not store.exists("job.json"):
+        raise ConfigError(
+            f"--resume of {config.name!r}",
+            expected=f"a search that has begun, noted at {store.url}/job.json",
+            found="none",
+            remedy="correct `name` or `runs`, or leave --resume out to begin one",
+        )

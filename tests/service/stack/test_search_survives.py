@@ -10,10 +10,11 @@ import pytest
 
 from cluster.stack_info import StackInfo
 from jobs import driver, submit
-from jobs.configs import FinetuneJobConfig, TuneConfig
+from jobs.configs import FinetuneJobConfig
+from jobs.configs.search import TuneConfig
 from jobs.tracking import models as registry
 from jobs.tracking import runs as tracking
-from jobs.tune import METRIC
+from jobs.tune.live import METRIC
 from ssl_core.bundle import write_bundle
 from ssl_core.config import parse
 from storage.objects import open_store
@@ -120,7 +121,7 @@ def require_its_own_points(result: dict[str, Any], children: list[Any]) -> None:
     for child in children:
         trial = by_id[child.data.tags["tomoscale.trial"]]
         assert child.info.run_name.endswith(f"-{trial['trial']}")
-        assert float(child.data.params["lr"]) == trial["lr"]
+        assert float(child.data.params["finetune.lr"]) == trial["lr"]
         points = api.get_metric_history(child.info.run_id, METRIC)
         assert [p.value for p in sorted(points, key=lambda p: p.step)] == pytest.approx(trial["scores"])
 

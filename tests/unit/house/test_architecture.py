@@ -138,7 +138,7 @@ def test_imports_run_one_way(package: str) -> None:
 
 def test_who_only_plans_does_not_wait_for_monai() -> None:
     """Its import takes longer than that of all else together; clients, drivers and controllers have no use for it."""
-    program = "import sys, jobs.pretrain.driver, jobs.tune, jobs.superpixels; print('monai' in sys.modules)"
+    program = "import sys, jobs.pretrain.driver, jobs.tune.driver, jobs.superpixels; print('monai' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

@@ -19,6 +19,7 @@ from docs.update import ARCHITECTURE, MARKED, NODES, REFERENCE, TABLES, disaster
 from jobs import configs
 from jobs.cli import main as cli
 from jobs.exchange.foreign import ImportMap
+from jobs.configs import search as search_configs
 from jobs.ingest_config import IngestConfig
 from ssl_core.config import Config, load, resolved
 from ssl_core.methods.base import method_names
@@ -31,7 +32,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 EXAMPLES = sorted(ROOT.glob("examples/configs/*.yaml"))
 KINDS: dict[str, type[Config]] = {
     "pretrain": configs.PretrainConfig,
-    "tune": configs.TuneConfig,
+    "tune": search_configs.TuneConfig,
     "finetune": configs.FinetuneJobConfig,
     "ingest": IngestConfig,
 }
@@ -98,7 +99,7 @@ def test_the_first_example_needs_nothing_but_a_fresh_stack() -> None:
     config = load(configs.PretrainConfig, ROOT / "examples/configs/pretrain_pgl.yaml")
     assert config.source == "simulated"
     later = load(configs.FinetuneJobConfig, ROOT / "examples/configs/finetune.yaml")
-    search = load(configs.TuneConfig, ROOT / "examples/configs/tune.yaml")
+    search = load(search_configs.TuneConfig, ROOT / "examples/configs/tune.yaml")
     encoder = f"models:/{config.model_name}@candidate"
     assert encoder in later.starts.values()
     assert encoder in search.encoders
@@ -263,6 +264,7 @@ AT_WORK = """
 import json, sys
 from pathlib import Path
 from jobs.cli import main as cli
+from jobs.configs import search as search_configs
 from jobs.configs import PretrainConfig
 from jobs.pretrain.loop import Hooks, run
 from ssl_core.config import load

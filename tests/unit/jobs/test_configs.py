@@ -11,11 +11,11 @@ from pydantic import BaseModel
 
 import ssl_core.config as config_module
 from jobs.cli import main as cli
-from jobs.configs import FinetuneJobConfig, PretrainConfig, TuneConfig, registrable
+from jobs.configs import FinetuneJobConfig, PretrainConfig, registrable
+from jobs.configs.search import TuneConfig
 from jobs.demo import presets
 from jobs.ingest_config import IngestConfig
 from ssl_core.config import Config, digest, dump_yaml, load, parse, resolved
-from ssl_core.downstream.search import TrialSettings
 from ssl_core.networks import registry
 from storage.errors import ConfigError
 from tests.kit import pretraining
@@ -192,7 +192,7 @@ def test_names_of_models_are_those_that_mlflow_takes() -> None:
 
 
 def test_presets_are_valid_and_resolved_forms_come_back_equal() -> None:
-    best = TrialSettings(encoder="models:/e/1", lr=1e-3, encoder_lr_scale=0.3)
+    best = {"encoder": "models:/e/1", "finetune.lr": 1e-3, "finetune.encoder_lr_scale": 0.3}
     for kind, data in (
         (PretrainConfig, presets.pretrain("a", "memory://x", "memory://r")),
         (TuneConfig, presets.tune("a", "memory://x", "label", "memory://r", "models:/e@candidate")),

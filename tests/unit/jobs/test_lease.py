@@ -79,7 +79,7 @@ def test_the_second_job_touches_neither_checkpoints_nor_mlflow(
     import jobs.finetune
     import jobs.on_ray.room
     import jobs.on_ray.session
-    import jobs.tune
+    import jobs.tune.driver
 
     for module in (jobs.on_ray.session, driver):
         monkeypatch.setattr(module, "connect", lambda: None)
@@ -93,7 +93,7 @@ def test_the_second_job_touches_neither_checkpoints_nor_mlflow(
             "finetune": "{name: n, starts: {e: 'models:/e/1'}, labelled: {data: 'memory://d', label: l}}",
         }[kind]
     )
-    main = {"pretrain": driver.main, "tune": jobs.tune.main, "finetune": jobs.finetune.main}[kind]
+    main = {"pretrain": driver.main, "tune": jobs.tune.driver.main, "finetune": jobs.finetune.main}[kind]
     monkeypatch.setattr(Lease.__init__, "__kwdefaults__", {**Lease.__init__.__kwdefaults__, "grace_s": 0.3})
     runs = f"file://{tmp_path}/runs"
     with Lease(runs, "n", kind):

@@ -3,8 +3,9 @@
 import pytest
 
 from jobs import pinning
-from jobs.configs import FinetuneJobConfig, PretrainConfig, TuneConfig
+from jobs.configs import FinetuneJobConfig, PretrainConfig
 from jobs.configs.groups import CheckpointConfig, ClusterConfig
+from jobs.configs.search import TuneConfig
 from jobs.pinning import config_digest, pinned, with_fixed_init
 from ssl_core.config import parse
 from storage.errors import ConfigError, NotFound

@@ -23,7 +23,7 @@ from jobs.pages.summary import DataFacts, DemoSummary, PredictedCase, Prediction
 from ssl_core.config import parse
 from ssl_core.downstream.comparison import Comparison, Training
 from ssl_core.downstream.scores import CaseScore, score_case
-from ssl_core.downstream.search import SearchResult, Trial, TrialSettings
+from ssl_core.downstream.search import SearchResult, Trial
 
 def training(start, wide):
     truth, mask = np.zeros((8, 8, 8), int), np.zeros((8, 8, 8), int)
@@ -36,7 +36,7 @@ job = {"name": "n", "starts": {"a": "models:/e/1", "b": "none"}, "seeds": [0], "
 trainings = [training("a", 3), training("b", 6)]
 result = compared(parse(FinetuneJobConfig, job), trainings, run_id="r", seconds=1.0)
 written = json.loads(json.dumps(result.to_json()))
-settings = TrialSettings("none", 1e-3, 1.0)
+settings = {"encoder": "none", "finetune.lr": 1e-3, "finetune.encoder_lr_scale": 1.0}
 case = PredictedCase("i.nii.gz", "o.nii.gz", 0.5)
 summary = DemoSummary(
     created="today",
