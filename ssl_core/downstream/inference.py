@@ -123,9 +123,7 @@ def crossed_estimate(box: Box, axes: int = 3) -> tuple[Box, Box, Box]:
     variance, spread = np.zeros(lead), np.zeros(lead)
     top, top_freedom = np.zeros(lead), np.ones(lead)
     for members in sets[1:]:
-        effect = sum(
-            (-1) ** (len(members) - len(part)) * means[part] for part in sets if set(part) <= set(members)
-        )
+        effect = sum((-1) ** (len(members) - len(part)) * means[part] for part in sets if set(part) <= set(members))
         freedom = math.prod(lengths[place] - 1 for place in members)
         levels = math.prod(lengths[place] for place in members)
         of_mean = np.square(effect).sum(places) / (levels * freedom)
