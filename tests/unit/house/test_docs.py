@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from docs.update import ARCHITECTURE, MARKED, NODES, REFERENCE, TABLES, disasters, rooms, table
 from jobs import configs
 from jobs.cli import main as cli
+from jobs.configs.study import StudyConfig
 from jobs.ingest_config import IngestConfig
 from ssl_core.config import Config, load, resolved
 from ssl_core.methods.base import method_names
@@ -33,6 +34,7 @@ KINDS: dict[str, type[Config]] = {
     "tune": configs.TuneConfig,
     "finetune": configs.FinetuneJobConfig,
     "ingest": IngestConfig,
+    "study": StudyConfig,
 }
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
@@ -76,7 +78,7 @@ def _choices(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPars
 def kind_of(data: dict[str, object]) -> str:
     """Which job a configuration is for, told by the keys that only it has."""
     if "starts" in data:
-        return "finetune"
+        return "finetune" if "labelled" in data else "study"
     if "encoders" in data:
         return "tune"
     return "ingest" if set(data) <= set(IngestConfig.model_fields) else "pretrain"
@@ -89,7 +91,7 @@ def test_example_configs_are_valid(path: Path) -> None:
 
 
 def test_there_is_an_example_for_each_job_that_takes_a_config() -> None:
-    assert {path.stem.partition("_")[0] for path in EXAMPLES} == {"pretrain", "tune", "finetune"}
+    assert {path.stem.partition("_")[0] for path in EXAMPLES} == {"pretrain", "tune", "finetune", "study"}
 
 
 def test_the_first_example_needs_nothing_but_a_fresh_stack() -> None:
@@ -258,6 +260,7 @@ AT_WORK = """
 import json, sys
 from pathlib import Path
 from jobs.cli import main as cli
+from jobs.configs.study import StudyConfig
 from jobs.configs import PretrainConfig
 from jobs.pretrain.loop import Hooks, run
 from ssl_core.config import load
