@@ -8,7 +8,7 @@ from ssl_core.downstream.inference import DrawTest, Estimate
 from ssl_core.downstream.scores import METRICS, Metric
 from ssl_core.downstream.study import StudyResult, StudyRow
 
-Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+Table = tuple[tuple[str, ...], Sequence[tuple[str, ...]]]
 
 
 def scores_table(result: StudyResult) -> Table:
@@ -172,11 +172,12 @@ def html(result: StudyResult, command: str, config: str) -> str:
         ),
         ranks=Picture(
             charts.ranks(result),
-            "Average rank over draws, 1 the best. Starts under one bar are not told apart by Nemenyi's test at 5 %.",
+            "Average rank over draws, 1 the best. Nemenyi's test over draws at 5 % does not tell apart what is under one"
+            " bar.",
         ),
         curves=Picture(charts.curves(result), "Dice on further subjects while fine-tuning, mean over draws and seeds."),
         scores=scores_table(result),
-        tests=tests_table(result.tests),
+        tests=_without(tests_table(result.tests), "by draw"),  # which the chart shows
         cost=cost_table(result),
         settings=settings_table(result),
         cases=cases_table(result),
@@ -191,6 +192,13 @@ def edges(result: StudyResult) -> str:
     if not at_the_end:
         return ""
     return f"Some best {' and '.join(at_the_end)} lie at an end of what was tried: a wider search might find better."
+
+
+def _without(table: Table, column: str) -> Table:
+    """A table without one of its columns."""
+    head, rows = table
+    at = head.index(column)
+    return head[:at] + head[at + 1 :], [row[:at] + row[at + 1 :] for row in rows]
 
 
 def _interval(value: Estimate, metric: Metric) -> str:

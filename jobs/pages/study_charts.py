@@ -101,17 +101,17 @@ def _ranks(axis: Axes, panel: Ranks, colour: Mapping[str, str]) -> None:
     """One critical-difference diagram."""
     order = sorted(panel.ranks, key=lambda start: panel.ranks[start])
     for number, start in enumerate(order):
-        rank, y = panel.ranks[start], -1.0 - number
+        rank, y = panel.ranks[start], -1.5 - number
         axis.plot([rank, rank, len(order) + 0.35], [0, y, y], color=colour[start], lw=1.2)
         axis.text(len(order) + 0.4, y, f"{start}  {rank:.2f}", va="center", fontsize=9, color=INK)
     if panel.critical is not None:
         for level, (first, last) in enumerate(cliques([panel.ranks[start] for start in order], panel.critical)):
-            axis.plot([first - 0.03, last + 0.03], [-0.3 - 0.3 * level] * 2, color=INK, lw=3, solid_capstyle="round")
+            axis.plot([first - 0.03, last + 0.03], [-0.35 - 0.3 * level] * 2, color=INK, lw=2.6, solid_capstyle="round")
         axis.plot([1, 1 + panel.critical], [0.75, 0.75], color=INK, lw=1.4, marker="|")
         axis.text(1, 0.95, f"critical difference {panel.critical:.2f}", fontsize=8.5, color=INK, va="bottom")
     axis.set_title(f"{panel.labels} label{'s' if panel.labels > 1 else ''}", fontsize=10, color=INK, loc="right")
     axis.set_xlim(0.8, len(order) + 2.2)
-    axis.set_ylim(-1.6 - len(order), 1.8)
+    axis.set_ylim(-2.1 - len(order), 1.8)
     axis.spines[["left", "bottom", "right", "top"]].set_visible(False)
     axis.axhline(0, xmin=0, xmax=(len(order) - 0.6) / (len(order) + 1.4), color="#9aa3af", lw=1)
     axis.set_xticks(range(1, len(order) + 1))

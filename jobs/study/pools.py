@@ -13,6 +13,7 @@ from jobs.study.work import Task, perform
 from storage.errors import StackError
 
 Result = dict[str, Any]
+Work = Callable[[Task], Result]
 
 
 class Pool(Protocol):
@@ -39,7 +40,7 @@ class Inline:
 
     size = 1
 
-    def __init__(self, work: Callable[[Task], Result] = perform) -> None:
+    def __init__(self, work: Work = perform) -> None:
         self._work = work
         self._next: Task | None = None
 
@@ -61,17 +62,18 @@ class Processes:
 
     Args:
         size: How many.
+        work: Does a cell.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, work: Work = perform) -> None:
+        self.size, self._work = size, work
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(size, mp_context=context, initializer=_end_with_parent)
         self._running: dict[Future[Result], Task] = {}
 
     def submit(self, task: Task) -> None:
         """See `Pool`."""
-        self._running[self._pool.submit(perform, task)] = task
+        self._running[self._pool.submit(self._work, task)] = task
 
     def next_done(self) -> tuple[Task, Result]:
         """See `Pool`.
@@ -105,14 +107,15 @@ class RayTasks:
         size: How many at a time.
         cpus: Of a task.
         gpus: Of a task.
+        work: Does a cell.
     """
 
-    def __init__(self, size: int, cpus: float, gpus: float) -> None:
+    def __init__(self, size: int, cpus: float, gpus: float, work: Work = perform) -> None:
         import ray  # late: a study on one machine needs none
 
         self.size = size
         self._ray = ray
-        self._task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(perform)
+        self._task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(work)
         self._running: dict[Any, Task] = {}
 
     def submit(self, task: Task) -> None:

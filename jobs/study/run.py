@@ -113,6 +113,19 @@ def counts(config: StudyConfig, first: list[Cell]) -> dict[str, int]:
     return total
 
 
+def forecast(config: StudyConfig) -> str:
+    """What a study would do and could show, from its configuration alone."""
+    search, starts = config.search, config.starts.values()
+    trained = sum(start.pretrain is not None or start.supervised is not None for start in starts)
+    settings = len(search.lr) * len(search.steps)
+    searched = len(starts) * len(config.searched_labels) * search.draws * settings
+    power = power_of(config.draws, len(config.compared), config.sd, is_pilot=False)
+    return (
+        f"at most {trained * config.pretrainings} pre-trainings; {searched} trainings of the search, {settings}"
+        f" settings for each start; {counts(config, [])[kinds.TEST]} tested trainings\n{power.statement}"
+    )
+
+
 def plan(config: StudyConfig, data: Data, clock: Clock) -> str:
     """What will be done, in numbers."""
     parts = ", ".join(f"{number} {kind}" for kind, number in clock.total.items())

@@ -1,7 +1,6 @@
 """Studies whose cells nobody computes: made-up scores with known effects, for what is around the cells."""
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -81,15 +80,20 @@ def go(config: StudyConfig, work: Any = pretended, say: Any = lambda _line: None
     return run(config, Surroundings(Inline(work), say=say, **around))
 
 
-def slowly(task: Task) -> dict[str, Any]:
-    """A cell that takes long enough to be killed in."""
-    time.sleep(0.02)
-    result = pretended(task)
-    with Path(sys.argv[3]).open("a", encoding="utf-8") as log:
-        log.write(f"{task.cell.key}\n")
-    return result
+def drive(runs: str, data: str, log: Path) -> None:
+    """A driver for tests to kill: a small study that notes each cell as it is done."""
+
+    def slowly(task: Task) -> dict[str, Any]:
+        time.sleep(0.01)
+        result = pretended(task)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"{task.cell.key}\n")
+        return result
+
+    go(small(runs, data), slowly)
 
 
-if __name__ == "__main__":  # a driver for tests to kill: RUNS DATA LOG
-    go(config(sys.argv[1], sys.argv[2]), slowly, lambda line: print(line, flush=True))
-    print("finished", flush=True)
+def small(runs: str, data: str) -> StudyConfig:
+    """27 cells."""
+    search = {"lr": [1e-3, 5e-3], "steps": [10, 20], "draws": 1, "subjects": 2}
+    return config(runs, data, draws=2, labels=[1], search=search)

@@ -29,7 +29,11 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     )
     study.add_argument("--out", type=Path, metavar="DIR", help="folder of the report of a job (default study-NAME)")
     study.add_argument("--address", metavar="URL", help="job server; the local stack's when empty")
-    study.add_argument("--dry-run", action="store_true", help="check and print the configuration, run nothing")
+    study.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check and print the configuration, what it would do and what it could show; run nothing",
+    )
     study.add_argument("--no-wait", action="store_true", help="submit and return")
     add_state(study)
     study.set_defaults(run=_study)
@@ -71,6 +75,9 @@ def _study(arguments: argparse.Namespace) -> int:
         config = local.placed(config, arguments.local)
     print(f"{dump_yaml(config)}# digest {digest(config)}", flush=True)
     if arguments.dry_run:
+        from jobs.study.run import forecast
+
+        _say(forecast(config))
         return 0
     command = command_of(arguments)
     if arguments.local is not None:
