@@ -172,8 +172,8 @@ def html(result: StudyResult, command: str, config: str) -> str:
         ),
         ranks=Picture(
             charts.ranks(result),
-            "Average rank over draws, 1 the best. Nemenyi's test over draws at 5 % does not tell apart what is under one"
-            " bar.",
+            "Average rank over draws, 1 the best. Nemenyi's test over draws at 5 % does not tell apart what a bar"
+            " joins.",
         ),
         curves=Picture(charts.curves(result), "Dice on further subjects while fine-tuning, mean over draws and seeds."),
         scores=scores_table(result),

@@ -197,7 +197,7 @@ def test_a_study_whose_driver_is_killed_anywhere_repeats_no_cell(tmp_path: Path)
     for _ in range(3):
         driver, before = start(), len(log.read_text().split())
         while len(log.read_text().split()) < before + moments.randint(2, 8) and driver.is_alive():
-            time.sleep(0.002)
+            time.sleep(0.005)
         time.sleep(moments.uniform(0, 0.02))
         assert driver.is_alive()
         driver.kill()
