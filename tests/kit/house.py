@@ -81,8 +81,8 @@ ROOMS: dict[str, dict[str, str]] = {
         "torchrun": "configs output lease tracking driver certificate pretrain",
         "finetune": "configs output lease on_ray tracking driver labelled pinning",
         "tune": "configs output lease on_ray tracking driver labelled pinning finetune",
-        "study": "configs output lease on_ray tracking driver labelled pinning finetune pretrain superpixels ingest ingestion "
-        "pages",
+        "study": "configs output lease on_ray tracking driver labelled pinning finetune pretrain superpixels ingest "
+        "ingestion pages",
         "predict": "on_ray",
         "demo": "configs output submit tracking pages driver ingestion labelled pretrain",
         "bench": "configs options output submit tracking demo on_ray pretrain",
