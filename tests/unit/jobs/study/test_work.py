@@ -13,7 +13,9 @@ from jobs.study import cells as kinds
 from jobs.study import pretraining
 from jobs.study.cells import Cells
 from jobs.study.prepare import prepare
+from jobs.study.report import fetch, publish, write
 from jobs.study.work import Task, perform
+from ssl_core.config import load
 from ssl_core.downstream.study import StudyResult
 from storage.objects import open_store
 from storage.reading.volume_store import VolumeStore
@@ -142,3 +144,19 @@ def test_a_pretraining_goes_on_from_its_last_checkpoint(
     weights = f"{cell.key}/bundle/weights.safetensors"
     assert open_store(other.cache_url).get(weights) == stored.get(weights)
     assert not list(open_store(f"{other.cache_url}/{cell.key}").list("step-")), "checkpoints are cleared away"
+
+
+def test_the_report_lies_whole_in_a_folder_with_every_score(
+    study: StudyConfig, result: StudyResult, tmp_path: Path
+) -> None:
+    pages = write(study, result, tmp_path / "report", "tomoscale study x.yaml")
+    assert [page.name for page in pages] == ["report.html", "report.md"]
+    assert all(page.stat().st_size for page in pages)
+    rows = (tmp_path / "report/cases.csv").read_text().splitlines()
+    assert len(rows) == 1 + 3 * 2 * 3
+    stored = json.loads((tmp_path / "report/result.json").read_text())
+    assert stored["conclusion"] == list(result.conclusion)
+    assert load(StudyConfig, tmp_path / "report/config.yaml") == study
+    publish(study, result)
+    (again, _) = fetch(study, tmp_path / "fetched", "tomoscale study x.yaml")
+    assert again.read_text() == pages[0].read_text()
