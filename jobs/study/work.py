@@ -72,10 +72,10 @@ def perform(task: Task) -> dict[str, Any]:
         "cpu_seconds": time.process_time() - cpu,
         "environment": environment(),
     }
-    key = f"{cell.key}.json"
-    if not store.put(key, json.dumps(result).encode(), if_absent=True):
-        before: dict[str, Any] = json.loads(store.get(key))  # another worker of a killed study was first
-        result = before
+    key, content = f"{cell.key}.json", json.dumps(result).encode()
+    if not store.put(key, content, if_absent=True):
+        content = store.get(key)  # another worker of a killed study was first
+    result = json.loads(content)  # as whoever reads it later has it
     if cell.kind == cells.PRETRAIN:
         clear(join(task.cache, cell.key))
     return result
