@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from jobs import configs  # noqa: E402  a script of this folder is not on the path of the packages
-from jobs.configs import groups, search  # noqa: E402
+from jobs.configs import groups, search, study  # noqa: E402
 from jobs.ingest_config import IngestConfig  # noqa: E402
 from jobs.on_ray.metrics import METRICS  # noqa: E402
 from ssl_core.downstream.settings import FinetuneConfig, TrainedParts  # noqa: E402
@@ -52,6 +52,10 @@ TABLES: tuple[type[BaseModel], ...] = (
     configs.LabelledConfig,
     FinetuneConfig,
     TrainedParts,
+    study.StudyConfig,
+    study.StudyStart,
+    study.SupervisedStart,
+    study.StudySearch,
     IngestConfig,
     IngestPolicy,
     ReadPolicy,

@@ -9,9 +9,14 @@ from ssl_core.downstream.finetune import Subjects
 from storage.errors import RefusedInput
 from storage.format.manifest import Manifest
 
+WITHOUT_TEST = "without_test"
+"""Among the facts of a manifest: it was written without its test split, so that nothing that reads it can see one."""
+
 
 def draw(manifest: Manifest, config: LabelledConfig) -> Subjects:
     """Draw labelled subjects from the manifest's train split; test volumes come from its test split.
+
+    With one seed and one `inner`, a draw of more subjects contains those of fewer, and has the same inner ones.
 
     Raises:
         RefusedInput: fewer labelled subjects than asked for, or none to test on.
@@ -32,7 +37,7 @@ def draw(manifest: Manifest, config: LabelledConfig) -> Subjects:
     drawn = [names[i] for i in order[: config.subjects]]
     inner, train = drawn[: config.inner], drawn[config.inner :]
     test = manifest.select(split="test", labelled=config.label).tolist()
-    if not test:
+    if not test and not manifest.dataset.get(WITHOUT_TEST):
         raise RefusedInput(
             f"test split of {config.data}",
             expected=f"volumes with label {config.label!r}",

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 
 from jobs.cli import interrupts
-from jobs.cli.verbs import bench, certificate, data, demo, models, plan, predict, stack, train
+from jobs.cli.verbs import bench, certificate, data, demo, models, plan, predict, stack, study, train
 from jobs.cli.verbs import jobs as submit
 from jobs.output import open_streams
 from jobs.tracking.runs import in_our_words
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 refused input, 4 a job goes on unwatched.",
     )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for group in (demo, stack, data, train, plan, models, predict, submit, certificate, bench):
+    for group in (demo, stack, data, train, study, plan, models, predict, submit, certificate, bench):
         group.add(verbs)
     return top
 

@@ -1,7 +1,7 @@
 """Several starts of the same fine-tuning compared over the same test subjects."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from ssl_core.downstream.scores import METRICS, CaseScore, Scores, mean_scores, 
 from storage.errors import ConfigError
 
 ONE_START = "One start only: nothing to compare."
+ONE_DRAW = "This is of one draw of labelled subjects; another may say otherwise, and `tomoscale study` goes over draws."
+"""Behind each sentence: which subjects are labelled often moves Dice more than the start does."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,8 @@ def paired_test_of(trainings: Sequence[Training], starts: Sequence[str]) -> Pair
             f"trainings of {a} and {b}", expected="the same seeds and test subjects", found="others", remedy=_REMEDY
         )
     d_SN = np.array([[dice[s] - second[seed][s] for s in dice] for seed, dice in first.items()])
-    return compare_trainings(d_SN, a=a, b=b)
+    test = compare_trainings(d_SN, a=a, b=b)
+    return replace(test, statement=f"{test.statement} {ONE_DRAW}")
 
 
 _REMEDY = "run the job again under another name"

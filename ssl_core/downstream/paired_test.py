@@ -1,7 +1,8 @@
 """Paired comparisons in words that claim no more than the test supports.
 
 `compare` is of two models: their weights stay, and only the cases could have been others. `compare_trainings` is of two
-ways to train: other seeds would have given other weights, so the trainings count as drawn too.
+ways to train: other seeds would have given other weights, so the trainings count as drawn too. Where labelled
+subjects are drawn several times and pre-trainings repeated, `ssl_core.downstream.inference` is the test.
 """
 
 from dataclasses import dataclass

@@ -155,6 +155,11 @@ class Manifest:
         store.put(POINTER, self.fingerprint.encode())
         return self.fingerprint
 
+    def write_aside(self, store: ByteStore) -> str:
+        """Write the manifest and leave the pointer: it opens by its fingerprint alone, which is returned."""
+        self._put(store)
+        return self.fingerprint
+
     def _put(self, store: ByteStore) -> None:
         if self._bytes is None:
             raise StoreError(self._thing, expected="a manifest made by from_records", found="one opened from a store")

@@ -84,6 +84,8 @@ ROOMS: dict[str, dict[str, str]] = {
         "tune": "configs ingest_config output lease on_ray tracking pages driver labelled pinning finetune",
         "predict": "on_ray output pages",
         "exchange": "tracking",
+        "study": "configs output lease on_ray tracking driver labelled pinning finetune pretrain superpixels ingest "
+        "ingestion pages",
         "demo": "configs output submit tracking pages driver ingestion labelled pretrain",
         "bench": "configs options output submit tracking demo on_ray pretrain",
         "cli": "*",

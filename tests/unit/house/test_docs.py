@@ -18,8 +18,9 @@ from pydantic import BaseModel
 from docs.update import ARCHITECTURE, MARKED, NODES, REFERENCE, TABLES, disasters, rooms, table
 from jobs import configs
 from jobs.cli import main as cli
-from jobs.exchange.foreign import ImportMap
 from jobs.configs import search as search_configs
+from jobs.configs.study import StudyConfig
+from jobs.exchange.foreign import ImportMap
 from jobs.ingest_config import IngestConfig
 from ssl_core.config import Config, load, resolved
 from ssl_core.methods.base import method_names
@@ -35,6 +36,7 @@ KINDS: dict[str, type[Config]] = {
     "tune": search_configs.TuneConfig,
     "finetune": configs.FinetuneJobConfig,
     "ingest": IngestConfig,
+    "study": StudyConfig,
 }
 KEYS_OF_A_MAP = {"rename", "drop"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -79,7 +81,7 @@ def _choices(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPars
 def kind_of(data: dict[str, object]) -> str:
     """Which job a configuration is for, told by the keys that only it has."""
     if "starts" in data:
-        return "finetune"
+        return "finetune" if "labelled" in data else "study"
     if "encoders" in data:
         return "tune"
     return "ingest" if set(data) <= set(IngestConfig.model_fields) else "pretrain"
@@ -92,7 +94,7 @@ def test_example_configs_are_valid(path: Path) -> None:
 
 
 def test_there_is_an_example_for_each_job_that_takes_a_config() -> None:
-    assert {path.stem.partition("_")[0] for path in EXAMPLES} == {"pretrain", "tune", "finetune"}
+    assert {path.stem.partition("_")[0] for path in EXAMPLES} == {"pretrain", "tune", "finetune", "study"}
 
 
 def test_the_first_example_needs_nothing_but_a_fresh_stack() -> None:
@@ -264,7 +266,6 @@ AT_WORK = """
 import json, sys
 from pathlib import Path
 from jobs.cli import main as cli
-from jobs.configs import search as search_configs
 from jobs.configs import PretrainConfig
 from jobs.pretrain.loop import Hooks, run
 from ssl_core.config import load

@@ -1,0 +1,138 @@
+"""Charts of a study: label efficiency, differences by draw, ranks with a critical difference, learning curves."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from jobs.pages.charts import COLOURS, INK, chart
+from ssl_core.downstream.study import Ranks, StudyResult
+
+_MORE = ("#b0406a", "#3f8f8f", "#8c7a2f", "#6b7280", "#4653b5", "#a85a2a", "#2f8f5f", "#7a3f3f")
+
+
+def colours(starts: Sequence[str]) -> dict[str, str]:
+    """A colour for each start, the same in every chart."""
+    every = (*COLOURS, *_MORE)
+    return {start: every[number % len(every)] for number, start in enumerate(starts)}
+
+
+def starts_of(result: StudyResult) -> list[str]:
+    """Starts in the order of the rows."""
+    return list(dict.fromkeys(row.start for row in result.rows))
+
+
+def efficiency(result: StudyResult) -> bytes:
+    """PNG of Dice over the count of labels: mean, 95 % interval, and a dot for each draw."""
+    starts = starts_of(result)
+    colour, counts = colours(starts), sorted({row.labels for row in result.rows})
+    drawing, axis = plt.subplots(figsize=(8.4, 4.2))
+    for number, start in enumerate(starts):
+        rows = [row for row in result.rows if row.start == start]
+        # Side by side: equal counts would lie on one another.
+        x = np.arange(len(counts)) + 0.5 * ((number + 0.5) / len(starts) - 0.5)
+        means = [row.scores["dice"].mean for row in rows]
+        axis.plot(x, means, color=colour[start], lw=1.6, marker="o", ms=4.5, label=start, zorder=3)
+        for at, row in zip(x, rows, strict=True):
+            axis.scatter([at] * len(row.by_draw), row.by_draw, s=10, color=colour[start], alpha=0.45, lw=0, zorder=2)
+            dice = row.scores["dice"]
+            if dice.low is not None and dice.high is not None:
+                axis.plot([at, at], [max(0, dice.low), min(1, dice.high)], color=colour[start], lw=1, zorder=2)
+    axis.set_xticks(range(len(counts)), [str(count) for count in counts])
+    axis.set_xlabel("labelled subjects")
+    axis.set_ylabel("Dice on test subjects")
+    _legend(axis, len(starts))
+    return chart(drawing, [axis])
+
+
+def differences(result: StudyResult) -> bytes:
+    """PNG of each comparison: a dot for the difference of each draw, the mean and its 95 % interval."""
+    tests = result.tests
+    colour = colours(starts_of(result))
+    drawing, axis = plt.subplots(figsize=(8.4, 1.2 + 0.34 * len(tests)))
+    for number, test in enumerate(tests):
+        y = len(tests) - 1 - number
+        axis.scatter(test.by_draw, [y] * test.draws, s=16, color=colour[test.a], alpha=0.6, lw=0, zorder=2)
+        if test.low is not None and test.high is not None:
+            axis.plot([test.low, test.high], [y, y], color=INK, lw=1.4, zorder=3)
+        axis.plot([test.difference], [y], marker="D", ms=5, color=INK, zorder=4)
+    axis.axvline(0, color="#9aa3af", lw=1)
+    names = [f"{test.a}, {test.labels} label{'s' if test.labels > 1 else ''}" for test in reversed(tests)]
+    axis.set_yticks(range(len(tests)), names)
+    axis.set_xlabel(f"Dice minus that of {result.reference}")
+    return chart(drawing, [axis], grid="x")
+
+
+def ranks(result: StudyResult) -> bytes:
+    """PNG of average ranks over draws at each count; starts under one bar are not told apart by Nemenyi's test."""
+    panels = result.ranks
+    starts = starts_of(result)
+    height = 1.0 + 0.22 * len(starts)
+    drawing, axes = plt.subplots(len(panels), 1, figsize=(8.4, height * len(panels)), squeeze=False)
+    for axis, panel in zip(axes[:, 0], panels, strict=True):
+        _ranks(axis, panel, colours(starts))
+    return chart(drawing, [], grid="x")
+
+
+def curves(result: StudyResult) -> bytes:
+    """PNG of the curves of fine-tuning at each count, mean over draws and seeds: Dice on further subjects."""
+    starts, counts = starts_of(result), sorted({row.labels for row in result.rows})
+    colour = colours(starts)
+    columns = min(len(counts), 3)
+    lines = -(-len(counts) // columns)
+    drawing, axes = plt.subplots(lines, columns, figsize=(8.4, 2.6 * lines), squeeze=False, sharey=True)
+    for axis in axes.flat[len(counts) :]:
+        axis.set_axis_off()
+    for axis, labels in zip(axes.flat, counts, strict=False):
+        for start in starts:
+            group = [cell for cell in result.cells if (cell.start, cell.labels) == (start, labels)]
+            dice = np.mean([[point["inner_dice"] for point in cell.history] for cell in group], axis=0)
+            steps = group[0].steps * (np.arange(len(dice)) + 1) / len(dice)
+            axis.plot(steps, dice, color=colour[start], lw=1.6, marker="o", ms=2.5, label=start)
+        axis.set_title(f"{labels} label{'s' if labels > 1 else ''}", fontsize=10, color=INK)
+        axis.set_xlabel("optimizer step")
+    axes[0, 0].set_ylabel("Dice, further subjects")
+    _legend(axes[0, 0], len(starts))
+    return chart(drawing, list(axes.flat[: len(counts)]))
+
+
+def _ranks(axis: Axes, panel: Ranks, colour: Mapping[str, str]) -> None:
+    """One critical-difference diagram."""
+    order = sorted(panel.ranks, key=lambda start: panel.ranks[start])
+    for number, start in enumerate(order):
+        rank, y = panel.ranks[start], -1.5 - number
+        axis.plot([rank, rank, len(order) + 0.35], [0, y, y], color=colour[start], lw=1.2)
+        axis.text(len(order) + 0.4, y, f"{start}  {rank:.2f}", va="center", fontsize=9, color=INK)
+    if panel.critical is not None:
+        for level, (first, last) in enumerate(cliques([panel.ranks[start] for start in order], panel.critical)):
+            axis.plot([first - 0.03, last + 0.03], [-0.35 - 0.3 * level] * 2, color=INK, lw=2.6, solid_capstyle="round")
+        axis.plot([1, 1 + panel.critical], [0.75, 0.75], color=INK, lw=1.4, marker="|")
+        axis.text(1, 0.95, f"critical difference {panel.critical:.2f}", fontsize=8.5, color=INK, va="bottom")
+    axis.set_title(f"{panel.labels} label{'s' if panel.labels > 1 else ''}", fontsize=10, color=INK, loc="right")
+    axis.set_xlim(0.8, len(order) + 2.2)
+    axis.set_ylim(-2.1 - len(order), 1.8)
+    axis.spines[["left", "bottom", "right", "top"]].set_visible(False)
+    axis.axhline(0, xmin=0, xmax=(len(order) - 0.6) / (len(order) + 1.4), color="#9aa3af", lw=1)
+    axis.set_xticks(range(1, len(order) + 1))
+    axis.tick_params(axis="x", length=0, labelsize=8)
+    axis.set_yticks([])
+
+
+def cliques(values: Sequence[float], critical: float) -> list[tuple[float, float]]:
+    """Longest runs of ascending ranks that lie within a critical difference, of two or more.
+
+    Args:
+        values: Ascending.
+        critical: Largest difference within a run.
+    """
+    runs: list[tuple[int, int]] = []
+    for first in range(len(values)):
+        last = max(i for i in range(first, len(values)) if values[i] - values[first] <= critical)
+        if last > first and not any(a <= first and last <= b for a, b in runs):
+            runs.append((first, last))
+    return [(values[a], values[b]) for a, b in runs]
+
+
+def _legend(axis: Axes, starts: int) -> None:
+    axis.legend(frameon=False, fontsize=8.5, ncols=2 if starts > 5 else 1)

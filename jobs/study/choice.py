@@ -1,0 +1,91 @@
+"""Which settings each start is tested with: the best of the grid on validation draws, by the same search for all."""
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jobs.configs.study import StudyConfig
+from jobs.study.cells import Cells
+from jobs.study.prepare import FREE
+from jobs.study.work import score
+from ssl_core.config import resolved
+from ssl_core.downstream.study import Power, power_of
+
+Grid = dict[tuple[float, int], list[float]]
+
+
+def choose(cells: Cells, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What is recorded before the test is opened: settings by start and count, what will be tested, and the power.
+
+    Args:
+        cells: Of the study.
+        results: Of the search, by key.
+    """
+    config, grids = cells.config, dict[tuple[str, int], Grid]()
+    steps_of = {
+        (start, config.settings(start, 1.0, steps, points=1).steps_per_epoch): steps
+        for start, steps in itertools.product(config.starts, config.search.steps)
+    }
+    for cell in cells.search():
+        finetune = cell.spec["finetune"]
+        point = finetune["lr"], steps_of[cell.start, finetune["steps_per_epoch"]]
+        grid = grids.setdefault((cell.start, cell.labels), {})
+        grid.setdefault(point, []).append(score(results[cell.key]))
+    best = {key: best_of(grid) for key, grid in grids.items()}
+    settings: dict[str, dict[str, Any]] = {}
+    for start in config.starts:
+        for labels in config.labels:
+            at = config.nearest_searched(labels)
+            lr, steps = best[start, at]
+            whole = config.settings(start, lr, steps)
+            settings.setdefault(start, {})[str(labels)] = {
+                "lr": lr,
+                "steps": steps,
+                "whole_steps": whole.epochs * whole.steps_per_epoch,
+                "searched_at": at,
+                "validation_dice": float(np.mean(grids[start, at][lr, steps])),
+                "at_the_edge": edges(config, lr, steps),
+            }
+    return {
+        "study": {key: value for key, value in resolved(config).items() if key not in FREE},
+        "data": config.data,
+        "simulated": cells.data.simulated,
+        "fingerprint": cells.data.fingerprint,
+        "settings": settings,
+        "grids": {
+            f"{start}, {labels} labels": [[lr, steps, scores] for (lr, steps), scores in grid.items()]
+            for (start, labels), grid in grids.items()
+        },
+        "compared": [list(pair) for pair in config.compared],
+        "power": vars(_power(config, grids, best)),
+    }
+
+
+def best_of(grid: Grid) -> tuple[float, int]:
+    """Learning rate and steps with the best mean; of equal ones the shorter, then the lower rate."""
+    return max(grid, key=lambda point: (float(np.mean(grid[point])), -point[1], -point[0]))
+
+
+def edges(config: StudyConfig, lr: float, steps: int) -> list[str]:
+    """Which of the values lie at an end of what was tried, where a further one might be better."""
+    lines = []
+    if len(config.search.lr) > 1 and lr in (min(config.search.lr), max(config.search.lr)):
+        lines.append("lr")
+    if len(config.search.steps) > 1 and steps == max(config.search.steps):
+        lines.append("steps")
+    return lines
+
+
+def _power(config: StudyConfig, grids: Mapping[tuple[str, int], Grid], best: Mapping[Any, tuple[float, int]]) -> Power:
+    """From the differences of validation draws where there are three or more, else from the assumption."""
+    spreads = []
+    for start, labels in config.compared:
+        at = config.nearest_searched(labels)
+        a, b = (np.array(grids[name, at][best[name, at]]) for name in (start, config.reference))
+        if len(a) > 2:
+            spreads.append(float(np.var(a - b, ddof=1)))
+    sd = math.sqrt(float(np.mean(spreads))) if spreads else 0.0
+    return power_of(config.draws, len(config.compared), sd or config.sd, is_pilot=sd > 0)

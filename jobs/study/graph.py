@@ -1,0 +1,117 @@
+"""Cells in an order that their needs allow, as many at a time as the pool takes."""
+
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any
+
+from jobs.study import cells as kinds
+from jobs.study.cells import Cell, stored
+from jobs.study.pools import Pool
+from jobs.study.work import Task, score
+
+Result = dict[str, Any]
+
+
+class Clock:
+    """Time left of a study, from how long cells of each kind took so far.
+
+    Args:
+        total: Cells of each kind in all.
+        size: Cells at a time.
+    """
+
+    def __init__(self, total: dict[str, int], size: int) -> None:
+        self.total, self.size = total, size
+        self.seconds: dict[str, list[float]] = {kind: [] for kind in total}
+
+    def add(self, cell: Cell, result: Result) -> None:
+        """Count a cell that is done."""
+        self.seconds.setdefault(cell.kind, []).append(float(result["seconds"]))
+
+    @property
+    def done(self) -> int:
+        """Cells that are done."""
+        return sum(map(len, self.seconds.values()))
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds left; kinds that nothing is known of count as searches do. None where nothing is known yet."""
+        every = [s for seconds in self.seconds.values() for s in seconds]
+        if not every:
+            return None
+        guess = fmean(self.seconds.get(kinds.SEARCH) or every)
+        left = sum(
+            (total - len(self.seconds[kind])) * (fmean(self.seconds[kind]) if self.seconds[kind] else guess)
+            for kind, total in self.total.items()
+        )
+        return left / self.size
+
+    def text(self) -> str:
+        """How many are done, and about how long the rest takes."""
+        left = self.left_s
+        words = f"{self.done}/{sum(self.total.values())}"
+        if left is None or self.done >= sum(self.total.values()):
+            return words
+        minutes = left / 60
+        amount = f"{left:.0f} s" if left < 90 else f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+        return f"{words}, about {amount} left"
+
+
+def execute(
+    cells: Sequence[Cell],
+    pool: Pool,
+    task_of: Callable[[Cell], Task],
+    clock: Clock,
+    *,
+    on_done: Callable[[Cell, Result], None] = lambda _cell, _result: None,
+    check: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Result]:
+    """Results of all cells by key; those that are stored are not done again.
+
+    Args:
+        cells: In the order in which they are begun, as far as their needs allow; needs are among them or stored.
+        pool: Where they run.
+        task_of: What a cell takes.
+        clock: Counts them.
+        on_done: Hears of each cell, also of those of before; may write about it.
+        check: Raises where this driver has to stop.
+        say: Hears a line for each cell.
+    """
+    results = stored(cells)
+    for cell in cells:
+        if cell.key in results:
+            clock.add(cell, results[cell.key])
+            on_done(cell, results[cell.key])
+    if results:
+        say(f"{len(results)} of {len(cells)} cells were done before")
+    own = {cell.key for cell in cells}
+    todo = [cell for cell in cells if cell.key not in results]
+    running = 0
+    try:
+        while todo or running:
+            ready = [cell for cell in todo if all(need in results or need not in own for need in cell.needs)]
+            for cell in ready[: pool.size - running]:
+                todo.remove(cell)
+                pool.submit(task_of(cell))
+                running += 1
+            task, result = pool.next_done()
+            running -= 1
+            check()
+            cell = task.cell
+            results[cell.key] = result
+            clock.add(cell, result)
+            on_done(cell, result)
+            say(f"{cell.title}: {_words(cell, result)}{result['seconds']:.0f} s ({clock.text()})")
+    finally:
+        if running:
+            pool.close()
+    return results
+
+
+def _words(cell: Cell, result: Result) -> str:
+    if cell.kind == kinds.SEARCH:
+        return f"validation Dice {score(result):.3f}, "
+    if cell.kind == kinds.TEST:
+        return f"test Dice {fmean(case['dice'] for case in result['cases']):.3f}, "
+    return f"loss {result['losses'][-1][1]:.3f}, " if result.get("losses") else ""

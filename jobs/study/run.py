@@ -1,0 +1,144 @@
+"""A study from its first cell to its report, in whatever pool."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from jobs.configs.study import StudyConfig
+from jobs.study import cells as kinds
+from jobs.study import seal
+from jobs.study.cells import Cell, Cells, Data, unique
+from jobs.study.choice import choose
+from jobs.study.graph import Clock, execute
+from jobs.study.pools import Pool
+from jobs.study.prepare import prepare
+from jobs.study.work import Task
+from ssl_core.downstream.study import Power, StudyResult, cell_from_json, power_of, summarise
+from storage.format.manifest import Manifest
+from storage.objects import join, open_store
+
+
+@dataclass
+class Surroundings:
+    """What a study is handed.
+
+    Attributes:
+        pool: Where cells run.
+        on_done: Hears of each cell and its result, also of those of before.
+        on_choice: Hears of the sealed choice.
+        check: Raises where this driver has to stop.
+        say: Hears lines.
+    """
+
+    pool: Pool
+    on_done: Callable[[Cell, dict[str, Any]], None] = lambda _cell, _result: None
+    on_choice: Callable[[dict[str, Any]], None] = lambda _choice: None
+    check: Callable[[], None] = lambda: None
+    say: Callable[[str], None] = field(default=lambda line: print(line, flush=True))
+
+
+def run(config: StudyConfig, around: Surroundings) -> StudyResult:
+    """Pre-train and search, seal the choice, test, and say what came of it.
+
+    Args:
+        config: The study; its store is ingested.
+        around: Where it runs.
+
+    Raises:
+        TomoscaleError: a setting cannot be run, or a cell failed; what is done stays.
+    """
+    say, place = around.say, join(config.runs, config.name)
+    store = open_store(place)
+    data = prepare(config, store, say)
+    cells = Cells(config, data)
+    first = cells.before()
+    clock = Clock(counts(config, first), around.pool.size)
+    assumed = power_of(config.draws, len(config.compared), config.sd, is_pilot=False)
+    say(plan(config, data, clock))
+    say(f"power, before anything is trained: {assumed.statement}")
+
+    def task_of(cell: Cell) -> Task:
+        return Task(cell, config.cache_url, place, max(1, int(config.cpus_per_cell)), config.gpus_per_cell > 0)
+
+    def go(part: list[Cell]) -> dict[str, dict[str, Any]]:
+        return execute(part, around.pool, task_of, clock, on_done=around.on_done, check=around.check, say=around.say)
+
+    results = go(first)
+    choice = seal.seal(store, choose(cells, results))
+    around.on_choice(choice)
+    say(f"the choice is sealed, digest {choice['digest']}; the test is open")
+    power = Power(**choice["power"])
+    if power.is_pilot:
+        say(f"power, from validation draws: {power.statement}")
+    tests = unique(cells.tested(choice))
+    clock.total[kinds.TEST] = len(tests)
+    results |= go(tests)
+    return outcome(cells, choice, results)
+
+
+def outcome(cells: Cells, choice: dict[str, Any], results: dict[str, dict[str, Any]]) -> StudyResult:
+    """The result of a study all of whose cells are done."""
+    config, trainings = cells.config, []
+    for cell in cells.tested(choice):
+        # Cells with equal digests are one; each count says its own name.
+        own = {"start": cell.start, "labels": cell.labels, "draw": cell.draw, "seed": cell.seed}
+        trainings.append(cell_from_json(results[cell.key] | own))
+    seconds: dict[str, list[float]] = {}
+    for start in config.starts:
+        for seed in range(config.pretrainings):
+            origin = cells.origin(start, seed)
+            if origin is not None:
+                result = results[origin.key]
+                seconds.setdefault(start, []).append(float(result.get("trained_s", result["seconds"])))
+    manifest = Manifest.open(config.data, cells.data.fingerprint)
+    return summarise(
+        config.name,
+        config.reference,
+        config.compared,
+        trainings,
+        power=Power(**choice["power"]),
+        choice=choice,
+        pretraining_s={start: sum(values) / len(values) for start, values in seconds.items()},
+        data=str(manifest.dataset.get("name") or config.data),
+    )
+
+
+def counts(config: StudyConfig, first: list[Cell]) -> dict[str, int]:
+    """Cells of each kind in all, those that wait for the choice by their most."""
+    total: dict[str, int] = {}
+    for cell in first:
+        total[cell.kind] = total.get(cell.kind, 0) + 1
+    total[kinds.TEST] = sum(map(config.seeds_of, config.starts)) * config.draws * len(config.labels)
+    return total
+
+
+def forecast(config: StudyConfig) -> str:
+    """What a study would do and could show, from its configuration alone."""
+    search, starts = config.search, config.starts.values()
+    trained = sum(start.pretrain is not None or start.supervised is not None for start in starts)
+    settings = len(search.lr) * len(search.steps)
+    searched = len(starts) * len(config.searched_labels) * search.draws * settings
+    power = power_of(config.draws, len(config.compared), config.sd, is_pilot=False)
+    return (
+        f"at most {trained * config.pretrainings} pre-trainings; {searched} trainings of the search, {settings}"
+        f" settings for each start; {counts(config, [])[kinds.TEST]} tested trainings\n{power.statement}"
+    )
+
+
+def plan(config: StudyConfig, data: Data, clock: Clock) -> str:
+    """What will be done, in numbers."""
+    parts = ", ".join(f"{number} {kind}" for kind, number in clock.total.items())
+    return (
+        f"study {config.name}: {len(config.starts)} starts, labels {', '.join(map(str, config.labels))}, {config.draws}"
+        f" draws, {config.pretrainings} pre-trainings a start, of {data.labelled} labelled subjects of"
+        f" {config.data}\n{sum(clock.total.values())} cells, {clock.size} at a time: {parts}"
+    )
+
+
+def to_json(result: StudyResult) -> str:
+    """As `result.json`: everything but the cells, which are objects of their own."""
+    import dataclasses
+
+    data = dataclasses.asdict(dataclasses.replace(result, cells=()))
+    return json.dumps(data, indent=1)

@@ -1,0 +1,220 @@
+"""What a cell does, in whatever process: one result, written once, whole or not at all."""
+
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jobs.configs import LabelledConfig
+from jobs.finetune import train_from
+from jobs.study import cells, seal
+from jobs.study.cells import Cell
+from jobs.study.pretraining import clear, pretrain
+from jobs.tracking import registration
+from ssl_core.bundle import write_bundle
+from ssl_core.bundle_card import BundleFacts
+from ssl_core.config import parse
+from ssl_core.downstream.finetune import FinetuneConfig, score_volumes
+from ssl_core.networks.registry import build
+from ssl_core.views.intensity import IntensityPolicy
+from storage.objects import join, open_store
+
+
+@dataclass(frozen=True)
+class Task:
+    """A cell and what it takes to do it.
+
+    Attributes:
+        cell: What is to be done.
+        cache: URL of pre-trained networks.
+        study: URL of the study.
+        threads: Of torch.
+        gpu: Whether it may use one.
+    """
+
+    cell: Cell
+    cache: str
+    study: str
+    threads: int
+    gpu: bool
+
+
+def perform(task: Task) -> dict[str, Any]:
+    """Do a cell and write its result, unless that is there by now.
+
+    Returns:
+        The result: what the cell was, what came of it, how long it took, and on what.
+    """
+    cell, store = task.cell, open_store(task.cell.place)
+    # Whatever the process was started with: sums in another order of adding are other numbers.
+    torch.set_num_threads(task.threads)
+    began, cpu = time.monotonic(), time.process_time()
+    outcome = _ACTIONS[cell.kind](task)
+    result = {
+        "kind": cell.kind,
+        "title": cell.title,
+        "start": cell.start,
+        "labels": cell.labels,
+        "draw": cell.draw,
+        "seed": cell.seed,
+        "spec": cell.spec,
+        **outcome,
+        "seconds": time.monotonic() - began,
+        "cpu_seconds": time.process_time() - cpu,
+        "environment": environment(),
+    }
+    key, content = f"{cell.key}.json", json.dumps(result).encode()
+    if not store.put(key, content, if_absent=True):
+        content = store.get(key)  # another worker of a killed study was first
+    result = json.loads(content)  # as whoever reads it later has it
+    if cell.kind == cells.PRETRAIN:
+        clear(join(task.cache, cell.key))
+    return result
+
+
+def environment() -> dict[str, str]:
+    """What a result was made with."""
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("tomoscale", "torch", "numpy")},
+    }
+
+
+def _network(task: Task) -> dict[str, Any]:
+    spec = task.cell.spec
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = build(spec["backbone"]["name"], **spec["backbone"]["arguments"])
+    facts = BundleFacts(
+        name="untrained",
+        patch_DHW=tuple(spec["patch_DHW"]),
+        intensity=parse(IntensityPolicy, spec["intensity"], "intensity"),
+        notes=("Random weights: only its architecture and preprocessing are of use.",),
+    )
+    with tempfile.TemporaryDirectory(prefix="tomoscale-network-") as folder:
+        bundle = write_bundle(Path(folder) / "bundle", "encoder", network, facts)
+        registration.store_bundle(bundle, join(task.cache, task.cell.key))
+    return {"parameters": sum(p.numel() for p in network.net.parameters())}
+
+
+def _pretrain(task: Task) -> dict[str, Any]:
+    return pretrain(task.cell.spec["job"], join(task.cache, task.cell.key), gpu=task.gpu)
+
+
+def _supervised(task: Task) -> dict[str, Any]:
+    spec = task.cell.spec
+    with _bundle(task, spec["network"]) as like:
+        trained = train_from(
+            "none",
+            parse(LabelledConfig, spec["labelled"]),
+            parse(FinetuneConfig, spec["finetune"]),
+            seed=spec["seed"],
+            like=like,
+            gpu=task.gpu,
+        )
+    with trained.store, tempfile.TemporaryDirectory(prefix="tomoscale-supervised-") as folder:
+        facts = BundleFacts(
+            name="supervised",
+            patch_DHW=tuple(spec["finetune"]["patch_DHW"]),
+            intensity=trained.intensity,
+            labels=((0, "background"), *trained.labels.items()),
+        )
+        bundle = write_bundle(Path(folder) / "bundle", "segmenter", trained.network, facts)
+        registration.store_bundle(bundle, join(task.cache, task.cell.key))
+    return {"history": [dict(metrics) for metrics in trained.history]}
+
+
+def _tuned(task: Task, labelled: LabelledConfig) -> dict[str, Any]:
+    """A fine-tuning, scored on the test subjects that `labelled` may see."""
+    spec = task.cell.spec
+    settings = parse(FinetuneConfig, spec["finetune"])
+    with _bundle(task, spec["network"]) as like, _origin(task) as start:
+        began = time.monotonic()
+        trained = train_from(start, labelled, settings, seed=spec["seed"], like=like, gpu=task.gpu)
+        trained_s = time.monotonic() - began
+    with trained.store:
+        record = trained.store.manifest.record
+        outcome: dict[str, Any] = {
+            "history": [dict(metrics) for metrics in trained.history],
+            "trained_s": trained_s,
+            "subjects": sorted({record(i).subject for i in trained.subjects.train}),
+            "peak_gb": _peak_gb(task.gpu),
+        }
+        if trained.subjects.test:
+            cases = score_volumes(
+                trained.network,
+                trained.store,
+                trained.subjects.test,
+                label=labelled.label,
+                labels=trained.labels,
+                policy=trained.intensity,
+                window=settings.patch_DHW,
+                tolerance_mm=spec["nsd_tolerance_mm"],
+                device=trained.device,
+            )
+            outcome["cases"] = [case.to_json() for case in cases]
+    return outcome
+
+
+def _search(task: Task) -> dict[str, Any]:
+    return _tuned(task, parse(LabelledConfig, task.cell.spec["labelled"]))
+
+
+def _test(task: Task) -> dict[str, Any]:
+    return _tuned(task, seal.open_test(task.study, task.cell.spec, task.cell.start, task.cell.labels))
+
+
+_ACTIONS = {
+    cells.NETWORK: _network,
+    cells.PRETRAIN: _pretrain,
+    cells.SUPERVISED: _supervised,
+    cells.SEARCH: _search,
+    cells.TEST: _test,
+}
+
+
+@contextmanager
+def _origin(task: Task) -> Iterator[str]:
+    """What `train_from` is to start from: a folder, a model's version, or `none`."""
+    origin = task.cell.spec["origin"]
+    if origin in task.cell.needs:
+        with _bundle(task, origin) as folder:
+            yield folder
+    else:
+        yield origin
+
+
+@contextmanager
+def _bundle(task: Task, key: str) -> Iterator[str]:
+    """A folder with the bundle of another cell."""
+    store = open_store(join(task.cache, key, registration.FOLDER))
+    with tempfile.TemporaryDirectory(prefix="tomoscale-start-") as folder:
+        for name in store.list():
+            target = Path(folder) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(store.get(name))
+        yield folder
+
+
+def _peak_gb(gpu: bool) -> float:
+    """Most memory that was in use: of the device on a GPU, else resident of this process since it began."""
+    if gpu:
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def score(result: Mapping[str, Any]) -> float:
+    """What a setting of the search is judged by: Dice on its further subjects after the last step."""
+    return float(result["history"][-1]["inner_dice"])

@@ -1,0 +1,373 @@
+"""What a study came to: scores by start, count of labels, draw and seed, with intervals, tests and words.
+
+The words are computed from the tests. They say over what they generalise, and claim nothing that the tests do not.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats as scipy_stats
+
+from ssl_core.downstream.inference import (
+    LEVEL,
+    DrawTest,
+    Estimate,
+    corrected,
+    detectable,
+    draw_test,
+    estimate,
+    least_draws,
+    least_p,
+)
+from ssl_core.downstream.records import from_fields
+from ssl_core.downstream.scores import METRICS, CaseScore
+from storage.errors import ConfigError
+
+Box = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class StudyCell:
+    """A tested training.
+
+    Attributes:
+        start: Name of its start.
+        labels: Labelled subjects.
+        draw: Number of the draw.
+        seed: Pre-training seed.
+        subjects: Those that it learned from.
+        cases: Scores of every test case.
+        history: Metrics of each point of its curve.
+        steps: Optimizer steps in all.
+        seconds: Wall time of the training alone.
+        peak_gb: Most memory in use, GB.
+    """
+
+    start: str
+    labels: int
+    draw: int
+    seed: int
+    subjects: tuple[str, ...]
+    cases: tuple[CaseScore, ...]
+    history: tuple[Mapping[str, float], ...]
+    steps: int
+    seconds: float
+    peak_gb: float
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    """One start with one count of labels.
+
+    Attributes:
+        start: Name of the start.
+        labels: Labelled subjects.
+        scores: By name of the metric, its mean over draws, seeds and subjects with a 95 % interval over all three.
+        by_draw: Mean Dice of each draw.
+        lr: Learning rate of the recorded choice.
+        steps: Steps of it.
+        minutes: Of one fine-tuning, mean.
+        pretraining_minutes: Of one pre-training, mean; 0 without.
+        peak_gb: Most memory that a fine-tuning had in use, GB.
+    """
+
+    start: str
+    labels: int
+    scores: Mapping[str, Estimate]
+    by_draw: tuple[float, ...]
+    lr: float
+    steps: int
+    minutes: float
+    pretraining_minutes: float
+    peak_gb: float
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Average ranks of all starts over draws at one count, 1 the best (Demsar 2006).
+
+    Attributes:
+        labels: Labelled subjects.
+        ranks: By start.
+        critical: Difference of ranks that Nemenyi's test at 5 % calls one; None with fewer than two draws.
+    """
+
+    labels: int
+    ranks: Mapping[str, float]
+    critical: float | None
+
+
+@dataclass(frozen=True)
+class Power:
+    """What the study could see, stated before the test was opened.
+
+    Attributes:
+        draws: Draws of labelled subjects.
+        comparisons: Tests that share the level.
+        sd: Standard deviation between draws of a difference in Dice.
+        is_pilot: Whether validation draws measured it; else it is the configuration's assumption.
+        least_corrected: Smallest p that the first of Holm's list can have.
+        detectable: Difference in Dice that is seen with 80 %; None where no difference could be shown.
+    """
+
+    draws: int
+    comparisons: int
+    sd: float
+    is_pilot: bool
+    least_corrected: float
+    detectable: float | None
+
+    @property
+    def statement(self) -> str:
+        """One sentence or two."""
+        what = f"{self.draws} draws of labelled subjects and {_count(self.comparisons, 'comparison')}"
+        source = "measured on validation draws" if self.is_pilot else "assumed"
+        if self.detectable is None:
+            need = least_draws(self.comparisons)
+            return (
+                f"With {what} no difference can be shown: the least p that the exact test over draws attains is"
+                f" {least_p(self.draws):.2g}, {min(1.0, self.least_corrected):.2g} after Holm's correction, above"
+                f" {LEVEL:g}. It takes {need} draws, or fewer comparisons (`primary`, `primary_labels`)."
+            )
+        return (
+            f"With {what} a true difference of {self.detectable:.3f} Dice is seen with 80 %, where the differences of"
+            f" draws have a standard deviation of {self.sd:.3f} ({source}); the least corrected p is"
+            f" {self.least_corrected:.2g}."
+        )
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What all cells of a study come to.
+
+    Attributes:
+        name: Of the study.
+        reference: The start that others are tested against.
+        rows: By count and start.
+        tests: Of the primary comparisons, corrected together.
+        ranks: By count.
+        power: As stated before.
+        choice: The sealed choice.
+        cells: All tested trainings.
+        generalises: Over what.
+        conclusion: Sentences.
+    """
+
+    name: str
+    reference: str
+    rows: tuple[StudyRow, ...]
+    tests: tuple[DrawTest, ...]
+    ranks: tuple[Ranks, ...]
+    power: Power
+    choice: Mapping[str, Any]
+    cells: tuple[StudyCell, ...]
+    generalises: str
+    conclusion: tuple[str, ...]
+
+
+def cell_from_json(data: Mapping[str, Any]) -> StudyCell:
+    """A tested training from the result of its cell.
+
+    Raises:
+        RefusedInput: an entry is missing.
+    """
+    finetune = data["spec"]["finetune"]
+    cases = tuple(CaseScore.from_json(case) for case in data["cases"])
+    steps = finetune["epochs"] * finetune["steps_per_epoch"]
+    return from_fields(StudyCell, {**data, "cases": cases, "steps": steps, "seconds": data["trained_s"]})
+
+
+def power_of(draws: int, comparisons: int, sd: float, *, is_pilot: bool) -> Power:
+    """What so many draws can show; see `inference.detectable`."""
+    difference_seen = detectable(draws, sd, comparisons=comparisons)
+    return Power(draws, comparisons, sd, is_pilot, least_p(draws) * comparisons, difference_seen)
+
+
+def box_of(cells: Sequence[StudyCell], start: str, labels: int, metric: str = "dice") -> Box:
+    """Values by draw, pre-training seed and test subject, each the mean of a subject's volumes and labels.
+
+    Raises:
+        ConfigError: a draw, a seed or a subject is missing.
+    """
+    group = [cell for cell in cells if (cell.start, cell.labels) == (start, labels)]
+    draws, seeds = sorted({cell.draw for cell in group}), sorted({cell.seed for cell in group})
+    subjects = sorted({case.subject for cell in group for case in cell.cases})
+    box = np.full((len(draws), len(seeds), len(subjects)), np.nan)
+    for cell in group:
+        values: dict[str, list[float]] = {}
+        for case in cell.cases:
+            values.setdefault(case.subject, []).append(float(getattr(case.scores, metric)))
+        for subject, scores in values.items():
+            box[draws.index(cell.draw), seeds.index(cell.seed), subjects.index(subject)] = np.mean(scores)
+    if not box.size or np.isnan(box).any():
+        raise ConfigError(
+            f"cells of {start} with {labels} labels",
+            expected="every draw with every seed and test subject",
+            found=f"{int(np.isnan(box).sum())} of {box.size} missing" if box.size else "none",
+            remedy="run the study again: it goes on with what is missing",
+        )
+    return box
+
+
+def difference(cells: Sequence[StudyCell], a: str, b: str, labels: int, metric: str = "dice") -> Box:
+    """a - b by draw, pre-training seed and subject; what has one training a draw stands beside each seed of the other.
+
+    Raises:
+        ConfigError: the two were not tested on the same draws and subjects.
+    """
+    first, second = (box_of(cells, start, labels, metric) for start in (a, b))
+    seeds = {first.shape[1], second.shape[1]}
+    if first.shape[::2] != second.shape[::2] or len(seeds - {1}) > 1:
+        raise ConfigError(
+            f"{a} against {b} with {labels} labels",
+            expected="the same draws, seeds and test subjects",
+            found=f"{first.shape} and {second.shape} draws, seeds and subjects",
+        )
+    return first - second
+
+
+def summarise(
+    name: str,
+    reference: str,
+    compared: Sequence[tuple[str, int]],
+    cells: Sequence[StudyCell],
+    *,
+    power: Power,
+    choice: Mapping[str, Any],
+    pretraining_s: Mapping[str, float],
+    data: str,
+) -> StudyResult:
+    """Rows, tests and words of a study.
+
+    Args:
+        name: Of the study.
+        reference: The start that others are tested against.
+        compared: Pairs of a start and a count whose tests share the level.
+        cells: All tested trainings.
+        power: As stated before the test was opened.
+        choice: The sealed choice.
+        pretraining_s: Seconds of one pre-training by start.
+        data: What the sentences call the data.
+
+    Raises:
+        ConfigError: a cell is missing.
+    """
+    starts = list(dict.fromkeys(cell.start for cell in cells))
+    counts = sorted({cell.labels for cell in cells})
+    rows = [_row(cells, start, labels, choice, pretraining_s.get(start, 0.0)) for labels in counts for start in starts]
+    tests = corrected([draw_test(difference(cells, a, reference, n), a=a, b=reference, labels=n) for a, n in compared])
+    ranks = [ranks_of(cells, starts, labels) for labels in counts]
+    scope = _scope(cells, data)
+    return StudyResult(
+        name=name,
+        reference=reference,
+        rows=tuple(rows),
+        tests=tests,
+        ranks=tuple(ranks),
+        power=power,
+        choice=choice,
+        cells=tuple(cells),
+        generalises=scope,
+        conclusion=conclusion(tests, rows, reference, scope),
+    )
+
+
+def ranks_of(cells: Sequence[StudyCell], starts: Sequence[str], labels: int) -> Ranks:
+    """Average ranks over draws and Nemenyi's critical difference at one count."""
+    by_draw = np.array([box_of(cells, start, labels).mean((1, 2)) for start in starts])
+    ranks = scipy_stats.rankdata(-by_draw, axis=0).mean(1)
+    k, draws = by_draw.shape
+    critical = None
+    if draws > 1:
+        # Nemenyi's q is the studentized range of infinitely many degrees of freedom, over the root of 2.
+        q = float(scipy_stats.studentized_range.ppf(1 - LEVEL, k, np.inf)) / math.sqrt(2)
+        critical = q * math.sqrt(k * (k + 1) / (6 * draws))
+    return Ranks(labels, {start: float(rank) for start, rank in zip(starts, ranks, strict=True)}, critical)
+
+
+def conclusion(tests: Sequence[DrawTest], rows: Sequence[StudyRow], reference: str, scope: str) -> tuple[str, ...]:
+    """What the tests say, a sentence each, the first being the whole in one."""
+    better = [test for test in tests if test.significant and test.difference > 0]
+    worse = [test for test in tests if test.significant and test.difference < 0]
+    shared = f"{_count(len(tests), 'comparison')} with {reference}, corrected together"
+    if tests and not any(test.attainable for test in tests):
+        head = f"These draws are too few to show any difference: of {shared}, none could be significant."
+    elif not better and not worse:
+        head = f"No start is shown to differ from {reference}: of {shared}, none is significant."
+    else:
+        parts = [f"{len(better)} higher" if better else "", f"{len(worse)} lower" if worse else ""]
+        head = f"Of {shared}, {' and '.join(part for part in parts if part)} with p < {LEVEL:g}."
+    lines = [head, *(sentence(test) for test in tests)]
+    lines += _halves(tests, rows, reference)
+    return (*lines, scope)
+
+
+def sentence(test: DrawTest) -> str:
+    """One comparison in words."""
+    where = f"With {_count(test.labels, 'label')}"
+    facts = f"{test.difference:+.3f} Dice"
+    if test.low is not None and test.high is not None:
+        facts += f" (95 % interval {test.low:+.3f} to {test.high:+.3f}; "
+    else:
+        facts += " (no interval from one draw; "
+    facts += f"p = {test.p:.2g}, corrected {test.corrected:.2g}; {_count(test.draws, 'draw')})"
+    if test.significant:
+        word = "higher" if test.difference > 0 else "lower"
+        return f"{where} {test.a} scores {word} than {test.b}: {facts}."
+    if not test.attainable:
+        return f"{where} {test.a} minus {test.b} is {facts}; so few draws cannot show that one is better."
+    return f"{where} no difference between {test.a} and {test.b} is shown: {facts}."
+
+
+def _halves(tests: Sequence[DrawTest], rows: Sequence[StudyRow], reference: str) -> list[str]:
+    """Where a start that is shown to be better reaches the reference's mean with half the labels."""
+    means = {(row.start, row.labels): row.scores["dice"].mean for row in rows}
+    lines = []
+    for test in tests:
+        double = means.get((reference, 2 * test.labels))
+        own = means[test.a, test.labels]
+        if test.significant and double is not None and own >= double:
+            lines.append(
+                f"{test.a} with {_count(test.labels, 'label')} reaches the mean of {reference} with"
+                f" {2 * test.labels}: {own:.3f} and {double:.3f} (no test of that was made)."
+            )
+    return lines
+
+
+def _scope(cells: Sequence[StudyCell], data: str) -> str:
+    draws = len({cell.draw for cell in cells})
+    seeds = len({cell.seed for cell in cells})
+    subjects = len({case.subject for cell in cells for case in cell.cases})
+    training = "1 pre-training a start, so of these networks only" if seeds == 1 else f"{seeds} pre-trainings a start"
+    over = "labelled subjects" if seeds == 1 else "labelled subjects, other pre-trainings"
+    return (
+        f"Intervals and tests are over {_count(draws, 'draw')} of labelled subjects, {training}, and"
+        f" {_count(subjects, 'test subject')}: they speak of other {over} and other test subjects of {data}, trained as"
+        " the recorded choice says; not of other data, networks or budgets."
+    )
+
+
+def _row(
+    cells: Sequence[StudyCell], start: str, labels: int, choice: Mapping[str, Any], pretraining_s: float
+) -> StudyRow:
+    group = [cell for cell in cells if (cell.start, cell.labels) == (start, labels)]
+    settings = choice["settings"][start][str(labels)]
+    return StudyRow(
+        start=start,
+        labels=labels,
+        scores={metric.name: estimate(box_of(cells, start, labels, metric.name)) for metric in METRICS},
+        by_draw=tuple(float(x) for x in box_of(cells, start, labels).mean((1, 2))),
+        lr=float(settings["lr"]),
+        steps=group[0].steps,
+        minutes=float(np.mean([cell.seconds for cell in group])) / 60,
+        pretraining_minutes=pretraining_s / 60,
+        peak_gb=max(cell.peak_gb for cell in group),
+    )
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"

@@ -1,0 +1,46 @@
+"""The report of a study: what it must say, that it is one file, and that both forms agree."""
+
+import re
+import uuid
+
+import pytest
+
+from jobs.pages import study as page
+from jobs.pages.study_charts import cliques
+from ssl_core.downstream.study import StudyResult
+from tests.kit.phantoms import write_phantoms
+from tests.kit.studies import config, go
+
+COMMAND = "tomoscale study my.yaml --local out"
+
+
+@pytest.fixture(scope="module")
+def result() -> StudyResult:
+    data, runs = (f"memory://study-page-{uuid.uuid4().hex}" for _ in range(2))
+    write_phantoms(data, 16, shape=(8, 8, 8))
+    return go(config(runs, data, primary=["pre"]))
+
+
+def test_the_first_line_is_the_command_that_repeats_the_study(result: StudyResult) -> None:
+    assert page.markdown(result, COMMAND).splitlines()[0] == f"Repeat with: `{COMMAND}`"
+    text = re.sub(r"<[^>]+>", "", page.html(result, COMMAND, "").partition("<main>")[2])
+    assert text.strip().splitlines()[0] == f"Repeat with: {COMMAND}"
+
+
+def test_the_page_is_one_file_and_says_what_the_markdown_says(result: StudyResult) -> None:
+    html, markdown = page.html(result, COMMAND, "name: t"), page.markdown(result, COMMAND)
+    assert not re.search(r'(src|href)="(?!data:)', html)
+    assert html.count("data:image/png") == 4
+    for sentence in (*result.conclusion, result.power.statement):
+        assert sentence in html.replace("&lt;", "<").replace("&#39;", "'")
+        assert sentence in markdown
+    for cell in ("0.611", "+0.101"):
+        assert cell in markdown or cell in html
+    assert result.choice["digest"] in html
+    assert result.choice["digest"] in markdown
+
+
+def test_bars_join_ranks_within_the_critical_difference() -> None:
+    assert cliques([1.0, 1.4, 2.6, 3.0], 1.0) == [(1.0, 1.4), (2.6, 3.0)]
+    assert cliques([1.0, 1.4, 2.0, 3.0], 1.0) == [(1.0, 2.0), (2.0, 3.0)]
+    assert cliques([1.0, 3.0], 1.0) == []

@@ -1,0 +1,162 @@
+"""Cells that are really done: a tiny network on phantoms."""
+
+import json
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.configs.study import StudyConfig
+from jobs.study import cells as kinds
+from jobs.study import pretraining
+from jobs.study.cells import Cells
+from jobs.study.prepare import prepare
+from jobs.study.report import fetch, publish, write
+from jobs.study.work import Task, perform
+from ssl_core.config import load
+from ssl_core.downstream.study import StudyResult
+from storage.objects import open_store
+from storage.reading.volume_store import VolumeStore
+from tests.kit.phantoms import write_phantoms
+from tests.kit.studies import config, go
+
+SHAPE = (16, 16, 16)
+NETWORK = {"n_blocks_per_stage": [1, 1], "features_per_stage": [4, 8], "n_conv_per_stage_decoder": [1]}
+READ: list[tuple[str, str, bool]] = []
+"""Kind of the cell, volume, and whether the choice was recorded by then."""
+
+
+def _config(runs: str, data: str, **changes: Any) -> StudyConfig:
+    crops = {"size_DHW": [8, 8, 8], "min_overlap": 0.3}
+    plain = {
+        "pretrain": {
+            "method": {"name": "simclr", "crops": crops, "hidden": 8, "out": 4},
+            "backbone": {"name": "resenc", "arguments": NETWORK},
+            "stream": {"global_batch": 2, "lanes": 4},
+            "engine": {"steps": 4, "warmup_steps": 1, "checkpoint_every": 2, "log_every": 1},
+        },
+        "starts": {"scratch": {}, "pre": {"pretrain": {}}, "labels": {"supervised": {"subjects": 2, "steps": 2}}},
+        "labels": [1],
+        "draws": 2,
+        "pretrainings": 1,
+        "search": {"lr": [5e-3], "steps": [2], "draws": 1, "subjects": 1},
+        "finetune": {"epochs": 1, "batch": 1, "patch_DHW": [8, 8, 8], "warmup_steps": 0},
+    }
+    return config(runs, data, **plain | changes)
+
+
+@pytest.fixture(scope="module")
+def data() -> str:
+    url = f"memory://study-work-{uuid.uuid4().hex}"
+    write_phantoms(url, 12, shape=SHAPE)
+    return url
+
+
+@pytest.fixture(scope="module")
+def study(data: str) -> StudyConfig:
+    return _config(f"memory://study-work-{uuid.uuid4().hex}", data)
+
+
+@pytest.fixture(scope="module")
+def result(study: StudyConfig) -> StudyResult:
+    """Of every cell really done, with each read of voxels noted."""
+    store, kind = open_store(f"{study.runs}/{study.name}"), [""]
+    read = VolumeStore.read_volume
+
+    def noted(self: VolumeStore, volume_id: str, *arguments: Any, **settings: Any) -> Any:
+        READ.append((kind[0], volume_id, store.exists("choice.json")))
+        return read(self, volume_id, *arguments, **settings)
+
+    def work(task: Task) -> dict[str, Any]:
+        kind[0] = task.cell.kind
+        return perform(task)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VolumeStore, "read_volume", noted)
+        return go(study, work)
+
+
+def _cells(study: StudyConfig, result: StudyResult) -> Sequence[kinds.Cell]:
+    cells = Cells(study, prepare(study, open_store(f"{study.runs}/{study.name}"), lambda _line: None))
+    return [*cells.before(), *cells.tested(result.choice)]
+
+
+def test_every_cell_of_a_study_is_done_and_scored(study: StudyConfig, result: StudyResult) -> None:
+    assert [(row.start, row.labels, len(row.by_draw)) for row in result.rows] == [
+        ("scratch", 1, 2),
+        ("pre", 1, 2),
+        ("labels", 1, 2),
+    ]
+    assert all(len(cell.subjects) == 1 and len(cell.cases) == 3 for cell in result.cells)
+    pairs = {(cell.draw, cell.subjects) for cell in result.cells}
+    assert len(pairs) == 2, "all starts of a draw learn from the same subject"
+    assert result.rows[1].pretraining_minutes > 0
+    assert result.rows[0].pretraining_minutes == 0
+
+
+def test_no_voxel_of_the_test_is_read_before_the_choice_is_recorded(result: StudyResult) -> None:
+    tested = {case.volume_id for cell in result.cells for case in cell.cases}
+    read = {volume for _, volume, _ in READ}
+    assert tested <= read
+    assert {(kind, sealed) for kind, volume, sealed in READ if volume in tested} == {(kinds.TEST, True)}
+    assert (kinds.SEARCH, False) in {(kind, sealed) for kind, _, sealed in READ}
+
+
+def test_a_cell_done_again_comes_out_the_same(study: StudyConfig, result: StudyResult) -> None:
+    cell = next(c for c in _cells(study, result) if c.kind == kinds.TEST and c.start == "pre")
+    store = open_store(cell.place)
+    before = store.get(f"{cell.key}.json")
+    store.delete(f"{cell.key}.json")
+    again = perform(Task(cell, study.cache_url, f"{study.runs}/{study.name}", 1, False))
+    (first,) = [c for c in result.cells if (c.start, c.draw) == ("pre", cell.draw)]
+    assert [case["dice"] for case in again["cases"]] == [case.scores.dice for case in first.cases]
+    assert again["history"] == [dict(point) for point in first.history]
+    store.put(f"{cell.key}.json", before)
+
+
+def test_a_pretraining_goes_on_from_its_last_checkpoint(
+    study: StudyConfig, result: StudyResult, data: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    put = pretraining._put
+
+    def dying(*arguments: Any) -> None:
+        put(*arguments)
+        raise Killed
+
+    other = _config(tmp_path.as_uri(), data)
+    cell = next(c for c in _cells(other, result) if c.kind == kinds.PRETRAIN)
+    task = Task(cell, other.cache_url, f"{other.runs}/{other.name}", 1, False)
+    monkeypatch.setattr(pretraining, "_put", dying)
+    with pytest.raises(Killed):
+        perform(task)
+    monkeypatch.setattr(pretraining, "_put", put)
+    resumed = perform(task)
+    assert (resumed["resumed_at"], resumed["steps"]) == (2, 4)
+    stored = open_store(study.cache_url)
+    whole = json.loads(stored.get(f"{cell.key}.json"))
+    assert resumed["losses"] == whole["losses"]
+    assert resumed["samples"] == whole["samples"]
+    weights = f"{cell.key}/bundle/weights.safetensors"
+    assert open_store(other.cache_url).get(weights) == stored.get(weights)
+    assert not list(open_store(f"{other.cache_url}/{cell.key}").list("step-")), "checkpoints are cleared away"
+
+
+def test_the_report_lies_whole_in_a_folder_with_every_score(
+    study: StudyConfig, result: StudyResult, tmp_path: Path
+) -> None:
+    pages = write(study, result, tmp_path / "report", "tomoscale study x.yaml")
+    assert [page.name for page in pages] == ["report.html", "report.md"]
+    assert all(page.stat().st_size for page in pages)
+    rows = (tmp_path / "report/cases.csv").read_text().splitlines()
+    assert len(rows) == 1 + 3 * 2 * 3
+    stored = json.loads((tmp_path / "report/result.json").read_text())
+    assert stored["conclusion"] == list(result.conclusion)
+    assert load(StudyConfig, tmp_path / "report/config.yaml") == study
+    publish(study, result)
+    (again, _) = fetch(study, tmp_path / "fetched", "tomoscale study x.yaml")
+    assert again.read_text() == pages[0].read_text()
