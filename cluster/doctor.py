@@ -257,8 +257,8 @@ def _s3(store: str) -> list[Check]:
 
 
 def _is_refused(error: Exception) -> bool:
-    answer = getattr(error, "response", {})
-    return answer.get("ResponseMetadata", {}).get("HTTPStatusCode") == 403
+    answer: dict[str, Any] = getattr(error, "response", {})
+    return bool(answer.get("ResponseMetadata", {}).get("HTTPStatusCode") == 403)
 
 
 def _reads(client: Any, store: str) -> Check | None:

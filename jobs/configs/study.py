@@ -261,7 +261,9 @@ def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     result = dict(settings)
     for key, value in changes.items():
         before = result.get(key)
-        replaces = isinstance(value, Mapping) and "name" in value and (before or {}).get("name") != value["name"]
-        deeper = isinstance(value, Mapping) and isinstance(before, Mapping) and not replaces
-        result[key] = merged(before, value) if deeper else value
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            is_other = "name" in value and before.get("name") != value["name"]
+            result[key] = value if is_other else merged(before, value)
+        else:
+            result[key] = value
     return result

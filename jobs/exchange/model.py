@@ -14,7 +14,7 @@ from ssl_core.portable.network import feature_maps, logits
 from ssl_core.portable.predictor import Predictor
 from storage.errors import ConfigError
 
-TOLERANCE = {"rtol": 1e-3, "atol": 1e-4}
+RTOL, ATOL = 1e-3, 1e-4
 """Between two ways of computing one network in float32, as `ssl_core.bundle` has it."""
 
 
@@ -95,7 +95,7 @@ class Model:
         x_BCDHW = self.window(batch)
         with torch.no_grad():
             pairs = list(zip(self.outputs(x_BCDHW), other(x_BCDHW), strict=True))
-        if not all(torch.allclose(one, two, **TOLERANCE) for one, two in pairs):
+        if not all(torch.allclose(one, two, rtol=RTOL, atol=ATOL) for one, two in pairs):
             largest = max(float((one - two).abs().max()) for one, two in pairs)
             raise ConfigError(
                 f"{self.predictor.card['name']} as {form}",

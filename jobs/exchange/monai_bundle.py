@@ -55,7 +55,7 @@ def write(model: Model, folder: Path) -> list[str]:
     if card.is_file():
         (folder / "docs/README.md").write_bytes(card.read_bytes())
     model.write_card(folder, "monai", file=_WEIGHTS)
-    from monai.bundle import ConfigParser
+    from monai.bundle.config_parser import ConfigParser
 
     parser = ConfigParser()
     parser.read_config(str(folder / "configs/inference.json"))

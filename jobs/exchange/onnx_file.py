@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.jit._trace import TracerWarning
 
 from jobs.exchange.model import Model
 from storage.errors import ConfigError
@@ -32,7 +33,7 @@ def write(model: Model, folder: Path) -> list[str]:
         # The exporter by tracing is the one that needs no further packages; it says that there is another. Of instance
         # norms without running statistics it says that they are exported as they are.
         warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", TracerWarning)
         warnings.filterwarnings("ignore", "ONNX export mode is set to TrainingMode.EVAL", UserWarning)
         try:
             torch.onnx.export(

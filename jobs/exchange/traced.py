@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch.jit._trace import TracerWarning
 
 from jobs.exchange.model import Model
 
@@ -15,7 +16,7 @@ def write(model: Model, folder: Path) -> list[str]:
     """`model.ts`, which holds `card.json` as an extra file too, `card.json` and `MODEL_CARD.md`."""
     with torch.no_grad(), warnings.catch_warnings():
         # Checks of sizes are traced as constants; `check` runs what was written on another batch.
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", TracerWarning)
         traced = torch.jit.freeze(torch.jit.trace(model.outputs, model.window(), check_trace=False))
     card = json.dumps(model.card("torchscript", file=FILE), ensure_ascii=False)
     torch.jit.save(traced, folder / FILE, _extra_files={"card.json": card.encode()})

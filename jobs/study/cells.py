@@ -144,12 +144,14 @@ class Cells:
             job = config.pretraining(start, seed)
             if job.data == config.data:  # of its own data, a study shows pre-training what has no test
                 job = job.model_copy(update={"fingerprint": self.data.without_test})
-            spec = {"job": {key: value for key, value in resolved(job).items() if key not in ("runs", "experiment")}}
-            return Cell(PRETRAIN, spec, config.cache_url, start=start, seed=seed)
+            pretrain = {
+                "job": {key: value for key, value in resolved(job).items() if key not in ("runs", "experiment")}
+            }
+            return Cell(PRETRAIN, pretrain, config.cache_url, start=start, seed=seed)
         if origin.supervised is not None:
             supervised = origin.supervised
             labelled = config.labelled(supervised.subjects, VALIDATION - 1, self.data.without_test, further=1)
-            spec = {
+            spec: dict[str, Any] = {
                 "network": self.network.key,
                 "labelled": resolved(labelled),
                 "finetune": resolved(config.settings("", supervised.lr, supervised.steps, points=1)),

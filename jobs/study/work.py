@@ -75,10 +75,10 @@ def perform(task: Task) -> dict[str, Any]:
     key, content = f"{cell.key}.json", json.dumps(result).encode()
     if not store.put(key, content, if_absent=True):
         content = store.get(key)  # another worker of a killed study was first
-    result = json.loads(content)  # as whoever reads it later has it
     if cell.kind == cells.PRETRAIN:
         clear(join(task.cache, cell.key))
-    return result
+    as_read: dict[str, Any] = json.loads(content)
+    return as_read
 
 
 def environment() -> dict[str, str]:
