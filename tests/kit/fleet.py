@@ -190,7 +190,8 @@ class Fleet:
         service = self._service("s3")
         (self.home(SERVICES) / "data").mkdir(exist_ok=True)
         environment = {key: value for key, value in service["environment"].items() if key.startswith("WEED_")}
-        encrypted = ["-s3.cert.file=machine.pem", "-s3.key.file=machine.key"] if self.tls else []
+        stem = self.home(SERVICES) / "machine"
+        encrypted = [f"-s3.cert.file={stem}.pem", f"-s3.key.file={stem}.key"] if self.tls else []
         self._serve("s3", [str(BIN / "weed"), *service["command"][1:], *encrypted], environment)
         make = [str(BIN / "python"), "-m", "cluster.buckets", "volumes", "runs", "mlflow"]
         own = self.bare | self.s3_variables("admin")
@@ -225,7 +226,7 @@ class Fleet:
             "MLFLOW_FLASK_SERVER_SECRET_KEY": self._secrets["token"],
         }
         if self.tls:
-            command.append("--uvicorn-opts=--ssl-certfile=machine.pem --ssl-keyfile=machine.key")
+            command.append(f"--uvicorn-opts=--ssl-certfile={home}/machine.pem --ssl-keyfile={home}/machine.key")
         self._serve("mlflow", [str(BIN / "python"), "-m", "mlflow", "server", *command], environment)
         trust = [f"--ca-certificate={home}/ca.pem"] if self.tls else []
         look = ["wget", "-q", "-O", "/dev/null", *trust, f"{self._service_address(5000)}/health"]
