@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from ssl_core.config import flatten
 from storage.errors import StackError
+from storage.objects.certificates import REMEDY, distrust
 
 SENTINEL = "step"  # logged with every point; its history says which points the server has
 RESTARTS = "restarts"  # counted at the step from which a job went on; no point of training
@@ -67,7 +68,7 @@ def client() -> Any:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri:
         raise StackError(
-            "MLFLOW_TRACKING_URI", expected="the address of an MLflow server", found="nothing", remedy=_REMEDY
+            "MLFLOW_TRACKING_URI", expected="the address of an MLflow server", found="nothing", remedy=_START
         )
     if "@" in urlsplit(uri).netloc:
         raise StackError(
@@ -80,8 +81,12 @@ def client() -> Any:
     try:
         api.search_experiments(max_results=1)
     except MlflowException as error:
+        if wrong := distrust(error):
+            raise StackError(
+                f"MLflow at {uri}", expected="a certificate that this machine trusts", found=wrong, remedy=REMEDY
+            ) from error
         reason = " ".join(str(error).split())[:200]
-        raise StackError(f"MLflow at {uri}", expected="an answer", found=reason, remedy=_REMEDY) from error
+        raise StackError(f"MLflow at {uri}", expected="an answer", found=reason, remedy=_START) from error
     return api
 
 
@@ -100,7 +105,7 @@ def in_our_words(error: Exception) -> StackError | None:
     )
 
 
-_REMEDY = "start the local stack with `tomoscale up`, or set MLFLOW_TRACKING_URI and its credentials"
+_START = "start the local stack with `tomoscale up`, or set MLFLOW_TRACKING_URI and its credentials"
 
 
 def open_run(

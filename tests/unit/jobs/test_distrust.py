@@ -8,6 +8,7 @@ import requests
 
 from cluster import jobclient, patience
 from jobs.tracking.outage import is_away, through_outage
+from jobs.tracking.runs import client
 from storage.errors import StackError, StoreError
 from storage.objects import open_store
 from tests.kit.tls_server import tls_server
@@ -46,3 +47,13 @@ def test_a_certificate_that_is_not_trusted_is_no_outage_of_the_job_server(addres
         patience.through_outage(lambda: jobclient.list_jobs(address), address, "job", 3600, lines.append)
     assert not lines
     assert time.monotonic() - began < 10
+
+
+def test_a_certificate_that_is_not_trusted_is_named_before_a_job_begins(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with pytest.raises(
+        StackError, match=r"expected a certificate that this machine trusts; found self-signed.*CA_BUNDLE"
+    ):
+        client()
