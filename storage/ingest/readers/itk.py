@@ -57,6 +57,7 @@ _NRRD_FILE = re.compile(r"^data ?file\s*:(.*)$", re.MULTILINE | re.IGNORECASE)
 _GZIP = b"\x1f\x8b"
 _BIG_ENDIAN = re.compile(r"^\s*(?:BinaryData|Element)ByteOrderMSB\s*=\s*[Tt1]", re.MULTILINE)
 _DATA_FILE = re.compile(rb"^\s*ElementDataFile\s*=[ \t]*(.*?)[ \t\r]*(?:\n|\Z)", re.MULTILINE)
+_DIMENSIONS = re.compile(r"NDims[\s=:]*([^\s=:]*)")
 _LENGTHS = re.compile(r"^(?:spacings|space directions)\s*:|^\s*Element(?:Spacing|Size)\s*=", re.MULTILINE)
 
 _SPACINGS = re.compile(r"^spacings\s*:(.*)$", re.MULTILINE)
@@ -129,6 +130,7 @@ def read_itk_header(path: str, policy: ReadPolicy) -> VolumeHeader:
 
 def _opened(path: str, policy: ReadPolicy) -> tuple[Any, tuple[int, ...], list[str]]:
     """ITK's reader after it read the header, the size (i, j, k, ...), and the files of voxels that the header lists."""
+    _check_dimensions(path)
     reader = _itk.ImageFileReader()
     reader.SetFileName(path)
     reader.ReadImageInformation()
@@ -137,6 +139,23 @@ def _opened(path: str, policy: ReadPolicy) -> tuple[Any, tuple[int, ...], list[s
     if len(size) < 3:
         raise RefusedInput(path, expected="three axes", found=f"size {size}", remedy="a slice is no volume")
     return reader, size, _parts(path, size)
+
+
+def _check_dimensions(path: str) -> None:
+    """Refuse a MetaImage header whose number of dimensions is none: with -1 or 100 its own code ends the process.
+
+    Raises:
+        RefusedInput: another number than 1 to 10.
+    """
+    header = _header(path)
+    strange = [text for text in _DIMENSIONS.findall(header) if not re.fullmatch("[1-9]|10", text)]
+    if strange and not header.startswith("NRRD"):
+        raise RefusedInput(
+            path,
+            expected="NDims from 1 to 10",
+            found=ascii(strange[0])[:40],
+            remedy="the header is damaged; write the file again",
+        )
 
 
 @contextmanager

@@ -53,7 +53,5 @@ def test_a_certificate_that_is_not_trusted_is_named_before_a_job_begins(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    with pytest.raises(
-        StackError, match=r"trusts; found self-signed.*CA_BUNDLE"
-    ):
+    with pytest.raises(StackError, match=r"trusts; found self-signed.*CA_BUNDLE"):
         client()

@@ -319,6 +319,17 @@ def test_units_of_nrrd_are_known_or_refused(tmp_path, unit, mm):
     assert bool(raw.notes) == (mm != 1)
 
 
+@pytest.mark.parametrize("number", ["-1", "100", "99999999999", "1e2", "0"])
+@pytest.mark.parametrize("name", ["a.mha", "a.mhd"])
+def test_a_metaimage_of_an_impossible_number_of_dimensions_is_refused_and_ends_no_process(tmp_path, name, number):
+    path = save_itk(tmp_path / name, phantom((4, 5, 6)), np.eye(4))
+    data = path.read_bytes()
+    assert data.count(b"NDims = 3") == 1
+    path.write_bytes(data.replace(b"NDims = 3", b"NDims = " + number.encode()))
+    with pytest.raises(RefusedInput, match="NDims from 1 to 10"):
+        read_any(str(path))
+
+
 def test_units_of_nrrds_axes_and_of_metaimages(tmp_path):
     series = np.stack([phantom(), phantom(seed=1)])
     path = nrrd(tmp_path / "a.nrrd", 'spacings: 2 2 2 9\nunits: "cm" "cm" "cm" "ms"', series)
