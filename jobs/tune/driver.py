@@ -19,7 +19,7 @@ from jobs.pages import search as page
 from jobs.pinning import pinned
 from jobs.tracking import runs as tracking
 from jobs.tracking.outage import through_outage
-from jobs.tune import before, warm
+from jobs.tune import warm
 from jobs.tune.journal import Journal
 from jobs.tune.live import Live
 from jobs.tune.outcome import searched
@@ -145,8 +145,6 @@ def state_of(
     """
     journal = Journal(config.runs, config.name)
     entries = journal.read()
-    if not entries:
-        entries = before.entries(config)
     if entries:
         ended = sum(entry.has_ended for entry in entries)
         print(f"continuing the search: {ended} of {config.total} trials have ended", flush=True)

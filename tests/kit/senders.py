@@ -1,9 +1,11 @@
 """Many senders of points to one MLflow server at once."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from jobs.tracking import runs as tracking
+from jobs.tracking.outage import through_outage
 
 SENDERS, POINTS = 32, 12
 
@@ -27,6 +29,7 @@ def send_at_once(api: Any) -> None:
         list(threads.map(send, range(SENDERS)))
     for number, run_id in enumerate(ids):
         for metric in ("inner_dice", "loss"):
-            history = sorted(api.get_metric_history(run_id, metric), key=lambda m: m.step)
+            read = partial(api.get_metric_history, run_id, metric)
+            history = sorted(through_outage(read, "the points of a sender"), key=lambda m: m.step)
             assert [m.step for m in history] == list(range(1, POINTS + 1)), names[number]
         assert history[-1].value == 1.0 / POINTS

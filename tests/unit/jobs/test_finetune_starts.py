@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.configs import FinetuneJobConfig, LabelledConfig, TuneConfig
+from jobs.configs import FinetuneJobConfig, LabelledConfig
+from jobs.configs.search import TuneConfig
 from jobs.finetune import train_from
 from jobs.finetune.checkpoints import StoredCheckpoints
 from jobs.finetune.training import require_transfer
