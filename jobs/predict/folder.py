@@ -49,12 +49,15 @@ def pin(model: str, masks: Path) -> Path:
         TomoscaleError: the download failed.
     """
     bundle, note = masks / "model", masks / "model.txt"
-    if bundle.exists() and note.read_text() != model:
+    if bundle.exists() and note.read_text(encoding="utf-8") != model:
         raise ConfigError(
-            str(masks), expected=f"masks of {model}", found=f"those of {note.read_text()}", remedy="name another folder"
+            str(masks),
+            expected=f"masks of {model}",
+            found=f"those of {note.read_text(encoding='utf-8')}",
+            remedy="name another folder",
         )
     if not bundle.exists():
-        note.write_text(model)
+        note.write_text(model, encoding="utf-8")
         problem = _tomoscale("models", "pull", model, str(bundle))  # which puts it in place whole
         if problem:
             raise TomoscaleError(

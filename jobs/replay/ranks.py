@@ -66,7 +66,7 @@ def replay(span: Span) -> None:
         return
     with tempfile.TemporaryDirectory(prefix="tomoscale-ranks-") as folder:
         plan = Path(folder) / "span.json"
-        plan.write_text(json.dumps(vars(span)))
+        plan.write_text(json.dumps(vars(span)), encoding="utf-8")
         settings = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": str(span.threads)}
         ranks: list[tuple[subprocess.Popen[bytes], Path]] = []
         try:
@@ -82,7 +82,7 @@ def replay(span: Span) -> None:
                     process.kill()
                     process.wait()
         if any(codes):
-            logs = [log.read_text(errors="replace").strip() for _, log in ranks]
+            logs = [log.read_text(encoding="utf-8", errors="replace").strip() for _, log in ranks]
             lines = [text.splitlines()[-1] for text, code in zip(logs, codes, strict=True) if code and text]
             raise StackError(
                 f"replay of steps {span.after + 1} to {span.until} by {span.world} ranks",
@@ -113,7 +113,7 @@ def train(span: Span) -> None:
 def main(plan: str, rank: int) -> None:
     """One rank of several; see `replay`."""
     quiet()
-    span = Span(**json.loads(Path(plan).read_text()))
+    span = Span(**json.loads(Path(plan).read_text(encoding="utf-8")))
     torch.set_num_threads(span.threads)
     dist.init_process_group("gloo", init_method=f"file://{plan}.group", rank=rank, world_size=span.world)
     try:

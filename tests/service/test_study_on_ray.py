@@ -44,14 +44,14 @@ def _through(pool: Pool, study: StudyConfig, **around: Any) -> StudyResult:
 def test_each_cell_is_a_child_run_once_with_what_it_started_from(cluster: None, data: str, tmp_path: Path) -> None:
     study = small((tmp_path / "runs").as_uri(), data)
     api = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    parent = tracking.open_run(api, "e", study.name, "study", params={}, tags={})
+    parent = tracking.open_run(api, study.experiment, study.name, "study", params={}, tags={})
     results = []
     for _ in range(2):  # sent again, it logs nothing twice
         log = Log(api, study, parent)
         pool = RayTasks(2, 1, 0, pretended)
         results.append(_through(pool, study, on_done=log.cell, on_choice=log.choice))
     assert results[0] == results[1]
-    (experiment,) = [e for e in api.search_experiments() if e.name == "e"]
+    (experiment,) = [e for e in api.search_experiments() if e.name == study.experiment]
     children = api.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
     kinds = [child.data.tags["tomoscale.kind"] for child in children]
     assert sorted(kinds) == (

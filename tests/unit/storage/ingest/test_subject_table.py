@@ -21,7 +21,7 @@ def people(root: Path, *names: str) -> Path:
 
 
 def subjects(root: Path, table: str, name: str = "people.csv") -> dict[str, str]:
-    (root / name).write_text(table)
+    (root / name).write_text(table, encoding="utf-8")
     return {item.name: item.subject for item in discover(root, subject_table=name).items}
 
 
