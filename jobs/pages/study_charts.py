@@ -84,7 +84,7 @@ def curves(result: StudyResult) -> bytes:
     drawing, axes = plt.subplots(lines, columns, figsize=(8.4, 2.6 * lines), squeeze=False, sharey=True)
     for axis in axes.flat[len(counts) :]:
         axis.set_axis_off()
-    for axis, labels in zip(axes.flat, counts, strict=False):
+    for axis, labels in zip(axes.flat[: len(counts)], counts, strict=True):
         for start in starts:
             group = [cell for cell in result.cells if (cell.start, cell.labels) == (start, labels)]
             dice = np.mean([[point["inner_dice"] for point in cell.history] for cell in group], axis=0)
