@@ -27,6 +27,7 @@ RESTARTS = "restarts"  # counted at the step from which a job went on; no point 
 COLLAPSE = "tomoscale.warning.collapse"
 _BATCH = 900  # MLflow takes at most 1000 metrics in one request
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.5, 5.0
+_REQUEST_S = 45.0  # more than a request and its repetition may take
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,13 +243,14 @@ class Sender:
     """Sends points from a thread; `put` never blocks and never raises.
 
     While the server is away points wait here (and in the journal of the checkpoints); after any failed request the
-    server is asked what it has before anything is sent again. It tries until `close`, with no deadline and more points
-    each time, so it does not go through `storage.objects.retry`.
+    server is asked what it has before anything is sent again. It tries until `close` and for the time that this allows,
+    with more points each time, so it does not go through `storage.objects.retry`.
     """
 
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
         self._recorded: set[int] = set()
+        self._deadline = 0.0  # of further attempts, once it is closed
         self._queue: queue.SimpleQueue[Point | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="mlflow-sender", daemon=True)
         self._thread.start()
@@ -261,12 +263,13 @@ class Sender:
         """Whether the server has said that it has the point of a step."""
         return step in self._recorded
 
-    def close(self, timeout_s: float = 45.0) -> None:
+    def close(self, timeout_s: float = _REQUEST_S) -> None:
         """Send what is waiting, for at most `timeout_s`; the journal keeps the rest for the driver.
 
-        By default longer than a request and its repetition may take, so that none is under way any more when the driver
-        asks what has arrived.
+        None begins later than may still end, so that none is under way any more when the driver asks what has arrived:
+        by default that is one attempt.
         """
+        self._deadline = time.monotonic() + timeout_s - _REQUEST_S
         self._queue.put(None)
         self._thread.join(timeout_s)
 
@@ -276,8 +279,10 @@ class Sender:
         waiting: list[Point] = []
         pause, again_at = _FIRST_PAUSE_S, None
         closing = False
-        while not closing:
-            closing = self._gather(waiting, again_at)
+        while not closing or (waiting and time.monotonic() < self._deadline):
+            if closing and again_at is not None:
+                time.sleep(max(0.0, min(again_at, self._deadline) - time.monotonic()))
+            closing = closing or self._gather(waiting, again_at)
             if not waiting:
                 continue
             try:

@@ -232,6 +232,20 @@ def test_closing_sends_what_waits_at_once_and_ends_the_thread(monkeypatch: pytes
     assert not sender._thread.is_alive()
 
 
+@pytest.mark.parametrize(("timeout_s", "arrived"), [(tracking._REQUEST_S, []), (tracking._REQUEST_S + 30, [1, 2])])
+def test_closing_goes_on_sending_for_the_time_it_is_given(
+    timeout_s: float, arrived: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Recorder(dict.fromkeys(range(1, 51), "before"))
+    sender = sender_to(server, monkeypatch, 0.01)
+    monkeypatch.setattr(tracking, "_MAX_PAUSE_S", 0.02)
+    sender._queue.put(tracking.point(1, {"loss": 1.0}))
+    sender._queue.put(tracking.point(2, {"loss": 1.0}))
+    sender.close(timeout_s)
+    assert not sender._thread.is_alive()
+    assert server.steps == arrived
+
+
 def test_an_outage_is_said_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     server = Recorder(dict.fromkeys(range(1, 6), "before"))
     sender = sender_to(server, monkeypatch, 0.01)
