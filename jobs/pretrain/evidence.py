@@ -46,13 +46,15 @@ class Evidence:
         captures: Captures | None,
         say: Callable[[str], None],
     ) -> None:
-        self._config, self._fingerprint, self._engine, self._captures = config, fingerprint, engine, captures
+        self._config, self._fingerprint, self._engine = config, fingerprint, engine
+        # No rank has the whole state of a step alone.
+        self._captures = None if engine.is_sharded else captures
         self._spikes, self._batches = Spikes(), dict[int, HostBatch]()
         self._quiet_until = 0
         engine.watch = self._outcome
         ranks = engine.collectives
         self._chain: Chain | None = None
-        if ranks.rank:
+        if ranks.rank and not engine.is_sharded:  # with shards all ranks have to know when weights are gathered
             return
         if before is None:
             what = {"configuration": canonical_digest(decisive(resolved(config))), "manifest": fingerprint}
@@ -87,7 +89,7 @@ class Evidence:
     def _weigh(self) -> None:
         engine = self._engine
         if self._chain is not None and self._chain.is_due(engine.step_done, engine.config.steps):
-            self._chain.weights[engine.step_done] = weights_digest(engine.method.state_dict())
+            self._chain.weights[engine.step_done] = weights_digest(engine.weights())
 
     def _outcome(self, outcome: Outcome, is_own: bool) -> None:
         """Called by the engine, on the CPU before the weights change."""

@@ -257,6 +257,7 @@ def run(
     buffers = Buffers()
 
     def save(step: int, state: dict[str, Any]) -> None:
+        chain = evidence.state()  # on all ranks, as shards are gathered for it
         if collectives.rank:
             hooks.publish(step, None, hooks.last)
             return
@@ -269,7 +270,7 @@ def run(
             JOURNAL: [item.to_json() for item in journal],
             SETTINGS: resolved(config),
         }
-        whole = {**state, **evidence.state()}
+        whole = {**state, **chain}
         hooks.publish(step, lambda: Snapshot.of(whole, facts, buffers), hooks.last)
 
     probe = LabelProbe(config, store, method_views, hooks.say if collectives.rank == 0 else _silent)

@@ -19,11 +19,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ssl_core.config import LATER, Config, digest
-from ssl_core.distributed import Collectives, Single
+from ssl_core.distributed import Collectives, ProcessGroup, Single
 from ssl_core.methods.base import LossTerms, Method, StepContext
 from ssl_core.networks import batch_norm, recompute
 from ssl_core.networks.pyramid import cut_batches
-from ssl_core.train import checkpoint, compiling, determinism
+from ssl_core.train import checkpoint, compiling, determinism, sharding
 from ssl_core.train.gradients import FlatGradients, Outcome, Verdict
 from ssl_core.train.optim import NamedOptimizer
 from ssl_core.train.precision import resolve_precision
@@ -32,7 +32,7 @@ from ssl_core.views.split import split
 from ssl_core.views.types import ViewBatch
 from storage.errors import ConfigError, TomoscaleError
 
-OPERATIONAL = ("checkpoint_every", "log_every", "probe_every", "micro_batch")
+OPERATIONAL = ("checkpoint_every", "log_every", "probe_every", "micro_batch", "sharding")
 """Settings that change nothing of the result but its rounding."""
 
 
@@ -78,6 +78,12 @@ class EngineConfig(Config):
     channels_last: bool = Field(default=False, description="Kernels and activations in channels_last_3d order")
     compile: bool = Field(default=False, description="Run the method's forward pass through torch.compile")
     fused: bool = Field(default=True, description="Fused optimizer kernels")
+    sharding: Literal["none", "full"] = Field(
+        default="none",
+        description="`full`: each rank keeps a part of weights, gradients and moments (FSDP2), for networks that do "
+        "not fit; more messages, the same results but for rounding",
+        json_schema_extra=LATER,
+    )
     activation_checkpointing: bool = Field(
         default=False,
         description="Keep only the inputs of the network's blocks and compute the rest again in the backward pass: "
@@ -90,6 +96,12 @@ class EngineConfig(Config):
     probe_every: int = Field(
         default=100, ge=0, description="Steps between collapse probes, one more at the end; 0 never"
     )
+
+    @model_validator(mode="after")
+    def _shards_fit(self) -> "EngineConfig":
+        if self.sharding == "full" and (self.compile or self.channels_last):
+            raise ValueError("sharding none with compile or channels_last, which were not tried with shards")
+        return self
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> "EngineConfig":
@@ -154,8 +166,7 @@ class Engine:
                 parameter.data = parameter.data.contiguous(**layout)
         method.train()
         batch_norm.bind(method, self.collectives)
-        trainable = {n: p for n, p in method.named_parameters() if p.requires_grad}
-        if not trainable:
+        if not any(p.requires_grad for p in method.parameters()):
             raise ConfigError("method", expected="trainable parameters", found="none")
         self._statistics = [
             tensor
@@ -165,10 +176,16 @@ class Engine:
             if tensor is not None
         ]
         self._share_initial_weights()
+        # Ranks that are simulated, as a replay's are, share one memory: there is nothing to cut.
+        self.is_sharded = config.sharding == "full" and isinstance(self.collectives, ProcessGroup)
+        if self.is_sharded:
+            sharding.shard(method, self.device)
+        trainable = {n: p for n, p in method.named_parameters() if p.requires_grad}
         # Steps whose verdict may still be on its way while the next one is launched.
         self._lag = 1 if self.device.type == "cuda" else 0
         self._pending: list[Verdict] = []
-        self._grads = FlatGradients(trainable, self.collectives)
+        gradients = sharding.ShardedGradients if self.is_sharded else FlatGradients
+        self._grads = gradients(trainable, self.collectives)
         self.optimizer = NamedOptimizer(
             trainable,
             config.optimizer,
@@ -250,10 +267,14 @@ class Engine:
         """
         self._settle()  # never hand out what a bad step has made
         return {
-            "method": dict(self.method.state_dict()),
-            "optimizer": self.optimizer.state_dict(),
+            "method": self.weights(),
+            "optimizer": {name: sharding.wholes(entry) for name, entry in self.optimizer.state_dict().items()},
             "engine": {"step": self.step_done, "config_digest": self.config.digest()},
         }
+
+    def weights(self) -> dict[str, Tensor]:
+        """The method's tensors by name, live; of one in shards all of it, as a copy. A collective call with shards."""
+        return sharding.wholes(self.method.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any], *, allow_change: bool = False) -> None:
         """Go on from a state, bit for bit.
@@ -278,7 +299,7 @@ class Engine:
         self.optimizer.load_state_dict(state["optimizer"])
         with torch.no_grad():
             for name, tensor in own.items():
-                tensor.copy_(state["method"][name])
+                sharding.assign(tensor, state["method"][name])
         self.step_done = int(state["engine"]["step"])
 
     def _rates(self) -> tuple[float, float]:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ssl_core.train.sharding import placed
 from storage.errors import ConfigError
 
 
@@ -119,5 +120,5 @@ def _placed(value: Any, parameter: nn.Parameter) -> Any:
         return value
     if value.shape == parameter.shape:
         # In the parameter's memory order, which a file does not keep.
-        return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+        return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(placed(value, parameter))
     return value.clone()
