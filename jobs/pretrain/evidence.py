@@ -65,6 +65,8 @@ class Evidence:
             say("the checkpoint is of a version that kept no chain of steps; this run will have no certificate")
         if self._chain is not None:
             parts = {"micro_batch": engine.config.micro_batch, "order": order}  # the first decides the rounding
+            if engine.is_sharded:
+                parts["sharding"] = engine.config.sharding
             self._chain.start({**environment(engine.device, engine.precision, ranks.world), **parts})
 
     def drawn(self, batch: HostBatch, samples: str) -> None:

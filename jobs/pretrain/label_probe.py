@@ -26,7 +26,7 @@ _MOST_CLASSES = 64  # a map with more values is a partition, such as super-pixel
 
 
 class LabelProbe:
-    """Called by `ssl_core.train.engine.fit` on every rank at the same steps.
+    """Called by `ssl_core.train.loop.fit` on every rank at the same steps.
 
     Args:
         config: The job.

@@ -32,7 +32,8 @@ from ssl_core.networks.registry import build
 from ssl_core.networks.weights import load_exact
 from ssl_core.train import checkpoint
 from ssl_core.train.checkpoint import Buffers, Snapshot
-from ssl_core.train.engine import Engine, fit
+from ssl_core.train.engine import Engine
+from ssl_core.train.loop import fit
 from ssl_core.views.make import make_views
 from ssl_core.views.types import ViewBatch
 from storage.errors import ConfigError

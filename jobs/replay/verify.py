@@ -202,7 +202,7 @@ def _spans(chain: Chain, after: int, until: int) -> list[tuple[int, int, dict[st
     """First step done, last step and facts of each part that was trained in one way.
 
     Raises:
-        ConfigError: one of them was not trained on a CPU.
+        ConfigError: one of them was not trained on a CPU, or in shards.
     """
     spans: list[tuple[int, int, dict[str, Any]]] = []
     following: list[Start | None] = [*chain.starts[1:], None]
@@ -216,6 +216,13 @@ def _spans(chain: Chain, after: int, until: int) -> list[tuple[int, int, dict[st
                 f"replay of steps {begin + 1} to {end}",
                 expected="steps that were trained on a CPU",
                 found=f"a {facts['device']} device ({facts['processor']}), whose sums have other bits",
+                remedy="leave --step out: signature, chain and weights can be checked anywhere",
+            )
+        if "sharding" in facts:
+            raise ConfigError(
+                f"replay of steps {begin + 1} to {end}",
+                expected="steps that were trained with engine.sharding none",
+                found=f"{facts['sharding']}, where gradient norms are added up in another order",
                 remedy="leave --step out: signature, chain and weights can be checked anywhere",
             )
         spans.append((begin, end, facts))

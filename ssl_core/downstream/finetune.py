@@ -25,7 +25,8 @@ from ssl_core.downstream.transfer import Start as Start
 from ssl_core.downstream.transfer import build_segmenter as build_segmenter
 from ssl_core.networks.backbone import Backbone
 from ssl_core.train import checkpoint
-from ssl_core.train.engine import Engine, fit
+from ssl_core.train.engine import Engine
+from ssl_core.train.loop import fit
 from ssl_core.views.intensity import IntensityPolicy
 from ssl_core.views.make import make_views
 from ssl_core.views.placement_size import host_size

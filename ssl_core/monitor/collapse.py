@@ -33,7 +33,7 @@ class CollapseWarning(UserWarning):
 
 
 def probe(engine: Engine, views: ViewBatch) -> dict[str, float]:
-    """Probe the encoder on a batch; a hook for `ssl_core.train.engine.fit`.
+    """Probe the encoder on a batch; a hook for `ssl_core.train.loop.fit`.
 
     Spread is measured at the deepest level that the method trains, alignment at the deepest of these that has four
     features along each axis.

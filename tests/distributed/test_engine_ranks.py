@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from ssl_core.distributed import ProcessGroup
 from ssl_core.train import checkpoint
-from ssl_core.train.engine import Engine, EngineConfig, NonFiniteError, fit
+from ssl_core.train.engine import Engine, EngineConfig, NonFiniteError
+from ssl_core.train.loop import fit
 from tests.kit.processes import spawn
 from tests.kit.toy_method import Toy, batch, views_of
 

@@ -1,6 +1,7 @@
 """The loop under `torchrun`: asked to stop, it saves; started again, it ends as if it had never stopped."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,9 +27,9 @@ from tests.kit.phantoms import write_phantoms
 STEPS = 60
 
 
-def start(out: Path, config: Path, tmp: Path) -> subprocess.Popen[str]:
+def start(out: Path, config: Path, tmp: Path, *overrides: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "jobs.torchrun", str(config), "--out", str(out)]
+    command += ["-m", "jobs.torchrun", str(config), *overrides, "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp)}  # torchrun leaves a folder there
     return subprocess.Popen(
         command,
@@ -105,4 +106,22 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, other["method"][name]) for name, tensor in state["method"].items())
 
     one, two = (document.read(open_store((tmp_path / name / "run").as_uri())) for name in ("whole", "halted"))
+    assert one["chain"] == two["chain"]
+
+
+def test_a_run_in_shards_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    write_phantoms(f"file://{tmp_path}/store", 8)
+    config, ends = written(tmp_path), []
+    for _ in range(2):
+        settings = ["engine.sharding=full", "engine.steps=8", "engine.checkpoint_every=4"]
+        run = start(tmp_path / "out", config, tmp_path, *settings)
+        said, _ = run.communicate(timeout=300)
+        assert run.returncode == 0, said
+        last = tmp_path / "out" / "run" / "step-00000008"
+        ends.append((checkpoint.load(last), document.read(open_store((tmp_path / "out" / "run").as_uri()))))
+        shutil.rmtree(last)
+    assert "resumed at step 4" in said
+    ((state, facts), one), ((other, others), two) = ends
+    assert facts["samples"] == others["samples"]
+    assert all(torch.equal(tensor, other["method"][name]) for name, tensor in state["method"].items())
     assert one["chain"] == two["chain"]

@@ -249,13 +249,22 @@ def test_verify_run_ends_with_0_1_or_2(calm: Run, tmp_path: Path, capsys: pytest
     assert main(command) == 1
 
 
-def test_a_step_of_a_gpu_is_not_compared_on_a_cpu(calm: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"device": "cuda", "processor": "x86_64 H"}, "trained on a CPU; found a cuda device"),
+        ({"sharding": "full"}, "engine.sharding none; found full"),
+    ],
+)
+def test_a_step_of_a_gpu_or_in_shards_is_not_compared_on_a_cpu(
+    facts: dict[str, str], words: str, calm: Run, tmp_path: Path
+) -> None:
     copy = calm.copy(tmp_path)
     chain = document.chain_of(copy.certificate())
-    how = {**chain.starts[0].facts, "device": "cuda", "processor": "x86_64 H"}
-    facts = Chain({**chain.what}, starts=[chains.Start(0, how)], rows=chain.rows, weights=chain.weights)
-    document.issue(open_store(copy.folder.as_uri()), "t", resolved(copy.settings), facts)
-    with pytest.raises(ConfigError, match="trained on a CPU; found a cuda device"):
+    how = {**chain.starts[0].facts, **facts}
+    other = Chain({**chain.what}, starts=[chains.Start(0, how)], rows=chain.rows, weights=chain.weights)
+    document.issue(open_store(copy.folder.as_uri()), "t", resolved(copy.settings), other)
+    with pytest.raises(ConfigError, match=words):
         copy.again(6)
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ssl_core.train import checkpoint
-from ssl_core.train.engine import Engine, EngineConfig, NonFiniteError, fit
+from ssl_core.train.engine import Engine, EngineConfig, NonFiniteError
+from ssl_core.train.loop import fit
 from ssl_core.train.optim import NamedOptimizer
 from ssl_core.views.types import ViewBatch
 from storage.errors import ConfigError, TomoscaleError

@@ -17,7 +17,8 @@ from ssl_core.networks import build
 from ssl_core.testing.method import tiny_method
 from ssl_core.testing.views import synthetic_views
 from ssl_core.train import checkpoint, compiling
-from ssl_core.train.engine import Engine, EngineConfig, fit
+from ssl_core.train.engine import Engine, EngineConfig
+from ssl_core.train.loop import fit
 from ssl_core.views.make import make_views
 from tests.kit import crops
 
