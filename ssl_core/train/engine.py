@@ -1,6 +1,7 @@
 """One step of training for every method, and for fine-tuning.
 
-The engine knows nothing of Ray or MLflow. It draws nothing from global random state that it has not seeded itself, so its whole state is the method's tensors, the optimizer's and one integer.
+The engine knows nothing of Ray or MLflow. It draws nothing from global random state that it has not seeded itself, so
+its whole state is the method's tensors, the optimizer's and one integer.
 
 Gradients are averaged in buckets of one flat buffer (`ssl_core.train.buckets`) rather than with
 `DistributedDataParallel`. DDP lays its buckets out anew after its first step, so that with three ranks and more a
