@@ -5,15 +5,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.chaos.conftest import Row
 from tests.kit.fleet import Fleet
-from tests.kit.fleet_jobs import DATA, STEPS, Job, Outcome, configuration
+from tests.kit.fleet_jobs import DATA, Job, Outcome, configuration
 
 pytestmark = [pytest.mark.chaos, pytest.mark.service, pytest.mark.timeout(1200)]
-ALL = list(range(1, STEPS + 1))
 
 
 def row_of(job: Job, scenario: str, since: float, calm: Outcome, *, same_weights: bool = True) -> Row:
@@ -26,16 +24,17 @@ def row_of(job: Job, scenario: str, since: float, calm: Outcome, *, same_weights
     resumed = [(at, int(match[1])) for at, line in job.lines if (match := re.search(r"resumed at step (\d+)", line))]
     # Ray shows lines of a node that is on again a second time, so repeated steps are told by where a job went on.
     repeated = sum(max(step for then, step in job.steps() if then < at) - start for at, start in resumed)
-    outcome = job.outcome()
+    every = sorted(calm.points)
+    outcome = job.outcome(every[-1])
     row = Row(
         scenario=scenario,
         noticed_s=round(told[0] - since, 1) if told else None,
         resumed_s=round(new[0] - since, 1) if new else None,
         repeated=repeated,
-        skipped=len(set(ALL) - set(steps)),
+        skipped=len(set(every) - set(steps)),
         samples=outcome.samples == calm.samples,
         weights="equal" if outcome.weights == calm.weights else "another number of workers",
-        points=sorted(outcome.points) == ALL,
+        points=sorted(outcome.points) == every,
         code=code,
         last=job.lines[-1][1],
     )
@@ -107,12 +106,23 @@ def test_notice_is_given_and_no_step_is_repeated(fleet: Fleet, calm: tuple[Job, 
     assert row.repeated == 0
 
 
-def test_the_number_of_workers_follows_the_machines(fleet: Fleet, calm: tuple[Job, Outcome], table: list[Row]) -> None:
-    cluster = {"workers": 4, "min_workers": 1}
-    engine = {"steps": STEPS}
-    job, since = at_step(fleet, "resize", 40, lambda: fleet.lab.lose_power("w2"), cluster=cluster, engine=engine)
-    job.wait_for("resumed at step")
-    fleet.start_node("w2")
-    row = row_of(job, "two workers, one, and two again", since, calm[1], same_weights=False)
+def test_the_number_of_workers_follows_the_machines(fleet: Fleet, table: list[Row]) -> None:
+    """A batch of 12 is shared by one, two, three or six; six are never there."""
+    changes: dict[str, Any] = {
+        "cluster": {"workers": 6, "min_workers": 1},
+        "stream": {"global_batch": 12},
+        "engine": {"steps": 600},
+    }
+    still = Job(fleet, configuration("still", DATA, **changes))
+    assert still.end() == 0, still.text[-5000:]
+    job, since = at_step(fleet, "resize", 40, lambda: fleet.lab.lose_power("w2"), **changes)
+    job.wait_for("1 of at most 6 workers")
+    for name, number in (("w2", 2), ("w3", 3)):
+        begun = len(job.lines)
+        fleet.start_node(name)
+        job.wait_for(f"^(?:\\([^)]*\\) )?{number} of at most 6 workers", after=begun)
+        fleet.wait_for_nodes(1 + number)
+    row = row_of(job, "two workers, one, two again, and three", since, still.outcome(600), same_weights=False)
+    fleet.lab.lose_power("w3")
+    fleet.wait_for_nodes(3)
     table.append(row)
-    assert np.isfinite(row.resumed_s or 0.0)

@@ -97,14 +97,14 @@ class Job:
         """Steps as they were read, each with its time."""
         return [(at, int(match[1])) for at, line in self.lines if at >= since and (match := _STEP.match(line))]
 
-    def wait_for(self, pattern: str, limit_s: float = 400) -> float:
-        """The time of the first line with this in it.
+    def wait_for(self, pattern: str, limit_s: float = 400, after: int = 0) -> float:
+        """The time of the first line with this in it, from line number `after` on.
 
         Raises:
             AssertionError: the job ended, or time did, without it.
         """
         end = time.monotonic() + limit_s
-        number = 0
+        number = after
         while time.monotonic() < end:
             over = not self._reader.is_alive()
             for at, line in self.lines[number:]:
