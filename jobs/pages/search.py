@@ -33,7 +33,7 @@ def setting_heading(path: str) -> str:
 def setting_text(value: Any) -> str:
     """A value of a setting for a table."""
     if isinstance(value, float):
-        return f"{value:.2e}" if value and abs(value) < 0.01 else f"{value:g}"
+        return f"{value:.2e}" if value and abs(value) < 0.01 else f"{value:.3g}"
     return value if isinstance(value, str) else json.dumps(value)
 
 
