@@ -82,6 +82,8 @@ def listen(device: str, address: ipaddress.IPv4Interface) -> Iterator[dict[str, 
             for ready in select.select([packets, names], [], [])[0]:
                 data, sender = ready.recvfrom(1500)
                 if ready is names:
+                    if len(data) < 17 or 0 not in data[12:-4]:  # no query; whoever sends one has no answer to wait for
+                        continue
                     names.sendto(_no_such_name(data), sender)
                     pair = {"source": sender[0], "to": str(address.ip), "port": 53, "outside": False}
                     pair |= {"asks": _name_asked(data)}
