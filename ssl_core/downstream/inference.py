@@ -19,9 +19,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats as scipy_stats
 
 from storage.errors import ConfigError
+
+# scipy.stats takes a second to import, and every job reads this module: functions import it.
 
 LEVEL = 0.05
 MOST_DRAWS = 20
@@ -148,6 +149,8 @@ def estimate(box_DSN: NDArray[Any]) -> Estimate:
     Raises:
         ConfigError: no box, an empty one, or a value that is not finite.
     """
+    from scipy import stats as scipy_stats  # see the top of this file
+
     box = _checked(box_DSN)
     mean, error, freedom = (float(x) for x in crossed_estimate(box))
     if box.shape[0] < 2:
@@ -158,6 +161,8 @@ def estimate(box_DSN: NDArray[Any]) -> Estimate:
 
 def crossed_p(box: Box, axes: int = 3) -> Box:
     """Two-sided p of the mean being 0, by `crossed_estimate`; 1 where the mean is 0."""
+    from scipy import stats as scipy_stats  # see the top of this file
+
     mean, error, freedom = crossed_estimate(box, axes)
     with np.errstate(divide="ignore", invalid="ignore"):
         p: Box = np.where(mean == 0, 1.0, 2 * scipy_stats.t.sf(np.abs(mean) / error, freedom))
@@ -225,6 +230,8 @@ def detectable(
         level: Of all comparisons together.
         power: Share of studies that are to see it.
     """
+    from scipy import stats as scipy_stats  # see the top of this file
+
     share = level / comparisons
     if draws < 2 or least_p(draws) >= share:
         return None

@@ -10,9 +10,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats as scipy_stats
 
 from storage.errors import ConfigError
+
+# scipy.stats takes a second to import, and every job reads this module: functions import it.
 
 _RESAMPLES, _PART = 10_000, 500
 _LEVEL = 0.05
@@ -105,6 +106,8 @@ def compare(
     Raises:
         ConfigError: the two do not pair up, there is no case, or a value is not finite.
     """
+    from scipy import stats as scipy_stats  # see the top of this file
+
     a_N, b_N = np.asarray(a_N, np.float64), np.asarray(b_N, np.float64)
     if a_N.shape != b_N.shape or a_N.ndim != 1 or not a_N.size:
         raise ConfigError("paired values", expected="two equal, non-empty lists", found=f"{a_N.shape} and {b_N.shape}")
@@ -152,6 +155,8 @@ def compare_trainings(d_SN: NDArray[Any], *, a: str, b: str, measure: str = "Dic
     Raises:
         ConfigError: no matrix, an empty one, or a value that is not finite.
     """
+    from scipy import stats as scipy_stats  # see the top of this file
+
     d = np.asarray(d_SN, np.float64)
     if d.ndim != 2 or not d.size:
         raise ConfigError("paired trainings", expected="differences by seed and subject", found=f"shape {d.shape}")
@@ -226,6 +231,8 @@ def crossed_p(d_SN: Matrix) -> Matrix:
     Args:
         d_SN: As there.
     """
+    from scipy import stats as scipy_stats  # see the top of this file
+
     error, freedom = crossed_error(d_SN)
     mean = d_SN.mean((-2, -1))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -250,6 +257,8 @@ def mean_over_seeds(values: dict[tuple[str, int], float]) -> dict[str, float]:
 
 
 def _rank_biserial(d_N: NDArray[np.float64]) -> float:
+    from scipy import stats as scipy_stats  # see the top of this file
+
     nonzero = d_N[d_N != 0]
     if not nonzero.size:
         return 0.0

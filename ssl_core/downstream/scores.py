@@ -27,11 +27,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from ssl_core.downstream.records import from_fields
 from storage.errors import ConfigError
 from storage.intensity_stats import foreground_box
+
+# scipy takes half a second to import, and every job reads this module: functions import it.
 
 Mask = NDArray[np.bool_]
 Distances = NDArray[np.float64]
@@ -69,6 +70,8 @@ class MaskPair:
         low, high = foreground_box(self.prediction | self.truth)
         box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))  # nothing outside of it can be nearest
         a, b = _surface(self.prediction[box]), _surface(self.truth[box])
+        from scipy import ndimage  # see the top of this file
+
         to_truth = ndimage.distance_transform_edt(~b, sampling=self.spacing_mm)[a]
         to_prediction = ndimage.distance_transform_edt(~a, sampling=self.spacing_mm)[b]
         return to_truth, to_prediction
@@ -226,4 +229,6 @@ def _reduced(cases: Sequence[CaseScore], statistic: Callable[[NDArray[np.float64
 
 
 def _surface(mask: Mask) -> Mask:
+    from scipy import ndimage  # see the top of this file
+
     return mask & ~ndimage.binary_erosion(mask)

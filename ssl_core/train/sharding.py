@@ -13,12 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ssl_core.distributed import Collectives
 from ssl_core.networks.pyramid import Pyramid
+
+# torch.distributed.fsdp takes a second to import, and every job reads this module: functions import it.
 
 UNIT_BYTES = 2**20
 """Least bytes of a layer that is gathered by itself; smaller ones go together. Our choice: a message of less is mostly
@@ -35,6 +34,9 @@ def shard(method: nn.Module, device: torch.device) -> None:
         method: With equal weights on all ranks. Its parameters are others afterwards.
         device: Where they lie.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for network in [module for module in method.modules() if isinstance(module, Pyramid)]:
         layers = [module for module in network.net.modules() if not any(True for _ in module.children())]
@@ -47,9 +49,14 @@ def shard(method: nn.Module, device: torch.device) -> None:
     fully_shard(method, mesh=mesh)
 
 
+def is_shard(value: Any) -> bool:
+    """Whether a tensor is one of `torch.distributed.tensor`, which no other has the placements of."""
+    return hasattr(value, "placements")
+
+
 def wholes(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values by name, with all of each tensor that is in shards, as a copy; a collective call for these."""
-    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in values.items()}
+    return {name: value.full_tensor() if is_shard(value) else value for name, value in values.items()}
 
 
 def assign(target: Tensor, value: Tensor) -> None:
@@ -59,10 +66,12 @@ def assign(target: Tensor, value: Tensor) -> None:
 
 def placed(value: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, in shards on the device of `like` where that is."""
-    if not isinstance(like, DTensor):
+    if not is_shard(like):
         return value
-    mesh: DeviceMesh = like.device_mesh
-    return distribute_tensor(value.to(like.device), mesh, like.placements, src_data_rank=None)
+    from torch.distributed.tensor import distribute_tensor
+
+    shard: Any = like
+    return distribute_tensor(value.to(like.device), shard.device_mesh, shard.placements, src_data_rank=None)
 
 
 class ShardedGradients:
@@ -123,5 +132,5 @@ class ShardedGradients:
 
 
 def _local(tensor: Any) -> Tensor:
-    part: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    part: Tensor = tensor.to_local() if is_shard(tensor) else tensor
     return part
