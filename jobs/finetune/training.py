@@ -9,6 +9,7 @@ from jobs import labelled as split
 from jobs.configs import LabelledConfig
 from jobs.finetune.checkpoints import StoredCheckpoints
 from jobs.tracking import bundles
+from ssl_core.downstream.deep_supervision import require_levels
 from ssl_core.downstream.finetune import (
     FinetuneConfig,
     Start,
@@ -18,6 +19,7 @@ from ssl_core.downstream.finetune import (
     train_segmenter,
 )
 from ssl_core.downstream.settings import Transfer
+from ssl_core.downstream.sides import sided
 from ssl_core.downstream.transfer import repeat_channels, require_weights, transferred_keys
 from ssl_core.networks.outline import outline, shapes_only
 from storage.errors import ConfigError
@@ -70,6 +72,9 @@ def train_from(
         arguments = {**arguments, "in_channels": channels}
         notes = (f"The first convolution of {model}, of one channel, was repeated for {channels} and divided by them.",)
         print(notes[0], flush=True)
+    if settings.flip[2] and (name := sided(labels.values())):
+        notes = (*notes, f"No view was mirrored along W, left to right, since the label {name!r} names a side.")
+        print(notes[-1], flush=True)
     driver.check_channels(manifest, everyone, f"the encoder of {model}", arguments)
     network = build_segmenter(
         encoder.backbone,
@@ -113,6 +118,21 @@ def require_transfer(start: str, transfer: Transfer) -> None:
         network = outline(model.backbone, {"out_channels": 2, **model.arguments})
     keys = transferred_keys(network, transfer)
     require_weights(start, transfer, keys, {**model.weights, **model.rest})
+
+
+def require_outputs(start: str, levels: int) -> None:
+    """Refuse a start whose network has fewer decoder levels than a training would supervise, before one begins.
+
+    Args:
+        start: Model URI, or `none`.
+        levels: `finetune.deep_supervision`.
+
+    Raises:
+        ConfigError: names the setting and how many there are.
+    """
+    if start != "none" and levels:
+        model = bundles.pull_encoder(start)
+        require_levels(model.backbone, model.arguments, levels)
 
 
 def device_for(gpu: bool) -> torch.device:

@@ -10,6 +10,7 @@ import torch
 from jobs.configs import FinetuneJobConfig, PretrainConfig
 from jobs.configs.search import TuneConfig
 from jobs.plan.one_rank import OneRank
+from ssl_core.downstream.deep_supervision import require_levels
 from ssl_core.methods.base import StepContext, method_class
 from ssl_core.networks.batch_norm import bind
 from ssl_core.networks.outline import NEEDS_NUMBERS, check_crop, outline, shapes_only
@@ -36,6 +37,8 @@ def require_buildable(config: PretrainConfig | TuneConfig | FinetuneJobConfig) -
             check_crop(
                 network["backbone"], network["backbone_arguments"], config.finetune.patch_DHW, "finetune.patch_DHW"
             )
+            if levels := config.finetune.deep_supervision:
+                require_levels(network["backbone"], network["backbone_arguments"], levels)
 
 
 def _require_method(config: PretrainConfig) -> None:

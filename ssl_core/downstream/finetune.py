@@ -21,6 +21,7 @@ from ssl_core.downstream.measure import predict_volume as predict_volume
 from ssl_core.downstream.measure import score_volumes as score_volumes
 from ssl_core.downstream.objective import Segmentation
 from ssl_core.downstream.settings import FinetuneConfig as FinetuneConfig
+from ssl_core.downstream.sides import sided
 from ssl_core.downstream.transfer import Start as Start
 from ssl_core.downstream.transfer import build_segmenter as build_segmenter
 from ssl_core.networks.backbone import Backbone
@@ -159,13 +160,15 @@ def train_segmenter(
         )
     ranks: Collectives = Single() if collectives is None else collectives
     module_of(network)
-    objective = Segmentation(network, config, label=label, labels=labels, pretrained=pretrained)
+    objective = Segmentation(network, config, label=label, labels=labels, pretrained=pretrained, seed=seed)
     engine = Engine(objective, config.engine(seed), collectives=ranks, device=device)
     identity = {
         "config_digest": digest(config),
         "fingerprint": store.manifest.fingerprint,
         "training": repr((tuple(train), tuple(inner), label, dict(labels), pretrained, seed)),
     }
+    if config.flip[2] and sided(labels.values()):  # a training of before mirrored them: its second half would not
+        identity["mirrored"] = "not along W"
     history: list[dict[str, float]] = []
     best: dict[str, Tensor] = {}
     if checkpoints is not None and (folder := checkpoints.newest()) is not None:
@@ -205,7 +208,7 @@ def train_segmenter(
         )
 
     if not _is_over(history, config):
-        views = config.views(label)
+        views = config.views(label, labels.values())
         spec = _stream_spec(config, seed, host_size(views), tuple(train), label)
         start = engine.step_done * config.batch
         with CropStream(store, spec, rank=ranks.rank, world=ranks.world, start=start, prefetch=2, threads=1) as stream:
@@ -258,4 +261,5 @@ def _stream_spec(
         label=label,
         foreground=1.0,
         class_balance=config.class_balance,
+        class_draw=config.class_draw,
     )

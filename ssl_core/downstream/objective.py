@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_core.distributed import Collectives
+from ssl_core.downstream.deep_supervision import AuxiliaryOutputs, coarser, weights
 from ssl_core.downstream.settings import FinetuneConfig
 from ssl_core.methods.base import LossTerms, StepContext
 from ssl_core.networks.backbone import Backbone
@@ -23,7 +24,9 @@ class Segmentation(nn.Module):
 
     Formula: L = region + voxel. The region loss is 1 - T, the mean over the classes without background, with
     T = TP / (TP + a FP + b FN) of soft counts over all crops of a part of the batch, on all ranks (Tversky: Salehi et
-    al. 2017; a = b = 1/2 is Dice). The voxel loss is cross entropy or focal loss (Lin et al. 2017), MONAI's.
+    al. 2017; a = b = 1/2 is Dice). The voxel loss is cross entropy or focal loss (Lin et al. 2017), MONAI's. With deep
+    supervision L is the weighted sum of the losses of the output and of lower decoder levels (nnU-Net's weights), each
+    on labels of its own resolution.
 
     Args:
         network: From `ssl_core.downstream.transfer.build_segmenter`; trained in place.
@@ -31,19 +34,32 @@ class Segmentation(nn.Module):
         label: Name of the label map in the views.
         labels: Label value to name, in the order of the classes 1, 2, ...
         pretrained: Whether the rates and the order of `config.trained` and `encoder_lr_scale` apply.
+        seed: Of the random weights of auxiliary outputs.
 
     Attributes:
         average: Moving average of the weights, where there is one.
         rates: For the engine's optimizer; None where all parameters have one rate.
         losses: Loss of each part since `losses` was last cleared.
+
+    Raises:
+        ConfigError: the network has fewer decoder levels than are to be supervised.
     """
 
     def __init__(
-        self, network: Backbone, config: FinetuneConfig, *, label: str, labels: Mapping[int, str], pretrained: bool
+        self,
+        network: Backbone,
+        config: FinetuneConfig,
+        *,
+        label: str,
+        labels: Mapping[int, str],
+        pretrained: bool,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.backbone, self.config, self.label, self.labels = network, config, label, labels
         self.average = target_of(network) if config.ema else None
+        deep = config.deep_supervision
+        self.auxiliary = AuxiliaryOutputs(network, deep, seed) if deep else None
         self.rates: Rates | None = None
         self.losses: list[Tensor] = []
         region, _, voxel = config.loss.partition("_")
@@ -72,17 +88,30 @@ class Segmentation(nn.Module):
         """Terms `dice` or `tversky`, and `ce` or `focal`."""
         self._join(ctx.step)
         (view,) = views.roles["patch"]
-        logits = self.backbone.logits(view.image_BCDHW)
-        exact = logits.float() if logits.dtype.itemsize < 4 else logits  # a sum of 16-bit shares loses voxels
         classes_BDHW = classes_of(view.maps[self.label], self.labels)
-        region = region_loss(exact, classes_BDHW, miss=self._miss, collectives=ctx.collectives)
-        if self._focal is None:
-            terms = {self._region: region, "ce": nn.functional.cross_entropy(exact, classes_BDHW)}
+        if self.auxiliary is None:
+            terms = self._terms(self.backbone.logits(view.image_BCDHW), classes_BDHW, ctx.collectives)
         else:
-            terms = {self._region: region, "focal": self._focal(exact, classes_BDHW[:, None])}
+            outputs = self.auxiliary(self.backbone, view.image_BCDHW)
+            truths = [classes_BDHW, *(coarser(classes_BDHW, stride) for stride in self.auxiliary.strides)]
+            shares = weights(len(outputs))
+            levels = [self._terms(*pair, ctx.collectives) for pair in zip(outputs, truths, strict=True)]
+            terms = {
+                name: torch.stack([share * level[name] for share, level in zip(shares, levels, strict=True)]).sum()
+                for name in levels[0]
+            }
         loss = LossTerms(terms)
         self.losses.append(loss.total.detach())
         return loss
+
+    def _terms(self, logits_BKDHW: Tensor, classes_BDHW: Tensor, collectives: Collectives) -> dict[str, Tensor]:
+        """The loss of regions and that of voxels at one resolution."""
+        # A sum of 16-bit shares loses voxels.
+        exact = logits_BKDHW.float() if logits_BKDHW.dtype.itemsize < 4 else logits_BKDHW
+        region = region_loss(exact, classes_BDHW, miss=self._miss, collectives=collectives)
+        if self._focal is None:
+            return {self._region: region, "ce": nn.functional.cross_entropy(exact, classes_BDHW)}
+        return {self._region: region, "focal": self._focal(exact, classes_BDHW[:, None])}
 
     def after_step(self, ctx: StepContext) -> None:
         """Move the average."""
@@ -119,8 +148,10 @@ class Segmentation(nn.Module):
         if set(scales.values()) == {1.0} and not parts.steps:
             return
         self._group_of = group_of
+        outputs = [] if self.auxiliary is None else [name for name, _ in self.auxiliary.named_parameters()]
         self.rates = Rates(
-            {f"backbone.net.{key}": group for key, group in group_of.items()},
+            {f"backbone.net.{key}": group for key, group in group_of.items()}
+            | {f"auxiliary.{name}": "rest" for name in outputs},
             lambda step: {group: scale if step >= joins[group] else 0.0 for group, scale in scales.items()},
         )
 

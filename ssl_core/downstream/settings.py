@@ -1,13 +1,31 @@
 """How a segmenter is fine-tuned: what is taken over, what is trained when, the loss, the views and the loop."""
 
-from typing import Literal, Self
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ssl_core.config import LEAST_SCALE, MOST_SCALE, Config, CropSize
+from ssl_core.config import LATER, LEAST_SCALE, MOST_SCALE, Config, CropSize
+from ssl_core.downstream.sides import sided
 from ssl_core.train.engine import EngineConfig
 from ssl_core.views.augment.presets import PRESETS
 from ssl_core.views.types import RoleSpec, ViewSpec
+
+NNUNET_GEOMETRY: dict[str, Any] = {
+    "scale": (0.7, 1.4),
+    "scale_depth": True,
+    "scale_share": 0.2,
+    "rotate_degrees": 30.0,
+    "tilt_degrees": 30.0,
+    "rotate_share": 0.2,
+    "centred": True,
+}
+"""nnU-Net v2's spatial transform of isotropic 3-D patches (`nnUNetTrainer.get_training_transforms`), but for mirrors.
+
+Angles are drawn for each axis by themselves, one zoom for all three. Turns are rigid in millimetres here. Where slices
+are so far apart that a turned view does not fit its crop, it keeps its rotation about D only; nnU-Net turns such
+patches by any angle about D instead."""
 
 Transfer = Literal["encoder", "encoder_decoder", "all_but_head"]
 
@@ -80,6 +98,14 @@ class FinetuneConfig(Config):
         0.7, gt=0, lt=1, description="Tversky's weight of missed voxels; 1 less it of false ones (Salehi et al. 2017)"
     )
     focal_gamma: float = Field(2.0, ge=0, description="Focal loss's exponent (Lin et al. 2017)")
+    deep_supervision: int = Field(
+        0,
+        ge=0,
+        le=16,
+        description="Decoder levels below the output that have the loss too, through output layers that are thrown away"
+        " after training; weights are halved from level to level and 1 in all; nnU-Net's are all but the coarsest",
+        json_schema_extra=LATER,
+    )
     select: Literal["last", "best"] = Field(
         "last", description="Weights that are stored: of the last epoch, or of the best by the inner split"
     )
@@ -87,8 +113,28 @@ class FinetuneConfig(Config):
         None, ge=1, description="Epochs without a better inner metric after which training ends; never when empty"
     )
     class_balance: float = Field(0.5, ge=0, le=1, description="Share of crops centred on a labelled voxel")
+    class_draw: Literal["volume", "all"] = Field(
+        "volume",
+        description="Class of that voxel: `volume`: each class of the crop's volume as likely, as nnU-Net draws it;"
+        " `all`: each class of all training volumes as likely, in a volume that has it, for classes that few have",
+        json_schema_extra=LATER,
+    )
+    centred: bool = Field(
+        False,
+        description="Views lie about the voxel that their crop was drawn about, as nnU-Net's do; else anywhere in the"
+        " crop, which is larger than a view and may hold a small structure that the view leaves out",
+        json_schema_extra=LATER,
+    )
+    geometry: Literal["own", "nnunet"] = Field(
+        "own",
+        description="`own`: `scale` and `rotate_degrees`; `nnunet`: centred, a fifth of the views turned by up to 30"
+        " degrees about all three axes, a fifth zoomed by 0.7 to 1.4 along all; crops of 14 times a view's voxels are"
+        " read for it, and of twice as many where a view is flat",
+        json_schema_extra=LATER,
+    )
     flip: tuple[float, float, float] = Field(
-        (0.0, 0.0, 0.5), description="Flip probability along D, H, W; W at 0 where a label names a side"
+        (0.0, 0.0, 0.5),
+        description="Flip probability along D, H, W; never along W where a label names a side",
     )
     scale: tuple[float, float] = Field((0.9, 1.1), description="In-plane zoom")
     rotate_degrees: float = Field(10.0, ge=0, le=180, description="Largest rotation about D")
@@ -109,6 +155,18 @@ class FinetuneConfig(Config):
             raise ValueError(f"flip: three probabilities from 0 to 1, not {self.flip}")
         if self.intensity not in PRESETS:
             raise ValueError(f"intensity: one of {', '.join(PRESETS)}, not {self.intensity!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_crops(self) -> Self:
+        """A setting that another one leaves without effect would be believed to have one."""
+        plain = type(self).model_fields
+        if self.class_draw == "all" and not self.class_balance:
+            raise ValueError("class_balance above 0 with class_draw=all, or no crop is centred on a class")
+        if self.geometry == "nnunet":
+            for key in ("scale", "rotate_degrees"):
+                if getattr(self, key) != plain[key].default:
+                    raise ValueError(f"no {key} with geometry=nnunet, which has its own; set geometry=own for yours")
         return self
 
     @model_validator(mode="after")
@@ -146,15 +204,24 @@ class FinetuneConfig(Config):
             probe_every=0,
         )
 
-    def views(self, label: str) -> ViewSpec:
-        """One view of each crop, role `patch`, with the label map."""
+    def views(self, label: str, names: Iterable[str] = ()) -> ViewSpec:
+        """One view of each crop, role `patch`, with the label map.
+
+        Args:
+            label: Name of the map.
+            names: Of its classes; none is mirrored from left to right where one says a side.
+        """
+        along_d, along_h, along_w = self.flip
         role = RoleSpec(
             name="patch",
             count=1,
             size_DHW=self.patch_DHW,
             scale=self.scale,
-            flip=self.flip,
+            flip=(along_d, along_h, 0.0 if sided(names) else along_w),
             rotate_degrees=self.rotate_degrees,
             intensity=self.intensity,
+            centred=self.centred,
         )
+        if self.geometry == "nnunet":
+            role = replace(role, **NNUNET_GEOMETRY)
         return ViewSpec(roles=(role,), maps=(label,))

@@ -53,6 +53,7 @@ def make_views(
         host_DHW=host_DHW,
         shape_B3=shape_B3,
         spacing_B3=batch.spacing_B3,
+        centre_B3=batch.centre_B3,
     )
     stored = to_device(batch.image_BCDHW, device)
     host = normalise(stored, batch.scale_B, batch.offset_B, batch.stats_BCS, policy, work)

@@ -41,6 +41,7 @@ def draw(
     host_DHW: tuple[int, int, int],
     shape_B3: F64,
     spacing_B3: F64,
+    centre_B3: NDArray[np.int64] | None = None,
 ) -> dict[str, F64]:
     """Affine maps (count, B, 3, 4), float64, of every view of each role: view edge to volume edge coordinates.
 
@@ -55,6 +56,7 @@ def draw(
         host_DHW: Size of the host crops, at least `host_size(spec)`.
         shape_B3: Volume shapes, voxels.
         spacing_B3: Voxel spacing, mm; rotations are rigid in millimetres.
+        centre_B3: Voxel that each crop was drawn about, for roles that are centred on it.
 
     Raises:
         ConfigError: the host crop is too small, or the roles contradict each other.
@@ -64,9 +66,14 @@ def draw(
         raise ConfigError(
             "host crop", expected=f"at least {need} voxels", found=str(tuple(host_DHW)), remedy="read host_size(spec)"
         )
+    if centre_B3 is None and any(role.centred for role in spec.roles):
+        raise ConfigError(
+            "views that are centred", expected="crops that say which voxel they were drawn about", found="no centre_B3"
+        )
     start, shape = np.asarray(start_B3, np.float64), np.asarray(shape_B3, np.float64)
+    centre = start if centre_B3 is None else centre_B3 + 0.5
     place = _Placer(seed, np.asarray(sample_B, np.int64), start, start + np.array(host_DHW, np.float64), shape,
-                    np.asarray(spacing_B3, np.float64))  # fmt: skip
+                    np.asarray(spacing_B3, np.float64), centre)  # fmt: skip
     boxes: dict[str, list[Boxes]] = {}
     pending = list(spec.roles)
     while pending:
@@ -84,6 +91,7 @@ class _Placer:
     host_high_B3: F64
     shape_B3: F64
     spacing_B3: F64
+    centre_B3: F64
 
     def role(self, role: RoleSpec, others: list[Boxes]) -> list[Boxes]:
         if role.offset_vox is not None:
@@ -133,16 +141,21 @@ class _Placer:
         form, form_B = (0, None) if role.share_spatial else (view, attempt_B)
         shape_B2 = self._uniforms(role, "shape", form, form_B, count=2)
         lowest, highest = role.scale
-        sides_B3 = scale_of_axes(role, lowest + (highest - lowest) * shape_B2[:, 0])
+        scale_B, turns_B = lowest + (highest - lowest) * shape_B2[:, 0], np.ones(len(shape_B2))
+        if role.scale_share < 1 or role.rotate_share < 1:
+            share_B2 = self._uniforms(role, "share", form, form_B, count=2)
+            scale_B = np.where(share_B2[:, 0] < role.scale_share, scale_B, 1.0)
+            turns_B = (share_B2[:, 1] < role.rotate_share).astype(np.float64)
+        sides_B3 = scale_of_axes(role, scale_B)
         turned_B3 = np.zeros_like(sides_B3)
-        turned_B3[:, 0] = np.deg2rad(role.rotate_degrees) * (2 * shape_B2[:, 1] - 1)
+        turned_B3[:, 0] = np.deg2rad(role.rotate_degrees) * (2 * shape_B2[:, 1] - 1) * turns_B
         lowest_B3 = scale_of_axes(role, np.full(len(sides_B3), lowest))
         # Where a box does not fit (thick slices, a narrow union), give up tilt and stretch, rotation and scale in turn.
         forms = [(sides_B3, turned_B3), (sides_B3, 0 * turned_B3), (lowest_B3, 0 * turned_B3)]
         if role.tilt_degrees or role.stretch:
             more_B5 = 2 * self._uniforms(role, "tilt", form, form_B, count=5) - 1
             tilted_B3 = turned_B3.copy()
-            tilted_B3[:, 1:] = np.deg2rad(role.tilt_degrees) * more_B5[:, :2]
+            tilted_B3[:, 1:] = np.deg2rad(role.tilt_degrees) * more_B5[:, :2] * turns_B[:, None]
             forms.insert(0, (sides_B3 * (1 + largest_stretch(role) * more_B5[:, 2:]), tilted_B3))
         linear = linear_map(*forms[0], self.spacing_B3)
         for sides, angles in forms[1:]:
@@ -165,10 +178,14 @@ class _Placer:
         extent = extents(linear_B33, role.size_DHW)
         extent[:, 0] += extra
         first, last = _corners(extent, low_B3, high_B3, self.shape_B3)
-        u = self._uniforms(role, "corner", view, attempt_B, count=3)
         # Whole voxels where the axis is neither scaled nor turned, so that those views need no interpolation.
         whole = (extent == np.round(extent)) & (first == np.round(first)) & (last == np.round(last))
-        low = np.where(whole, first + np.floor(u * (last - first + 1)), first + u * (last - first))
+        if role.centred:
+            about = self.centre_B3 - extent / 2
+            low = np.clip(np.where(whole, np.floor(about), about), first, last)
+        else:
+            u = self._uniforms(role, "corner", view, attempt_B, count=3)
+            low = np.where(whole, first + np.floor(u * (last - first + 1)), first + u * (last - first))
         least, most = self._host(role)
         return np.asarray(np.clip(low, least, np.maximum(least, most - extent)))
 

@@ -71,6 +71,19 @@ def check(spec: ViewSpec) -> None:
         if not 0 <= role.tilt_degrees <= 90 or not 0 <= role.stretch < 1:
             numbers = f"{role.tilt_degrees}, {role.stretch}"
             raise ConfigError(thing, expected="tilt_degrees in [0, 90] and stretch in [0, 1)", found=numbers)
+        if not (0 <= role.scale_share <= 1 and 0 <= role.rotate_share <= 1):
+            shares = f"{role.scale_share}, {role.rotate_share}"
+            raise ConfigError(thing, expected="scale_share and rotate_share from 0 to 1", found=shares)
+        if role.scale_share < 1 and not low <= 1 <= high:
+            raise ConfigError(
+                f"{thing}: scale", expected="1 within it where scale_share is below 1", found=str(role.scale)
+            )
+        if role.centred and (role.count > 1 or role.overlaps or role.offset_vox is not None):
+            raise ConfigError(
+                f"{thing}: centred",
+                expected="one view of the role, which overlaps no other",
+                found="several, or others",
+            )
         if role.offset_vox is not None:
             offset = role.offset_vox
             nearest, furthest = offset

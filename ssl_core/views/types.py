@@ -92,10 +92,12 @@ class RoleSpec:
         size_DHW: Voxels of the view.
         scale: Lowest and highest ratio of the box cut from the volume to the view, drawn once a view for H and W.
         scale_depth: Whether D is scaled too.
+        scale_share: Share of views that are scaled; the others have scale 1.
         flip: Probability of a flip along each of D, H, W.
         rotate_degrees: Largest rotation about the D axis, in either direction, rigid in millimetres.
         tilt_degrees: Largest rotation about the H axis and about the W axis, in either direction, rigid in millimetres.
             A sample whose box would then not fit into the host crop (slices far apart) keeps its rotation about D only.
+        rotate_share: Share of views that are rotated and tilted; the others are upright.
         stretch: Largest relative change of the scale of each axis by itself, in either direction; D only with
             `scale_depth`.
         elastic_vox: Largest elastic displacement along each axis, view voxels; 0 for none.
@@ -105,10 +107,12 @@ class RoleSpec:
         inside_union: Whether boxes lie inside the bounding box of the union of the views of role `overlaps`.
         share_spatial: Whether all views of the role use the same flips, scale, rotation and deformation (their boxes
             still differ).
+        centred: Whether boxes lie about the voxel that the crop was drawn about, as far as volume and crop allow, and
+            not anywhere in the crop. A small structure that the crop was drawn for is then in the view.
         offset_vox: When set, later views are the first box shifted along D by a whole number of voxels drawn from this
             closed range, either sign; for slice and sub-volume pairs. Scale and rotation are then shared as well.
         intensity: Name of the intensity augmentation, one of `ssl_core.views.augment.presets.PRESETS` (`none`, `light`,
-            `strong`, `genesis`, `pcrlv2`, `pcrlv2_local`).
+            `strong`, `nnunet`, `genesis`, `pcrlv2`, `pcrlv2_local`).
         keep_clean: Whether `View.clean_BCDHW` is kept.
     """
 
@@ -121,6 +125,9 @@ class RoleSpec:
     rotate_degrees: float = 0.0
     tilt_degrees: float = field(default=0.0, kw_only=True)
     stretch: float = field(default=0.0, kw_only=True)
+    scale_share: float = field(default=1.0, kw_only=True)
+    rotate_share: float = field(default=1.0, kw_only=True)
+    centred: bool = field(default=False, kw_only=True)
     elastic_vox: float = 0.0
     min_overlap: float = 0.0
     overlaps: str = ""

@@ -52,6 +52,7 @@ class HostBatch:
         stats_BCS: float32; foreground statistics of each channel, columns of `storage.intensity_stats.STATS_ORDER`.
         wait_s: Seconds the consumer waited for this batch.
         maps_BDHW: The maps of the spec by name, each (B, D, H, W), integers; 0 beyond the volume.
+        centre_B3: Voxel of its volume that each crop was drawn about, (D, H, W), int64; None where nobody says.
     """
 
     image_BCDHW: npt.NDArray[Any]
@@ -66,6 +67,7 @@ class HostBatch:
     stats_BCS: npt.NDArray[np.float32]
     wait_s: float = 0.0
     maps_BDHW: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+    centre_B3: npt.NDArray[np.int64] | None = None
 
 
 class CropStream:
@@ -255,6 +257,7 @@ class _Assembler:
             spacing_B3=np.array([r.spacing_mm for r in records], dtype=np.float64),
             stats_BCS=np.array([[[c[key] for key in STATS_ORDER] for c in r.stats] for r in records], dtype=np.float32),
             maps_BDHW={name: _stack([h.maps_DHW[name] for h in crops]) for name in self._plan.spec.maps},
+            centre_B3=np.array([h.cut.centre for h in crops], dtype=np.int64),
         )
 
 

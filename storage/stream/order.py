@@ -146,47 +146,69 @@ def check(*, seed: int, lanes: int, global_batch: int, crops_per_visit: int, wor
             )
 
 
-def crop_start(
+def crop_centre(
     sample: int,
     *,
     seed: int,
     shape: Box3,
-    size: Box3,
     box: tuple[Box3, Box3],
     points: Sequence[Sequence[Box3]] = (),
     foreground: float = 1.0,
     class_balance: float = 0.0,
 ) -> Box3:
-    """First voxel (D, H, W) of the crop of one sample; a function of the arguments and of nothing else.
+    """Voxel (D, H, W) that the crop of one sample is drawn about; a function of the arguments and of nothing else.
 
-    With probability `class_balance` (where the volume has labelled points) the crop is centred on one of them: first a
-    class is drawn, each as likely as the others, then one of its points. Otherwise the centre is a voxel drawn
-    uniformly from `box` with probability `foreground`, else from the whole volume. On axes where the volume is larger
-    than the crop the crop is then moved inside; where it is smaller the volume lies in the middle of the crop, which
-    reaches beyond it.
+    With probability `class_balance` (where the volume has labelled points) it is one of them: first a class is drawn,
+    each as likely as the others, then one of its points. Otherwise it is a voxel drawn uniformly from `box` with
+    probability `foreground`, else from the whole volume.
 
     Args:
         sample: Global sample index.
         shape: Voxels of the volume.
-        size: Voxels of the crop.
         box: Foreground, first voxel and one past the last.
         points: For each labelled class, voxels of that class.
     """
-    u = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, _TAG_CROP, sample])).random(5)
+    u = _crop_uniforms(seed, sample)
     classes = [p for p in points if len(p)]
     if classes and u[0] < class_balance:
         points_of_class = classes[int(u[2] * len(classes))]
-        centre = points_of_class[int(u[3] * len(points_of_class))]
-    else:
-        lo, hi = box if u[1] < foreground else ((0, 0, 0), shape)
-        d, h, w = (low + int(x * max(1, high - low)) for x, low, high in zip(u[2:], lo, hi, strict=True))
-        centre = d, h, w
-    start = (
+        return points_of_class[int(u[3] * len(points_of_class))]
+    lo, hi = box if u[1] < foreground else ((0, 0, 0), shape)
+    d, h, w = (low + int(x * max(1, high - low)) for x, low, high in zip(u[2:], lo, hi, strict=True))
+    return d, h, w
+
+
+def crop_start(centre: Box3, *, shape: Box3, size: Box3) -> Box3:
+    """First voxel (D, H, W) of a crop about a centre.
+
+    On axes where the volume is larger than the crop the crop is moved inside; where it is smaller the volume lies in
+    the middle of the crop, which reaches beyond it.
+
+    Args:
+        centre: Voxel of the volume.
+        shape: Voxels of the volume.
+        size: Voxels of the crop.
+    """
+    d, h, w = (
         min(max(c - s // 2, 0), n - s) if n >= s else -((s - n) // 2)
         for c, n, s in zip(centre, shape, size, strict=True)
     )
-    d, h, w = start
     return d, h, w
+
+
+def drawn_class(sample: int, *, seed: int, classes: int, class_balance: float) -> tuple[int, float] | None:
+    """Which of so many classes the crop of a sample is centred on, each as likely; None where it is on none of them.
+
+    Beside it a number in [0, 1) that `crop_centre` does not use for such a sample: it draws the volume.
+    """
+    if not classes:
+        return None
+    u = _crop_uniforms(seed, sample)
+    return (int(u[2] * classes), float(u[4])) if u[0] < class_balance else None
+
+
+def _crop_uniforms(seed: int, sample: int) -> npt.NDArray[np.float64]:
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, _TAG_CROP, sample])).random(5)
 
 
 @lru_cache(maxsize=4096)

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,8 @@ class StreamSpec:
         foreground: Probability that a crop is centred in the volume's foreground box, not just anywhere in the volume.
         class_balance: Probability that a crop is centred on a voxel of a labelled class instead, each class as likely;
             needs `label`.
+        class_draw: Which classes those are. `volume`: of the volume that the order has come to. `all`: of all volumes
+            of the stream; where the volume lacks the drawn class, one that has it takes its place, each as likely.
         maps: Names of further label maps or derived maps that are read along; volumes without them are left out of
             `split` as well.
     """
@@ -47,6 +50,7 @@ class StreamSpec:
     foreground: float = 1.0
     class_balance: float = 0.0
     maps: tuple[str, ...] = ()
+    class_draw: Literal["volume", "all"] = "volume"
 
 
 _MAP_BYTES = 4
@@ -112,6 +116,8 @@ def order_digest(spec: StreamSpec, indices: npt.NDArray[np.int64]) -> str:
         indices: Of its volumes, from `select`.
     """
     settings = {item.name: getattr(spec, item.name) for item in fields(spec) if item.name != "indices"}
+    if spec.class_draw == "volume":  # as before there was another: what an earlier version wrote is gone on from
+        del settings["class_draw"]
     first = order.places(
         np.arange(4096), seed=spec.seed, n=len(indices), lanes=spec.lanes, crops_per_visit=spec.crops_per_visit
     )
@@ -136,6 +142,8 @@ class Cut:
     sample: int
     volume: int
     crop: Crop
+    centre: tuple[int, int, int]
+    """Voxel that the crop was drawn about, (D, H, W)."""
 
 
 class Plan:
@@ -166,6 +174,14 @@ class Plan:
         # A lane that reads k crops at a time holds (k - 1) / 2 of them on average.
         room = 2 * memory_bytes * world // (spec.lanes * crop_bytes) + 1
         self.per_read = max(1, min(spec.crops_per_visit, room))
+        # The volumes that have points of each class, of the whole stream: every row of its manifest is read for it.
+        self._holders: list[tuple[int, list[int]]] = []
+        if spec.class_draw == "all" and spec.class_balance:
+            holders: dict[int, list[int]] = {}
+            for index in indices.tolist():
+                for value in _points_of(self.record(index), spec.label):
+                    holders.setdefault(value, []).append(index)
+            self._holders = sorted(holders.items())
 
     def batch(self, k: int) -> list[int]:
         """Global samples of this rank's share of batch k, ascending."""
@@ -200,21 +216,37 @@ class Plan:
         return groups
 
     def _cut(self, sample: int, volume: int) -> Cut:
-        spec, record = self.spec, self.record(volume)
-        start = order.crop_start(
+        spec = self.spec
+        drawn = order.drawn_class(sample, seed=spec.seed, classes=len(self._holders), class_balance=spec.class_balance)
+        if drawn is None:
+            points = list(self._points(volume).values())
+        else:
+            value, volumes = self._holders[drawn[0]]
+            volume = volume if volume in volumes else volumes[int(drawn[1] * len(volumes))]
+            points = [self._points(volume)[value]]
+        record = self.record(volume)
+        centre = order.crop_centre(
             sample,
             seed=spec.seed,
             shape=record.shape_DHW,
-            size=spec.crop_DHW,
             box=(record.foreground_lo, record.foreground_hi),
-            points=[
-                points
-                for label in record.labels
-                if spec.class_balance and label.name == spec.label
-                for value, points in zip(label.values, label.points, strict=True)
-                if value != 0
-            ],
+            points=points,
             foreground=spec.foreground,
             class_balance=spec.class_balance,
         )
-        return Cut(sample, volume, Crop(record.volume_id, start, spec.crop_DHW))
+        start = order.crop_start(centre, shape=record.shape_DHW, size=spec.crop_DHW)
+        return Cut(sample, volume, Crop(record.volume_id, start, spec.crop_DHW), centre)
+
+    def _points(self, volume: int) -> dict[int, Sequence[order.Box3]]:
+        return _points_of(self.record(volume), self.spec.label) if self.spec.class_balance else {}
+
+
+def _points_of(record: VolumeRecord, label: str | None) -> dict[int, Sequence[order.Box3]]:
+    """Voxels of each class that a label map shows, by value; a class without any is left out."""
+    return {
+        value: points
+        for info in record.labels
+        if info.name == label
+        for value, points in zip(info.values, info.points, strict=True)
+        if value != 0 and len(points)
+    }

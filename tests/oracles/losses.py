@@ -83,3 +83,26 @@ def masked_mse(output: Matrix, target: Matrix, mask: Matrix) -> float:
         ]
         total += sum(errors) / len(errors) if errors else 0.0
     return total / len(output)
+
+
+def deep_supervision(logits: Sequence[Matrix], classes: Matrix) -> float:
+    """Dice + cross entropy of outputs (B, K, D, H, W), finest first, weighted 1, 1/2, ...; classes (B, D, H, W)."""
+    total, weight_sum = 0.0, 0.0
+    for level, output in enumerate(logits):
+        batch, count, *size = output.shape
+        stride = [n // m for n, m in zip(classes.shape[1:], size, strict=True)]
+        hit, predicted, actual, entropy = [0.0] * count, [0.0] * count, [0.0] * count, 0.0
+        for b, *place in np.ndindex(batch, *size):
+            # The voxel that holds the middle of the block.
+            truth = int(classes[(b, *(math.floor((k + 0.5) * s) for k, s in zip(place, stride, strict=True)))])
+            scores = [math.exp(float(output[(b, k, *place)])) for k in range(count)]
+            shares = [score / sum(scores) for score in scores]
+            entropy -= math.log(shares[truth])
+            for k in range(count):
+                hit[k] += shares[k] * (truth == k)
+                predicted[k] += shares[k]
+                actual[k] += truth == k
+        dice = [(2 * hit[k] + 1e-5) / (predicted[k] + actual[k] + 1e-5) for k in range(1, count)]
+        loss = 1 - sum(dice) / len(dice) + entropy / (batch * math.prod(size))
+        total, weight_sum = total + loss / 2**level, weight_sum + 1 / 2**level
+    return total / weight_sum

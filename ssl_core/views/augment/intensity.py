@@ -33,12 +33,21 @@ def blur(x_NCDHW: Tensor, sigma_N: F64) -> Tensor:
     Each axis is one product with a banded matrix: kernels that differ between views then need no grouped convolution,
     which is slow on CPU and GPU alike.
     """
-    n, c, d, h, w = x_NCDHW.shape
-    along_d, along_h, along_w = (_gaussian(k, sigma_N, x_NCDHW) for k in (d, h, w))
-    x = x_NCDHW.reshape(n, c * d * h, w) @ along_w.transpose(1, 2)
-    x = along_h[:, None] @ x.reshape(n, c * d, h, w)
-    x = along_d[:, None] @ x.reshape(n, c, d, h * w)
-    return x.reshape(x_NCDHW.shape)
+    along_d, along_h, along_w = (_gaussian(k, sigma_N, x_NCDHW) for k in x_NCDHW.shape[2:])
+    return _along_axes(x_NCDHW, along_d, along_h, along_w)
+
+
+def coarsen(x_NCDHW: Tensor, scale_N: F64) -> Tensor:
+    """Show each view as a scan of lower resolution would: sides times `scale_N`, and back.
+
+    Voxels are dropped down to the nearest whole number of them, and interpolated trilinearly on the way back, as
+    nnU-Net does; both as one product with a matrix for each axis, so that views may differ in scale.
+    """
+    along_d, along_h, along_w = (
+        to_device(np.stack([_coarse(k, scale) for scale in scale_N.tolist()]), x_NCDHW.device, x_NCDHW.dtype)
+        for k in x_NCDHW.shape[2:]
+    )
+    return _along_axes(x_NCDHW, along_d, along_h, along_w)
 
 
 def multiply(x_NCDHW: Tensor, factor_N: F64) -> Tensor:
@@ -58,6 +67,14 @@ def gamma(x_NCDHW: Tensor, exponent_N: F64) -> Tensor:
     """Raise to a power on the range rescaled to [0, 1], and rescale back."""
     unit, low, span = to_unit(x_NCDHW)
     return unit.pow_(column(exponent_N, x_NCDHW)).mul_(span).add_(low)
+
+
+def gamma_restored(x_NCDHW: Tensor, exponent_N: F64) -> Tensor:
+    """`gamma`, then each channel's former mean and standard deviation, as nnU-Net does."""
+    std, mean = torch.std_mean(x_NCDHW, dim=(2, 3, 4), keepdim=True, correction=0)
+    bent = gamma(x_NCDHW, exponent_N)
+    bent_std, bent_mean = torch.std_mean(bent, dim=(2, 3, 4), keepdim=True, correction=0)
+    return bent.sub_(bent_mean).mul_(std / bent_std.clamp_min(1e-7)).add_(mean)
 
 
 def curve(x_NCDHW: Tensor, table_NK: F64) -> Tensor:
@@ -108,6 +125,29 @@ def to_unit(x_NCDHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     low, high = extremes(x_NCDHW)
     span = high - low
     return (x_NCDHW - low).div_(span.clamp_min(1e-12)).clamp_(0, 1), low, span
+
+
+def _along_axes(x_NCDHW: Tensor, along_d: Tensor, along_h: Tensor, along_w: Tensor) -> Tensor:
+    """Products with a matrix (N, size, size) for each axis."""
+    n, c, d, h, w = x_NCDHW.shape
+    x = x_NCDHW.reshape(n, c * d * h, w) @ along_w.transpose(1, 2)
+    x = along_h[:, None] @ x.reshape(n, c * d, h, w)
+    x = along_d[:, None] @ x.reshape(n, c, d, h * w)
+    return x.reshape(x_NCDHW.shape)
+
+
+def _coarse(size: int, scale: float) -> F64:
+    """Nearest voxels of a coarser axis and linear interpolation back, (size, size)."""
+    count = max(round(size * scale), 1)
+    nearest = np.floor((np.arange(count) + 0.5) * (size / count)).astype(np.int64).clip(max=size - 1)
+    place = ((np.arange(size) + 0.5) * (count / size) - 0.5).clip(0, count - 1)
+    left = np.floor(place).astype(np.int64)
+    right, share = np.minimum(left + 1, count - 1), place - left
+    matrix = np.zeros((size, size))
+    rows = np.arange(size)
+    np.add.at(matrix, (rows, nearest[left]), 1 - share)
+    np.add.at(matrix, (rows, nearest[right]), share)
+    return matrix
 
 
 def _gaussian(size: int, sigma_N: F64, like: Tensor) -> Tensor:

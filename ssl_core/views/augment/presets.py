@@ -30,6 +30,7 @@ class Op:
         low: Lower end of the uniform range of the parameter, where there is one.
         high: Upper end.
         source: Where the numbers come from.
+        halves: Whether half of the parameters lie below 1 and half above, each half uniform, whatever the range.
     """
 
     kind: str
@@ -37,11 +38,13 @@ class Op:
     low: float = 0.0
     high: float = 0.0
     source: str = "our choice"
+    halves: bool = False
 
 
 _PGL = "PGL (Xie et al., arXiv 2011.12640), second-hand"
 _GENESIS = "Models Genesis (Zhou et al.), as configured in nnssl"
 _PCRL = "PCRLv2 (Zhou et al., arXiv 2301.00772), authors' code"
+_NNUNET = "nnU-Net v2 (Isensee et al. 2021), `nnUNetTrainer.get_training_transforms`; of one channel"
 
 PRESETS: dict[str, tuple[Op, ...]] = {
     "none": (),
@@ -58,6 +61,17 @@ PRESETS: dict[str, tuple[Op, ...]] = {
         Op("multiply", 0.8, 0.6, 1.4),
         Op("contrast", 0.8, 0.6, 1.4),
         Op("gamma", 0.8, 0.5, 2.0),
+    ),
+    # nnU-Net blurs half the channels of a fifth of its patches, and coarsens half of those of a quarter: of one channel
+    # that is a tenth and an eighth. Channels of a view share their parameters here, and a blur has one width.
+    "nnunet": (
+        Op("noise_variance", 0.1, 0.0, 0.1, _NNUNET),
+        Op("blur", 0.1, 0.5, 1.0, _NNUNET),
+        Op("brightness", 0.15, 0.75, 1.25, _NNUNET, halves=True),
+        Op("contrast", 0.15, 0.75, 1.25, _NNUNET, halves=True),
+        Op("coarsen", 0.125, 0.5, 1.0, _NNUNET),
+        Op("gamma_inverted", 0.1, 0.7, 1.5, _NNUNET, halves=True),
+        Op("gamma_restored", 0.3, 0.7, 1.5, _NNUNET, halves=True),
     ),
     "genesis": (
         Op("shuffle", 0.5, source=_GENESIS),
@@ -102,6 +116,10 @@ KINDS: dict[str, Kind] = {
     "multiply": lambda x, value, u, make: intensity.multiply(x, value),
     "contrast": lambda x, value, u, make: intensity.contrast(x, value),
     "gamma": lambda x, value, u, make: intensity.gamma(x, value),
+    "brightness": lambda x, value, u, make: x * intensity.column(value, x),
+    "coarsen": lambda x, value, u, make: intensity.coarsen(x, value),
+    "gamma_restored": lambda x, value, u, make: intensity.gamma_restored(x, value),
+    "gamma_inverted": lambda x, value, u, make: -intensity.gamma_restored(-x, value),
     "log_gamma": lambda x, value, u, make: intensity.gamma(x, np.exp(value)),
     "standardise": lambda x, value, u, make: intensity.standardise(x),
     "curve": lambda x, value, u, make: intensity.curve(x, intensity.bezier(u[:, :4], u[:, 4] < 0.5)),
@@ -128,7 +146,7 @@ def augment(clean_VBCDHW: Tensor, name: str, *, seed: int, sample_B: NDArray[np.
         rows = np.flatnonzero(u[:, 0] < op.p)
         if not len(rows):
             continue
-        value = op.low + (op.high - op.low) * u[rows, 1]
+        value = _value(op, u[rows, 1])
         make = partial(_generators, seed, sample_B, purposes, rows, x.device)
         if len(rows) == count * batch:
             x = KINDS[op.kind](x, value, u[:, 2:], make)
@@ -137,6 +155,13 @@ def augment(clean_VBCDHW: Tensor, name: str, *, seed: int, sample_B: NDArray[np.
         changed = KINDS[op.kind](x[index], value, u[rows, 2:], make)
         x = (x.clone() if x is clean else x).index_copy_(0, index, changed)
     return x.reshape(clean_VBCDHW.shape)
+
+
+def _value(op: Op, u_N: F64) -> F64:
+    """The parameter from a uniform number."""
+    if not op.halves:
+        return np.asarray(op.low + (op.high - op.low) * u_N)
+    return np.where(u_N < 0.5, op.low + (1 - op.low) * 2 * u_N, 1 + (op.high - 1) * (2 * u_N - 1))
 
 
 def _generators(

@@ -68,7 +68,8 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 RICH: dict[str, Any] = {"epochs": 2, "ema": 0.9, "accumulate": 2, "trained": {"parts": "gradual", "steps": 2}}
-RICH |= {"encoder_lr_scale": 0.5}
+RICH |= {"encoder_lr_scale": 0.5, "deep_supervision": 1, "class_draw": "all", "geometry": "nnunet"}
+RICH |= {"intensity": "nnunet"}
 
 
 def train_and_die(url: str, folder: str, died_at: int) -> None:
@@ -292,7 +293,7 @@ def test_each_loss_falls_in_bf16_too(loss: str) -> None:
 
 def test_one_rank_is_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dice is over the crops of both ranks, not the mean of each rank's own."""
-    config = settings(precision="fp64", ema=0.5, clip=1.0)
+    config = settings(precision="fp64", ema=0.5, clip=1.0, deep_supervision=1)
 
     # Before the threads, which share one random state; rank 0's weights are to win.
     networks = {world: [build_segmenter("resenc", NETWORK, 2, rank, None) for rank in range(world)] for world in (1, 2)}

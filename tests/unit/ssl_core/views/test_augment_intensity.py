@@ -51,6 +51,60 @@ def test_pointwise_operations_against_their_formula():
     assert torch.allclose(standard.std(dim=(2, 3, 4), correction=0), torch.ones(3, 2, dtype=torch.float64))
 
 
+def test_low_resolution_is_nearest_voxels_and_back_trilinearly():
+    x = _views(size=(11, 12, 20))
+    scale = np.array([0.5, 0.77, 1.0])
+    for n, ours in enumerate(intensity.coarsen(x, scale)):
+        fewer = [round(k * scale[n]) for k in x.shape[2:]]
+        coarse = torch.nn.functional.interpolate(x[n : n + 1], fewer, mode="nearest-exact")
+        expected = torch.nn.functional.interpolate(coarse, x.shape[2:], mode="trilinear")
+        assert torch.allclose(ours, expected[0], atol=1e-9)
+    assert torch.allclose(intensity.coarsen(x, scale)[2], x[2])
+
+
+def test_restored_gamma_keeps_mean_and_standard_deviation():
+    x = _views()
+    out = intensity.gamma_restored(x, np.array([0.7, 1.0, 1.5]))
+    for kept in (torch.mean, torch.std):
+        assert torch.allclose(kept(out, dim=(2, 3, 4)), kept(x, dim=(2, 3, 4)), atol=1e-9)
+    assert torch.allclose(out[1], x[1], atol=1e-9)
+    bent = intensity.gamma(x, np.array([0.7, 1.0, 1.5]))
+    assert np.corrcoef(out[2, 0].flatten(), bent[2, 0].flatten())[0, 1] == pytest.approx(1, abs=1e-9)
+    assert torch.isfinite(intensity.gamma_restored(torch.ones(1, 1, 2, 2, 2), np.array([0.7]))).all()
+
+
+def test_the_preset_nnunet_draws_as_nnunet_does(monkeypatch):
+    """Which views take an operation, and how strongly: counted over 6000 views of one voxel."""
+    drawn = {}
+
+    def note(kind):
+        def operation(x, value, u, make):
+            drawn[kind] = value
+            return x
+
+        return operation
+
+    monkeypatch.setattr(presets, "KINDS", {kind: note(kind) for kind in presets.KINDS})
+    count = 6000
+    presets.augment(torch.zeros(1, count, 1, 1, 1, 1), "nnunet", seed=1, sample_B=np.arange(count), role="a")
+    expected = {
+        "noise_variance": (0.1, 0.0, 0.1, 0.05),
+        "blur": (0.1, 0.5, 1.0, 0.75),
+        "brightness": (0.15, 0.75, 1.25, 1.0),
+        "contrast": (0.15, 0.75, 1.25, 1.0),
+        "coarsen": (0.125, 0.5, 1.0, 0.75),
+        "gamma_inverted": (0.1, 0.7, 1.5, 1.05),
+        "gamma_restored": (0.3, 0.7, 1.5, 1.05),
+    }
+    assert list(drawn) == list(expected)
+    for kind, (share, low, high, mean) in expected.items():
+        assert len(drawn[kind]) / count == pytest.approx(share, abs=0.015), kind
+        assert low <= drawn[kind].min() < drawn[kind].max() <= high, kind
+        assert drawn[kind].mean() == pytest.approx(mean, abs=(high - low) / 12), kind
+    bent = drawn["gamma_restored"]
+    assert (bent < 1).mean() == pytest.approx(0.5, abs=0.04), "half below one, though the range reaches further above"
+
+
 def test_noise_has_its_standard_deviation():
     x = torch.zeros(2, 1, 30, 30, 30)
     x[1] = torch.linspace(0, 4, 30)

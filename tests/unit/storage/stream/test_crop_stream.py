@@ -17,7 +17,7 @@ from storage.format.records import LabelRecord, VolumeRecord, without_places
 from storage.intensity_stats import STATS_ORDER
 from storage.reading.volume_store import Crop
 from storage.stream.crop_stream import CropStream
-from storage.stream.plan import Plan, StreamSpec, select
+from storage.stream.plan import Plan, StreamSpec, order_digest, select
 from storage.stream.read_ahead import ClosedError
 from storage.testing.streams import Jittery, StreamContract, rows
 
@@ -195,6 +195,74 @@ def test_labels_and_class_balance() -> None:
         name = source.manifest.record(int(batch.volume_B[b])).volume_id
         expected = source.read_many([Crop(name, tuple(batch.start_B3[b].tolist()), (3, 4, 5))], "organs")[0][0]
         assert np.array_equal(batch.label_BDHW[b], expected)
+
+
+class _Rare(ArraySource):
+    """Class 9 is one voxel of one of seven volumes, class 5 of two; 1 and 2 are in all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        records = []
+        for i, whole in enumerate(map(self.manifest.record, range(7))):
+            (info,) = whole.labels
+            more = {5: ((0, 0, 1),)} if i in (1, 4) else {9: ((4, 4, 4),)} if i == 3 else {}
+            for value, (place,) in more.items():
+                self.labels[whole.volume_id][0][place] = value
+            info = replace(
+                info,
+                values=(*info.values, *more),
+                voxels=(*info.voxels, *(1 for _ in more)),
+                points=(*info.points, *more.values()),
+            )
+            records.append(replace(whole, labels=(info,)))
+        self._manifest = Manifest.from_records(records, {"name": "rare"})
+
+
+def _centre_classes(source: ArraySource, spec: StreamSpec) -> np.ndarray:
+    plan = Plan(source.manifest, spec, select(source.manifest, spec))
+    cuts = [cut for k in range(100) for group in plan.reads(k) for cut in group]
+    return np.array([source.labels[cut.crop.volume_id][0][cut.centre] for cut in cuts])
+
+
+@pytest.mark.parametrize("cuts", [1, 3])
+def test_a_rare_class_is_in_the_centre_as_often_as_any_other(cuts: int) -> None:
+    source = _Rare()
+    spec = StreamSpec(4, 12, (1, 1, 1), lanes=12, crops_per_visit=cuts, label="organs", class_balance=1.0)
+    by_volume = _centre_classes(source, spec)
+    assert (by_volume == 9).mean() == pytest.approx(1 / 21, abs=0.02), "one volume of seven, one class of three"
+    evenly = _centre_classes(source, replace(spec, class_draw="all"))
+    for value in (1, 2, 5, 9):
+        assert (evenly == value).mean() == pytest.approx(1 / 4, abs=0.04), value
+    half = _centre_classes(source, replace(spec, class_draw="all", class_balance=0.5))
+    assert (half == 9).mean() == pytest.approx(1 / 8, abs=0.03)
+
+
+def test_crops_of_all_classes_are_the_same_for_any_ranks_and_from_any_start() -> None:
+    source = _Rare()
+    spec = StreamSpec(4, 12, (3, 3, 3), lanes=12, label="organs", class_balance=0.8, class_draw="all")
+    with CropStream(source, spec) as stream:
+        whole = [next(stream) for _ in range(4)]
+    for rank in range(3):
+        with CropStream(source, spec, rank=rank, world=3, start=24) as stream:
+            for expected in whole[2:]:
+                batch = next(stream)
+                own = np.isin(expected.sample_B, batch.sample_B)
+                for name in ("image_BCDHW", "label_BDHW", "start_B3", "volume_B", "centre_B3"):
+                    assert np.array_equal(getattr(batch, name), getattr(expected, name)[own]), name
+    inside = (whole[0].centre_B3 >= whole[0].start_B3) & (whole[0].centre_B3 < whole[0].start_B3 + 3)  # type: ignore[operator]
+    assert inside.all()
+
+
+def test_a_digest_of_an_order_is_what_it_was_before_classes_could_be_drawn_from_all() -> None:
+    """It is in checkpoints of pre-trainings, which go on from them only where it agrees."""
+    source = ArraySource()
+    indices = select(source.manifest, SPEC)
+    assert order_digest(SPEC, indices) == ORDER_DIGEST
+    with_all = replace(SPEC, label="organs", class_balance=0.5)
+    assert order_digest(with_all, indices) != order_digest(replace(with_all, class_draw="all"), indices)
+
+
+ORDER_DIGEST = "76c72313759b2795765ad284cfeb3ef273c54dae1ce4ef7acfe36f87bf089f8c"
 
 
 def test_facts_of_a_batch() -> None:
