@@ -6,7 +6,7 @@ import numpy as np
 
 from jobs.configs import LabelledConfig
 from ssl_core.downstream.finetune import Subjects
-from storage.errors import RefusedInput
+from storage.errors import ConfigError, RefusedInput
 from storage.format.manifest import Manifest
 
 WITHOUT_TEST = "without_test"
@@ -19,8 +19,11 @@ def draw(manifest: Manifest, config: LabelledConfig) -> Subjects:
     With one seed and one `inner`, a draw of more subjects contains those of fewer, and has the same inner ones.
 
     Raises:
+        ConfigError: several draws at once.
         RefusedInput: fewer labelled subjects than asked for, or none to test on.
     """
+    if len(config.draws) > 1:
+        raise ConfigError("labelled.subjects_seed", expected="one seed", found=f"{len(config.draws)} of them")
     labelled = manifest.select(split="train", labelled=config.label)
     by_subject: dict[str, list[int]] = {}
     for index in labelled.tolist():
@@ -33,7 +36,7 @@ def draw(manifest: Manifest, config: LabelledConfig) -> Subjects:
             found=f"{len(names)}{_elsewhere(manifest, config.label)}",
             remedy="lower labelled.subjects, ingest more labelled volumes, or ingest with other split fractions",
         )
-    order = np.random.Generator(np.random.Philox(key=config.subjects_seed)).permutation(len(names))
+    order = np.random.Generator(np.random.Philox(key=config.draws[0])).permutation(len(names))
     drawn = [names[i] for i in order[: config.subjects]]
     inner, train = drawn[: config.inner], drawn[config.inner :]
     test = manifest.select(split="test", labelled=config.label).tolist()
@@ -50,6 +53,27 @@ def draw(manifest: Manifest, config: LabelledConfig) -> Subjects:
         inner=tuple(i for name in inner for i in by_subject[name]),
         test=tuple(test[:limit]),
     )
+
+
+def draws(manifest: Manifest, config: LabelledConfig) -> dict[int, Subjects]:
+    """Each draw of a list of seeds, by seed.
+
+    Raises:
+        ConfigError: two of them train on the same subjects: a test over draws would count one as two.
+        RefusedInput: as `draw`.
+    """
+    every = {seed: draw(manifest, config.of_draw(seed)) for seed in config.draws}
+    first_of: dict[frozenset[int], int] = {}
+    for seed, subjects in every.items():
+        other = first_of.setdefault(frozenset(subjects.train), seed)
+        if other != seed:
+            raise ConfigError(
+                "labelled.subjects_seed",
+                expected="draws of different training subjects",
+                found=f"the same with {other} and with {seed}",
+                remedy="choose other seeds, or fewer labelled.subjects than there are",
+            )
+    return every
 
 
 def absent_classes(manifest: Manifest, label: str, subjects: Subjects) -> list[str]:

@@ -11,6 +11,8 @@ from ssl_core.config import LATER, Config, Fingerprint, Name, flatten, resolved
 from ssl_core.networks import backbone_names
 from ssl_core.networks.registry import check_arguments
 
+MOST_DRAWS = 20
+"""As many as `ssl_core.downstream.inference` goes through all signs of; that takes a second to import."""
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"  # Ray's, which are those of Kubernetes
 _LABEL_KEY = re.compile(rf"([a-z0-9.-]{{1,253}}/)?{_LABEL}")
 _LABEL_VALUE = re.compile(rf"!?({_LABEL}|in\({_LABEL}(, *{_LABEL})*\))")
@@ -118,7 +120,12 @@ class LabelledConfig(Config):
     fingerprint: Fingerprint | None = Field(None, description="manifest to pin; the latest when empty")
     label: Name = Field("label", description="name of the label map")
     subjects: int = Field(8, ge=1, description="labelled training subjects to use, drawn by `subjects_seed`")
-    subjects_seed: int = Field(0, ge=0, lt=2**63, description="seed of that draw")
+    subjects_seed: int | tuple[int, ...] = Field(
+        0,
+        description="seed of that draw; a fine-tuning may have a list, all different: each draw is then trained from"
+        f" each start with each seed, and intervals and tests are over draws too, of which there are {MOST_DRAWS} at"
+        " most",
+    )
     inner: int = Field(
         2,
         ge=0,
@@ -126,6 +133,25 @@ class LabelledConfig(Config):
         " 0 trains on all for a fixed length",
     )
     test_limit: int | None = Field(None, ge=1, description="most test volumes to evaluate; all when empty")
+
+    @field_validator("subjects_seed")
+    @classmethod
+    def _check_draws(cls, value: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        seeds = value if isinstance(value, tuple) else (value,)
+        if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**63:
+            raise ValueError(f"one seed or several different ones, from 0 on, not {list(seeds)}")
+        if len(seeds) > MOST_DRAWS:
+            raise ValueError(f"{MOST_DRAWS} draws at most, whose signs the exact test goes through, not {len(seeds)}")
+        return seeds[0] if len(seeds) == 1 else value
+
+    @property
+    def draws(self) -> tuple[int, ...]:
+        """Seeds of the draws of subjects."""
+        return self.subjects_seed if isinstance(self.subjects_seed, tuple) else (self.subjects_seed,)
+
+    def of_draw(self, seed: int) -> Self:
+        """The same with one draw."""
+        return self.model_copy(update={"subjects_seed": seed})
 
     @model_validator(mode="after")
     def _check_inner(self) -> Self:

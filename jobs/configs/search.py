@@ -191,6 +191,8 @@ class TuneConfig(Config):
     def _check_steered(self) -> Self:
         if not self.labelled.inner:
             raise ValueError("labelled.inner to be 1 or more: the inner split is what a search is steered by")
+        if len(self.labelled.draws) > 1:
+            raise ValueError("one labelled.subjects_seed: a search is on one draw; finetune and study go over draws")
         return self
 
     @model_validator(mode="after")

@@ -1,6 +1,7 @@
 """The driver of a fine-tuning job.
 
-Each start with each seed is one task, which goes on from its last checkpoint where it died. Every test case is scored,
+Each start with each seed on each draw of labelled subjects is one task, which goes on from its last checkpoint where it
+died. Every test case is scored,
 every training is a child run in MLflow, and one segmenter, chosen before any test score exists, is registered. Each
 training's result is kept as it ends, so the same name goes on with those that are missing.
 """
@@ -9,7 +10,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from jobs import driver
 from jobs import labelled as split
 from jobs.configs import FinetuneJobConfig
 from jobs.finetune.checkpoints import StoredCheckpoints
-from jobs.finetune.training import require_transfer, train_from
+from jobs.finetune.training import require_outputs, require_transfer, train_from
 from jobs.lease import Lease
 from jobs.pinning import pinned
 from jobs.tracking import bundles, registration
@@ -35,25 +36,56 @@ from storage.format.manifest import Manifest
 from storage.objects import join, open_store
 
 
-def training_task(settings: dict[str, Any], run_id: str, start: str, seed: int) -> Training:
+@dataclass(frozen=True)
+class Task:
+    """One training.
+
+    Attributes:
+        start: Name of its start.
+        seed: Its seed.
+        draw: Seed of its draw of labelled subjects; None where the job has one draw.
+    """
+
+    start: str
+    seed: int
+    draw: int | None
+
+    @property
+    def key(self) -> str:
+        """Of its result, and of its checkpoints without the ending."""
+        return f"{quote(self.start, safe='')}-{self.seed}{'' if self.draw is None else f'-draw-{self.draw}'}.json"
+
+    def __str__(self) -> str:
+        """For a person."""
+        return f"{self.start} seed {self.seed}{'' if self.draw is None else f' draw {self.draw}'}"
+
+
+def tasks(config: FinetuneJobConfig) -> list[Task]:
+    """All trainings of a job: starts turn by turn, so that what is done first can be compared first."""
+    draws = config.labelled.draws
+    several = draws if len(draws) > 1 else (None,)
+    return [Task(start, seed, draw) for draw in several for seed in config.seeds for start in config.starts]
+
+
+def training_task(settings: dict[str, Any], run_id: str, task: Task) -> Training:
     """Train from a start with a seed, score every test case, and store the segmenter when it is the one to register.
 
     Args:
         settings: The job's configuration, resolved.
         run_id: MLflow run of the job.
-        start: Name of the start.
-        seed: Seed of the training.
+        task: Which one.
     """
     config = parse(FinetuneJobConfig, settings)
     began = time.monotonic()
+    start, seed = task.start, task.seed
     trained = train_from(
         config.starts[start],
-        config.labelled,
+        config.labelled if task.draw is None else config.labelled.of_draw(task.draw),
         config.finetune,
         seed=seed,
         like=next(uri for uri in config.starts.values() if uri != "none"),
         gpu=config.gpus_per_run > 0,
-        checkpoints=_checkpoints(config, start, seed),
+        checkpoints=_checkpoints(config, task),
     )
     with trained.store:
         cases = tuple(
@@ -69,14 +101,19 @@ def training_task(settings: dict[str, Any], run_id: str, start: str, seed: int) 
                 device=trained.device,
             )
         )
-        if (start, seed) == (registered_start(config), config.seeds[0]):
+        if task == registered_task(config):
             _store(config, trained, cases, run_id=run_id, parent=config.starts[start])
-    return Training(start, seed, trained.history, cases, None, time.monotonic() - began)
+    return Training(start, seed, trained.history, cases, None, time.monotonic() - began, task.draw)
 
 
 def registered_start(config: FinetuneJobConfig) -> str:
     """The start whose first seed is registered: fixed by the configuration, never by a test score."""
     return config.register_start or next(iter(config.starts))
+
+
+def registered_task(config: FinetuneJobConfig) -> Task:
+    """The training whose segmenter is registered: the first seed of the first draw of that start."""
+    return next(task for task in tasks(config) if task.start == registered_start(config))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -102,39 +139,40 @@ def _compare(config: FinetuneJobConfig, lease: Lease) -> int:
     config = pinned(config)
     for uri in dict.fromkeys(config.starts.values()):
         require_transfer(uri, config.finetune.transfer)
+        require_outputs(uri, config.finetune.deep_supervision)
     manifest = Manifest.open(config.labelled.data, config.labelled.fingerprint)
-    for line in split.absent_classes(manifest, config.labelled.label, split.draw(manifest, config.labelled)):
-        print(f"note: {line}", flush=True)
+    for seed, subjects in split.draws(manifest, config.labelled).items():
+        for line in split.absent_classes(manifest, config.labelled.label, subjects):
+            print(f"note: {line}{'' if len(config.labelled.draws) == 1 else f' (draw {seed})'}", flush=True)
     run_id = tracking.open_run(api, config.experiment, config.name, "finetune", params=resolved(config), tags={})
     results = open_store(join(config.runs, config.name, "trainings"))
     task = ray.remote(num_cpus=config.cpus_per_run, num_gpus=config.gpus_per_run, max_retries=2)(training_task)
     running: list[Any] = []
     began = time.monotonic()
     try:
-        pairs = [(start, seed) for seed in config.seeds for start in config.starts]
-        keys = [key for pair in pairs if results.exists(key := _key(*pair))]
+        every = tasks(config)
+        keys = [each.key for each in every if results.exists(each.key)]
         trainings = [Training.from_json(json.loads(results.get(key))) for key in keys]
-        todo = [pair for pair in pairs if _key(*pair) not in keys]
+        todo = [each for each in every if each.key not in keys]
         if trainings:
-            print(f"{len(trainings)} of {len(pairs)} trainings were done before", flush=True)
+            print(f"{len(trainings)} of {len(every)} trainings were done before", flush=True)
         print(
             f"fine-tuning {config.name}: {len(todo)} trainings, {config.concurrent} at a time; MLflow run {run_id}",
             flush=True,
         )
         while todo or running:
             while todo and len(running) < config.concurrent:
-                running.append(task.remote(resolved(config), run_id, *todo.pop(0)))
+                running.append(task.remote(resolved(config), run_id, todo.pop(0)))
             done, running = ray.wait(running, num_returns=1)
             training: Training = result_of(done[0])
             lease.check()
-            words = f"the result of {training.start} seed {training.seed}"
-            through_outage(partial(_log_training, api, config, run_id, training), words)
-            results.put(_key(training.start, training.seed), json.dumps(training.to_json()).encode())
-            _checkpoints(config, training.start, training.seed).clear()
+            ended = Task(training.start, training.seed, training.draw)
+            through_outage(partial(_log_training, api, config, run_id, training), f"the result of {ended}")
+            results.put(ended.key, json.dumps(training.to_json()).encode())
+            _checkpoints(config, ended).clear()
             trainings.append(training)
-            dice = mean_scores(training.cases).dice
-            text = f"{training.start} seed {training.seed}: test Dice {dice:.3f}, {training.seconds:.0f} s"
-            print(f"{text} ({len(trainings)}/{len(pairs)})", flush=True)
+            text = f"{ended}: test Dice {mean_scores(training.cases).dice:.3f}, {training.seconds:.0f} s"
+            print(f"{text} ({len(trainings)}/{len(every)})", flush=True)
         trainings = _registered(config, trainings, run_id)
         comparison = compared(config, trainings, run_id=run_id, seconds=time.monotonic() - began)
         driver.write_result(config.runs, config.name, comparison.to_json())
@@ -152,17 +190,18 @@ def compared(config: FinetuneJobConfig, trainings: Sequence[Training], *, run_id
 
     Args:
         config: The job.
-        trainings: One for each start and seed, in any order.
+        trainings: One for each start, seed and draw, in any order.
         run_id: MLflow run of the job.
         seconds: Wall time of the job.
     """
     starts = list(config.starts)
     # As configured, not as they happened to end.
-    in_order = sorted(trainings, key=lambda t: (starts.index(t.start), config.seeds.index(t.seed)))
+    draws = [None, *config.labelled.draws]
+    in_order = sorted(trainings, key=lambda t: (starts.index(t.start), draws.index(t.draw), config.seeds.index(t.seed)))
     return Comparison(
         rows=start_rows(in_order, starts),
         trainings=tuple(in_order),
-        test=paired_test_of(in_order, starts),
+        test=paired_test_of(in_order, starts, config.labelled.subjects),
         model=config.model or config.name,
         version=next((t.version for t in in_order if t.version is not None), None),
         registered_start=registered_start(config),
@@ -172,12 +211,8 @@ def compared(config: FinetuneJobConfig, trainings: Sequence[Training], *, run_id
     )
 
 
-def _key(start: str, seed: int) -> str:
-    return f"{quote(start, safe='')}-{seed}.json"
-
-
-def _checkpoints(config: FinetuneJobConfig, start: str, seed: int) -> StoredCheckpoints:
-    name = _key(start, seed).removesuffix(".json")
+def _checkpoints(config: FinetuneJobConfig, task: Task) -> StoredCheckpoints:
+    name = task.key.removesuffix(".json")
     return StoredCheckpoints(join(config.runs, config.name, "checkpoints", name))
 
 
@@ -213,8 +248,8 @@ def _registered(config: FinetuneJobConfig, trainings: Sequence[Training], run_id
         return list(trainings)
     command = f"`tomoscale finetune CONFIG`, with model=NAME for another name than {name!r},"
     version = registration.register_stored(url, name, run_id=run_id, command=command)
-    which = registered_start(config), config.seeds[0]
-    return [replace(t, version=version if (t.start, t.seed) == which else None) for t in trainings]
+    which = registered_task(config)
+    return [replace(t, version=version if Task(t.start, t.seed, t.draw) == which else None) for t in trainings]
 
 
 def _log_training(api: Any, config: FinetuneJobConfig, run_id: str, training: Training) -> None:
@@ -222,9 +257,10 @@ def _log_training(api: Any, config: FinetuneJobConfig, run_id: str, training: Tr
     child = tracking.open_run(
         api,
         config.experiment,
-        f"{config.name}-{training.start}-{training.seed}",
+        f"{config.name}-{training.start}-{training.seed}{'' if training.draw is None else f'-draw-{training.draw}'}",
         "finetune-seed",
-        params={"start": config.starts[training.start], "seed": training.seed},
+        params={"start": config.starts[training.start], "seed": training.seed}
+        | ({} if training.draw is None else {"subjects_seed": training.draw}),
         tags={},
         parent=run_id,
     )

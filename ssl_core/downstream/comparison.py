@@ -1,14 +1,18 @@
 """Several starts of the same fine-tuning compared over the same test subjects."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ssl_core.downstream.inference import DrawTest, draw_test
 from ssl_core.downstream.paired_test import PairedTrainings, compare_trainings
 from ssl_core.downstream.records import from_fields
 from ssl_core.downstream.scores import METRICS, CaseScore, Scores, mean_scores, sd_scores
+from ssl_core.downstream.study import sentence
 from storage.errors import ConfigError
 
 ONE_START = "One start only: nothing to compare."
@@ -27,6 +31,7 @@ class Training:
         cases: Scores of every test case.
         version: Version under which its segmenter was registered; None where it was not.
         seconds: Wall time, scoring included.
+        draw: Seed of its draw of labelled subjects, where the job has several.
     """
 
     start: str
@@ -35,10 +40,17 @@ class Training:
     cases: tuple[CaseScore, ...]
     version: str | None
     seconds: float
+    draw: int | None = None
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """What tells it from the others of its job."""
+        return {"start": self.start, "seed": self.seed} | ({} if self.draw is None else {"draw": self.draw})
 
     def to_json(self) -> dict[str, Any]:
-        """As stored; each case says which training it is of."""
-        return {**vars(self), "cases": cases_to_json([self])}
+        """As stored; each case says which training it is of. One of a single draw has no `draw`, as before."""
+        facts = {key: value for key, value in vars(self).items() if key != "draw" or value is not None}
+        return {**facts, "cases": cases_to_json([self])}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Training":
@@ -47,7 +59,8 @@ class Training:
         Raises:
             RefusedInput: an entry is missing.
         """
-        return from_fields(cls, {**data, "cases": [CaseScore.from_json(case) for case in data["cases"]]})
+        cases = [CaseScore.from_json(case) for case in data["cases"]]
+        return from_fields(cls, {"draw": None, **data, "cases": cases})
 
 
 @dataclass(frozen=True)
@@ -97,7 +110,8 @@ class Comparison:
     Attributes:
         rows: One for each start and label.
         trainings: In the order of the starts and seeds.
-        test: First start against the second over trainings and subjects; None where there is one start.
+        test: First start against the second over trainings and subjects, and over draws where there are several; None
+            where there is one start.
         model: Registered name of the segmenter.
         version: Its version; None where none was registered.
         registered_start: The start whose first seed was registered.
@@ -108,7 +122,7 @@ class Comparison:
 
     rows: tuple[StartRow, ...]
     trainings: tuple[Training, ...]
-    test: PairedTrainings | None
+    test: PairedTrainings | DrawTest | None
     model: str
     version: str | None
     registered_start: str
@@ -118,22 +132,22 @@ class Comparison:
 
     @property
     def statement(self) -> str:
-        """What the paired test says of these trainings."""
-        return ONE_START if self.test is None else self.test.statement
+        """What the test says of these trainings."""
+        if self.test is None:
+            return ONE_START
+        return over_draws(self.test) if isinstance(self.test, DrawTest) else self.test.statement
 
     def to_json(self) -> dict[str, Any]:
         """As written to `result.json`; the cases of all trainings stand in one list."""
         return {
             "rows": [row.to_json() for row in self.rows],
             "cases": cases_to_json(self.trainings),
-            "test": {"statement": self.statement} if self.test is None else asdict(self.test),
+            "test": _test_to_json(self.test) | {"statement": self.statement},
             "model": self.model,
             "version": self.version,
             "registered_start": self.registered_start,
             "nsd_tolerance_mm": self.nsd_tolerance_mm,
-            "runs": [
-                {"start": t.start, "seed": t.seed, "history": t.history, "seconds": t.seconds} for t in self.trainings
-            ],
+            "runs": [{**t.names, "history": t.history, "seconds": t.seconds} for t in self.trainings],
             "run_id": self.run_id,
             "seconds": self.seconds,
         }
@@ -151,7 +165,7 @@ class Comparison:
             Training.from_json(
                 {
                     **run,
-                    "cases": [c for c in data["cases"] if (c["start"], c["seed"]) == (run["start"], run["seed"])],
+                    "cases": [case for case in data["cases"] if _names(case) == _names(run)],
                     "version": None,
                 }
             )
@@ -163,8 +177,8 @@ class Comparison:
 
 
 def cases_to_json(trainings: Sequence[Training]) -> list[dict[str, Any]]:
-    """All cases, each with the start and the seed of its training."""
-    return [{"start": t.start, "seed": t.seed, **case.to_json()} for t in trainings for case in t.cases]
+    """All cases, each with the start, the seed and the draw of its training."""
+    return [{**t.names, **case.to_json()} for t in trainings for case in t.cases]
 
 
 def subject_dice(trainings: Sequence[Training], start: str) -> dict[str, float]:
@@ -190,15 +204,24 @@ def start_rows(trainings: Sequence[Training], starts: Sequence[str]) -> tuple[St
     return tuple(rows)
 
 
-def paired_test_of(trainings: Sequence[Training], starts: Sequence[str]) -> PairedTrainings | None:
-    """The first start against the second, paired by seed and subject; None where there is one start.
+def paired_test_of(
+    trainings: Sequence[Training], starts: Sequence[str], labels: int = 0
+) -> PairedTrainings | DrawTest | None:
+    """The first start against the second, paired by draw, seed and subject; None where there is one start.
+
+    Args:
+        trainings: All of a job.
+        starts: Their names, in order.
+        labels: Labelled subjects of a draw, where there are several draws.
 
     Raises:
-        ConfigError: a seed or a subject of one start is missing in the other.
+        ConfigError: a draw, a seed or a subject of one start is missing in the other.
     """
     if len(starts) < 2:
         return None
     a, b = starts[:2]
+    if any(training.draw is not None for training in trainings):
+        return draw_test(_differences_by_draw(trainings, a, b), a=a, b=b, labels=labels)
     first, second = (_dice_by_seed(trainings, start) for start in (a, b))
     if {seed: set(dice) for seed, dice in first.items()} != {seed: set(dice) for seed, dice in second.items()}:
         raise ConfigError(
@@ -215,9 +238,57 @@ _REMEDY = "run the job again under another name"
 def _stored_test(data: Mapping[str, Any], trainings: Sequence[Training]) -> PairedTrainings | None:
     if data["statement"] == ONE_START:
         return None
+    if "by_draw" in data:
+        return from_fields(DrawTest, data)
     if "n_seeds" in data:
         return from_fields(PairedTrainings, data)
     return paired_test_of(trainings, list(dict.fromkeys(training.start for training in trainings)))
+
+
+def over_draws(test: DrawTest) -> str:
+    """What a test over draws says, and over what it generalises."""
+    seeds = "1 training" if test.pretrainings == 1 else f"{test.pretrainings} trainings"
+    subjects = "1 test subject" if test.subjects == 1 else f"{test.subjects} test subjects"
+    return (
+        f"{sentence(test)} Interval and test are over {test.draws} draws of labelled subjects, {seeds} of each start on"
+        f" each, and {subjects}; not over other pre-trainings."
+    )
+
+
+def _test_to_json(test: PairedTrainings | DrawTest | None) -> dict[str, Any]:
+    if test is None:
+        return {}
+    return asdict(test) | ({"significant": test.significant} if isinstance(test, DrawTest) else {})
+
+
+def _names(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    return entry["start"], entry["seed"], entry.get("draw")
+
+
+def _differences_by_draw(trainings: Sequence[Training], a: str, b: str) -> NDArray[np.float64]:
+    """Mean Dice of one start less that of another, by draw, seed and test subject.
+
+    Raises:
+        ConfigError: one of them is missing.
+    """
+    values: list[dict[tuple[Any, ...], float]] = [
+        {(t.draw, t.seed, subject): dice for t in trainings if t.start == start for subject, dice in _dice(t).items()}
+        for start in (a, b)
+    ]
+    axes = [list(dict.fromkeys(keys)) for keys in zip(*values[0], strict=True)]
+    every = list(itertools.product(*axes))
+    if any(set(of_start) != set(every) for of_start in values):
+        raise ConfigError(
+            f"trainings of {a} and {b}",
+            expected="every draw with the same seeds and test subjects",
+            found="others",
+            remedy=_REMEDY,
+        )
+    return np.array([values[0][key] - values[1][key] for key in every]).reshape([len(axis) for axis in axes])
+
+
+def _dice(training: Training) -> dict[str, float]:
+    return subject_dice([training], training.start)
 
 
 def _dice_by_seed(trainings: Sequence[Training], start: str) -> dict[int, dict[str, float]]:

@@ -55,7 +55,8 @@ class DrawTest:
         b: Name of the second.
         labels: Labelled subjects.
         draws: Draws of labelled subjects.
-        pretrainings: Pre-trainings; 1 where neither start has several.
+        pretrainings: Pre-trainings, or trainings where those of a draw differ in their seeds; 1 where neither start has
+            several.
         subjects: Test subjects.
         difference: Mean of a - b.
         low: Lower end of its 95 % interval over draws, pre-trainings and subjects; None with one draw.
