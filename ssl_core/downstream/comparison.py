@@ -235,7 +235,7 @@ def paired_test_of(
 _REMEDY = "run the job again under another name"
 
 
-def _stored_test(data: Mapping[str, Any], trainings: Sequence[Training]) -> PairedTrainings | None:
+def _stored_test(data: Mapping[str, Any], trainings: Sequence[Training]) -> PairedTrainings | DrawTest | None:
     if data["statement"] == ONE_START:
         return None
     if "by_draw" in data:

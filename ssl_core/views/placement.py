@@ -71,7 +71,7 @@ def draw(
             "views that are centred", expected="crops that say which voxel they were drawn about", found="no centre_B3"
         )
     start, shape = np.asarray(start_B3, np.float64), np.asarray(shape_B3, np.float64)
-    centre = start if centre_B3 is None else centre_B3 + 0.5
+    centre = start if centre_B3 is None else np.asarray(centre_B3, np.float64) + 0.5
     place = _Placer(seed, np.asarray(sample_B, np.int64), start, start + np.array(host_DHW, np.float64), shape,
                     np.asarray(spacing_B3, np.float64), centre)  # fmt: skip
     boxes: dict[str, list[Boxes]] = {}
