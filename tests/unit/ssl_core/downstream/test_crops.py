@@ -163,9 +163,8 @@ def test_what_settings_leave_without_effect_is_refused() -> None:
 )
 def test_labels_that_name_a_side_are_never_mirrored_from_left_to_right(names: list[str], side: str | None) -> None:
     assert sided(names) == side
-    config = FinetuneConfig(patch_DHW=PATCH, flip=(0.5, 0.5, 1.0), geometry="nnunet")
-    spec = config.views("label", names)
-    affine = _views(_batch(24), spec).to_volume_B34
+    spec = FinetuneConfig(patch_DHW=PATCH, flip=(0.5, 0.5, 1.0)).views("label", names)
+    affine = _views(noise(spec, 8), spec).to_volume_B34
     mirrored = torch.linalg.diagonal(affine[:, :, :3]).sign() < 0
     assert mirrored[:, 2].any() == (side is None)
     assert mirrored[:, 0].any()
