@@ -8,11 +8,10 @@ from pydantic import Field, field_validator, model_validator
 
 from jobs.ingest_config import Url
 from ssl_core.config import LATER, Config, Fingerprint, Name, flatten, resolved
+from ssl_core.downstream.inference import MOST_DRAWS
 from ssl_core.networks import backbone_names
 from ssl_core.networks.registry import check_arguments
 
-MOST_DRAWS = 20
-"""As many as `ssl_core.downstream.inference` goes through all signs of; that takes a second to import."""
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"  # Ray's, which are those of Kubernetes
 _LABEL_KEY = re.compile(rf"([a-z0-9.-]{{1,253}}/)?{_LABEL}")
 _LABEL_VALUE = re.compile(rf"!?({_LABEL}|in\({_LABEL}(, *{_LABEL})*\))")

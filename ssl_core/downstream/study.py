@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats as scipy_stats
 
 from ssl_core.downstream.inference import (
     LEVEL,
@@ -26,6 +25,8 @@ from ssl_core.downstream.inference import (
 from ssl_core.downstream.records import from_fields
 from ssl_core.downstream.scores import METRICS, CaseScore
 from storage.errors import ConfigError
+
+# scipy.stats takes a second to import, and every job reads this module: functions import it.
 
 Box = NDArray[np.float64]
 
@@ -278,6 +279,8 @@ def summarise(
 
 def ranks_of(cells: Sequence[StudyCell], starts: Sequence[str], labels: int) -> Ranks:
     """Average ranks over draws and Nemenyi's critical difference at one count."""
+    from scipy import stats as scipy_stats  # see the top of this file
+
     by_draw = np.array([box_of(cells, start, labels).mean((1, 2)) for start in starts])
     ranks = scipy_stats.rankdata(-by_draw, axis=0).mean(1)
     k, draws = by_draw.shape

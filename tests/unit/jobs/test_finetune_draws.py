@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from jobs.configs import FinetuneJobConfig
-from jobs.configs.groups import MOST_DRAWS
 from jobs.configs.search import TuneConfig
 from jobs.finetune import compared
 from jobs.finetune.driver import Task, registered_task, tasks, training_task
@@ -18,9 +17,8 @@ from jobs.tracking import registration
 from ssl_core.bundle import write_bundle
 from ssl_core.bundle_card import BundleFacts
 from ssl_core.config import digest, parse, resolved
-from ssl_core.downstream import inference
 from ssl_core.downstream.comparison import ONE_DRAW, Comparison, Training, paired_test_of
-from ssl_core.downstream.inference import DrawTest, draw_test
+from ssl_core.downstream.inference import MOST_DRAWS, DrawTest, draw_test
 from ssl_core.downstream.scores import CaseScore
 from ssl_core.networks import build
 from ssl_core.views.intensity import IntensityPolicy
@@ -136,7 +134,6 @@ def test_a_search_is_on_one_draw_and_a_draw_is_one() -> None:
     manifest = write_phantoms("memory://draws-of-a-list", 4)
     with pytest.raises(ConfigError, match="labelled.subjects_seed"):
         draw(manifest, config(subjects=2, inner=1).labelled)
-    assert MOST_DRAWS == inference.MOST_DRAWS
     assert digest(config(subjects_seed=0)) == digest(
         parse(FinetuneJobConfig, JOB | {"labelled": {"data": "memory://x"}})
     )
