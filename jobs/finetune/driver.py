@@ -67,6 +67,7 @@ def training_task(settings: dict[str, Any], run_id: str, start: str, seed: int) 
                 window=config.finetune.patch_DHW,
                 tolerance_mm=config.nsd_tolerance_mm,
                 device=trained.device,
+                inference=trained.inference,
             )
         )
         if (start, seed) == (registered_start(config), config.seeds[0]):

@@ -17,9 +17,11 @@ from ssl_core.downstream.finetune import (
     label_values,
     train_segmenter,
 )
+from ssl_core.downstream.inference_choice import choose_inference
 from ssl_core.downstream.settings import Transfer
 from ssl_core.downstream.transfer import repeat_channels, require_weights, transferred_keys
 from ssl_core.networks.outline import outline, shapes_only
+from ssl_core.portable.inference.settings import check_mirror
 from storage.errors import ConfigError
 from storage.format.manifest import Manifest
 from storage.reading.volume_store import VolumeStore
@@ -70,6 +72,7 @@ def train_from(
         arguments = {**arguments, "in_channels": channels}
         notes = (f"The first convolution of {model}, of one channel, was repeated for {channels} and divided by them.",)
         print(notes[0], flush=True)
+    check_mirror(settings.inference.mirror, labels.values(), "finetune.inference.mirror")
     driver.check_channels(manifest, everyone, f"the encoder of {model}", arguments)
     network = build_segmenter(
         encoder.backbone,
@@ -93,7 +96,23 @@ def train_from(
         on_epoch=on_epoch,
         checkpoints=checkpoints,
     )
-    return TrainedSegmenter(network, store, subjects, labels, encoder.intensity, tuple(history), device, notes)
+    choice = choose_inference(
+        network,
+        store,
+        subjects.inner,
+        settings.inference,
+        label=labelled.label,
+        labels=labels,
+        policy=encoder.intensity,
+        window=settings.patch_DHW,
+        device=device,
+    )
+    for note in choice.notes:
+        print(note, flush=True)
+    notes = (*notes, *choice.notes)
+    return TrainedSegmenter(
+        network, store, subjects, labels, encoder.intensity, tuple(history), device, notes, choice.inference
+    )
 
 
 def require_transfer(start: str, transfer: Transfer) -> None:

@@ -4,7 +4,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from ssl_core.config import LEAST_SCALE, MOST_SCALE, Config, CropSize
+from ssl_core.config import LATER, LEAST_SCALE, MOST_SCALE, Config, CropSize
+from ssl_core.downstream.inference_choice import InferenceConfig
 from ssl_core.train.engine import EngineConfig
 from ssl_core.views.augment.presets import PRESETS
 from ssl_core.views.types import RoleSpec, ViewSpec
@@ -87,6 +88,7 @@ class FinetuneConfig(Config):
         None, ge=1, description="Epochs without a better inner metric after which training ends; never when empty"
     )
     class_balance: float = Field(0.5, ge=0, le=1, description="Share of crops centred on a labelled voxel")
+    inference: InferenceConfig = Field(InferenceConfig(), json_schema_extra=LATER)
     flip: tuple[float, float, float] = Field(
         (0.0, 0.0, 0.5), description="Flip probability along D, H, W; W at 0 where a label names a side"
     )
@@ -127,7 +129,7 @@ class FinetuneConfig(Config):
     @property
     def needs_inner(self) -> bool:
         """Whether volumes of the inner split decide something."""
-        return self.select == "best" or self.patience is not None
+        return self.select == "best" or self.patience is not None or self.inference.needs_inner
 
     def engine(self, seed: int) -> EngineConfig:
         """The engine's settings; a checkpoint is due after each epoch."""

@@ -20,7 +20,7 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     evaluate.add_argument("data", help="URL of a store with labels")
     evaluate.add_argument("--split", default="test", help="split of the manifest (default: test)")
     evaluate.add_argument("--label", default="label", help="name of the label map (default: label)")
-    _add_force(evaluate)
+    _add_inference(evaluate)
     evaluate.add_argument("--tolerance-mm", type=float, default=1.0, help="tolerance of the NSD (default: 1)")
     add_json(evaluate)
     add_state(evaluate)
@@ -44,20 +44,32 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     predict.add_argument(
         "--overwrite", action="store_true", help="replace what is there; without, masks in a folder are left"
     )
-    _add_force(predict)
+    _add_inference(predict)
     add_state(predict)
     predict.set_defaults(run=_predict)
 
 
-def _add_force(verb: argparse.ArgumentParser) -> None:
+def _add_inference(verb: argparse.ArgumentParser) -> None:
     text = "predict what is far from all that the model learned from (spacing, field of view, intensities), with a note"
     verb.add_argument("--force", action="store_true", help=text)
+    verb.add_argument(
+        "--mirror",
+        metavar="AXES",
+        help="average windows mirrored along D,H,W or some; none (default: as the bundle says)",
+    )
+    verb.add_argument(
+        "--largest-component",
+        metavar="LABELS",
+        help="leave only the largest component of these labels: names, values, all, none (default: as the bundle says)",
+    )
+    verb.add_argument("--batch", type=int, default=4, help="windows computed at once (default: 4)")
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from jobs.tracking.encoder import bundle_of
     from ssl_core.downstream.scores import METRICS, CaseScore, mean_scores, score_case
     from storage.format.manifest import Manifest
+    from storage.reading.slabs import StoredSlabs
     from storage.reading.volume_store import VolumeStore
 
     if not arguments.tolerance_mm > 0:
@@ -79,17 +91,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         )
     cases: list[CaseScore] = []
     with bundle_of(arguments.model) as bundle:
-        predictor = _predictor(arguments.model, bundle)
+        predictor = _segmenter(arguments, bundle)
         names = {value: name for value, name in predictor.plan.labels if value != 0}
         store = VolumeStore(arguments.data, manifest)
         bar = Progress("evaluate", len(indices), "cases")
         for done, index in enumerate(indices, 1):
             record = manifest.record(index)
-            values = store.read_volume(record.volume_id) * record.scale + record.offset
-            affine = np.array(record.affine).reshape(4, 4)
             mask = predictor.segment(
-                values,
-                affine,
+                StoredSlabs(store, record.volume_id),
+                np.array(record.affine).reshape(4, 4),
                 record.stats,
                 name=record.volume_id,
                 modality=record.modality,
@@ -130,7 +140,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         run.check_file(Path(source), output, overwrite=arguments.overwrite)
     use_stack(arguments)
     with bundle_of(arguments.model) as bundle:
-        predictor = _any_predictor(bundle)
+        predictor = _predictor(arguments, bundle)
         if one:
             counts = run.to_file(predictor, arguments.model, source, output, choice, _note, **whole)
             print(f"{output}: voxels {counts}" if counts else str(output), file=sys.stderr)
@@ -144,17 +154,29 @@ def _note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
-def _any_predictor(bundle: Path) -> Any:
+def _predictor(arguments: argparse.Namespace, bundle: Path) -> Any:
     from ssl_core.portable import Predictor
+    from ssl_core.portable.inference.settings import axes_of, values_of
 
-    return Predictor(bundle, report=_note)
+    plain = Predictor(bundle, report=_note)
+    if arguments.mirror is None and arguments.largest_component is None and arguments.batch == plain.batch:
+        return plain
+    return Predictor(
+        bundle,
+        report=_note,
+        batch=arguments.batch,
+        mirror=None if arguments.mirror is None else axes_of(arguments.mirror),
+        largest_component=None
+        if arguments.largest_component is None
+        else values_of(arguments.largest_component, plain.plan.labels, "--largest-component"),
+    )
 
 
-def _predictor(model: str, bundle: Path) -> Any:
-    predictor = _any_predictor(bundle)
+def _segmenter(arguments: argparse.Namespace, bundle: Path) -> Any:
+    predictor = _predictor(arguments, bundle)
     if predictor.kind != "segmenter":
         raise ConfigError(
-            f"model {model}",
+            f"model {arguments.model}",
             expected="a segmenter",
             found=f"an {predictor.kind}",
             remedy="fine-tune it first (`tomoscale finetune`)",
