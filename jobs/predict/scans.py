@@ -115,22 +115,26 @@ class Scan:
         return Volume(raw.affine, array, modality=raw.modality, notes=tuple(raw.notes))
 
 
-def scans_of(source: str, split: str | None = None) -> list[Scan]:
+def scans_of(source: str, split: str | None = None, volume: str | None = None) -> list[Scan]:
     """The scans behind a path or URL, by name.
 
     Args:
         source: A file, a folder, or the URL or folder of a store.
         split: Of a store: only this split.
+        volume: Of a store: only this volume.
 
     Raises:
         ConfigError: no such place, a split that a folder does not have, or one without volumes.
         RefusedInput: nothing in it is a volume.
     """
     if "://" in source or (Path(source) / POINTER).is_file():
-        return list(_of_store(source, split))
-    if split is not None:
+        return list(_of_store(source, split, volume))
+    if split is not None or volume is not None:
         raise ConfigError(
-            "--split", expected="a store", found=source, remedy="leave it out, or name the URL of an ingested store"
+            "--split and --volume",
+            expected="a store",
+            found=source,
+            remedy="leave it out, or name the URL of an ingested store",
         )
     path = Path(source)
     if path.is_file() and path.name.lower().endswith((".nii", ".nii.gz")):  # named, so it is what it is called
@@ -143,9 +147,9 @@ def _thing(source: str, item: IngestItem, path: Path) -> str:
     return source if path.is_file() else item.source
 
 
-def _of_store(url: str, split: str | None) -> Iterator[Scan]:
+def _of_store(url: str, split: str | None, volume: str | None) -> Iterator[Scan]:
     manifest = Manifest.open(url)
-    indices = manifest.select(split=split).tolist()
+    indices = manifest.select(split=split).tolist() if volume is None else [manifest.index_of(volume)]
     if not indices:
         raise ConfigError(
             f"split {split!r} of {url}", expected="volumes", found="none", remedy="`tomoscale data show URL` lists them"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.cli.verbs.common import MODEL, add_json, add_state, use_stack
+from jobs.cli.verbs.common import MODEL, add_json, add_state, job_address, use_stack
 from jobs.output import Progress, emit, table
 from storage.errors import ConfigError, RefusedInput
 
@@ -33,18 +33,22 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     )
     predict.add_argument(
         "output",
-        type=Path,
-        help="a mask (.nii, .nii.gz; .dcm, a DICOM segmentation, of a DICOM series), or a folder for several",
+        help="a mask (.nii, .nii.gz; .dcm, a DICOM segmentation, of a DICOM series), a folder for several, or a URL, to"
+        " which a job of the cluster writes",
     )
     predict.add_argument("--probabilities", action="store_true", help="write NAME-probabilities.nii.gz too")
     predict.add_argument("--features", action="store_true", help="write NAME-features.npz too; NAME.npz of an encoder")
     predict.add_argument("--overlay", action="store_true", help="write NAME-overlay.png too")
     predict.add_argument("--nifti", action="store_true", help="in a folder: masks of DICOM series as NIfTI")
     predict.add_argument("--split", help="of a store: only this split (default: all)")
+    predict.add_argument("--volume", metavar="ID", help="of a store: only this volume")
     predict.add_argument(
         "--overwrite", action="store_true", help="replace what is there; without, masks in a folder are left"
     )
     _add_inference(predict)
+    predict.add_argument("--address", metavar="URL", help="of a job: job server; the local stack's when empty")
+    predict.add_argument("--cpus", type=int, default=4, help="of a job: CPUs of each task (default: 4)")
+    predict.add_argument("--gpus", type=int, default=0, help="of a job: GPUs of each task (default: 0)")
     add_state(predict)
     predict.set_defaults(run=_predict)
 
@@ -131,10 +135,12 @@ def _predict(arguments: argparse.Namespace) -> int:
     from jobs.predict.outputs import Choice
     from jobs.tracking.encoder import bundle_of
 
-    source, output = arguments.input, arguments.output
+    if "://" in arguments.output:
+        return _submit(arguments)
+    source, output = arguments.input, Path(arguments.output)
     run.check_places(source, output)
     choice = Choice(arguments.probabilities, arguments.features, arguments.overlay, arguments.nifti, arguments.force)
-    whole = {"overwrite": arguments.overwrite, "split": arguments.split}
+    whole = {"overwrite": arguments.overwrite, "split": arguments.split, "volume": arguments.volume}
     one = run.is_file_output(source, output)
     if one and Path(source).is_file():  # before a model is fetched
         run.check_file(Path(source), output, overwrite=arguments.overwrite)
@@ -148,6 +154,29 @@ def _predict(arguments: argparse.Namespace) -> int:
         done, refused = run.to_folder(predictor, arguments.model, bundle, source, output, choice, _note, **whole)
     print(f"{output}: {done} of {done + len(refused)} scans", file=sys.stderr)
     return RefusedInput.exit_code if refused else 0
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    """Send a batch of predictions to the cluster, and follow it."""
+    local = ("probabilities", "features", "overlay", "nifti", "volume", "overwrite", "mirror", "largest_component")
+    odd = [name for name in local if getattr(arguments, name)]
+    if odd:
+        raise ConfigError(
+            f"--{odd[0].replace('_', '-')}",
+            expected="an output on this machine",
+            found=arguments.output,
+            remedy="leave it out: a job writes masks as the bundle makes them",
+        )
+    from jobs import submit
+    from jobs.predict.config import PredictJobConfig
+    from ssl_core.config import parse
+
+    names = ("model", "split", "force", "cpus", "gpus")
+    values = {name: getattr(arguments, name) for name in names}
+    config = parse(PredictJobConfig, {**values, "scans": arguments.input, "masks": arguments.output}, "predict")
+    use_stack(arguments)
+    submit.run(job_address(arguments), "jobs.predict", config, "predict", show=lambda line: print(line, flush=True))
+    return 0
 
 
 def _note(text: str) -> None:

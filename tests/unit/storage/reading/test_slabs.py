@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from storage.reading import slabs as reading
 from storage.reading.slabs import StoredSlabs
 from storage.reading.volume_store import VolumeStore
 from tests.kit.phantoms import write_phantoms
@@ -28,6 +29,10 @@ def test_slabs_are_the_volume_and_each_row_is_read_once(
             return many(self, crops, label)
 
         monkeypatch.setattr(VolumeStore, "read_many", counted)
+        assert StoredSlabs(store, record.volume_id).read(0, 1).shape[1] == 1
+        assert spans == [(0, 150)], "a small volume is read at once"
+        spans.clear()
+        monkeypatch.setattr(reading, "PART", 1)
         slabs = StoredSlabs(store, record.volume_id)
         assert slabs.shape_CDHW == whole.shape
         for start in range(0, 150, rows):
