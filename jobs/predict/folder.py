@@ -104,7 +104,7 @@ def on_cluster(predict: Callable[[V], str], volumes: Iterable[V], cpus: int, gpu
     )
 
 
-def report(results: Iterable[tuple[Path | RemoteScan, str]], total: int) -> int:
+def report(results: Iterable[tuple[Path, str]] | Iterable[tuple[RemoteScan, str]], total: int) -> int:
     """Print each result; 0 when every volume has its mask, else 3."""
     without = []
     for number, (volume, reason) in enumerate(results, 1):

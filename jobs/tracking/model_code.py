@@ -24,9 +24,16 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
-CONFIG = {"device": None, "batch": 4, "force": False}
+CONFIG: dict[str, Any] = {"device": None, "batch": 4, "force": False}
 """What `model_config` may say, and its defaults. MLflow leaves out other keys before a model sees them, and warns."""
-PARAMS = {"device": "", "batch": 0, "features": False, "probabilities": False, "nifti": False, "force": False}
+PARAMS: dict[str, Any] = {
+    "device": "",
+    "batch": 0,
+    "features": False,
+    "probabilities": False,
+    "nifti": False,
+    "force": False,
+}
 """Parameters of `predict` and their defaults; "" and 0 mean those of `model_config`."""
 _ITEM = {"path", "image", "affine", "modality", *PARAMS}
 _CONFIG_VARIABLE = "MLFLOW_PYFUNC_INFERENCE_CONFIG"
@@ -48,7 +55,8 @@ class Bundle:
         Raises:
             MlflowException: `model_config`, or MLflow's variable for it, has a key that there is not.
         """
-        self._root, self._config = Path(context.artifacts["bundle"]), dict(CONFIG)
+        self._root = Path(context.artifacts["bundle"])
+        self._config = dict(CONFIG)
         for name, settings in (
             (_CONFIG_VARIABLE, json.loads(os.environ.get(_CONFIG_VARIABLE) or "{}")),
             ("model_config", context.model_config or {}),

@@ -109,7 +109,8 @@ def choose_inference(
         table = np.array(rows)
         return _Dice(table[:, 0], table[:, 1])
 
-    best, mirror, notes = measured(PLAIN), (), []
+    best, notes = measured(PLAIN), []
+    mirror: tuple[str, ...] = ()
     if config.mirror:
         flipped, axes = measured(Inference(mirror=config.mirror)), ", ".join(config.mirror)
         with_it, without = flipped.plain_NK.mean(), best.plain_NK.mean()

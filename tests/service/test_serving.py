@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import logging
 import os
 import re
 import signal
@@ -30,7 +31,7 @@ from tests.kit.small_models import segmenter_bundle
 
 pytestmark = pytest.mark.service
 PAGE = (ROOT / "docs/how-to-use-models.md").read_text(encoding="utf-8")
-REQUESTS = [json.loads(text) for text in re.findall(r"-d '(\{.*?\})'", PAGE, re.DOTALL)]
+REQUESTS = [json.loads(a or b) for a, b in re.findall(r"-d '(\{.*?\})'|```json\n(.*?)```", PAGE, re.DOTALL)]
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +40,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def saved(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import mlflow
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    folder = tmp_path_factory.mktemp("serve")
+    folder = tmp_path_factory.mktemp("saved")
     mlflow.pyfunc.save_model(
         folder / "model",
         python_model=str(model_code.__file__),
@@ -55,8 +56,14 @@ def address(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         ),
         pip_requirements=["mlflow"],
     )
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def address(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("serve")
     (port,) = ports.find_free(1)
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(folder / "model")]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(saved)]
     command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port), "--timeout", "600"]
     log = folder / "log"
     with log.open("wb") as out:
@@ -119,3 +126,22 @@ def test_what_is_wrong_with_a_request_is_said(address: str) -> None:
             _post(address, body)
         assert error.value.code == 400
         assert words in json.loads(error.value.read())["message"]
+
+
+def test_what_mlflow_leaves_out_it_names_in_a_warning(
+    saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model never sees such a key: MLflow compares it with those that were registered."""
+    import mlflow
+
+    for name in ("mlflow", "mlflow.pyfunc", "mlflow.models.utils"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    source = scan(tmp_path, (18, 16, 17))
+    model = mlflow.pyfunc.load_model(str(saved), model_config={"forse": True, "batch": 2})
+    assert "forse were ignored" in caplog.text
+    assert "Current allowed configuration includes batch, device, force" in caplog.text
+    mask = model.predict(str(source), params={"probabilites": True})
+    assert isinstance(mask, np.ndarray)
+    assert "['probabilites'] are ignored" in caplog.text
+    assert set(model.predict(str(source), params={"probabilities": True})) == {"mask", "probabilities"}
+    assert model.unwrap_python_model()._config == {"device": "cpu", "batch": 2, "force": False}
