@@ -16,7 +16,6 @@ from jobs.on_ray.map import ray_map
 from jobs.on_ray.session import connect
 from jobs.predict import objects
 from jobs.predict.config import PredictJobConfig
-from jobs.predict.objects import RemoteScan
 from ssl_core.config import load
 from storage.errors import ConfigError, RefusedInput, TomoscaleError
 
@@ -104,12 +103,12 @@ def on_cluster(predict: Callable[[V], str], volumes: Iterable[V], cpus: int, gpu
     )
 
 
-def report(results: Iterable[tuple[Path, str]] | Iterable[tuple[RemoteScan, str]], total: int) -> int:
+def report(results: Iterable[tuple[str, str]], total: int) -> int:
     """Print each result; 0 when every volume has its mask, else 3."""
     without = []
-    for number, (volume, reason) in enumerate(results, 1):
-        print(f"{number} of {total}: {volume.name}{f': {reason}' if reason else ''}")
-        without += [volume.name] if reason else []
+    for number, (name, reason) in enumerate(results, 1):
+        print(f"{number} of {total}: {name}{f': {reason}' if reason else ''}")
+        without += [name] if reason else []
     if without:
         print(f"{len(without)} of {total} volumes have no mask: {', '.join(sorted(without))}", file=sys.stderr)
     return RefusedInput.exit_code if without else 0
@@ -135,13 +134,13 @@ def main(words: Sequence[str]) -> int:
             scans, masks = (_url(place) for place in (arguments.scans, arguments.masks))
             remote = objects.due(scans, masks, arguments.split)
             make = objects.mask_of(objects.pin(arguments.model, masks, _tomoscale), scans, masks, options, _tomoscale)
-            return report(on_cluster(make, remote, *size), len(remote))
+            return report(((s.name, why) for s, why in on_cluster(make, remote, *size)), len(remote))
         if arguments.split is not None:
             raise ConfigError("--split", expected="the URL of a store", found=arguments.scans, remedy="leave it out")
         folder = Path(arguments.masks)
         volumes = due(Path(arguments.scans), folder)
         predict = mask_of(pin(arguments.model, folder), folder, options)
-        return report(on_cluster(predict, volumes, *size), len(volumes))
+        return report(((v.name, why) for v, why in on_cluster(predict, volumes, *size)), len(volumes))
     except TomoscaleError as error:
         print(error, file=sys.stderr)
         return error.exit_code
