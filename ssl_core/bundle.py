@@ -40,6 +40,8 @@ from ssl_core.bundle_card import CODE, BundleFacts, model_card
 from ssl_core.networks import Backbone, build
 from ssl_core.networks.registry import architecture as architecture_of
 from ssl_core.portable import network as portable_network
+from ssl_core.portable.card import WITH_INFERENCE
+from ssl_core.portable.inference.settings import PLAIN
 from ssl_core.portable.predictor import FORMAT, Predictor, check_bundle
 from ssl_core.portable.preprocess import Preprocess
 from ssl_core.portable.safetensors import read_safetensors, same_tensors
@@ -236,6 +238,7 @@ def _write(work: Path, kind: str, backbone: Backbone, facts: BundleFacts) -> Non
         patch_DHW=facts.patch_DHW,
         labels=facts.labels,
         training=facts.training,
+        inference=facts.inference,
     )
     _dump(work / "architecture.json", architecture)
     _dump(work / "preprocess.json", plan.dump())
@@ -272,7 +275,7 @@ def _write_card(work: Path, kind: str, facts: BundleFacts) -> None:
     """`bundle.json`, last, with the digests of all other files."""
     files = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file())
     card = {
-        "format": FORMAT,
+        "format": FORMAT if facts.inference == PLAIN else WITH_INFERENCE,
         "kind": kind,
         "name": facts.name,
         "lineage": dict(facts.lineage),
@@ -284,12 +287,14 @@ def _write_card(work: Path, kind: str, facts: BundleFacts) -> None:
 
 def write_code(folder: Path) -> None:
     """The code of `ssl_core.portable` in a new folder, complete: a package that imports nothing of this project."""
-    folder.mkdir()
-    for file in sorted(Path(portable.__file__).parent.glob("*.py")):
-        borrowed = _BORROWED.get(file.name)
+    root = Path(portable.__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        name = file.relative_to(root)
+        borrowed = _BORROWED.get(name.as_posix())
         text = (Path(str(borrowed.__file__)) if borrowed else file).read_text(encoding="utf-8")
         text = text.replace("from storage.errors import", "from .errors import")
-        (folder / file.name).write_text(text, encoding="utf-8")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def _check(work: Path, kind: str, backbone: Backbone) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ssl_core.portable.inference.settings import PLAIN, Inference
 from ssl_core.portable.network import PACKAGES
 from ssl_core.portable.preprocess import Preprocess
 from ssl_core.portable.training_data import TrainingData
@@ -28,6 +29,7 @@ class BundleFacts:
             `ssl_core.bundle.stored_spacing`.
         interpolation: How they are resampled.
         training: The volumes it learned from, see `ssl_core.bundle.training_data`; None says nothing of them.
+        inference: What prediction does with the network's output.
         lineage: Data fingerprint, configuration digest, parent model version, run id and the like.
         metrics: Figures for the card, with the split they come from in their names.
         evaluation: What `jobs.tracking.models.promote` compares: `split`, `measure`, and `cases` with one value each.
@@ -41,6 +43,7 @@ class BundleFacts:
     spacing_mm: tuple[float, float, float] | None = None
     interpolation: Literal["linear", "bspline"] = "linear"
     training: TrainingData | None = None
+    inference: Inference = PLAIN
     lineage: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     evaluation: Mapping[str, Any] | None = None
@@ -94,6 +97,7 @@ def model_card(kind: str, facts: BundleFacts, plan: Preprocess, stock_class: str
         f"- spacing: {spacing}",
         f"- intensity policy: {plan.intensity['kind']}",
         f"- window: {plan.patch_DHW} voxels (D, H, W)",
+        *([f"- output: {plan.inference.text(plan.labels)}"] if plan.inference != PLAIN else []),
         "",
     ]
     if plan.training is not None:

@@ -309,7 +309,9 @@ class FinetuneJobConfig(Config):
     @model_validator(mode="after")
     def _check_inner(self) -> Self:
         if self.finetune.needs_inner and not self.labelled.inner:
-            raise ValueError("labelled.inner to be 1 or more, by which finetune.select and finetune.patience choose")
+            raise ValueError(
+                "labelled.inner to be 1 or more: finetune.select, finetune.patience and finetune.inference ask it"
+            )
         return self
 
     @model_validator(mode="after")

@@ -63,7 +63,10 @@ def write(model: Model, folder: Path) -> list[str]:
     network.load_state_dict(read_torch(folder / _WEIGHTS))
     model.check("a bundle of MONAI", type(model.outputs)(network.eval(), 3, ()))
     run = "python -m monai.bundle run --config_file {folder}/configs/inference.json --bundle_root {folder}"
-    return [f"{run} --dataset_dir SCANS --output_dir MASKS, with pytorch-ignite installed"]
+    notes = [f"{run} --dataset_dir SCANS --output_dir MASKS, with pytorch-ignite installed"]
+    if axes := model.predictor.inference.mirror:
+        notes.append(f"it predicts without the windows mirrored along {', '.join(axes)} that the bundle averages over")
+    return notes
 
 
 def _inference(model: Model) -> dict[str, Any]:

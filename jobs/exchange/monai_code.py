@@ -13,6 +13,7 @@ from monai.data.meta_tensor import MetaTensor
 from monai.transforms.transform import MapTransform
 
 from ssl_core.portable.geometry import back_to_grid, to_canonical
+from ssl_core.portable.inference.components import keep_largest
 from ssl_core.portable.intake import Intake
 from ssl_core.portable.nifti import write_nifti
 from ssl_core.portable.preprocess import Preprocess
@@ -41,8 +42,8 @@ class PrepareVolumed(MapTransform):
             array = np.moveaxis(np.asarray(image), 0, -1)
             name, affine = str(image.meta.get("filename_or_obj", key)), np.asarray(image.affine, np.float64)
             volume = self._intake.canonical(name, array[..., 0] if array.shape[-1] == 1 else array, affine)
-            values, air = self._intake.prepared(name, volume.values_CDHW, volume.affine, None, "", self.force)
-            values, _ = padded(values, self.plan.patch_DHW, air)
+            prepared = self._intake.prepared(name, volume.values_CDHW, volume.affine, None, "", self.force)
+            values, _ = padded(prepared.whole(), self.plan.patch_DHW, prepared.air_C)
             meta = {"filename_or_obj": name, "spatial_shape": np.array(array.shape[:3]), "original_affine": affine}
             result[key] = MetaTensor(torch.from_numpy(values), affine=torch.from_numpy(affine), meta=meta)
         return result
@@ -78,10 +79,12 @@ class FinishMaskd(MapTransform):
             classes = np.asarray(logits_KDHW.argmax(0).cpu())
             start = [(m - n) // 2 for m, n in zip(classes.shape, grid, strict=True)]
             classes = classes[tuple(slice(s, s + n) for s, n in zip(start, grid, strict=True))]
-            if target_mm is not None:
-                classes = back_to_grid(classes, target_mm, new_DHW, old_mm)
             values = [value for value, _ in self.plan.labels]
-            mask = volume.to_file(np.array(values, np.uint8 if max(values) < 256 else np.int32)[classes])
+            mask = np.array(values, np.uint8 if max(values) < 256 else np.int32)[classes]
+            keep_largest(mask, self.plan.inference.largest_component)
+            if target_mm is not None:
+                mask = back_to_grid(mask, target_mm, new_DHW, old_mm)
+            mask = volume.to_file(mask)
             meta = {"filename_or_obj": logits_KDHW.meta["filename_or_obj"], "original_affine": affine}
             result[key] = MetaTensor(torch.from_numpy(mask)[None], affine=torch.from_numpy(affine), meta=meta)
         return result

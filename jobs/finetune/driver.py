@@ -99,6 +99,7 @@ def training_task(settings: dict[str, Any], run_id: str, task: Task) -> Training
                 window=config.finetune.patch_DHW,
                 tolerance_mm=config.nsd_tolerance_mm,
                 device=trained.device,
+                inference=trained.inference,
             )
         )
         if task == registered_task(config):

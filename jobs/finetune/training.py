@@ -18,10 +18,11 @@ from ssl_core.downstream.finetune import (
     label_values,
     train_segmenter,
 )
+from ssl_core.downstream.inference_choice import choose_inference
 from ssl_core.downstream.settings import Transfer
-from ssl_core.downstream.sides import sided
 from ssl_core.downstream.transfer import repeat_channels, require_weights, transferred_keys
 from ssl_core.networks.outline import outline, shapes_only
+from ssl_core.portable.inference.settings import check_mirror, sided
 from storage.errors import ConfigError
 from storage.format.manifest import Manifest
 from storage.reading.volume_store import VolumeStore
@@ -75,6 +76,7 @@ def train_from(
     if settings.flip[2] and (name := sided(labels.values())):
         notes = (*notes, f"No view was mirrored along W, left to right, since the label {name!r} names a side.")
         print(notes[-1], flush=True)
+    check_mirror(settings.inference.mirror, labels.values(), "finetune.inference.mirror")
     driver.check_channels(manifest, everyone, f"the encoder of {model}", arguments)
     network = build_segmenter(
         encoder.backbone,
@@ -98,7 +100,23 @@ def train_from(
         on_epoch=on_epoch,
         checkpoints=checkpoints,
     )
-    return TrainedSegmenter(network, store, subjects, labels, encoder.intensity, tuple(history), device, notes)
+    choice = choose_inference(
+        network,
+        store,
+        subjects.inner,
+        settings.inference,
+        label=labelled.label,
+        labels=labels,
+        policy=encoder.intensity,
+        window=settings.patch_DHW,
+        device=device,
+    )
+    for note in choice.notes:
+        print(note, flush=True)
+    notes = (*notes, *choice.notes)
+    return TrainedSegmenter(
+        network, store, subjects, labels, encoder.intensity, tuple(history), device, notes, choice.inference
+    )
 
 
 def require_transfer(start: str, transfer: Transfer) -> None:

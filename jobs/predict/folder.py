@@ -1,7 +1,8 @@
-"""`python -m jobs.predict MODEL IN OUT` writes a mask for every volume of a folder, one Ray task a volume.
+"""`python -m jobs.predict MODEL IN OUT` writes a mask for every volume of a folder or a URL, one Ray task a volume.
 
-Both folders are mounted by every node. The model is downloaded once, into OUT, so that all masks are of one version of
-it, also where its alias moves meanwhile and where the job is sent again. A mask that is in OUT already is left.
+Folders are mounted by every node; of URLs see `jobs.predict.objects`. The model is downloaded once, into OUT, so that
+all masks are of one version of it, also where its alias moves meanwhile and where the job is sent again. A mask that is
+in OUT already is left. A configuration (`config.yaml`) may stand in place of the three.
 """
 
 import argparse
@@ -9,15 +10,20 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from jobs.on_ray.map import ray_map
 from jobs.on_ray.session import connect
+from jobs.predict import objects
+from jobs.predict.config import PredictJobConfig
+from ssl_core.config import load
 from storage.errors import ConfigError, RefusedInput, TomoscaleError
 
 SUFFIXES = (".nii", ".nii.gz")
 IN_FLIGHT = 1024  # tasks that wait for a node or have one; more than a cluster has
 _LAST_CHARACTERS = 400
 Predict = Callable[[Path], str]
+V = TypeVar("V")
 
 
 def due(scans: Path, masks: Path) -> list[Path]:
@@ -66,13 +72,17 @@ def pin(model: str, masks: Path) -> Path:
     return bundle
 
 
-def mask_of(bundle: Path, masks: Path) -> Predict:
+def mask_of(bundle: Path, masks: Path, options: Sequence[str] = ()) -> Predict:
     """What makes the mask of one volume; it returns an empty string, or why there is none."""
 
     def predict(volume: Path) -> str:
-        return _tomoscale("predict", str(bundle), str(volume), str(masks / volume.name))
+        return _tomoscale("predict", str(bundle), str(volume), str(masks / volume.name), *options)
 
     return predict
+
+
+def _url(place: str) -> str:
+    return place if "://" in place else Path(place).absolute().as_uri()
 
 
 def _tomoscale(*words: str) -> str:
@@ -80,7 +90,7 @@ def _tomoscale(*words: str) -> str:
     return "" if done.returncode == 0 else done.stderr.strip()[-_LAST_CHARACTERS:] or f"exit code {done.returncode}"
 
 
-def on_cluster(predict: Predict, volumes: Iterable[Path], cpus: int, gpus: int) -> Iterator[tuple[Path, str]]:
+def on_cluster(predict: Callable[[V], str], volumes: Iterable[V], cpus: int, gpus: int) -> Iterator[tuple[V, str]]:
     """Predict on the Ray cluster that the environment names; each volume with its reason when it is done."""
     connect()
     return ray_map(
@@ -93,12 +103,12 @@ def on_cluster(predict: Predict, volumes: Iterable[Path], cpus: int, gpus: int) 
     )
 
 
-def report(results: Iterable[tuple[Path, str]], total: int) -> int:
+def report(results: Iterable[tuple[str, str]], total: int) -> int:
     """Print each result; 0 when every volume has its mask, else 3."""
     without = []
-    for number, (volume, reason) in enumerate(results, 1):
-        print(f"{number} of {total}: {volume.name}{f': {reason}' if reason else ''}")
-        without += [volume.name] if reason else []
+    for number, (name, reason) in enumerate(results, 1):
+        print(f"{number} of {total}: {name}{f': {reason}' if reason else ''}")
+        without += [name] if reason else []
     if without:
         print(f"{len(without)} of {total} volumes have no mask: {', '.join(sorted(without))}", file=sys.stderr)
     return RefusedInput.exit_code if without else 0
@@ -108,15 +118,29 @@ def main(words: Sequence[str]) -> int:
     """The exit code: 0 done, 1 no cluster, 2 a wrong argument, 3 where volumes have no mask."""
     parser = argparse.ArgumentParser(prog="python -m jobs.predict", description=__doc__)
     parser.add_argument("model", help="model URI, such as models:/NAME@ALIAS")
-    parser.add_argument("scans", type=Path, help="folder of .nii and .nii.gz")
-    parser.add_argument("masks", type=Path, help="folder to write to")
+    parser.add_argument("scans", help="folder or URL of .nii and .nii.gz, or URL of a store")
+    parser.add_argument("masks", help="folder or URL to write to; a URL where the scans have one")
+    parser.add_argument("--split", help="of a store: only this split")
+    parser.add_argument("--force", action="store_true", help="predict what is far from all that the model learned from")
     parser.add_argument("--cpus", type=int, default=4, help="of a task (default: 4)")
     parser.add_argument("--gpus", type=int, default=0, help="of a task (default: 0)")
+    if len(words) == 1 and words[0].endswith((".yaml", ".yml")):
+        words = load(PredictJobConfig, Path(words[0])).words()
     arguments = parser.parse_args(words)
     try:
-        volumes = due(arguments.scans, arguments.masks)
-        predict = mask_of(pin(arguments.model, arguments.masks), arguments.masks)
-        return report(on_cluster(predict, volumes, arguments.cpus, arguments.gpus), len(volumes))
+        options = ("--force",) if arguments.force else ()
+        size = (arguments.cpus, arguments.gpus)
+        if "://" in arguments.scans or "://" in arguments.masks:
+            scans, masks = (_url(place) for place in (arguments.scans, arguments.masks))
+            remote = objects.due(scans, masks, arguments.split)
+            make = objects.mask_of(objects.pin(arguments.model, masks, _tomoscale), scans, masks, options, _tomoscale)
+            return report(((s.name, why) for s, why in on_cluster(make, remote, *size)), len(remote))
+        if arguments.split is not None:
+            raise ConfigError("--split", expected="the URL of a store", found=arguments.scans, remedy="leave it out")
+        folder = Path(arguments.masks)
+        volumes = due(Path(arguments.scans), folder)
+        predict = mask_of(pin(arguments.model, folder), folder, options)
+        return report(((v.name, why) for v, why in on_cluster(predict, volumes, *size)), len(volumes))
     except TomoscaleError as error:
         print(error, file=sys.stderr)
         return error.exit_code

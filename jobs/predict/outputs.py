@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from jobs.predict import dicom_seg
 from jobs.predict.scans import DICOM, Scan, Volume
 from ssl_core.portable import Predictor
-from ssl_core.portable.geometry import Canonical
+from ssl_core.portable.geometry import Frame, to_canonical
+from ssl_core.portable.inference.slabs import Slabs
 from ssl_core.portable.nifti import write_nifti
 from storage.errors import ConfigError, StackError
 
@@ -96,26 +97,26 @@ def write_scan(
         with _written(target) as folder:
             _features(folder / target.name, predictor, scan, volume, choice)
         return {}
-    canonical = predictor.canonical(volume.array, volume.affine, name=scan.source)
+    frame, slabs = volume.admitted(predictor, scan.source)
     mask_DHW, probabilities_KDHW = predictor.segmented(
-        canonical.values_CDHW,
-        canonical.affine,
+        slabs,
+        frame.affine,
         volume.stats,
         name=scan.source,
         modality=volume.modality,
         force=choice.force,
         probabilities=choice.probabilities,
     )
-    mask = canonical.to_file(mask_DHW)
+    mask = frame.to_file(mask_DHW)
     labels = dict(predictor.plan.labels)
     with _written(target) as folder:
         if probabilities_KDHW is not None:
-            maps = np.stack([canonical.to_file(channel) for channel in probabilities_KDHW], axis=-1)
+            maps = np.stack([frame.to_file(channel) for channel in probabilities_KDHW], axis=-1)
             nibabel.save(nibabel.Nifti1Image(maps, volume.affine), folder / f"{stem}-probabilities.nii.gz")
         if choice.features:
             _features(folder / f"{stem}-features.npz", predictor, scan, volume, choice)
         if choice.overlay:
-            (folder / f"{stem}-overlay.png").write_bytes(_overlay(canonical, mask_DHW, labels))
+            (folder / f"{stem}-overlay.png").write_bytes(_overlay(slabs, frame, mask_DHW, labels))
         if ending == ".dcm":
             dicom_seg.write_segmentation(
                 folder / target.name,
@@ -132,22 +133,23 @@ def write_scan(
 
 def _features(path: Path, predictor: Predictor, scan: Scan, volume: Volume, choice: Choice) -> None:
     """Features of the deepest level, with the voxels between them and the frame that they lie in."""
-    canonical = volume.canonical(scan.source)
-    features_EDHW = predictor.features(volume.array, volume.affine, force=choice.force)
-    target_mm = predictor.plan.target_spacing(canonical.spacing_mm)
+    array = volume.whole()
+    frame = to_canonical(scan.source, array, volume.affine)
+    features_EDHW = predictor.features(array, volume.affine, force=choice.force)
+    target_mm = predictor.plan.target_spacing(frame.spacing_mm)
     np.savez_compressed(
         path,
         features_EDHW=features_EDHW,
         stride_DHW=np.array(predictor.architecture["levels"][-1]["stride"]),
-        spacing_mm=np.array(target_mm or canonical.spacing_mm),
-        affine=canonical.affine,
+        spacing_mm=np.array(target_mm or frame.spacing_mm),
+        affine=frame.affine,
     )
 
 
-def _overlay(canonical: Canonical, mask_DHW: NDArray[Any], labels: dict[int, str]) -> bytes:
+def _overlay(slabs: Slabs, frame: Frame, mask_DHW: NDArray[Any], labels: dict[int, str]) -> bytes:
     from jobs.pages.pictures import overlay_picture
 
-    return overlay_picture(canonical.values_CDHW[0], None, mask_DHW, spacing_mm=canonical.spacing_mm, labels=labels)
+    return overlay_picture(slabs.whole()[0], None, mask_DHW, spacing_mm=frame.spacing_mm, labels=labels)
 
 
 @contextmanager

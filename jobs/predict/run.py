@@ -41,7 +41,7 @@ def check_file(source: Path, output: Path, *, overwrite: bool) -> None:
 
 
 def to_file(predictor: Predictor, model: str, source: str, output: Path, choice: Choice, say: Say, *, overwrite: bool,
-            split: str | None = None) -> dict[str, int]:  # fmt: skip
+            split: str | None = None, volume: str | None = None) -> dict[str, int]:  # fmt: skip
     """Predict the one scan of a source into a file; returns the voxels of each label.
 
     Raises:
@@ -49,7 +49,7 @@ def to_file(predictor: Predictor, model: str, source: str, output: Path, choice:
         RefusedInput: the scan is refused.
     """
     check_model(predictor, model, choice)
-    scans = scans_of(source, split)
+    scans = scans_of(source, split, volume)
     if len(scans) > 1:
         raise ConfigError(
             str(output), expected=f"a folder for the {len(scans)} scans of {source}", found="a file", remedy="name one"
@@ -71,7 +71,8 @@ def _check_output(scan: Scan, predictor: Predictor, output: Path, overwrite: boo
 
 
 def to_folder(predictor: Predictor, model: str, bundle: Path, source: str, output: Path, choice: Choice, say: Say, *,
-              overwrite: bool, split: str | None = None) -> tuple[int, dict[str, str]]:  # fmt: skip
+              overwrite: bool, split: str | None = None,
+              volume: str | None = None) -> tuple[int, dict[str, str]]:  # fmt: skip
     """Predict each scan of a source into a folder; what is there already is left.
 
     A run that was ended goes on where it stopped: files take their places whole, and the mask last.
@@ -87,7 +88,7 @@ def to_folder(predictor: Predictor, model: str, bundle: Path, source: str, outpu
         raise ConfigError(
             str(output), expected="another folder than that of the scans", found="the same", remedy="name another"
         )
-    scans = scans_of(source, split)
+    scans = scans_of(source, split, volume)
     targets = {scan.name: output / f"{scan.name}{ending_of(scan, predictor, choice)}" for scan in scans}
     if len(targets) < len(scans):
         raise ConfigError(source, expected="scans of different names", found="two of one", remedy="name one folder")

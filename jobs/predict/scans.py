@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl_core.portable.geometry import Canonical, to_canonical
+from ssl_core.portable import Predictor
+from ssl_core.portable.geometry import Frame
+from ssl_core.portable.inference.slabs import Slabs
 from ssl_core.portable.nifti import Nifti, read_nifti
 from storage.errors import ConfigError
 from storage.format.manifest import POINTER, Manifest
@@ -16,6 +18,7 @@ from storage.ingest.discover import discover
 from storage.ingest.items import IngestItem
 from storage.ingest.readers.raw import ReadPolicy
 from storage.ingest.readers.read import read_item
+from storage.reading.slabs import StoredSlabs
 from storage.reading.volume_store import VolumeStore
 
 DICOM = "dicom"
@@ -24,27 +27,45 @@ _ALL = ReadPolicy(four_d="channels")  # the model says how many channels it take
 
 @dataclass(frozen=True)
 class Volume:
-    """A scan that was read.
+    """A scan that was read, or is to be read slab by slab.
 
     Attributes:
-        array: (I, J, K) or (I, J, K, C) in file order.
         affine: (4, 4); voxel-centre indices to RAS+ mm.
+        array: (I, J, K) or (I, J, K, C) in file order; None of a volume in a store.
+        slabs: The volume in a store, which is canonical; None of others.
         modality: `CT`, `MR`, ... where its format says it.
         stats: Recorded foreground statistics of each channel; None where there are none.
         notes: What its reader assumed or corrected.
         like: The NIfTI file, whose geometry fields the mask keeps.
     """
 
-    array: NDArray[Any]
     affine: NDArray[np.float64]
+    array: NDArray[Any] | None = None
+    slabs: StoredSlabs | None = None
     modality: str = ""
     stats: Sequence[dict[str, float]] | None = None
     notes: tuple[str, ...] = ()
     like: Nifti | None = None
 
-    def canonical(self, name: str) -> Canonical:
-        """In the canonical frame."""
-        return to_canonical(name, self.array, self.affine)
+    def whole(self) -> NDArray[Any]:
+        """All voxels, (I, J, K) or (I, J, K, C) in file order."""
+        if self.array is not None:
+            return self.array
+        if self.slabs is None:
+            raise ValueError("a volume has voxels in memory or in a store")
+        values_CDHW = self.slabs.read(0, self.slabs.shape_CDHW[1])
+        return _plain(np.ascontiguousarray(values_CDHW.transpose(3, 2, 1, 0)))
+
+    def admitted(self, predictor: Predictor, name: str) -> tuple[Frame, Slabs]:
+        """The canonical frame and the volume in it, after its values were found to be what networks compute with.
+
+        Raises:
+            RefusedInput: see `Predictor.canonical`.
+        """
+        if self.slabs is not None:
+            return Frame(self.affine), predictor.check_values(name, self.slabs)
+        canonical = predictor.canonical(self.whole(), self.affine, name=name)
+        return canonical, Slabs.of(canonical.values_CDHW)
 
 
 @dataclass(frozen=True)
@@ -69,7 +90,7 @@ class Scan:
         return "store" if self.item is None else self.item.kind
 
     def read(self) -> Volume:
-        """Its voxels.
+        """Its voxels, or where to read them.
 
         Raises:
             RefusedInput: it cannot be read.
@@ -77,36 +98,43 @@ class Scan:
         if self.store is not None:
             store, index = self.store
             record = store.manifest.record(index)
-            values_CDHW = store.read_volume(record.volume_id) * record.scale + record.offset
-            array = np.ascontiguousarray(values_CDHW.transpose(3, 2, 1, 0))
-            return Volume(_plain(array), np.array(record.affine).reshape(4, 4), record.modality, record.stats)
+            return Volume(
+                np.array(record.affine).reshape(4, 4),
+                slabs=StoredSlabs(store, record.volume_id),
+                modality=record.modality,
+                stats=record.stats,
+            )
         if self.item is None:
             raise ValueError("a scan is a volume of a store or has files")
         (first, *others) = self.item.images
         if self.kind == "nifti" and not others and first.lower().endswith((".nii", ".nii.gz")):
             image = read_nifti(first)
-            return Volume(image.array, image.affine, notes=image.notes, like=image)
+            return Volume(image.affine, image.array, notes=image.notes, like=image)
         raw = read_item(self.item, _ALL)
         array = _plain(np.ascontiguousarray(raw.array_CDHW.transpose(3, 2, 1, 0)))
-        return Volume(array, raw.affine, raw.modality, notes=tuple(raw.notes))
+        return Volume(raw.affine, array, modality=raw.modality, notes=tuple(raw.notes))
 
 
-def scans_of(source: str, split: str | None = None) -> list[Scan]:
+def scans_of(source: str, split: str | None = None, volume: str | None = None) -> list[Scan]:
     """The scans behind a path or URL, by name.
 
     Args:
         source: A file, a folder, or the URL or folder of a store.
         split: Of a store: only this split.
+        volume: Of a store: only this volume.
 
     Raises:
         ConfigError: no such place, a split that a folder does not have, or one without volumes.
         RefusedInput: nothing in it is a volume.
     """
     if "://" in source or (Path(source) / POINTER).is_file():
-        return list(_of_store(source, split))
-    if split is not None:
+        return list(_of_store(source, split, volume))
+    if split is not None or volume is not None:
         raise ConfigError(
-            "--split", expected="a store", found=source, remedy="leave it out, or name the URL of an ingested store"
+            "--split and --volume",
+            expected="a store",
+            found=source,
+            remedy="leave it out, or name the URL of an ingested store",
         )
     path = Path(source)
     if path.is_file() and path.name.lower().endswith((".nii", ".nii.gz")):  # named, so it is what it is called
@@ -119,9 +147,9 @@ def _thing(source: str, item: IngestItem, path: Path) -> str:
     return source if path.is_file() else item.source
 
 
-def _of_store(url: str, split: str | None) -> Iterator[Scan]:
+def _of_store(url: str, split: str | None, volume: str | None) -> Iterator[Scan]:
     manifest = Manifest.open(url)
-    indices = manifest.select(split=split).tolist()
+    indices = manifest.select(split=split).tolist() if volume is None else [manifest.index_of(volume)]
     if not indices:
         raise ConfigError(
             f"split {split!r} of {url}", expected="volumes", found="none", remedy="`tomoscale data show URL` lists them"

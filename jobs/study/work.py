@@ -161,6 +161,7 @@ def _tuned(task: Task, labelled: LabelledConfig) -> dict[str, Any]:
                 window=settings.patch_DHW,
                 tolerance_mm=spec["nsd_tolerance_mm"],
                 device=trained.device,
+                inference=trained.inference,
             )
             outcome["cases"] = [case.to_json() for case in cases]
     return outcome

@@ -143,6 +143,7 @@ def write_segmenter(
         spacing_mm=spacing_mm,
         interpolation=interpolation,
         training=training_data(records),
+        inference=trained.inference,
         # Of what, too: another label map on the same volumes is another question. A case is a subject, since two
         # volumes of one are not independent.
         evaluation={

@@ -292,6 +292,8 @@ def _log(
     from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema, TensorSpec
 
+    from jobs.tracking.model_params import CONFIG, params_schema  # of code that imports MLflow
+
     plan = json.loads((bundle / "preprocess.json").read_text(encoding="utf-8"))
     packages = PACKAGES[json.loads((bundle / "architecture.json").read_text(encoding="utf-8"))["class"]]
     if card["kind"] == "segmenter":
@@ -321,9 +323,9 @@ def _log(
             run_id=run_id,
             python_model=str(Path(__file__).with_name("model_code.py")),
             artifacts={"bundle": str(copy)},
-            model_config={"device": None},
+            model_config=dict(CONFIG),
             # Only the output is a schema: a path, an array with its affine and lists of both are all inputs.
-            signature=ModelSignature(outputs=Schema([output])),
+            signature=ModelSignature(outputs=Schema([output]), params=params_schema()),
             input_example=_example(plan),
             pip_requirements=[f"{package}=={_public(package)}" for package in ("mlflow", "torch", *packages)],
             metadata={"tomoscale_kind": card["kind"]},

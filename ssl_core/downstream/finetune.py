@@ -21,10 +21,10 @@ from ssl_core.downstream.measure import predict_volume as predict_volume
 from ssl_core.downstream.measure import score_volumes as score_volumes
 from ssl_core.downstream.objective import Segmentation
 from ssl_core.downstream.settings import FinetuneConfig as FinetuneConfig
-from ssl_core.downstream.sides import sided
 from ssl_core.downstream.transfer import Start as Start
 from ssl_core.downstream.transfer import build_segmenter as build_segmenter
 from ssl_core.networks.backbone import Backbone
+from ssl_core.portable.inference.settings import PLAIN, Inference, sided
 from ssl_core.train import checkpoint
 from ssl_core.train.engine import Engine
 from ssl_core.train.loop import fit
@@ -67,6 +67,7 @@ class TrainedSegmenter:
         history: Metrics of each epoch.
         device: Where it was trained.
         notes: What a person who uses it should know of how it began.
+        inference: What prediction does with its output.
     """
 
     network: Backbone
@@ -77,6 +78,7 @@ class TrainedSegmenter:
     history: tuple[Mapping[str, float], ...]
     device: torch.device
     notes: tuple[str, ...] = ()
+    inference: Inference = PLAIN
 
 
 class Checkpoints(Protocol):
@@ -153,10 +155,10 @@ def train_segmenter(
     """
     if config.needs_inner and not inner:
         raise ConfigError(
-            "finetune.select and finetune.patience",
-            expected="volumes of the inner split, by which epochs are compared",
+            "finetune.select, finetune.patience and finetune.inference",
+            expected="volumes of the inner split, by which epochs and ways to predict are compared",
             found="none",
-            remedy="set labelled.inner to 1 or more, or leave select=last and patience empty",
+            remedy="set labelled.inner to 1 or more, or leave select=last, patience empty and nothing to try",
         )
     ranks: Collectives = Single() if collectives is None else collectives
     module_of(network)

@@ -10,9 +10,13 @@ from torch import nn
 
 from ssl_core.downstream.scores import CaseScore, dice, score_case
 from ssl_core.networks.backbone import Backbone
-from ssl_core.portable.windows import slide
+from ssl_core.portable.inference.components import keep_largest
+from ssl_core.portable.inference.mirror import mirrored
+from ssl_core.portable.inference.settings import PLAIN, Inference
+from ssl_core.portable.windows import slide_slabs
 from ssl_core.views.intensity import IntensityPolicy, normalise_array
 from storage.errors import ConfigError
+from storage.reading.slabs import StoredSlabs
 from storage.reading.volume_store import VolumeStore
 
 
@@ -25,19 +29,33 @@ def predict_volume(
     policy: IntensityPolicy,
     window: tuple[int, int, int],
     device: torch.device,
+    inference: Inference = PLAIN,
 ) -> NDArray[Any]:
-    """Label values (D, H, W) of a stored volume, from its recorded statistics and the sliding window."""
+    """Label values (D, H, W) of a stored volume, from its recorded statistics and the sliding window.
+
+    The volume is read slab by slab: no more of it, and of the scores, is in memory than the depth of a window.
+    """
     record = store.manifest.record(index)
     module = module_of(network).to(device)
     training = module.training
     module.eval()
-    stored = store.read_volume(record.volume_id)
-    values = stored.astype(np.float32) * np.float32(record.scale) + np.float32(record.offset)
-    image = normalise_array(values, record.stats, policy)
+    values = StoredSlabs(store, record.volume_id, np.float32)
     air = normalise_array(np.array([channel["min"] for channel in record.stats]), record.stats, policy)
-    logits = slide(network.logits, image, air, window, device=device)
+    slabs = slide_slabs(
+        mirrored(network.logits, inference.flips),
+        lambda start, stop: normalise_array(values.read(start, stop), record.stats, policy),
+        record.shape_DHW,
+        air,
+        window,
+        device=device,
+    )
+    value_of = np.array([0, *labels], dtype=np.int32)
+    mask_DHW = np.empty(record.shape_DHW, np.int32)
+    for start, scores_KDHW in slabs:
+        mask_DHW[start : start + scores_KDHW.shape[1]] = value_of[scores_KDHW.argmax(0).numpy()]
     module.train(training)
-    return np.array([0, *labels], dtype=np.int32)[logits.argmax(0).numpy()]
+    keep_largest(mask_DHW, inference.largest_component)
+    return mask_DHW
 
 
 def volume_dice(
@@ -51,7 +69,7 @@ def volume_dice(
     window: tuple[int, int, int],
     device: torch.device,
 ) -> float:
-    """Mean Dice of a volume over labels."""
+    """Mean Dice of a volume over labels, of the plain prediction."""
     mask = predict_volume(network, store, index, labels=labels, policy=policy, window=window, device=device)
     truth = store.read_volume(store.manifest.record(index).volume_id, label=label)[0]
     return float(np.mean([dice(mask == value, truth == value) for value in labels]))
@@ -68,11 +86,14 @@ def score_volumes(
     window: tuple[int, int, int],
     tolerance_mm: float,
     device: torch.device,
+    inference: Inference = PLAIN,
 ) -> Iterator[CaseScore]:
     """Scores of each label of each volume, volumes as listed, labels in the order of `labels`."""
     for index in indices:
         record = store.manifest.record(index)
-        mask = predict_volume(network, store, index, labels=labels, policy=policy, window=window, device=device)
+        mask = predict_volume(
+            network, store, index, labels=labels, policy=policy, window=window, device=device, inference=inference
+        )
         truth = store.read_volume(record.volume_id, label=label)[0]
         scores = score_case(mask, truth, labels=labels, spacing_mm=record.spacing_mm, tolerance_mm=tolerance_mm)
         for name, of_label in scores.items():

@@ -7,7 +7,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from ssl_core.config import LATER, LEAST_SCALE, MOST_SCALE, Config, CropSize
-from ssl_core.downstream.sides import sided
+from ssl_core.downstream.inference_choice import InferenceConfig
+from ssl_core.portable.inference.settings import sided
 from ssl_core.train.engine import EngineConfig
 from ssl_core.views.augment.presets import PRESETS
 from ssl_core.views.types import RoleSpec, ViewSpec
@@ -132,6 +133,7 @@ class FinetuneConfig(Config):
         " read for it, and of twice as many where a view is flat",
         json_schema_extra=LATER,
     )
+    inference: InferenceConfig = Field(InferenceConfig(), json_schema_extra=LATER)
     flip: tuple[float, float, float] = Field(
         (0.0, 0.0, 0.5),
         description="Flip probability along D, H, W; never along W where a label names a side",
@@ -185,7 +187,7 @@ class FinetuneConfig(Config):
     @property
     def needs_inner(self) -> bool:
         """Whether volumes of the inner split decide something."""
-        return self.select == "best" or self.patience is not None
+        return self.select == "best" or self.patience is not None or self.inference.needs_inner
 
     def engine(self, seed: int) -> EngineConfig:
         """The engine's settings; a checkpoint is due after each epoch."""

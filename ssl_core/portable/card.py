@@ -8,6 +8,8 @@ from typing import Any
 from .errors import RefusedInput
 
 FORMAT = "tomoscale-bundle/1"
+WITH_INFERENCE = "tomoscale-bundle/2"
+"""Of bundles whose `preprocess.json` says `inference`: code of before would leave that out and predict otherwise."""
 NEEDED = {"weights.safetensors", "architecture.json", "preprocess.json"}
 
 
@@ -39,14 +41,14 @@ def listed_files(name: str, card: dict[str, Any]) -> dict[str, str]:
     """
     form, files = card.get("format"), card.get("files")
     family, _, number = str(form).partition("/")
-    if family == FORMAT.partition("/")[0] and number.isdigit() and form != FORMAT:
+    if family == FORMAT.partition("/")[0] and number.isdigit() and form not in (FORMAT, WITH_INFERENCE):
         raise RefusedInput(
             name,
-            expected=f"format {FORMAT}, which this version reads",
+            expected=f"format {FORMAT} or {WITH_INFERENCE}, which this version reads",
             found=f"{form}, which a newer version wrote",
             remedy="update tomoscale, or use the code that lies in the bundle (`python -m tomoscale_portable`)",
         )
-    if form != FORMAT or card.get("kind") not in ("segmenter", "encoder"):
+    if form not in (FORMAT, WITH_INFERENCE) or card.get("kind") not in ("segmenter", "encoder"):
         raise RefusedInput(
             name,
             expected=f"format {FORMAT}, of a segmenter or an encoder",

@@ -18,20 +18,18 @@ _MAX_SHEAR = 1e-3
 
 
 @dataclass(frozen=True)
-class Canonical:
-    """A volume in the canonical frame, and how it lies in its file.
+class Frame:
+    """The canonical frame of a volume, and how it lies in its file.
 
     Attributes:
-        values_CDHW: Voxels, C-contiguous.
         affine: (4, 4); canonical voxel-centre indices (w, h, d, 1) to RAS+ mm.
         source: For x, y, z (W, H, D) the file axis that runs along it.
         flip: For x, y, z whether the file axis runs against it.
     """
 
-    values_CDHW: NDArray[Any]
     affine: NDArray[np.float64]
-    source: tuple[int, int, int]
-    flip: tuple[bool, bool, bool]
+    source: tuple[int, int, int] = (0, 1, 2)
+    flip: tuple[bool, bool, bool] = (False, False, False)
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -42,6 +40,17 @@ class Canonical:
         """An array on the canonical grid, (D, H, W), in file order: C-contiguous (I, J, K)."""
         along_xyz = array_DHW.transpose(2, 1, 0)[tuple(slice(None, None, -1 if f else 1) for f in self.flip)]
         return np.ascontiguousarray(along_xyz.transpose(np.argsort(self.source)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Canonical(Frame):
+    """A volume in the canonical frame.
+
+    Attributes:
+        values_CDHW: Voxels, C-contiguous.
+    """
+
+    values_CDHW: NDArray[Any]
 
 
 def to_canonical(name: str, array: NDArray[Any], affine: NDArray[Any]) -> Canonical:
@@ -60,7 +69,7 @@ def to_canonical(name: str, array: NDArray[Any], affine: NDArray[Any]) -> Canoni
         )
     channels_last = array if array.ndim == 4 else array[..., None]
     values, canonical = canonicalise(channels_last.transpose(3, 2, 1, 0), matrix)
-    return Canonical(values, canonical, *nearest_axes(matrix))
+    return Canonical(canonical, *nearest_axes(matrix), values_CDHW=values)
 
 
 def back_to_grid(

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from .errors import RefusedInput
 from .geometry import Canonical, to_canonical
 from .grid import spacing_dhw
+from .inference.slabs import Range, Slabs, Source
 from .intensity_stats import channel_foreground
-from .preprocess import LEAST_SPREAD, Preprocess, prepare
+from .preprocess import LEAST_SPREAD, Prepared, Preprocess, prepare
 from .training_data import refuse
 
 LARGEST = 1e38
@@ -35,18 +36,20 @@ class Intake:
     def prepared(
         self,
         name: str,
-        values_CDHW: NDArray[Any],
+        values_CDHW: NDArray[Any] | Source | Slabs,
         affine: NDArray[np.float64],
         stats: Sequence[dict[str, float]] | None,
         modality: str,
         force: bool,
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """The network's input and its value of air, of a scan that is like those of training."""
-        if values_CDHW.shape[0] != self.plan.channels:
+    ) -> Prepared:
+        """The network's input, slab by slab, of a scan that is like those of training."""
+        slabs = Slabs.of(values_CDHW)
+        channels, *shape = slabs.shape_CDHW
+        if channels != self.plan.channels:
             raise RefusedInput(
                 name,
                 expected=f"a volume of {self.plan.channels} channel(s)",
-                found=str(values_CDHW.shape[0]),
+                found=str(channels),
                 remedy="use a model of as many channels",
             )
         training = self.plan.training
@@ -58,30 +61,28 @@ class Intake:
                     " which spacing, field of view, modality and intensities it learned from: scans are taken as they"
                     " are; train it again for a bundle that does"
                 )
-            return self._told_apart(name, prepare(values_CDHW, affine, self.plan, stats), force)
-        refused, noted = training.check_geometry(values_CDHW.shape[1:], spacing_dhw(affine))
+            return self._told_apart(name, prepare(slabs, affine, self.plan, stats), force)
+        refused, noted = training.check_geometry(shape, spacing_dhw(affine))
         if refused and not force:  # before the intensities of what may be no scan at all are measured
             raise refuse(name, refused)
         if stats is None:
-            stats = channel_foreground(values_CDHW)[1]
+            stats = channel_foreground(slabs.whole())[1]
         absolute = self.plan.intensity["kind"] in ("ct", "none")
-        far, near = training.check_intensities(values_CDHW, stats, modality, absolute)
+        far, near = training.check_intensities(slabs.ranges, stats, modality, absolute)
         if far and not force:
             raise refuse(name, far)
         for note in (*refused, *far, *noted, *near):
             self._report(f"{name}: {note}")
-        return self._told_apart(name, prepare(values_CDHW, affine, self.plan, stats), force)
+        return self._told_apart(name, prepare(slabs, affine, self.plan, stats), force)
 
-    def _told_apart(
-        self, name: str, prepared: tuple[NDArray[np.float32], NDArray[np.float32]], force: bool
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def _told_apart(self, name: str, prepared: Prepared, force: bool) -> Prepared:
         """What `prepare` gave, where the network can see anything in it; one empty channel of several is noted."""
-        empty = [str(c) for c, channel in enumerate(prepared[0]) if np.ptp(channel) < LEAST_SPREAD]
+        empty = [str(c) for c, spread in enumerate(prepared.spread_C()) if spread < LEAST_SPREAD]
         if not empty:
             return prepared
-        whole = len(empty) == len(prepared[0])
-        reason = "after normalisation each voxel has one value" + ("" if whole else f" in channel {', '.join(empty)}")
-        if whole and not force:
+        every = len(empty) == len(prepared.tables)
+        reason = "after normalisation each voxel has one value" + ("" if every else f" in channel {', '.join(empty)}")
+        if every and not force:
             raise refuse(name, [f"{reason}: an empty scan, a mask, or values outside the window of the model"])
         self._report(f"{name}: {reason}")
         return prepared
@@ -105,11 +106,29 @@ class Intake:
                 found=f"shape {array.shape}",
                 remedy="give one volume of a series, or use a model of as many channels",
             )
-        if not np.isfinite(array).all():
+        if array.size == 0:
+            raise RefusedInput(name, expected="voxels", found=f"shape {array.shape}", remedy="convert the file again")
+        self.check_values(name, [Range(float(array.min()), float(array.max()))])
+        if array.dtype.kind == "u" and array.dtype.itemsize == 8:  # which statistics cannot count in
+            array = array.astype(np.float64)
+        return to_canonical(name, array, affine)
+
+    def check_values(self, name: str, values: Sequence[Range]) -> None:
+        """Refuse values that networks cannot compute with.
+
+        Args:
+            name: What messages call the scan.
+            values: Lowest and highest, of each channel or of all.
+
+        Raises:
+            RefusedInput: NaN, infinity, values beyond float32, or such as it does not tell apart.
+        """
+        if not all(channel.finite for channel in values):
             raise RefusedInput(
                 name, expected="finite voxels", found="NaN or infinity", remedy="replace them before predicting"
             )
-        largest = max(abs(float(array.max())), abs(float(array.min()))) if array.size else 0.0
+        low, high = min(channel.low for channel in values), max(channel.high for channel in values)
+        largest = max(abs(low), abs(high))
         if largest > LARGEST:
             raise RefusedInput(
                 name,
@@ -117,14 +136,10 @@ class Intake:
                 found=f"{largest:g}",
                 remedy="replace outliers, or scale the volume down",
             )
-        span = float(array.max()) - float(array.min()) if array.size else 0.0
-        if 0 < span < LEVELS * float(np.finfo(np.float32).eps) * largest:
+        if 0 < high - low < LEVELS * float(np.finfo(np.float32).eps) * largest:
             raise RefusedInput(
                 name,
                 expected=f"values that float32, in which networks compute, tells apart in {LEVELS} steps",
-                found=f"{float(array.min()):g} to {float(array.max()):g}, {span:g} apart",
+                found=f"{low:g} to {high:g}, {high - low:g} apart",
                 remedy="subtract the offset that all voxels share",
             )
-        if array.dtype.kind == "u" and array.dtype.itemsize == 8:  # which statistics cannot count in
-            array = array.astype(np.float64)
-        return to_canonical(name, array, affine)

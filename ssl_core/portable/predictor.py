@@ -15,12 +15,16 @@ from .card import FORMAT, check_bundle, read_json
 from .errors import ConfigError, RefusedInput
 from .geometry import Canonical, back_to_grid
 from .grid import spacing_dhw
+from .inference.components import keep_largest
+from .inference.mirror import mirrored
+from .inference.settings import merged
+from .inference.slabs import Slabs, Source
 from .intake import Intake
 from .network import build, feature_maps, load, logits
 from .nifti import Nifti, read_nifti, write_nifti
 from .preprocess import Preprocess
 from .safetensors import read_safetensors
-from .windows import slide, slide_features
+from .windows import slide_features, slide_slabs
 
 __all__ = ["FORMAT", "Predictor", "check_bundle", "check_target"]
 
@@ -37,14 +41,19 @@ class Predictor:
         device: `cpu`, `cuda`, `cuda:1`; None takes the accelerator when there is one.
         report: Hears what was assumed of a header, what a scan is a little outside of, and what a bundle does not say;
             None warns (`UserWarning`).
+        batch: Windows computed at once.
+        mirror: Axes (`D`, `H`, `W`) along which windows are mirrored too, in place of those in the bundle.
+        largest_component: Label values of which the largest component alone is left, in place of those in the bundle.
 
     Attributes:
         kind: `segmenter` or `encoder`.
         plan: The preprocessing.
         card: The object of `bundle.json`.
+        inference: What is done to the network's output.
 
     Raises:
         RefusedInput: a file is missing, does not match its digest, or names something unknown.
+        ConfigError: no window at once, an axis that may not be mirrored, or a label that there is not.
     """
 
     def __init__(
@@ -52,6 +61,10 @@ class Predictor:
         bundle: str | os.PathLike[str],
         device: str | None = None,
         report: Callable[[str], None] | None = None,
+        *,
+        batch: int = 4,
+        mirror: Sequence[str] | None = None,
+        largest_component: Sequence[int] | None = None,
     ) -> None:
         root = Path(bundle)
         self.card = check_bundle(root)
@@ -67,13 +80,22 @@ class Predictor:
         self.dims = int(self.architecture["dims"])
         self._report = report or _warn
         self._intake = Intake(self.plan, self.card.get("name", "the model"), self._report)
+        if batch < 1:
+            raise ConfigError("batch", expected="windows computed at once, 1 or more", found=str(batch))
+        self.batch = batch
+        self.inference = merged(self.plan.inference, mirror, largest_component, self.plan.labels)
 
     def forward(self, x_BCDHW: Tensor) -> Tensor:
         """Logits of a batch of windows, (B, K, D, H, W)."""
         return logits(self.network, self.dims, x_BCDHW)
 
     def predict(
-        self, source: str | os.PathLike[str] | NDArray[Any], affine: NDArray[Any] | None = None, *, force: bool = False
+        self,
+        source: str | os.PathLike[str] | NDArray[Any],
+        affine: NDArray[Any] | None = None,
+        *,
+        force: bool = False,
+        modality: str = "",
     ) -> NDArray[Any]:
         """Mask of one volume, in the grid of the input.
 
@@ -81,6 +103,7 @@ class Predictor:
             source: A `.nii` or `.nii.gz` file, or an array (I, J, K) or (I, J, K, C) in file order.
             affine: (4, 4) of an array; voxel-centre indices to RAS+ mm.
             force: Predict what is far from all that the model learned from, with a note instead of a refusal.
+            modality: `CT`, `MR`, ... where it is known.
 
         Returns:
             (I, J, K) of the label values in `preprocess.json`, uint8 where they fit, else int32.
@@ -90,7 +113,20 @@ class Predictor:
                 learned from.
             ConfigError: the bundle holds an encoder, or an array came without its affine.
         """
-        return self._predict(*self._volume(source, affine), force)
+        return self._predict(*self._volume(source, affine), force, modality)[0]
+
+    def predict_probabilities(
+        self,
+        source: str | os.PathLike[str] | NDArray[Any],
+        affine: NDArray[Any] | None = None,
+        *,
+        force: bool = False,
+        modality: str = "",
+    ) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """Mask (I, J, K) and probabilities (I, J, K, classes) of one volume; see `predict` and `segmented`."""
+        mask, maps = self._predict(*self._volume(source, affine), force, modality, probabilities=True)
+        assert maps is not None
+        return mask, maps
 
     def predict_file(
         self,
@@ -115,7 +151,7 @@ class Predictor:
         check_target(source, target, overwrite=overwrite)
         image = read_nifti(source)
         self._report_header(source, image)
-        mask = self._predict(str(source), image.array, image.affine, force)
+        mask, _ = self._predict(str(source), image.array, image.affine, force)
         check_target(source, target, overwrite=overwrite)  # again: minutes may have passed
         write_nifti(target, mask, image.affine, like=image)
         return mask
@@ -127,6 +163,7 @@ class Predictor:
         level: int = -1,
         *,
         force: bool = False,
+        modality: str = "",
     ) -> NDArray[np.float32]:
         """Features of one volume on the canonical grid.
 
@@ -135,6 +172,7 @@ class Predictor:
             affine: As for `predict`.
             level: Level of the pyramid, 0 the finest.
             force: As for `predict`.
+            modality: As for `predict`.
 
         Returns:
             (E, D/stride, H/stride, W/stride); feature k lies at voxels k * stride onwards of the canonical volume,
@@ -142,7 +180,7 @@ class Predictor:
         """
         name, array, matrix = self._volume(source, affine)
         volume = self._intake.canonical(name, array, matrix)
-        image, air = self._intake.prepared(name, volume.values_CDHW, volume.affine, None, "", force)
+        prepared = self._intake.prepared(name, volume.values_CDHW, volume.affine, None, modality, force)
         entry = self.architecture["levels"][level]
         if not entry["module"]:
             raise ConfigError(
@@ -156,12 +194,12 @@ class Predictor:
         def one_level(x_BCDHW: Tensor) -> Tensor:
             return feature_maps(self.network, self.dims, [entry["module"]], x_BCDHW)[0]
 
-        features = slide_features(one_level, image, air, self.plan.patch_DHW, stride_DHW=stride, device=self.device)
-        return features.numpy()
+        image, air, window = prepared.whole(), prepared.air_C, self.plan.patch_DHW
+        return slide_features(one_level, image, air, window, stride_DHW=stride, device=self.device).numpy()
 
     def segment(
         self,
-        values_CDHW: NDArray[Any],
+        values_CDHW: NDArray[Any] | Source | Slabs,
         affine: NDArray[np.float64],
         stats: Sequence[dict[str, float]] | None = None,
         *,
@@ -172,7 +210,8 @@ class Predictor:
         """Mask (D, H, W) of a canonical volume of values; what `predict` does between reading and re-orienting.
 
         Args:
-            values_CDHW: Intensities after scale and offset.
+            values_CDHW: Intensities after scale and offset, or what reads slabs of them; then no more than a window's
+                depth is in memory where `stats` are recorded and the spacing is that of training.
             affine: (4, 4); gives the spacing.
             stats: Recorded foreground statistics of each channel, see `prepare`; None computes them.
             name: What messages call the volume.
@@ -183,7 +222,7 @@ class Predictor:
 
     def segmented(
         self,
-        values_CDHW: NDArray[Any],
+        values_CDHW: NDArray[Any] | Source | Slabs,
         affine: NDArray[np.float64],
         stats: Sequence[dict[str, float]] | None = None,
         *,
@@ -200,31 +239,50 @@ class Predictor:
 
         Returns:
             The mask (D, H, W), and (K, D, H, W) of a softmax in the order of the labels, or None. On a grid that was
-            resampled both are those of the nearest voxel, so that the largest probability is always the mask's.
+            resampled both are those of the nearest voxel, so that the largest probability is always the mask's, but for
+            components that were taken away.
         """
         if self.kind != "segmenter":
             raise ConfigError(
                 "predict", expected="a segmenter bundle", found=f"an {self.kind} bundle", remedy="use `features`"
             )
-        image, air = self._intake.prepared(name, values_CDHW, affine, stats, modality, force)
-        logits_KDHW = slide(self.forward, image, air, self.plan.patch_DHW, device=self.device)
-        if not torch.isfinite(logits_KDHW).all():  # the largest of numbers that are none would be the background
-            raise RefusedInput(
-                name,
-                expected="finite output of the network",
-                found="NaN or infinity",
-                remedy="check the intensities of the volume, and the model on one that it learned from",
-            )
-        classes = logits_KDHW.argmax(0).numpy()
-        maps = torch.softmax(logits_KDHW, 0).numpy() if probabilities else None
+        prepared = self._intake.prepared(name, values_CDHW, affine, stats, modality, force)
+        values = [value for value, _ in self.plan.labels]
+        label_of = np.array(values, np.uint8 if max(values) < 256 else np.int32)
+        mask = np.empty(prepared.shape_DHW, label_of.dtype)
+        maps = np.empty((len(values), *prepared.shape_DHW), np.float32) if probabilities else None
+        flips = self.inference.flips
+        slabs = slide_slabs(
+            mirrored(self.forward, flips),
+            prepared.read,
+            prepared.shape_DHW,
+            prepared.air_C,
+            self.plan.patch_DHW,
+            device=self.device,
+            batch=self.batch,
+        )
+        for start, scores_KDHW in slabs:
+            if not torch.isfinite(scores_KDHW).all():  # the largest of numbers that are none would be the background
+                raise RefusedInput(
+                    name,
+                    expected="finite output of the network",
+                    found="NaN or infinity",
+                    remedy="check the intensities of the volume, and the model on one that it learned from",
+                )
+            place = slice(start, start + scores_KDHW.shape[1])
+            mask[place] = label_of[scores_KDHW.argmax(0).numpy()]
+            if maps is not None:
+                maps[:, place] = (scores_KDHW if flips else torch.softmax(scores_KDHW, 0)).numpy()
+        removed = keep_largest(mask, self.inference.largest_component)
+        for value, count in removed.items():
+            self._report(f"{name}: {count} voxels of {dict(self.plan.labels)[value]!r} beside its largest component")
         target_mm = self.plan.target_spacing(spacing_dhw(affine))
         if target_mm is not None:
-            shape, original_mm = values_CDHW.shape[1:], spacing_dhw(affine)
-            classes = back_to_grid(classes, target_mm, shape, original_mm)
+            shape, original_mm = Slabs.of(values_CDHW).shape_CDHW[1:], spacing_dhw(affine)
+            mask = back_to_grid(mask, target_mm, shape, original_mm)
             if maps is not None:
                 maps = np.stack([back_to_grid(channel, target_mm, shape, original_mm) for channel in maps])
-        values = [value for value, _ in self.plan.labels]
-        return np.array(values, np.uint8 if max(values) < 256 else np.int32)[classes], maps
+        return mask, maps
 
     def canonical(self, array: NDArray[Any], affine: NDArray[Any], *, name: str = "array") -> Canonical:
         """A scan as `segment` takes it, and how its mask goes back to its grid.
@@ -239,9 +297,37 @@ class Predictor:
         """
         return self._intake.canonical(name, array, affine)
 
-    def _predict(self, name: str, array: NDArray[Any], affine: NDArray[Any], force: bool) -> NDArray[Any]:
+    def check_values(self, name: str, source: Source) -> Slabs:
+        """Slabs of a canonical volume, after one pass over its values.
+
+        Raises:
+            RefusedInput: values that are not finite, beyond float32, or not told apart in it.
+        """
+        slabs = Slabs.of(source)
+        self._intake.check_values(name, slabs.ranges)
+        return slabs
+
+    def _predict(
+        self,
+        name: str,
+        array: NDArray[Any],
+        affine: NDArray[Any],
+        force: bool,
+        modality: str = "",
+        probabilities: bool = False,
+    ) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
         volume = self._intake.canonical(name, array, affine)
-        return volume.to_file(self.segment(volume.values_CDHW, volume.affine, name=name, force=force))
+        mask_DHW, maps_KDHW = self.segmented(
+            volume.values_CDHW,
+            volume.affine,
+            name=name,
+            force=force,
+            modality=modality,
+            probabilities=probabilities,
+        )
+        if maps_KDHW is None:
+            return volume.to_file(mask_DHW), None
+        return volume.to_file(mask_DHW), np.stack([volume.to_file(channel) for channel in maps_KDHW], axis=-1)
 
     def _report_header(self, source: str | os.PathLike[str], image: Nifti) -> None:
         for note in image.notes:

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from .errors import RefusedInput
 from .grid import resample, spacing_dhw
+from .inference.settings import PLAIN, Inference
+from .inference.slabs import Slabs, Source
 from .intensity_stats import STATS_ORDER, channel_foreground
 from .training_data import MOST_VOXELS, TrainingData
 
@@ -30,6 +32,7 @@ class Preprocess:
         patch_DHW: Sliding window, voxels.
         labels: (value in the mask, name) of each class; class 0 is the background.
         training: What the network learned from; None in a bundle that does not say it.
+        inference: What is done to the network's output; nothing in bundles of before.
     """
 
     channels: int
@@ -39,6 +42,7 @@ class Preprocess:
     patch_DHW: tuple[int, int, int]
     labels: tuple[tuple[int, str], ...]
     training: TrainingData | None = None
+    inference: Inference = PLAIN
 
     @classmethod
     def parse(cls, name: str, data: dict[str, Any]) -> "Preprocess":
@@ -59,6 +63,7 @@ class Preprocess:
                 patch_DHW=(int(patch[0]), int(patch[1]), int(patch[2])),
                 labels=tuple((int(entry["value"]), str(entry["name"])) for entry in data["labels"]),
                 training=None if training is None else TrainingData.parse(training),
+                inference=Inference.parse(data.get("inference", {})),
             )
             constants(result.intensity, dict.fromkeys(STATS_ORDER, 0.0))
         except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -81,6 +86,7 @@ class Preprocess:
             "patch_DHW": list(self.patch_DHW),
             "labels": [{"value": value, "name": name} for value, name in self.labels],
             "training": None if self.training is None else self.training.dump(),
+            **({"inference": chain} if (chain := self.inference.dump()) else {}),
         }
 
     def target_spacing(self, spacing_mm: tuple[float, float, float]) -> tuple[float, float, float] | None:
@@ -128,35 +134,72 @@ def apply(values: NDArray[Any], table: tuple[float, float, float, float]) -> NDA
     return np.asarray((values.astype(np.float32).clip(low, high) - centre) / spread, np.float32)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A volume on the network's grid, normalised slab by slab as it is read.
+
+    Attributes:
+        slabs: Its intensities.
+        tables: `constants` of each channel.
+        air_C: The network's input where there is air, with which volumes are padded.
+    """
+
+    slabs: Slabs
+    tables: tuple[tuple[float, float, float, float], ...]
+    air_C: NDArray[np.float32]
+
+    @property
+    def shape_DHW(self) -> tuple[int, int, int]:
+        """Voxels on the network's grid."""
+        _, d, h, w = self.slabs.shape_CDHW
+        return d, h, w
+
+    def read(self, start: int, stop: int) -> NDArray[np.float32]:
+        """The network's input from one place along D to another, (C, stop - start, H, W)."""
+        values_CDHW = self.slabs.read(start, stop)
+        image = np.empty(values_CDHW.shape, np.float32)
+        for c, table in enumerate(self.tables):
+            image[c] = apply(values_CDHW[c], table)
+        return image
+
+    def whole(self) -> NDArray[np.float32]:
+        """The network's input of the whole volume, (C, D, H, W)."""
+        return self.read(0, self.shape_DHW[0])
+
+    def spread_C(self) -> list[float]:
+        """Difference of the highest and the lowest input of each channel; the formula of `apply` keeps their order."""
+        bounds = [apply(np.array([r.low, r.high]), t) for r, t in zip(self.slabs.ranges, self.tables, strict=True)]
+        return [float(high - low) for low, high in bounds]
+
+
 def prepare(
-    values_CDHW: NDArray[Any],
+    values_CDHW: NDArray[Any] | Source | Slabs,
     affine: NDArray[np.float64],
     plan: Preprocess,
     stats: Sequence[dict[str, float]] | None = None,
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Resample and normalise a canonical volume.
+) -> Prepared:
+    """Resample a canonical volume, and say how it is normalised.
+
+    What is resampled, or has no statistics, is taken into memory as a whole.
 
     Args:
-        values_CDHW: Intensities after scale and offset.
+        values_CDHW: Intensities after scale and offset, or slabs of them.
         affine: (4, 4) of `values_CDHW`.
         plan: The bundle's preprocessing.
         stats: Foreground statistics of each channel of `values_CDHW`, as ingest records them; None computes them.
             Where the volume is resampled they are measured anew, as ingest does after resampling.
 
-    Returns:
-        The network's input (C, D, H, W), and the value of "air", with which crops are padded beyond the volume, (C,).
-
     Raises:
         RefusedInput: `stats` of another number of channels, or more voxels at the target spacing than memory holds.
     """
-    channels = values_CDHW.shape[0]
+    slabs = Slabs.of(values_CDHW)
+    channels, *shape = slabs.shape_CDHW
     if stats is not None and len(stats) != channels:
         raise RefusedInput("statistics", expected=f"{channels}, one of each channel", found=str(len(stats)))
-    stored_CDHW = values_CDHW
     target_mm = plan.target_spacing(spacing_dhw(affine))
     if target_mm is not None:
         old_mm = spacing_dhw(affine)
-        size = [max(1.0, n * o / t) for n, o, t in zip(values_CDHW.shape[1:], old_mm, target_mm, strict=True)]
+        size = [max(1.0, n * o / t) for n, o, t in zip(shape, old_mm, target_mm, strict=True)]
         if channels * math.prod(size) > MOST_VOXELS:
             raise RefusedInput(
                 "resampling",
@@ -164,11 +207,14 @@ def prepare(
                 found=f"{channels * math.prod(size):.3g}, of voxels of {old_mm} mm",
                 remedy="check the spacing in the header, or cut the scan to the region of interest",
             )
-        values_CDHW, _ = resample(values_CDHW, affine, target_mm, plan.interpolation)
-    # Larger voxels average noise away: statistics of the finer grid are not those that training saw.
-    channel_stats = stats if stats is not None and values_CDHW is stored_CDHW else channel_foreground(values_CDHW)[1]
-    image, air = np.empty(values_CDHW.shape, np.float32), np.empty(channels, np.float32)
-    for c, channel in enumerate(channel_stats):
-        table = constants(plan.intensity, channel)
-        image[c], air[c] = apply(values_CDHW[c], table), apply(np.array(channel["min"]), table)
-    return image, air
+        stored_CDHW = slabs.whole()
+        resampled_CDHW, _ = resample(stored_CDHW, affine, target_mm, plan.interpolation)
+        if resampled_CDHW is not stored_CDHW:
+            # Larger voxels average noise away: statistics of the finer grid are not those that training saw.
+            slabs, stats = Slabs(resampled_CDHW), None
+        del stored_CDHW, resampled_CDHW  # of a store, the whole volume on its own grid
+    channel_stats = channel_foreground(slabs.whole())[1] if stats is None else stats
+    tables = tuple(constants(plan.intensity, channel) for channel in channel_stats)
+    pairs = zip(channel_stats, tables, strict=True)
+    air_C = np.array([apply(np.array(channel["min"]), table) for channel, table in pairs], np.float32)
+    return Prepared(slabs, tables, air_C)

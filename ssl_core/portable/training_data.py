@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from numpy.typing import NDArray
-
 from .errors import RefusedInput
+from .inference.slabs import Range
 
 SAME = 1e-3
 """Relative difference of two spacings that is rounding of a header."""
@@ -108,19 +107,19 @@ class TrainingData:
         return refused, noted
 
     def check_intensities(
-        self, values_CDHW: NDArray[Any], stats: Sequence[Mapping[str, float]], modality: str, absolute: bool
+        self, values: Sequence[Range], stats: Sequence[Mapping[str, float]], modality: str, absolute: bool
     ) -> tuple[list[str], list[str]]:
         """What of a scan's intensities lies outside: what is far off, and what is worth a note.
 
         Args:
-            values_CDHW: The scan.
+            values: Lowest and highest value of each of its channels.
             stats: Foreground statistics of each of its channels.
             modality: Its modality; "" where nothing says it.
             absolute: Whether the intensity policy has constants of its own, so that units count.
         """
         refused, noted = [], []
         modalities = [name for name in self.modalities if name]
-        kind = modality or ("CT" if _like_ct(values_CDHW) else "")
+        kind = modality or ("CT" if _like_ct(values) else "")
         learned = f"where it learned from {', '.join(modalities) or 'volumes that do not say their modality'}"
         ct_before = "CT" in modalities or any(channel["min"][0] < AIR_HU[1] / 2 for channel in self.intensities)
         if kind == "CT" and not ct_before:
@@ -135,7 +134,7 @@ class TrainingData:
                 f"foreground intensities from {channel['p0_5']:.4g} to {channel['p99_5']:.4g}{where},"
                 f" where it learned from {low:.4g} to {high:.4g}"
             )
-            if modalities in (["CT"], []) and table["p0_5"][1] < -100 and float(values_CDHW[c].min()) >= 0:
+            if modalities in (["CT"], []) and table["p0_5"][1] < -100 and values[c].low >= 0:
                 refused.append(f"no value below 0{where}, {learned}, which has air and fat below")
             elif absolute and high > low:
                 outside = channel["p99_5"] <= low or channel["p0_5"] >= high
@@ -159,9 +158,9 @@ def refuse(name: str, reasons: Sequence[str]) -> RefusedInput:
     )
 
 
-def _like_ct(values_CDHW: NDArray[Any]) -> bool:
+def _like_ct(values: Sequence[Range]) -> bool:
     """Air at -1000 HU, and bone; fractions count too, since a CT that was resampled before has them."""
-    low, high = float(values_CDHW.min()), float(values_CDHW.max())
+    low, high = min(channel.low for channel in values), max(channel.high for channel in values)
     return AIR_HU[0] <= low <= AIR_HU[1] and 100 <= high <= 32767
 
 

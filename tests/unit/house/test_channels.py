@@ -182,7 +182,8 @@ def test_a_channel_without_foreground_stays_finite(tmp_path: Path, other: str) -
             policy = IntensityPolicy(kind=kind)  # type: ignore[arg-type]
             out = normalise_array(back, ready.stats, policy)
             plan = Preprocess(2, None, "linear", policy.model_dump(), WINDOW, ((0, "background"),))
-            portable, air = prepare(values, np.eye(4), plan)
+            prepared = prepare(values, np.eye(4), plan)
+            portable, air = prepared.whole(), prepared.air_C
             assert np.isfinite(out).all()
             assert np.isfinite(portable).all()
             assert np.isfinite(air).all()
@@ -202,7 +203,7 @@ def test_the_unit_of_a_channel_does_not_matter(unit: float) -> None:
         plan = Preprocess(2, None, "linear", policy.model_dump(), WINDOW, ((0, "background"),))
         assert out[0].std() > 0.05
         np.testing.assert_allclose(out[0], out[1], atol=2e-4)
-        np.testing.assert_array_equal(out, prepare(values, np.eye(4), plan)[0])
+        np.testing.assert_array_equal(out, prepare(values, np.eye(4), plan).whole())
 
 
 def test_statistics_of_the_first_channel_only_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

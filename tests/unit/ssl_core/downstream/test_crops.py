@@ -9,8 +9,8 @@ import torch
 
 from ssl_core.config import digest
 from ssl_core.downstream.finetune import FinetuneConfig
-from ssl_core.downstream.sides import sided
 from ssl_core.methods.parts import points as physical_points
+from ssl_core.portable.inference.settings import sided
 from ssl_core.views import placement
 from ssl_core.views.box_forms import angles_of
 from ssl_core.views.make import make_views

@@ -112,7 +112,8 @@ def test_recorded_statistics_are_not_used_for_a_volume_that_is_resampled() -> No
     recorded = foreground_stats(values[0])
     plan = Preprocess(1, (2.0, 2.0, 2.0), "linear", IntensityPolicy().model_dump(), (16, 16, 16), ((0, "background"),))
     for stats in (None, (recorded,)):
-        image, air = prepare(values, np.eye(4), plan, stats)
+        prepared = prepare(values, np.eye(4), plan, stats)
+        image, air = prepared.whole(), prepared.air_C
         wanted = foreground_stats(resample(values, np.eye(4), (2.0, 2.0, 2.0), "linear")[0][0])
         assert wanted["std"] < 0.7 * recorded["std"]
         table = portable_constants(plan.intensity, wanted)
@@ -120,7 +121,7 @@ def test_recorded_statistics_are_not_used_for_a_volume_that_is_resampled() -> No
         assert air == portable_apply(np.array([wanted["min"]]), table)
     # On the grid that they were measured on they are used as they are.
     known = recorded | {"mean": 1.0}
-    image, _ = prepare(values, np.diag([2.0, 2.0, 2.0, 1.0]), plan, (known,))
+    image = prepare(values, np.diag([2.0, 2.0, 2.0, 1.0]), plan, (known,)).whole()
     assert np.array_equal(image, portable_apply(values, portable_constants(plan.intensity, known)))
 
 

@@ -1,0 +1,1 @@
+"""What a prediction does around the network: slabs of a volume, mirrored windows, largest components."""
