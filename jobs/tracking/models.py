@@ -25,6 +25,7 @@ from storage.errors import ConfigError, NotFound, RefusedInput, StackError
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 _URI = re.compile(r"^(?:models:/)?(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))?$")
+_LOGGED_MODEL = re.compile(r"models:/(m-[^/]+)")
 _FINGERPRINT, _HISTORY = "tomoscale.bundle", "tomoscale.history."
 _LONGEST_HISTORY = 100  # of an alias; our choice
 
@@ -186,8 +187,10 @@ def model_id_of(uri: str) -> str | None:
     if uri == "none" or "://" in uri or Path(uri).is_absolute() or Path(uri).is_dir():
         return None
     version = resolve(uri)
-    model_id = tracking.client().get_model_version(version.name, version.version).model_id
-    return None if model_id is None else str(model_id)
+    # The version's own `model_id` is not served; what it was made of is.
+    source = str(tracking.client().get_model_version(version.name, version.version).source)
+    match = _LOGGED_MODEL.fullmatch(source)
+    return match[1] if match else None
 
 
 def _instead(api: Any, name: str) -> str:
