@@ -76,8 +76,9 @@ def _asked(config: PretrainConfig | TuneConfig | FinetuneJobConfig | StudyConfig
         for name, study_start in config.starts.items():
             if study_start.model is not None:
                 settings = config.settings(name, config.search.lr[0], config.search.steps[0])
-                transfers = ((f"starts.{name}.transfer", settings.transfer),)
-                yield _Asked(f"starts.{name}.model", study_start.model, transfers)
+                yield _Asked(
+                    f"starts.{name}.model", study_start.model, ((f"starts.{name}.transfer", settings.transfer),)
+                )
     elif isinstance(config, TuneConfig):
         key = f"space: {_TRANSFER}" if _TRANSFER in config.space else _TRANSFER
         transfers = tuple((key, value) for value in config.values_of(_TRANSFER))

@@ -48,7 +48,7 @@ def tree(uri: str) -> tuple[Node, Version]:
             below.setdefault(item.tags[PARENT], []).append(item.uri)
     node = _down(version.uri, every, below, frozenset())
     passed = {version.uri}
-    while (item := every.get(node.uri)) is not None and (parent := item.tags.get(PARENT, "none")) != "none":
+    while (above := every.get(node.uri)) is not None and (parent := above.tags.get(PARENT, "none")) != "none":
         if parent in passed:  # tags may say anything
             break
         passed.add(parent)
