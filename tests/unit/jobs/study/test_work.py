@@ -194,7 +194,7 @@ def test_a_fine_tuning_that_died_is_gone_on_with_and_leaves_nothing(
             perform(task)
     assert {key.partition("/")[0] for key in checkpoints.list()} == {cell.key}
     with monkeypatch.context() as patch:
-        patch.setattr(finetuning, "fit", lambda *_: pytest.fail("it was trained again"))
+        patch.setattr(finetuning.Engine, "step", lambda *_: pytest.fail("it was trained again"))
         again = perform(task)
     assert (again["history"], again["cases"]) == (before["history"], before["cases"])
     assert not list(checkpoints.list())
