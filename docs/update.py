@@ -47,6 +47,7 @@ TABLES: tuple[type[BaseModel], ...] = (
     groups.CheckpointConfig,
     Crops,
     search.TuneConfig,
+    search.ConfirmConfig,
     search.SearchSpace,
     configs.FinetuneJobConfig,
     configs.LabelledConfig,

@@ -8,14 +8,13 @@ two encoders.
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 from jobs.configs import FinetuneJobConfig, LabelledConfig, PretrainConfig, ProbeConfig
 from jobs.configs.groups import CheckpointConfig, ClusterConfig, changed
 from jobs.configs.search import TuneConfig
 from jobs.configs.space import ENCODER
-from jobs.tracking import models
+from jobs.tracking.starts import version_of
 from ssl_core.config import digest, parse, resolved
 from ssl_core.train import checkpoint
 from ssl_core.train.engine import OPERATIONAL, EngineConfig
@@ -29,7 +28,8 @@ SETTINGS = "settings"
 # Where, how many at a time and under which name the stored segmenter is registered, but not what comes out.
 _PLACES, _AMOUNTS = ("runs", "experiment", "model"), ("concurrent", "cpus_per_trial", "gpus_per_trial")
 _BUDGETS = ("hours", "money", "price_per_hour")
-_FREE = (*_PLACES, *_AMOUNTS, "cpus_per_run", "gpus_per_run", *_BUDGETS)
+# What a confirmation compares is kept by itself, when it begins.
+_FREE = (*_PLACES, *_AMOUNTS, "cpus_per_run", "gpus_per_run", *_BUDGETS, "confirm")
 # The same of a pre-training. How often to log or save, of `engine`, may change too; it says so itself.
 _FREE_OF_PRETRAIN: dict[str, Any] = {
     "probe": ProbeConfig(),
@@ -207,4 +207,4 @@ def _fingerprint(labelled: LabelledConfig) -> str:
 
 
 def _version(uri: str) -> str:
-    return uri if uri == "none" or Path(uri).is_dir() else models.resolve(uri).uri
+    return uri if uri == "none" else version_of(uri)

@@ -1,11 +1,15 @@
 """What a bundle says of its model: the facts that its maker gives, and the card that a person reads."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
+from ssl_core.portable.card import read_json
 from ssl_core.portable.inference.settings import PLAIN, Inference
 from ssl_core.portable.network import PACKAGES
 from ssl_core.portable.preprocess import Preprocess
@@ -32,7 +36,7 @@ class BundleFacts:
         inference: What prediction does with the network's output.
         lineage: Data fingerprint, configuration digest, parent model version, run id and the like.
         metrics: Figures for the card, with the split they come from in their names.
-        evaluation: What `jobs.tracking.models.promote` compares: `split`, `measure`, and `cases` with one value each.
+        evaluation: What `jobs.tracking.promotion` compares: `split`, `measure`, and `cases` with one value each.
         notes: Lines for the card: data, licence, limits.
     """
 
@@ -48,6 +52,24 @@ class BundleFacts:
     metrics: Mapping[str, float] = field(default_factory=dict)
     evaluation: Mapping[str, Any] | None = None
     notes: Sequence[str] = ()
+
+
+def amend(bundle: Path, heading: str, text: str, metrics: Mapping[str, float]) -> None:
+    """Add to the card of a bundle what came of its model after it was written.
+
+    Args:
+        bundle: Directory.
+        heading: Of a new section.
+        text: Markdown.
+        metrics: Further figures.
+    """
+    path = bundle / "MODEL_CARD.md"
+    path.write_text(f"{path.read_text(encoding='utf-8')}\n## {heading}\n\n{text}\n", encoding="utf-8")
+    card = read_json(bundle / "bundle.json")
+    card["metrics"] |= metrics
+    card["files"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    content = json.dumps(card, indent=1, ensure_ascii=False) + "\n"
+    (bundle / "bundle.json").write_text(content, encoding="utf-8")
 
 
 def model_card(kind: str, facts: BundleFacts, plan: Preprocess, stock_class: str, tensors: Mapping[str, Tensor]) -> str:

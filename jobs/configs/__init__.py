@@ -21,6 +21,7 @@ from ssl_core.superpixels.settings import Superpixels
 from ssl_core.train.engine import EngineConfig
 from ssl_core.views.intensity import IntensityPolicy
 from storage.errors import ConfigError
+from storage.objects.open import check_url
 from storage.stream.order import worlds
 
 _NOT_IN_MODELS = "/:.%'\"@?#\\"
@@ -139,8 +140,8 @@ class PretrainConfig(Config):
     engine: EngineConfig = EngineConfig()
     init: str | None = Field(
         None,
-        description="encoder to start from: models:/NAME@ALIAS, models:/NAME/VERSION or a bundle's folder; fixed by"
-        " the first start; empty: random weights",
+        description="encoder to start from: models:/NAME@ALIAS, models:/NAME/VERSION, a bundle's folder or its URL;"
+        " fixed by the first start; empty: random weights",
         json_schema_extra=LATER,
     )
     probe: ProbeConfig = ProbeConfig()
@@ -167,7 +168,9 @@ class PretrainConfig(Config):
     @classmethod
     def _check_init(cls, value: str | None) -> str | None:
         if value is not None and (value == "none" or not _is_model(value)):
-            raise ValueError(f"models:/NAME@ALIAS, models:/NAME/VERSION or a bundle's absolute folder, not {value!r}")
+            raise ValueError(
+                f"models:/NAME@ALIAS, models:/NAME/VERSION, a bundle's absolute folder or its URL, not {value!r}"
+            )
         return value
 
     @model_validator(mode="after")
@@ -253,6 +256,9 @@ class PretrainConfig(Config):
 
 
 def _is_model(uri: str) -> bool:
+    if "://" in uri:
+        check_url(uri)
+        return True
     return bool(_MODEL_URI.fullmatch(uri)) or Path(uri).is_absolute()
 
 
@@ -260,7 +266,9 @@ def with_a_network(starts: tuple[str, ...]) -> tuple[str, ...]:
     """Refuse starts that are no model URIs, and starts that name no network at all."""
     for uri in starts:
         if not _is_model(uri):
-            raise ValueError(f"models:/NAME@ALIAS, models:/NAME/VERSION, a bundle's folder or `none`, not {uri!r}")
+            raise ValueError(
+                f"models:/NAME@ALIAS, models:/NAME/VERSION, a bundle's folder or URL, or `none`, not {uri!r}"
+            )
     if all(start == "none" for start in starts):
         raise ValueError("at least one model URI, whose network `none` takes with random weights")
     return starts

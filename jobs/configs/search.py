@@ -6,11 +6,12 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from jobs.configs import Experiment, LabelledConfig, with_a_network
+from jobs.configs import Experiment, LabelledConfig, ModelName, _check_model, with_a_network
 from jobs.configs.space import ENCODER, Dimension, dimensions, require_buildable_space, with_settings
 from jobs.ingest_config import JobName, Url
 from ssl_core.config import LATER, Config, flatten, parse, resolved
 from ssl_core.downstream.finetune import FinetuneConfig
+from ssl_core.downstream.inference import MOST_DRAWS
 from storage.errors import ConfigError
 
 _REFUSED = {
@@ -44,6 +45,17 @@ class SearchSpace(Config):
         if not value or min(value) < 0:
             raise ValueError("at least one choice, none below 0")
         return value
+
+
+class ConfirmConfig(Config):
+    """Draws of labelled subjects that the best settings are refit on beside a reference, scored on the test split."""
+
+    draws: int = Field(
+        6, ge=2, le=MOST_DRAWS, description="draws of labelled subjects, of the seeds after `labelled.subjects_seed`"
+    )
+    seeds: int = Field(1, ge=1, le=64, description="trainings of each side and draw")
+    model: ModelName = Field(None, description="registered name of the segmenter; the search's name when empty")
+    nsd_tolerance_mm: float = Field(1.0, gt=0, description="tolerance of the normalised surface Dice")
 
 
 class TuneConfig(Config):
@@ -121,6 +133,13 @@ class TuneConfig(Config):
     compare_scratch: bool = Field(
         False,
         description="search random weights too, with as many trials again, each start among its own",
+        json_schema_extra=LATER,
+    )
+
+    confirm: ConfirmConfig | None = Field(
+        None,
+        description="refit the best on several draws of labelled subjects, compare it on held-out ones, register it;"
+        " the reference is the best of the other start with `compare_scratch`, else the settings as they were",
         json_schema_extra=LATER,
     )
 
@@ -223,6 +242,18 @@ class TuneConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _check_confirmed(self) -> Self:
+        if self.confirm is None:
+            return self
+        _check_model(self.name, self.confirm.model)
+        if "none" in self.encoders and not self.compare_scratch:
+            raise ValueError(
+                "compare_scratch: true with confirm, in place of `none` among the encoders: starts are compared after"
+                " searches of equal size"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_modes(self) -> Self:
         if len(self.objectives) > 1 and self.scheduler != "none":
             raise ValueError("scheduler none with two objectives: a stopped trial has no seconds of a whole one")
@@ -258,6 +289,15 @@ class TuneConfig(Config):
         rates = Dimension("finetune.lr", "loguniform", low, high) if low < high else None
         scales = Dimension("finetune.encoder_lr_scale", "choice", values=tuple(dict.fromkeys(before.encoder_lr_scale)))
         return (starts, rates or Dimension("finetune.lr", "choice", values=(low,)), scales)
+
+    def values_of(self, path: str) -> tuple[Any, ...]:
+        """The values that trials may have of a setting whose values can be listed.
+
+        Args:
+            path: Such as `finetune.transfer`.
+        """
+        listed = [dim.values for dim in self.dimensions if dim.path == path]
+        return listed[0] if listed else (flatten(resolved(self.finetune), "finetune.")[path],)
 
     @property
     def arms(self) -> tuple[tuple[str, ...], ...]:

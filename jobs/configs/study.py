@@ -31,7 +31,8 @@ class StudyStart(Config):
     """Where a training begins; with neither `model`, `pretrain` nor `supervised` it is random weights."""
 
     model: str | None = Field(
-        None, description="a model to start from: models:/NAME@ALIAS, models:/NAME/VERSION or a bundle's folder"
+        None,
+        description="a model to start from: models:/NAME@ALIAS, models:/NAME/VERSION, a bundle's folder or its URL",
     )
     pretrain: dict[str, Any] | None = Field(
         None, description="settings of its pre-training on top of the study's own; `{}` takes those as they are"
@@ -52,7 +53,9 @@ class StudyStart(Config):
         if len(origins) > 1:
             raise ValueError(f"one of model, pretrain and supervised, not {' and '.join(origins)}")
         if self.model is not None and (self.model == "none" or not _is_model(self.model)):
-            raise ValueError(f"models:/NAME@ALIAS, models:/NAME/VERSION or a bundle's absolute folder: {self.model!r}")
+            raise ValueError(
+                f"models:/NAME@ALIAS, models:/NAME/VERSION, a bundle's absolute folder or its URL: {self.model!r}"
+            )
         if not origins and (self.transfer != "encoder" or self.lr_scale != 1):
             raise ValueError("no transfer and no lr_scale with random weights, which have nothing to transfer")
         return self

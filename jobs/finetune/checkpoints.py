@@ -7,7 +7,6 @@
 """
 
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -35,7 +34,7 @@ class StoredCheckpoints:
     def __init__(self, url: str, *, every_s: float = EVERY_S, clock: Callable[[], float] = time.monotonic) -> None:
         self._store, self._every_s, self._clock = open_store(url), every_s, clock
         self._began = clock()
-        self._folder = tempfile.TemporaryDirectory(prefix="tomoscale-training-")
+        self._restored: tempfile.TemporaryDirectory[str] | None = None
 
     def newest(self) -> Path | None:
         """A copy of the newest checkpoint on this machine; None before the first.
@@ -46,22 +45,25 @@ class StoredCheckpoints:
         note = self._note()
         if note is None:
             return None
-        path = Path(self._folder.name) / "restored"
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir()
+        self._restored = tempfile.TemporaryDirectory(prefix="tomoscale-training-")
+        path = Path(self._restored.name)
         for name in note["files"]:
             (path / name).write_bytes(self._store.get(f"{note['key']}/{name}"))
         return path
 
     def save(self, state: Mapping[str, Any], meta: Mapping[str, Any], *, last: bool) -> None:
         """Keep a state where the one before it is older than `every_s`, and the last in any case."""
+        if self._restored is not None:  # it was read: a process that is stopped later leaves nothing of it
+            self._restored.cleanup()
+            self._restored = None
         if not last and self._clock() - self._began < self._every_s:
             return
-        path = checkpoint.save(Path(self._folder.name) / "newest", state, meta)
         before, key = self._note(), f"step-{int(state['engine']['step']):06d}"
-        files = sorted(file.name for file in path.iterdir())
-        for name in files:
-            self._store.put(f"{key}/{name}", (path / name).read_bytes())
+        with tempfile.TemporaryDirectory(prefix="tomoscale-training-") as folder:
+            path = checkpoint.save(Path(folder) / "newest", state, meta)
+            files = sorted(file.name for file in path.iterdir())
+            for name in files:
+                self._store.put(f"{key}/{name}", (path / name).read_bytes())
         self._store.put(NEWEST, json.dumps({"key": key, "files": files}).encode())
         if before is not None and before["key"] != key:
             self._delete(before)
@@ -84,3 +86,10 @@ class StoredCheckpoints:
     def _delete(self, note: Mapping[str, Any]) -> None:
         for name in note["files"]:
             self._store.delete(f"{note['key']}/{name}")
+
+
+def clear_all(url: str) -> None:
+    """Remove what is left below a URL, when none of the trainings that kept checkpoints there runs any more."""
+    store = open_store(url)
+    for key in store.list():
+        store.delete(key)

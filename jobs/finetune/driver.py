@@ -26,6 +26,7 @@ from jobs.pinning import pinned
 from jobs.tracking import bundles, registration
 from jobs.tracking import models as registry
 from jobs.tracking import runs as tracking
+from jobs.tracking.inputs import log_inputs
 from jobs.tracking.outage import through_outage
 from ssl_core.config import parse, resolved
 from ssl_core.downstream.comparison import Comparison, Training, paired_test_of, start_rows
@@ -146,6 +147,7 @@ def _compare(config: FinetuneJobConfig, lease: Lease) -> int:
         for line in split.absent_classes(manifest, config.labelled.label, subjects):
             print(f"note: {line}{'' if len(config.labelled.draws) == 1 else f' (draw {seed})'}", flush=True)
     run_id = tracking.open_run(api, config.experiment, config.name, "finetune", params=resolved(config), tags={})
+    log_inputs(api, run_id, config.labelled.data, manifest, "training", config.starts.values())
     results = open_store(join(config.runs, config.name, "trainings"))
     task = ray.remote(num_cpus=config.cpus_per_run, num_gpus=config.gpus_per_run, max_retries=2)(training_task)
     running: list[Any] = []

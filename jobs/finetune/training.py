@@ -7,10 +7,10 @@ import torch
 from jobs import driver
 from jobs import labelled as split
 from jobs.configs import LabelledConfig
-from jobs.finetune.checkpoints import StoredCheckpoints
 from jobs.tracking import bundles
 from ssl_core.downstream.deep_supervision import require_levels
 from ssl_core.downstream.finetune import (
+    Checkpoints,
     FinetuneConfig,
     Start,
     TrainedSegmenter,
@@ -37,7 +37,7 @@ def train_from(
     like: str,
     on_epoch: Callable[[int, dict[str, float]], None] = lambda _epoch, _metrics: None,
     gpu: bool = False,
-    checkpoints: StoredCheckpoints | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> TrainedSegmenter:
     """One training in this process.
 

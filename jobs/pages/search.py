@@ -137,6 +137,7 @@ def render(result: SearchResult, *, name: str, best_yaml: str, config_yaml: str,
         front=Picture(front_figure(result), "Complete trials; numbered: no other is better in both.")
         if result.front
         else None,
+        draws=_draws(result),
         arms=[trial for trial in trials if trial.trial in result.best_by_arm],
         failed=[(trial.trial, trial.error) for trial in trials if trial.error is not None],
         table={
@@ -160,6 +161,18 @@ def _cards(result: SearchResult, facts: Mapping[str, Any]) -> dict[str, Any]:
         "epochs of those of whole trials": f"{100 * spent / whole:.0f} %" if whole else "-",
         "minutes": f"{result.seconds / 60:.1f}",
         **facts,
+    }
+
+
+def _draws(result: SearchResult) -> dict[str, Any] | None:
+    """Test Dice by draw, of both sides of a confirmation."""
+    if (confirmation := result.confirmation) is None:
+        return None
+    best, reference = confirmation.best, confirmation.reference
+    pairs = zip(confirmation.draws, best.by_draw, reference.by_draw, strict=True)
+    return {
+        "head": ("draw of labelled subjects", best.name, reference.name, "difference"),
+        "rows": [(draw, f"{a:.3f}", f"{b:.3f}", f"{a - b:+.3f}") for draw, a, b in pairs],
     }
 
 

@@ -39,6 +39,7 @@ from jobs.pretrain.worker import UNMEASURED, train_loop
 from jobs.superpixels import ensure_superpixels
 from jobs.tracking import bundles, registration, runs
 from jobs.tracking.events import Events
+from jobs.tracking.inputs import log_inputs
 from jobs.tracking.outage import through_outage
 from jobs.watch.causes import cause_of, cause_of_workers
 from ssl_core.config import resolved
@@ -88,6 +89,8 @@ def _train(config: PretrainConfig, lease: Lease) -> int:
         params=resolved(config),
         tags={"tomoscale.data": config.data, "tomoscale.fingerprint": manifest.fingerprint},
     )
+    starts = () if config.init is None else (config.init,)
+    log_inputs(api, run_id, config.data, manifest, "training", starts)
     if runs.SENTINEL in api.get_run(run_id).data.metrics:
         Events(run_id).tell("the job was sent again")
     pinned = config.model_copy(update={"fingerprint": manifest.fingerprint})

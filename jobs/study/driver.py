@@ -8,14 +8,16 @@ from jobs import driver
 from jobs.configs.study import StudyConfig
 from jobs.lease import Lease
 from jobs.study import cells as kinds
-from jobs.study.cells import Cell
+from jobs.study.cells import Cell, Data
 from jobs.study.pools import RayTasks
 from jobs.study.report import publish
 from jobs.study.run import Surroundings, run
 from jobs.tracking import runs as tracking
+from jobs.tracking.inputs import log_inputs
 from jobs.tracking.outage import through_outage
 from ssl_core.config import resolved
 from ssl_core.downstream.scores import METRICS, CaseScore, mean_scores
+from storage.format.manifest import Manifest
 from storage.objects import join, open_store
 
 
@@ -43,7 +45,7 @@ def _study(config: StudyConfig, lease: Lease) -> int:
     log = Log(api, config, run_id)
     pool = RayTasks(config.concurrent, config.cpus_per_cell, config.gpus_per_cell)
     try:
-        result = run(config, Surroundings(pool, log.cell, log.choice, lease.check))
+        result = run(config, Surroundings(pool, log.cell, log.choice, log.data, lease.check))
         publish(config, result)
     except BaseException as error:
         lease.check()  # the run in MLflow is another job's as well
@@ -78,6 +80,11 @@ class Log:
         self._marks.put(cell.key, run_id.encode())
         self._logged.add(cell.key)
         self._runs[cell.key] = run_id
+
+    def data(self, data: Data) -> None:
+        """Note the store and the registered models that the study reads."""
+        manifest = Manifest.open(self._config.data, data.fingerprint)
+        log_inputs(self._api, self._run_id, self._config.data, manifest, "study", data.models.values())
 
     def choice(self, choice: dict[str, Any]) -> None:
         """Tag the study's run with what was sealed."""

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from jobs.configs.groups import changed
@@ -10,7 +9,7 @@ from jobs.configs.study import StudyConfig
 from jobs.labelled import draw
 from jobs.study.cells import Data
 from jobs.study.seal import without_test
-from jobs.tracking import bundles, models
+from jobs.tracking.starts import named, read_start, version_of
 from ssl_core.config import digest, resolved
 from storage.errors import ConfigError, NotFound, RefusedInput
 from storage.format.manifest import Manifest
@@ -57,21 +56,11 @@ def _fixed(config: StudyConfig, say: Callable[[str], None]) -> Data:
     _superpixels(config, say)
     manifest = Manifest.open(config.data, config.fingerprint)
     labelled = _labelled(config, manifest)
-    versions = {
-        name: start.model if Path(start.model).is_dir() else models.resolve(start.model).uri
-        for name, start in config.starts.items()
-        if start.model is not None
-    }
+    versions = {name: version_of(start.model) for name, start in config.starts.items() if start.model is not None}
     network = config.pretraining(None, 0).backbone
     for name, uri in versions.items():
-        bundle = bundles.pull_encoder(uri)
-        if bundle.backbone != network.name or _shape(bundle.arguments) != _shape(network.arguments):
-            raise ConfigError(
-                f"starts.{name}.model {uri}",
-                expected=f"a model of the study's network, {network.name} {_shape(network.arguments)}",
-                found=f"{bundle.backbone} {_shape(bundle.arguments)}",
-                remedy="set pretrain.backbone to the model's: other networks cannot share their weights and crops",
-            )
+        with named(f"starts.{name}.model"):
+            read_start(uri).require_network(network.name, network.arguments)
         say(f"note: whether {uri} was trained on test subjects of this study, only its maker knows")
     _refuse_tested_subjects(config, manifest)
     sealed = without_test(config.data, manifest)
@@ -153,9 +142,3 @@ def _refuse_tested_subjects(config: StudyConfig, manifest: Manifest) -> None:
                 found=f"{len(both)} of them, the first: {both[0]}",
                 remedy="ingest the pool without them, or with the same split",
             )
-
-
-def _shape(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments as they come back from JSON, without the number of classes."""
-    plain = json.loads(json.dumps(arguments))
-    return {key: value for key, value in sorted(plain.items()) if key != "out_channels"}

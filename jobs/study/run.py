@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.configs.study import StudyConfig
+from jobs.finetune.checkpoints import clear_all
 from jobs.study import cells as kinds
 from jobs.study import seal
 from jobs.study.cells import Cell, Cells, Data, unique
@@ -13,7 +14,7 @@ from jobs.study.choice import choose
 from jobs.study.graph import Clock, execute
 from jobs.study.pools import Pool
 from jobs.study.prepare import prepare
-from jobs.study.work import Task
+from jobs.study.work import CHECKPOINTS, Task
 from ssl_core.downstream.study import Power, StudyResult, cell_from_json, power_of, summarise
 from storage.format.manifest import Manifest
 from storage.objects import join, open_store
@@ -27,6 +28,7 @@ class Surroundings:
         pool: Where cells run.
         on_done: Hears of each cell and its result, also of those of before.
         on_choice: Hears of the sealed choice.
+        on_data: Hears of what is read.
         check: Raises where this driver has to stop.
         say: Hears lines.
     """
@@ -34,6 +36,7 @@ class Surroundings:
     pool: Pool
     on_done: Callable[[Cell, dict[str, Any]], None] = lambda _cell, _result: None
     on_choice: Callable[[dict[str, Any]], None] = lambda _choice: None
+    on_data: Callable[[Data], None] = lambda _data: None
     check: Callable[[], None] = lambda: None
     say: Callable[[str], None] = field(default=lambda line: print(line, flush=True))
 
@@ -51,6 +54,7 @@ def run(config: StudyConfig, around: Surroundings) -> StudyResult:
     say, place = around.say, join(config.runs, config.name)
     store = open_store(place)
     data = prepare(config, store, say)
+    around.on_data(data)
     cells = Cells(config, data)
     first = cells.before()
     clock = Clock(counts(config, first), around.pool.size)
@@ -74,6 +78,7 @@ def run(config: StudyConfig, around: Surroundings) -> StudyResult:
     tests = unique(cells.tested(choice))
     clock.total[kinds.TEST] = len(tests)
     results |= go(tests)
+    clear_all(join(place, CHECKPOINTS))  # a worker may have died between its result and this
     return outcome(cells, choice, results)
 
 

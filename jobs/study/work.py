@@ -16,6 +16,7 @@ import torch
 
 from jobs.configs import LabelledConfig
 from jobs.finetune import train_from
+from jobs.finetune.checkpoints import StoredCheckpoints
 from jobs.study import cells, seal
 from jobs.study.cells import Cell
 from jobs.study.pretraining import clear, pretrain
@@ -27,6 +28,9 @@ from ssl_core.downstream.finetune import FinetuneConfig, score_volumes
 from ssl_core.networks.registry import build
 from ssl_core.views.intensity import IntensityPolicy
 from storage.objects import join, open_store
+
+CHECKPOINTS = "checkpoints"
+"""Of fine-tunings under way, below the study; empty when it has ended."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ def perform(task: Task) -> dict[str, Any]:
         content = store.get(key)  # another worker of a killed study was first
     if cell.kind == cells.PRETRAIN:
         clear(join(task.cache, cell.key))
+    elif cell.kind != cells.NETWORK:
+        _checkpoints(task).clear()
     as_read: dict[str, Any] = json.loads(content)
     return as_read
 
@@ -121,6 +127,7 @@ def _supervised(task: Task) -> dict[str, Any]:
             seed=spec["seed"],
             like=like,
             gpu=task.gpu,
+            checkpoints=_checkpoints(task),
         )
     with trained.store, tempfile.TemporaryDirectory(prefix="tomoscale-supervised-") as folder:
         facts = BundleFacts(
@@ -140,7 +147,9 @@ def _tuned(task: Task, labelled: LabelledConfig) -> dict[str, Any]:
     settings = parse(FinetuneConfig, spec["finetune"])
     with _bundle(task, spec["network"]) as like, _origin(task) as start:
         began = time.monotonic()
-        trained = train_from(start, labelled, settings, seed=spec["seed"], like=like, gpu=task.gpu)
+        trained = train_from(
+            start, labelled, settings, seed=spec["seed"], like=like, gpu=task.gpu, checkpoints=_checkpoints(task)
+        )
         trained_s = time.monotonic() - began
     with trained.store:
         record = trained.store.manifest.record
@@ -182,6 +191,11 @@ _ACTIONS = {
     cells.SEARCH: _search,
     cells.TEST: _test,
 }
+
+
+def _checkpoints(task: Task) -> StoredCheckpoints:
+    """Of a fine-tuning, which a worker that is killed leaves to the next."""
+    return StoredCheckpoints(join(task.study, CHECKPOINTS, task.cell.key))
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import json
 import math
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from jobs.configs import FinetuneJobConfig, PretrainConfig
-from jobs.tracking import models as registry
+from jobs.tracking.encoder import bundle_of
 from jobs.tracking.runs import Point
 from ssl_core.bundle import DECODER, WEIGHTS, stored_spacing, training_data, write_bundle
 from ssl_core.bundle_card import BundleFacts
@@ -191,7 +190,7 @@ def read_encoder(bundle: Path) -> EncoderBundle:
 
 
 def pull_encoder(uri: str) -> EncoderBundle:
-    """The encoder behind a model URI or in a bundle's folder.
+    """The encoder behind a model URI, in a bundle's folder or at the URL of one.
 
     Raises:
         ConfigError: no URI was given.
@@ -203,7 +202,5 @@ def pull_encoder(uri: str) -> EncoderBundle:
             found=repr(uri),
             remedy="`tomoscale models list` shows what there is",
         )
-    if Path(uri).is_dir():
-        return read_encoder(Path(uri))
-    with tempfile.TemporaryDirectory(prefix="tomoscale-encoder-") as folder:
-        return read_encoder(registry.pull(uri, Path(folder) / "bundle"))
+    with bundle_of(uri) as root:
+        return read_encoder(root)

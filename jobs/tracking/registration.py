@@ -1,6 +1,7 @@
 """What was trained stays on object storage until MLflow has taken it, whatever name MLflow takes it under."""
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from jobs.output import last_line
@@ -33,7 +34,9 @@ def is_stored(url: str) -> bool:
     return open_store(join(url, FOLDER)).exists(_CARD)
 
 
-def register_stored(url: str, name: str, *, run_id: str, command: str) -> str:
+def register_stored(
+    url: str, name: str, *, run_id: str, command: str, change: Callable[[Path], None] = lambda _bundle: None
+) -> str:
     """Register the bundle that a job has stored; returns the version. The same bundle is registered once a name.
 
     Args:
@@ -41,6 +44,7 @@ def register_stored(url: str, name: str, *, run_id: str, command: str) -> str:
         name: Registered model name.
         run_id: Run that the model belongs to.
         command: What registers it when this fails.
+        change: What is done to a copy of the bundle before, the same each time.
 
     Raises:
         StackError: it could not be registered. It stays where it is, and the message says where and what to do.
@@ -55,6 +59,7 @@ def register_stored(url: str, name: str, *, run_id: str, command: str) -> str:
             (target / key).write_bytes(store.get(key))
         if not (target / _CARD).is_file():
             raise NotFound(store.url, expected="a stored bundle", found="none", remedy="run the job under another name")
+        change(target)
         return register(target, name, run_id=run_id, place=store.url, command=command)
 
 

@@ -63,9 +63,6 @@ def client() -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    import mlflow  # imported late: it takes seconds, and most commands do not need it
-    from mlflow.exceptions import MlflowException
-
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri:
         raise StackError(
@@ -78,6 +75,9 @@ def client() -> Any:
             found="a user or password in it",
             remedy="set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
         )
+    import mlflow  # imported late: it takes seconds, and most commands do not need it
+    from mlflow.exceptions import MlflowException
+
     api = mlflow.MlflowClient()
     try:
         api.search_experiments(max_results=1)

@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -13,14 +13,18 @@ from jobs.configs import FinetuneJobConfig, registrable
 from jobs.configs.search import TuneConfig
 from jobs.configs.space import ENCODER, with_settings
 from jobs.finetune import train_from
+from jobs.finetune.checkpoints import clear_all
 from jobs.ingest_config import LONGEST_NAME
 from jobs.lease import Lease
 from jobs.pages import search as page
 from jobs.pinning import pinned
 from jobs.tracking import runs as tracking
+from jobs.tracking.inputs import log_inputs
 from jobs.tracking.outage import through_outage
-from jobs.tune import warm
-from jobs.tune.journal import Journal
+from jobs.tracking.starts import read_start
+from jobs.tune import timed, warm
+from jobs.tune.confirm import Pool, confirm, on_ray
+from jobs.tune.journal import Entry, Journal
 from jobs.tune.live import Live
 from jobs.tune.outcome import searched
 from jobs.tune.state import Search
@@ -28,6 +32,7 @@ from jobs.tune.suggest import Earlier, Suggestions
 from ssl_core.config import dump_yaml, resolved
 from ssl_core.downstream.records import from_fields
 from ssl_core.downstream.search import SearchResult
+from storage.format.manifest import Manifest
 from storage.objects import join, open_store
 
 REPORT, BEST = "report.html", "best.yaml"
@@ -57,18 +62,24 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def run(config: TuneConfig, lease: Lease, *, train: Callable[..., Any] = train_from) -> SearchResult:
+def run(
+    config: TuneConfig, lease: Lease, *, train: Callable[..., Any] = train_from, pool: Pool | None = None
+) -> SearchResult:
     """The job, as the only one of its name.
 
     Args:
         config: The search.
         lease: Held by the caller.
         train: What a trial does; see `jobs.tune.on_tune.trial`.
+        pool: Where the trainings of a confirmation run; on the cluster when None.
     """
     api = tracking.client()
     config = pinned(config)
+    _require_transfers(config)
     concurrent = config.concurrent or room_for(config)
     run_id = tracking.open_run(api, config.experiment, config.name, "tune", params=resolved(config), tags={})
+    manifest = Manifest.open(config.labelled.data, config.labelled.fingerprint)
+    log_inputs(api, run_id, config.labelled.data, manifest, "training", config.encoders)
     print(f"search {config.name}: {config.total} trials, {concurrent} at a time; MLflow run {run_id}", flush=True)
     live = Live(config, run_id, tracking.client())
     try:
@@ -77,6 +88,7 @@ def run(config: TuneConfig, lease: Lease, *, train: Callable[..., Any] = train_f
             _run_trials(config, search, concurrent, train)
         finally:
             live.close()
+        clear_all(timed.url_of(config))
         lease.check()
         trials = search.trials()
         for trial in trials:
@@ -88,6 +100,13 @@ def run(config: TuneConfig, lease: Lease, *, train: Callable[..., Any] = train_f
         through_outage(lambda: api.set_tag(run_id, "tomoscale.best", best), "what was found best")
         driver.write_result(config.runs, config.name, result.to_json())
         publish(api, config, result)
+        if config.confirm is not None:
+            job = best_job(config, result)
+            pool = pool or on_ray(config, concurrent)
+            confirmation = confirm(config, result, job, pool, api=api, check=lease.check)
+            result = replace(result, confirmation=confirmation)
+            driver.write_result(config.runs, config.name, result.to_json())
+            publish(api, config, result)
     except BaseException as error:
         lease.check()  # the run in MLflow is another job's as well
         live.interrupted()
@@ -95,8 +114,25 @@ def run(config: TuneConfig, lease: Lease, *, train: Callable[..., Any] = train_f
         raise
     driver.end_run(api, run_id, "FINISHED")
     print(f"best: {result.choice}", flush=True)
+    if result.confirmation is not None:
+        print(f"confirmed: {result.confirmation.statement}", flush=True)
+        print(f"registered models:/{result.confirmation.model}/{result.confirmation.version}", flush=True)
     print(f"report: {join(config.runs, config.name, REPORT)}; to refit and register: {BEST} beside it", flush=True)
     return result
+
+
+def _require_transfers(config: TuneConfig) -> None:
+    """Refuse starts that lack what trials would take over, before any begins.
+
+    Raises:
+        ConfigError: names the start and the first tensor that it lacks.
+    """
+    transfers = config.values_of("finetune.transfer")
+    for uri in config.encoders:
+        if uri != "none" and set(transfers) != {"encoder"}:
+            start = read_start(uri)
+            for transfer in transfers:
+                start.require_transfer(transfer)
 
 
 def best_job(config: TuneConfig, result: SearchResult) -> FinetuneJobConfig:
@@ -154,12 +190,17 @@ def state_of(
     def seconds() -> float:
         return spent + time.monotonic() - began
 
+    def keep(entry: Entry) -> None:
+        journal.write(entry, seconds())
+        if entry.has_ended:
+            timed.of_trial(config, entry.number, entry.id).clear()
+
     search = Search(
         config,
         concurrent,
         Suggestions(config, [from_fields(Earlier, row) for row in rows]),
         entries=entries,
-        keep=lambda entry: journal.write(entry, seconds()),
+        keep=keep,
         listener=live,
         seconds=seconds,
     )

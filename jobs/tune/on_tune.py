@@ -6,7 +6,6 @@ two rungs where trials wait for others, is one trial of Ray's.
 
 import json
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,35 +21,38 @@ from jobs.on_ray.patches import patch_tune_to_stop_at_final_errors
 from jobs.output import last_line
 from jobs.tune.live import METRIC
 from jobs.tune.state import Search
+from jobs.tune.timed import TimedCheckpoints, of_trial, rungs_of
 from ssl_core.config import parse, resolved
 from ssl_core.train.engine import NonFiniteError
 
 FOLDER = "ray"
 """Of Ray Tune's own files below `<runs>/<name>`; nothing is read from them again."""
 _TRIES_AGAIN = 2
-_MEASURED = "measured"
+_MEASURED, _AGAIN = "measured", "again"
 
 
 def trial(settings: dict[str, Any], payload: dict[str, Any], train: Callable[..., Any]) -> None:
-    """One attempt of a trial: fine-tune with its settings, reporting each epoch.
+    """One attempt of a trial: fine-tune with its settings, reporting each epoch, those of earlier attempts too.
 
     Args:
-        settings: Its number, and its values by dotted path.
+        settings: Its number, its id, and its values by dotted path.
         payload: The search's configuration.
         train: `jobs.finetune.train_from`, or what stands for it.
     """
     config = parse(TuneConfig, payload["config"])
     number, values = settings["number"], settings["values"]
-    began = time.monotonic()
+    checkpoints = TimedCheckpoints(of_trial(config, number, settings["id"]), rungs_of(config))
 
     def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
         score = metrics[METRIC]
         if not math.isfinite(score):
             raise NonFiniteError(f"epoch {epoch}", expected=f"a finite {METRIC}", found=f"{score}")
-        print(f"trial {number} epoch {epoch}: loss {metrics['loss']:.3f}  inner Dice {score:.3f}", flush=True)
+        again = epoch <= checkpoints.restored
+        words = ", as before" if again else ""
+        print(f"trial {number} epoch {epoch}: loss {metrics['loss']:.3f}  inner Dice {score:.3f}{words}", flush=True)
         # The metric on its own too, for which Ray Tune looks; all as one text, since it takes groups apart.
-        seconds = time.monotonic() - began
-        tune.report({"epoch": epoch, "seconds": seconds, METRIC: score, _MEASURED: json.dumps(metrics)})
+        facts = {"epoch": epoch, "seconds": checkpoints.seconds(epoch), _AGAIN: again}
+        tune.report({**facts, METRIC: score, _MEASURED: json.dumps(metrics)})
 
     train(
         values["encoder"],
@@ -60,6 +62,7 @@ def trial(settings: dict[str, Any], payload: dict[str, Any], train: Callable[...
         like=next(uri for uri in config.encoders if uri != "none"),
         on_epoch=on_epoch,
         gpu=config.gpus_per_trial > 0,
+        checkpoints=checkpoints,
     )
 
 
@@ -76,7 +79,7 @@ class _Attempts:
         if entry is None:
             return None
         self.numbers[trial_id] = entry.number
-        return {"number": entry.number, "values": dict(entry.settings)}
+        return {"number": entry.number, "id": entry.id, "values": dict(entry.settings)}
 
     def end(self, trial_id: str, error: str | None = None) -> None:
         """Ray's trial is over; nothing more is heard of it."""
@@ -137,7 +140,12 @@ class Judge(FIFOScheduler):
             return str(TrialScheduler.CONTINUE)
         metrics = json.loads(result[_MEASURED])
         goes_on = self._attempts.search.reported(
-            number, int(result["epoch"]), metrics, float(metrics[METRIC]), float(result["seconds"])
+            number,
+            int(result["epoch"]),
+            metrics,
+            float(metrics[METRIC]),
+            float(result["seconds"]),
+            again=bool(result.get(_AGAIN)),
         )
         if goes_on:
             return str(TrialScheduler.CONTINUE)

@@ -133,7 +133,9 @@ class Search:
 
     # What goes on
 
-    def reported(self, number: int, epoch: int, metrics: dict[str, float], score: float, seconds: float) -> bool:
+    def reported(
+        self, number: int, epoch: int, metrics: dict[str, float], score: float, seconds: float, *, again: bool = False
+    ) -> bool:
         """Record an epoch; whether the trial goes on.
 
         Args:
@@ -141,7 +143,8 @@ class Search:
             epoch: From 1.
             metrics: Of the epoch.
             score: What is compared.
-            seconds: Since the attempt began to train.
+            seconds: Of training up to its end, as the trial counts them.
+            again: Whether an earlier attempt has trained it, and this one goes on from there: it is spent once.
         """
         entry = self.entries[number]
         if entry.has_ended:
@@ -151,8 +154,12 @@ class Search:
             self._ahead.pop(number, None)
             self._tell("began", entry, fresh=entry.base == 0)
             entry.at, entry.seconds = 0, 0.0
-        entry.epochs_spent += 1
-        entry.seconds_spent += seconds - (entry.seconds if entry.at else 0.0)
+        if again:  # of an attempt that this driver, or one before it, may not have heard of
+            entry.epochs_spent = max(entry.epochs_spent, epoch)
+            entry.seconds_spent = max(entry.seconds_spent, seconds)
+        else:
+            entry.epochs_spent += 1
+            entry.seconds_spent += seconds - (entry.seconds if entry.at else 0.0)
         entry.at, entry.seconds = epoch, seconds
         if epoch > len(entry.scores):
             entry.scores.append(score)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ssl_core.downstream.confirmation import Confirmation
 from ssl_core.downstream.records import from_fields
 
 _BEFORE = {"encoder": "encoder", "lr": "finetune.lr", "encoder_lr_scale": "finetune.encoder_lr_scale"}
@@ -115,6 +116,7 @@ class SearchResult:
         best_by_arm: Number of the best trial of each arm.
         front: Numbers of the trials that no other beats in Dice and in seconds; empty with one objective.
         importance: Share of the differences in Dice that each setting explains; empty where nobody can say.
+        confirmation: What the best came to on other draws and held-out subjects; None where that was not asked for.
     """
 
     trials: tuple[Trial, ...]
@@ -127,6 +129,7 @@ class SearchResult:
     best_by_arm: tuple[int, ...] = ()
     front: tuple[int, ...] = ()
     importance: Mapping[str, float] = field(default_factory=dict)
+    confirmation: Confirmation | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As written to `result.json`."""
@@ -141,6 +144,7 @@ class SearchResult:
             "best_by_arm": self.best_by_arm,
             "front": self.front,
             "importance": dict(self.importance),
+            "confirmation": None if self.confirmation is None else self.confirmation.to_json(),
         }
 
     @classmethod
@@ -150,7 +154,10 @@ class SearchResult:
         Raises:
             RefusedInput: an entry is missing.
         """
-        later = {"best_trial": -1, "best_by_arm": (), "front": (), "importance": {}}
+        later: dict[str, Any] = {"best_trial": -1, "best_by_arm": (), "front": (), "importance": {}}
+        confirmation = data.get("confirmation")
+        later["confirmation"] = None if confirmation is None else Confirmation.from_json(confirmation)
         trials = tuple(Trial.from_json(trial) for trial in data["trials"])
         best = settings_from(data["best"])
-        return from_fields(cls, {**later, **data, "trials": trials, "best": best, "choice": data["chosen"]})
+        own = {"trials": trials, "best": best, "choice": data["chosen"], "confirmation": later["confirmation"]}
+        return from_fields(cls, {**later, **data, **own})

@@ -31,6 +31,7 @@ def train(
     like: str,
     on_epoch: Callable[[int, dict[str, float]], None],
     gpu: bool = False,
+    checkpoints: Any = None,
 ) -> Any:
     """Stands for `jobs.finetune.train_from`; rates above 0.09 come to no number, rates below 2e-6 to an error."""
     if settings.lr < 2e-6:

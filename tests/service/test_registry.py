@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from jobs.tracking import models as registry
+from jobs.tracking import promotion
 from jobs.tracking import runs as tracking
-from jobs.tracking.models import Evidence
+from jobs.tracking.promotion import Evidence
 from ssl_core.bundle import write_bundle
 from ssl_core.portable import Predictor
 from ssl_core.portable.geometry import to_canonical
@@ -200,24 +201,24 @@ def test_the_champion_moves_only_to_a_version_that_beat_it(server: str, tmp_path
         return registry.resolve("models:/race@champion").version
 
     with pytest.raises(NotFound, match="evaluation"):
-        registry.promote("race", silent)
+        promotion.promote("race", silent)
     with pytest.raises(NotFound):
         champion()
-    assert "first champion" in registry.promote("race", first)
+    assert "first champion" in promotion.promote("race", first)
     assert champion() == first
     for loser, why in ((noise, "paired test"), (worse, "paired test"), (other, "cases of abc/test")):
         with pytest.raises(ConfigError, match=why):
-            registry.promote("race", loser)
+            promotion.promote("race", loser)
         assert champion() == first
     cases = {f"case-{i}": 0.99 for i in range(11)}
     with pytest.raises(ConfigError, match="12 cases"):
-        registry.promote("race", better, Evidence("abc/test", "Dice", cases))
+        promotion.promote("race", better, Evidence("abc/test", "Dice", cases))
     with pytest.raises(ConfigError, match="finite"):
-        registry.promote("race", better, Evidence("abc/test", "Dice", {"case-0": float("nan")}))
+        promotion.promote("race", better, Evidence("abc/test", "Dice", {"case-0": float("nan")}))
     assert champion() == first
-    assert "scored higher than champion" in registry.promote("race", better)
+    assert "scored higher than champion" in promotion.promote("race", better)
     assert champion() == better
-    assert "champion already" in registry.promote("race", better)
+    assert "champion already" in promotion.promote("race", better)
     assert "scored higher" in registry.resolve(f"race/{better}").tags["tomoscale.promotion"]
     assert torch.get_num_threads() >= 1
 

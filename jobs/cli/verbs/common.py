@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 from cluster import services, stack
 from cluster.state import default_dir
@@ -52,6 +54,18 @@ def use_stack(arguments: argparse.Namespace) -> None:
             settings = {key: value for key, value in settings.items() if key not in own}
     for key, value in settings.items():
         os.environ.setdefault(key, value)
+
+
+def check_starts(config: Any, arguments: argparse.Namespace) -> None:
+    """Refuse a job that starts from what is not there or does not fit; what cannot be asked from here is a note.
+
+    Raises:
+        TomoscaleError: see `jobs.plan.starts.require_starts`.
+    """
+    from jobs.plan.starts import require_starts
+
+    use_stack(arguments)
+    require_starts(config, lambda line: print(f"note: {line}", file=sys.stderr, flush=True))
 
 
 def salt_here() -> str | None:

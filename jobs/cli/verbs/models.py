@@ -1,4 +1,4 @@
-"""models list | show | promote | pull | export | import."""
+"""models list | show | promote | rollback | pull | export | import."""
 
 import argparse
 import time
@@ -12,7 +12,7 @@ from jobs.output import emit, table
 
 def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register the verbs."""
-    models = verbs.add_parser("models", help="registered models: list, show, promote, pull, export, import")
+    models = verbs.add_parser("models", help="registered models: list, show, promote, rollback, pull, export, import")
     actions = models.add_subparsers(dest="action", required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="all versions")
     show = actions.add_parser("show", help="one version, with its lineage")
@@ -27,6 +27,14 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         add_json(action)
         action.set_defaults(run=run)
     pull.add_argument("folder", type=Path, help="folder to create")
+    show.add_argument("--tree", action="store_true", help="what it was trained from, and what was trained from it")
+
+    rollback = actions.add_parser("rollback", help="move an alias back to the version that it had before")
+    rollback.add_argument("name", help="registered model")
+    rollback.add_argument("alias", help="such as champion")
+    add_state(rollback)
+    add_json(rollback)
+    rollback.set_defaults(run=_rollback)
 
     export = actions.add_parser("export", help="write a model in the form that another tool reads")
     export.add_argument("model", help=MODEL)
@@ -65,6 +73,12 @@ def _show(arguments: argparse.Namespace) -> int:
     from jobs.tracking import models as registry
 
     use_stack(arguments)
+    if arguments.tree:
+        from jobs.tracking import lineage
+
+        root, version = lineage.tree(arguments.model)
+        emit({"model": version.uri, "tree": root.to_json()}, arguments.json, lineage.text(root, version))
+        return 0
     facts = _plain(registry.resolve(arguments.model))
     lines = facts | {"aliases": ", ".join(facts["aliases"]) or "-"}
     emit(facts, arguments.json, "\n".join(f"{k}: {v}" for k, v in lines.items()))
@@ -72,12 +86,23 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _promote(arguments: argparse.Namespace) -> int:
-    from jobs.tracking import models as registry
+    from jobs.tracking import promotion
+    from jobs.tracking.models import resolve
 
     use_stack(arguments)
-    version = registry.resolve(arguments.model)
-    reason = registry.promote(version.name, version.version)
+    version = resolve(arguments.model)
+    reason = promotion.promote(version.name, version.version)
     emit({"champion": version.uri, "reason": reason}, arguments.json, f"{version.uri} is the champion: {reason}")
+    return 0
+
+
+def _rollback(arguments: argparse.Namespace) -> int:
+    from jobs.tracking import promotion
+
+    use_stack(arguments)
+    target, before = promotion.rollback(arguments.name, arguments.alias)
+    facts = {"alias": arguments.alias, "version": target.uri, "before": before.uri}
+    emit(facts, arguments.json, f"{target.uri} is {arguments.alias} again; {before.uri} was")
     return 0
 
 

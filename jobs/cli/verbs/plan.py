@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from jobs.cli.verbs.common import add_json, add_state, use_stack
+from jobs.cli.verbs.common import add_json, add_state, check_starts
 from jobs.cli.verbs.train import MODULES, add_config, load_config
 from jobs.options import amount, whole
 from jobs.output import emit
@@ -74,6 +74,7 @@ def _settings(kind: str, arguments: argparse.Namespace) -> int:
     from ssl_core.config import digest, dump_yaml, resolved
 
     config = load_config(kind, arguments)
+    check_starts(config, arguments)
     emit(
         {"digest": digest(config), "config": resolved(config)},
         arguments.json,
@@ -89,7 +90,7 @@ def _measure(arguments: argparse.Namespace) -> int:
 
     config = load_config("pretrain", arguments)
     assert isinstance(config, PretrainConfig)
-    use_stack(arguments)
+    check_starts(config, arguments)
     links = Links(arguments.gradients_gbit, arguments.store_gbit)
     prices = Prices(arguments.node_hour, arguments.gigabyte, arguments.thousand_requests, arguments.workers_per_node)
     columns = make.make(

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.cli.verbs.common import add_state, job_address, use_stack
+from jobs.cli.verbs.common import add_state, check_starts, job_address, use_stack
 from storage.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def _study(arguments: argparse.Namespace) -> int:
         from jobs.study import local
 
         config = local.placed(config, arguments.local)
+    check_starts(config, arguments)
     print(f"{dump_yaml(config)}# digest {digest(config)}", flush=True)
     if arguments.dry_run:
         from jobs.study.run import forecast

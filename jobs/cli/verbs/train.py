@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from jobs.cli.verbs.common import add_json, add_state, job_address, salt_here, use_stack
+from jobs.cli.verbs.common import add_json, add_state, check_starts, job_address, salt_here
 from jobs.output import emit
 from storage.errors import ConfigError
 
@@ -108,12 +108,12 @@ def _submit(arguments: argparse.Namespace) -> int:
     from ssl_core.config import digest, dump_yaml
 
     config = load_config(arguments.kind, arguments)
+    check_starts(config, arguments)
     print(f"{dump_yaml(config)}# digest {digest(config)}", flush=True)
     if arguments.dry_run:
         if isinstance(config, PretrainConfig):
             from jobs.plan.dry_run import dry_run
 
-            use_stack(arguments)
             print(dry_run(config))
         return 0
     if (salt := salt_here()) and isinstance(config, PretrainConfig) and config.source not in (None, "simulated"):
@@ -124,7 +124,6 @@ def _submit(arguments: argparse.Namespace) -> int:
             remedy=f"first: tomoscale data ingest {config.source} {config.data}; then leave `source` out",
         )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    use_stack(arguments)
     if getattr(arguments, "resume", False):
         _require_begun(config)
     address = job_address(arguments)

@@ -3,6 +3,7 @@
 import json
 import uuid
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ import safetensors.torch
 import torch
 
 from jobs.configs.study import StudyConfig
+from jobs.finetune import train_from
 from jobs.study import cells as kinds
 from jobs.study import pretraining
+from jobs.study import work as working
 from jobs.study.cells import Cells
 from jobs.study.prepare import prepare
 from jobs.study.report import fetch, publish, write
 from jobs.study.work import Task, perform
 from ssl_core.config import load
+from ssl_core.downstream import finetune as finetuning
 from ssl_core.downstream.study import StudyResult
 from storage.objects import open_store
 from storage.reading.volume_store import VolumeStore
@@ -164,3 +168,33 @@ def test_the_report_lies_whole_in_a_folder_with_every_score(
     publish(study, result)
     (again, _) = fetch(study, tmp_path / "fetched", "tomoscale study x.yaml")
     assert again.read_text() == pages[0].read_text()
+
+
+def test_a_fine_tuning_that_died_is_gone_on_with_and_leaves_nothing(
+    study: StudyConfig, result: StudyResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That it comes to the same bits is `test_a_trial_that_was_killed_goes_on_to_the_same_bits`'s to show."""
+
+    class Killed(BaseException):
+        pass
+
+    def die(_epoch: int, _metrics: dict[str, float]) -> None:
+        raise Killed
+
+    place = f"{study.runs}/{study.name}"
+    checkpoints = open_store(f"{place}/{working.CHECKPOINTS}")
+    assert not list(checkpoints.list())
+    cell = next(c for c in _cells(study, result) if c.kind == kinds.TEST and c.start == "pre")
+    store, task = open_store(cell.place), Task(cell, study.cache_url, place, 1, False)
+    before = json.loads(store.get(f"{cell.key}.json"))
+    store.delete(f"{cell.key}.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(working, "train_from", partial(train_from, on_epoch=die))
+        with pytest.raises(Killed):
+            perform(task)
+    assert {key.partition("/")[0] for key in checkpoints.list()} == {cell.key}
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning.Engine, "step", lambda *_: pytest.fail("it was trained again"))
+        again = perform(task)
+    assert (again["history"], again["cases"]) == (before["history"], before["cases"])
+    assert not list(checkpoints.list())

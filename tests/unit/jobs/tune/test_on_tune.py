@@ -81,7 +81,7 @@ def test_nothing_of_the_search_is_in_what_ray_saves() -> None:
 def test_a_trial_reports_each_epoch_and_names_what_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     reports: list[dict[str, Any]] = []
     monkeypatch.setattr(on_tune.tune, "report", reports.append)
-    settings = {"number": 0, "values": {"encoder": "models:/e/1", "finetune.lr": 1e-3, "finetune.batch": 6}}
+    settings = {"number": 0, "id": "i", "values": {"encoder": "models:/e/1", "finetune.lr": 1e-3, "finetune.batch": 6}}
     payload = {"config": resolved(CONFIG)}
     on_tune.trial(settings, payload, simulated_trials.train)
     assert [report["epoch"] for report in reports] == list(range(1, EPOCHS + 1))
