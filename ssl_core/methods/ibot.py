@@ -1,4 +1,4 @@
-"""iBOT on convolutional networks: a masked student predicts, token by token, what a following teacher sees."""
+"""Masked self-distillation (iBOT): a masked student predicts, token by token, what a following teacher sees."""
 
 import math
 from typing import Literal
@@ -51,10 +51,10 @@ class IBOT(nn.Module):
     c <- 0.9 c + 0.1 mean t over all ranks, and the teacher's weights follow as those of `byol` do; c moves faster in
     the first steps by the same rule.
 
-    Traps: it can collapse in two ways, onto one prototype (`token_prototypes` falls to 1) or to a flat teacher
-    (`token_entropy` rises to 1), so watch both: a lower teacher temperature works against the second, a slower centre
-    for the first; intensities must be centred near 0, as hidden voxels are set to 0; the loss is a cross-entropy whose
-    target moves, so it cannot be compared over steps.
+    Traps: it can collapse in two ways, onto one prototype (`token_prototypes` falls to 1), against which a lower
+    `centre_momentum` works, and to a flat teacher (`token_entropy` rises to 1), against which lower teacher
+    temperatures do; intensities must be centred near 0, as hidden voxels are set to 0; the loss is a cross-entropy
+    whose target moves, so it cannot be compared over steps.
 
     Cost: two passes of the whole network and two of the teacher's; a second copy of the weights; `positions` rows of K
     numbers for each view, four times.
