@@ -69,7 +69,7 @@ labels: [1, 2]
 draws: 8
 pretrainings: 1
 search: {lr: [2.0e-3, 5.0e-3], steps: [200], draws: 2, subjects: 4, labels: [1]}
-finetune: {epochs: 2, batch: 4, patch_DHW: [32, 40, 32], flip: [0, 0, 0], warmup_steps: 20, channels_last: true}
+finetune: {epochs: 4, batch: 4, patch_DHW: [32, 40, 32], flip: [0, 0, 0], warmup_steps: 20, channels_last: true}
 test_limit: 16
 concurrent: 4
 gpus_per_cell: 1
