@@ -35,7 +35,7 @@ from tests.oracles import alignment
 from tests.oracles import losses as slow
 
 CROPS = {"size_DHW": (8, 8, 8), "min_overlap": 0.3, "flip": (0.0, 0.0, 0.5)}
-EVERY = {"norm": "none", "positions": 10_000, "crops": CROPS, "prototypes": 6}
+EVERY: dict[str, Any] = {"norm": "none", "positions": 10_000, "crops": CROPS, "prototypes": 6}
 """Heads without norm, so that a row is compared by itself, and all hidden positions."""
 
 
@@ -59,7 +59,7 @@ def physical(view: View, b: int, point: np.ndarray) -> np.ndarray:
 
 def token_pairs(
     views: tuple[View, ...],
-    maps: list[list[torch.Tensor]],
+    maps: list[list[list[torch.Tensor]]],
     hidden: list[torch.Tensor],
     at: int,
     level: Level,
@@ -84,7 +84,7 @@ def token_pairs(
                 inside = ((there >= 0) & (there <= views[other].size_DHW)).all()
                 value = alignment.trilinear(teacher, np.round((there - level.offset_DHW) / level.stride_DHW, 9))
                 if inside and not np.isnan(value).any():
-                    rows.append((student[(slice(None), *k)], value))
+                    rows.append((student[:, k[0], k[1], k[2]], value))
             per_sample.append(rows)
         sets.append(per_sample)
     return sets
@@ -92,7 +92,7 @@ def token_pairs(
 
 @pytest.mark.parametrize(("tokens", "sees"), [("encoder", "both"), ("decoder", "same"), ("decoder", "other")])
 def test_the_loss_is_its_formula(tokens: str, sees: str) -> None:
-    level = {"feature_level": 1} if tokens == "encoder" else {}
+    level: dict[str, Any] = {"feature_level": 1} if tokens == "encoder" else {}
     method, batch = perturbed("ibot", tokens=tokens, teacher_view=sees, w_restore=3.0, w_global=2.0, **level, **EVERY)
     hang_over(batch)
     views = batch.roles["global"]
@@ -169,7 +169,7 @@ def test_centres_follow_the_mean_logits_of_what_counted() -> None:
     weight = method.target_prototypes.weight.detach().numpy()
 
     def cosines(head: torch.nn.Module, rows: torch.Tensor) -> np.ndarray:
-        return np.array([[slow.cosine(z, w) for w in weight] for z in outputs(head, rows)]).mean(0)
+        return np.asarray(np.array([[slow.cosine(z, w) for w in weight] for z in outputs(head, rows)]).mean(0))
 
     means = np.zeros((2, 6))
     for v, b in itertools.product(range(2), range(2)):
