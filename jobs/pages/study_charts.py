@@ -60,6 +60,7 @@ def differences(result: StudyResult) -> bytes:
     axis.axvline(0, color="#9aa3af", lw=1)
     names = [f"{test.a}, {test.labels} label{'s' if test.labels > 1 else ''}" for test in reversed(tests)]
     axis.set_yticks(range(len(tests)), names)
+    axis.set_ylim(-0.6, len(tests) - 0.4)  # or the outermost lie on the frame
     axis.set_xlabel(f"Dice minus that of {result.reference}")
     return chart(drawing, [axis], grid="x")
 

@@ -94,10 +94,10 @@ class Processes:
             ) from error
 
     def close(self) -> None:
-        """See `Pool`."""
-        for process in list((self._pool._processes or {}).values()):
+        """See `Pool`; idle processes end by themselves, and leave no semaphores to warn of."""
+        for process in list((self._pool._processes or {}).values()) if self._running else []:
             process.kill()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=not self._running, cancel_futures=True)
 
 
 class RayTasks:

@@ -12,7 +12,7 @@ _SIZE: dict[str, Any] = {
     "pretrainings": 1,
     "search": {"lr": [5e-3, 2e-2], "steps": [8], "draws": 1, "subjects": 1, "labels": []},
     "validation": 1,
-    "test_limit": 4,
+    "test_limit": 3,
 }
 _SHORT = {"engine": {"steps": 6, "warmup_steps": 1, "checkpoint_every": 3, "log_every": 1}}
 _STEPS = 12
@@ -27,7 +27,7 @@ def simulated() -> StudyConfig:
             "name": "resenc",
             "arguments": {
                 "n_blocks_per_stage": [1, 1, 1],
-                "features_per_stage": [8, 16, 32],
+                "features_per_stage": [4, 8, 16],
                 "n_conv_per_stage_decoder": [1, 1],
             },
         },

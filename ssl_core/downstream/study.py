@@ -132,7 +132,7 @@ class Power:
             return (
                 f"With {what} no difference can be shown: the least p that the exact test over draws attains is"
                 f" {least_p(self.draws):.2g}, {min(1.0, self.least_corrected):.2g} after Holm's correction, above"
-                f" {LEVEL:g}. It takes {need} draws, or fewer comparisons (`primary`, `primary_labels`)."
+                f" {LEVEL:g}. It takes {need} draws, or fewer comparisons (primary, primary_labels)."
             )
         return (
             f"With {what} a true difference of {self.detectable:.3f} Dice is seen with 80 %, where the differences of"

@@ -115,5 +115,5 @@ def require_weights(name: str, transfer: Transfer, keys: list[str], weights: Map
             expected=f"a model with all {len(keys)} tensors of it",
             found=f"{len(missing)} missing, the first: {missing[0]}",
             remedy="set transfer=encoder, or start from a segmenter or from an encoder of a method that trains a"
-            " decoder, exported with it: aligned, mae, models_genesis, supervised",
+            " decoder, exported with it: aligned, ibot, mae, models_genesis, supervised",
         )

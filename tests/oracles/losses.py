@@ -106,3 +106,27 @@ def deep_supervision(logits: Sequence[Matrix], classes: Matrix) -> float:
         loss = 1 - sum(dice) / len(dice) + entropy / (batch * math.prod(size))
         total, weight_sum = total + loss / 2**level, weight_sum + 1 / 2**level
     return total / weight_sum
+
+
+def softmax(logits: Matrix, temperature: float) -> Matrix:
+    below = sum(math.exp(float(x) / temperature) for x in logits)
+    return np.array([math.exp(float(x) / temperature) / below for x in logits])
+
+
+def distillation(
+    student: Matrix, teacher: Matrix, weights: Sequence[Matrix], centre: Matrix, student_t: float, teacher_t: float
+) -> tuple[float, Matrix, Matrix]:
+    """-sum over k of P_t log P_s of one embedding; with it the teacher's cosines and its distribution.
+
+    Args:
+        student: Embedding.
+        teacher: Embedding.
+        weights: Prototypes of the student and of the teacher.
+        centre: Taken from the teacher's cosines.
+        student_t: Temperature.
+        teacher_t: Temperature.
+    """
+    said = np.array([cosine(student, w) for w in weights[0]])
+    told = np.array([cosine(teacher, w) for w in weights[1]])
+    p, q = softmax(told - centre, teacher_t), softmax(said, student_t)
+    return -sum(float(p[k]) * math.log(float(q[k])) for k in range(len(p))), told, p

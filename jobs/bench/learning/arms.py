@@ -13,8 +13,13 @@ from storage.errors import ConfigError
 BASES = ("mocov2", "byol", "simclr")
 ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "aligned": {"restoration": {"w_consistency": 0.0}, "consistency": {"w_restore": 0.0}},
+    "ibot": {
+        "tokens": {"w_global": 0.0},
+        "same_view": {"teacher_view": "same"},
+        "restoration": {"w_restore": 1.0},
+    },
 }
-"""Rows beside a method's own, such as `aligned:restoration`: what is left when a part is taken out."""
+"""Rows beside a method's own, such as `aligned:restoration`: what is left when a part is taken out, or is added."""
 
 
 @dataclass(frozen=True)

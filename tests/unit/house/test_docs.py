@@ -22,7 +22,7 @@ from jobs.configs import search as search_configs
 from jobs.configs.study import StudyConfig
 from jobs.exchange.foreign import ImportMap
 from jobs.ingest_config import IngestConfig
-from ssl_core.config import Config, load, resolved
+from ssl_core.config import Config, load, parse, resolved
 from ssl_core.methods.base import method_names
 from ssl_core.testing.method_contract import MethodContract
 from ssl_core.testing.views import DEGENERATE
@@ -91,6 +91,18 @@ def kind_of(data: dict[str, object]) -> str:
 def test_example_configs_are_valid(path: Path) -> None:
     kind = path.stem.partition("_")[0]
     assert resolved(load(KINDS[kind], path))["name"]
+
+
+def test_the_study_of_the_script_for_a_gpu_is_a_valid_config() -> None:
+    text = read(ROOT / "docs/gpu/study.sh")
+    (body,) = re.findall(r"<<YAML\n(.*?)^YAML$", text, re.MULTILINE | re.DOTALL)
+    study = parse(StudyConfig, yaml.safe_load(body.replace("$store", "file:///data").replace("$source", "null")))
+    assert study.gpus_per_cell == 1
+    trained = len(study.starts) * study.search.draws * len(study.search.lr) * len(study.search.steps)
+    tested = len(study.starts) * len(study.labels) * study.draws
+    said = " ".join(text.replace("\n#", " ").split())
+    assert f"{trained} trainings of the search and {tested} tested ones" in said, "the cost that it states"
+    subprocess.run(["bash", "-n", ROOT / "docs/gpu/study.sh"], check=True, timeout=60)
 
 
 def test_there_is_an_example_for_each_job_that_takes_a_config() -> None:

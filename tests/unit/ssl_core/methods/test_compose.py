@@ -52,6 +52,7 @@ def test_a_part_of_a_composition_takes_as_many_of_the_shared_views_as_it_asked_f
     parts = [{"name": "supervised", "settings": labels}]
     parts += [{"name": name, "settings": {"hidden": 16}} for name in ("simclr", "mocov2", "byol", "pgl")]
     parts += [{"name": "aligned", "settings": {"hidden": 16, "block": 4}}, {"name": "mae", "settings": {"block": 4}}]
+    parts += [{"name": "ibot", "settings": {"hidden": 16, "prototypes": 16, "positions": 64, "block": 4}}]
     parts += [{"name": "pcrlv2", "settings": {"local": {"size_DHW": (8, 8, 8)}, "locals": 2}}]
     method = tiny_method("compose", changed("compose", parts=parts)).double()
     batch = batch_of(method, [0, 1], torch.float64)
