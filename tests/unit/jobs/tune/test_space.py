@@ -114,6 +114,10 @@ def test_a_grid_has_as_many_trials_as_points() -> None:
     assert config(space, algorithm="grid", encoders=["models:/e/1", "none"]).trials == 12
     with pytest.raises(ConfigError, match=r"trials \(7\) to be the points of the grid \(6\)"):
         config(space, algorithm="grid", trials=7)
+    for encoders in (["models:/e/1", "none"], ["models:/e/1", "models:/e/2"]):
+        with pytest.raises(ConfigError, match="one encoder with algorithm grid and compare_scratch, not 2"):
+            config(space, algorithm="grid", encoders=encoders, compare_scratch=True)
+    assert config(space, algorithm="grid", compare_scratch=True).total == 12
 
 
 def test_the_form_of_before_is_the_same_search() -> None:
