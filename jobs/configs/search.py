@@ -231,8 +231,8 @@ class TuneConfig(Config):
         ranges = [dim.path for dim in self.dimensions if not dim.is_list]
         if self.algorithm == "grid" and self.compare_scratch and len(self.encoders) > 1:
             raise ValueError(
-                f"one encoder with algorithm grid and compare_scratch, not {len(self.encoders)}: the grid of random weights"
-                " would have fewer points, and a search of another size decides by its size"
+                f"one encoder with algorithm grid and compare_scratch, not {len(self.encoders)}: the grid of random"
+                " weights would have fewer points, and a search of another size decides by its size"
             )
         if self.algorithm == "grid":
             if ranges:
