@@ -28,7 +28,7 @@ def test_a_page_has_all_parts_and_every_setting(name: str) -> None:
 
 
 OURS = r"our choice|\bours?\b"
-THEIRS = r"code|paper|re-implemented|example|nnssl|CVA|DetCon|BYOL|SimCLR|MoCo|PGL|LRC"
+THEIRS = r"code|paper|re-implemented|example|nnssl|CVA|DetCon|BYOL|SimCLR|MoCo|PGL|LRC|iBOT"
 
 
 @pytest.mark.parametrize("name", method_names())
