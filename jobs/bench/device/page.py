@@ -116,10 +116,14 @@ def _views(result: Result, _: str) -> str:
 
 
 TABLES: Tables = {
-    **{f"{run}-machine": (run, machine) for run in ("variants", "methods", "backbones", "nnssl", "losses", "views")},
+    **{
+        f"{run}-machine": (run, machine)
+        for run in ("variants", "methods", "later", "backbones", "nnssl", "losses", "views")
+    },
     "rates": ("variants", _rates),
     "variants": ("variants", _step(*_VARIANTS)),
     "methods": ("methods", _step(*_METHODS)),
+    "later": ("later", _step(*_METHODS)),
     "views-share": ("methods", _views_share),
     "backbones": ("backbones", _step(*_NETWORKS)),
     "nnssl": ("nnssl", _nnssl),
