@@ -113,7 +113,7 @@ class IBOT(nn.Module):
             default=0.3, ge=0, le=1, description="Share of the run in which it rises; iBOT's code: 30 of 100 epochs"
         )
         centre_momentum: float = Field(default=0.9, ge=0, le=1, description="Momentum of the centres; iBOT's 0.9")
-        loss: Kind = Field(default="mse", description="Error of a voxel in restoration; as `mae`")
+        loss: Kind = Field(default="mse", description="Error of a voxel in restoration; nnssl's L2, as `mae`")
         ema_start: float = Field(
             default=0.99,
             ge=0,
