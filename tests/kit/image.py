@@ -195,6 +195,7 @@ mount --bind "$image" "$root"
 mount -o remount,ro,bind "$root"
 for part in proc dev sys; do mount --rbind "/$part" "$root/$part"; done
 mount --bind /etc/hosts "$root/etc/hosts"
+mount --bind /etc/resolv.conf "$root/etc/resolv.conf"
 mount --bind "$own/run" "$root/run"
 for volume in $volumes; do
     mkdir -p "$own/$volume"
