@@ -20,7 +20,7 @@ from jobs import driver
 from jobs import labelled as split
 from jobs.configs import FinetuneJobConfig
 from jobs.finetune.checkpoints import StoredCheckpoints
-from jobs.finetune.training import require_outputs, require_transfer, train_from
+from jobs.finetune.training import require_outputs, require_transfer, score_test, train_from
 from jobs.lease import Lease
 from jobs.pinning import pinned
 from jobs.tracking import bundles, registration
@@ -30,7 +30,7 @@ from jobs.tracking.inputs import log_inputs
 from jobs.tracking.outage import through_outage
 from ssl_core.config import parse, resolved
 from ssl_core.downstream.comparison import Comparison, Training, paired_test_of, start_rows
-from ssl_core.downstream.finetune import TrainedSegmenter, score_volumes
+from ssl_core.downstream.finetune import TrainedSegmenter
 from ssl_core.downstream.scores import METRICS, CaseScore, mean_scores
 from storage.errors import ConfigError
 from storage.format.manifest import Manifest
@@ -89,20 +89,7 @@ def training_task(settings: dict[str, Any], run_id: str, task: Task) -> Training
         checkpoints=_checkpoints(config, task),
     )
     with trained.store:
-        cases = tuple(
-            score_volumes(
-                trained.network,
-                trained.store,
-                trained.subjects.test,
-                label=config.labelled.label,
-                labels=trained.labels,
-                policy=trained.intensity,
-                window=config.finetune.patch_DHW,
-                tolerance_mm=config.nsd_tolerance_mm,
-                device=trained.device,
-                inference=trained.inference,
-            )
-        )
+        cases = score_test(trained, config.labelled, config.finetune, config.nsd_tolerance_mm)
         if task == registered_task(config):
             _store(config, trained, cases, run_id=run_id, parent=config.starts[start])
     return Training(start, seed, trained.history, cases, None, time.monotonic() - began, task.draw)

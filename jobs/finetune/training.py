@@ -16,9 +16,11 @@ from ssl_core.downstream.finetune import (
     TrainedSegmenter,
     build_segmenter,
     label_values,
+    score_volumes,
     train_segmenter,
 )
 from ssl_core.downstream.inference_choice import choose_inference
+from ssl_core.downstream.scores import CaseScore
 from ssl_core.downstream.settings import Transfer
 from ssl_core.downstream.transfer import repeat_channels, require_weights, transferred_keys
 from ssl_core.networks.outline import outline, shapes_only
@@ -117,6 +119,32 @@ def train_from(
     return TrainedSegmenter(
         network, store, subjects, labels, encoder.intensity, tuple(history), device, notes, choice.inference
     )
+
+
+def score_test(
+    trained: TrainedSegmenter, labelled: LabelledConfig, settings: FinetuneConfig, tolerance_mm: float
+) -> tuple[CaseScore, ...]:
+    """Scores of every test case, predicted as the bundle will; the store is open.
+
+    Args:
+        trained: From `train_from`.
+        labelled: What it was trained on.
+        settings: How it was trained.
+        tolerance_mm: Of the normalised surface Dice.
+    """
+    cases = score_volumes(
+        trained.network,
+        trained.store,
+        trained.subjects.test,
+        label=labelled.label,
+        labels=trained.labels,
+        policy=trained.intensity,
+        window=settings.patch_DHW,
+        tolerance_mm=tolerance_mm,
+        device=trained.device,
+        inference=trained.inference,
+    )
+    return tuple(cases)
 
 
 def require_transfer(start: str, transfer: Transfer) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from jobs.configs import LabelledConfig
-from jobs.finetune import train_from
+from jobs.finetune import score_test, train_from
 from jobs.finetune.checkpoints import StoredCheckpoints
 from jobs.study import cells, seal
 from jobs.study.cells import Cell
@@ -24,7 +24,7 @@ from jobs.tracking import registration
 from ssl_core.bundle import write_bundle
 from ssl_core.bundle_card import BundleFacts
 from ssl_core.config import parse
-from ssl_core.downstream.finetune import FinetuneConfig, score_volumes
+from ssl_core.downstream.finetune import FinetuneConfig
 from ssl_core.networks.registry import build
 from ssl_core.views.intensity import IntensityPolicy
 from storage.objects import join, open_store
@@ -160,18 +160,7 @@ def _tuned(task: Task, labelled: LabelledConfig) -> dict[str, Any]:
             "peak_gb": _peak_gb(task.gpu),
         }
         if trained.subjects.test:
-            cases = score_volumes(
-                trained.network,
-                trained.store,
-                trained.subjects.test,
-                label=labelled.label,
-                labels=trained.labels,
-                policy=trained.intensity,
-                window=settings.patch_DHW,
-                tolerance_mm=spec["nsd_tolerance_mm"],
-                device=trained.device,
-                inference=trained.inference,
-            )
+            cases = score_test(trained, labelled, settings, spec["nsd_tolerance_mm"])
             outcome["cases"] = [case.to_json() for case in cases]
     return outcome
 

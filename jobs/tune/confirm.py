@@ -20,7 +20,7 @@ from jobs import driver
 from jobs.configs import FinetuneJobConfig
 from jobs.configs.search import TuneConfig
 from jobs.configs.space import ENCODER, with_settings
-from jobs.finetune import train_from
+from jobs.finetune import score_test, train_from
 from jobs.finetune.checkpoints import StoredCheckpoints, clear_all
 from jobs.tracking import bundles, registration
 from jobs.tracking import runs as tracking
@@ -30,7 +30,6 @@ from ssl_core.bundle_card import amend
 from ssl_core.config import parse, resolved
 from ssl_core.downstream.comparison import Training, subject_dice
 from ssl_core.downstream.confirmation import Confirmation, Scored, confirmed
-from ssl_core.downstream.finetune import score_volumes
 from ssl_core.downstream.scores import METRICS, mean_scores
 from ssl_core.downstream.search import SearchResult
 from storage.errors import ConfigError
@@ -94,20 +93,7 @@ def train(work: Work) -> Training:
         checkpoints=work.checkpoints,
     )
     with trained.store:
-        cases = tuple(
-            score_volumes(
-                trained.network,
-                trained.store,
-                trained.subjects.test,
-                label=config.labelled.label,
-                labels=trained.labels,
-                policy=trained.intensity,
-                window=config.finetune.patch_DHW,
-                tolerance_mm=config.nsd_tolerance_mm,
-                device=trained.device,
-                inference=trained.inference,
-            )
-        )
+        cases = score_test(trained, config.labelled, config.finetune, config.nsd_tolerance_mm)
         if work.keep:
             with tempfile.TemporaryDirectory(prefix="tomoscale-bundle-") as folder:
                 target = Path(folder) / "bundle"
