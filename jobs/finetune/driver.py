@@ -20,7 +20,7 @@ from jobs import driver
 from jobs import labelled as split
 from jobs.configs import FinetuneJobConfig
 from jobs.finetune.checkpoints import StoredCheckpoints
-from jobs.finetune.training import require_outputs, require_transfer, score_test, train_from
+from jobs.finetune.training import score_test, train_from
 from jobs.lease import Lease
 from jobs.pinning import pinned
 from jobs.tracking import bundles, registration
@@ -28,6 +28,7 @@ from jobs.tracking import models as registry
 from jobs.tracking import runs as tracking
 from jobs.tracking.inputs import log_inputs
 from jobs.tracking.outage import through_outage
+from jobs.tracking.starts import read_start
 from ssl_core.config import parse, resolved
 from ssl_core.downstream.comparison import Comparison, Training, paired_test_of, start_rows
 from ssl_core.downstream.finetune import TrainedSegmenter
@@ -127,8 +128,10 @@ def _compare(config: FinetuneJobConfig, lease: Lease) -> int:
     api = tracking.client()
     config = pinned(config)
     for uri in dict.fromkeys(config.starts.values()):
-        require_transfer(uri, config.finetune.transfer)
-        require_outputs(uri, config.finetune.deep_supervision)
+        if uri != "none":
+            start = read_start(uri)
+            start.require_transfer(config.finetune.transfer)
+            start.require_levels(config.finetune.deep_supervision)
     manifest = Manifest.open(config.labelled.data, config.labelled.fingerprint)
     for seed, subjects in split.draws(manifest, config.labelled).items():
         for line in split.absent_classes(manifest, config.labelled.label, subjects):

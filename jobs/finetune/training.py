@@ -8,7 +8,6 @@ from jobs import driver
 from jobs import labelled as split
 from jobs.configs import LabelledConfig
 from jobs.tracking import bundles
-from ssl_core.downstream.deep_supervision import require_levels
 from ssl_core.downstream.finetune import (
     Checkpoints,
     FinetuneConfig,
@@ -21,9 +20,7 @@ from ssl_core.downstream.finetune import (
 )
 from ssl_core.downstream.inference_choice import choose_inference
 from ssl_core.downstream.scores import CaseScore
-from ssl_core.downstream.settings import Transfer
-from ssl_core.downstream.transfer import repeat_channels, require_weights, transferred_keys
-from ssl_core.networks.outline import outline, shapes_only
+from ssl_core.downstream.transfer import repeat_channels
 from ssl_core.portable.inference.settings import check_mirror, sided
 from storage.errors import ConfigError
 from storage.format.manifest import Manifest
@@ -145,40 +142,6 @@ def score_test(
         inference=trained.inference,
     )
     return tuple(cases)
-
-
-def require_transfer(start: str, transfer: Transfer) -> None:
-    """Refuse a start that lacks what a training would take over from it, before one begins.
-
-    Args:
-        start: Model URI, or `none`.
-        transfer: What is to be taken over.
-
-    Raises:
-        ConfigError: names the start and the first tensor that it lacks.
-    """
-    if start == "none" or transfer == "encoder":  # an encoder is in every bundle
-        return
-    model = bundles.pull_encoder(start)
-    with shapes_only():
-        network = outline(model.backbone, {"out_channels": 2, **model.arguments})
-    keys = transferred_keys(network, transfer)
-    require_weights(start, transfer, keys, {**model.weights, **model.rest})
-
-
-def require_outputs(start: str, levels: int) -> None:
-    """Refuse a start whose network has fewer decoder levels than a training would supervise, before one begins.
-
-    Args:
-        start: Model URI, or `none`.
-        levels: `finetune.deep_supervision`.
-
-    Raises:
-        ConfigError: names the setting and how many there are.
-    """
-    if start != "none" and levels:
-        model = bundles.pull_encoder(start)
-        require_levels(model.backbone, model.arguments, levels)
 
 
 def device_for(gpu: bool) -> torch.device:

@@ -20,7 +20,7 @@ from storage.objects.retry import RetryPolicy
 
 _PATIENCE = RetryPolicy(deadline_s=8.0, attempt_s=3.0)
 """For a store that the nodes may reach and this machine may not."""
-_TRANSFER, _CHANNELS = "finetune.transfer", "finetune.channels"
+_TRANSFER, _CHANNELS, _LEVELS = "finetune.transfer", "finetune.channels", "finetune.deep_supervision"
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def require_starts(
     Raises:
         NotFound: no such model, version or alias.
         RefusedInput: no bundle of tomoscale's, or one of a newer version; too few labelled subjects.
-        ConfigError: its network cannot be built, is another, or lacks what is to be taken over; volumes of another
-            number of channels.
+        ConfigError: its network cannot be built, is another, lacks what is to be taken over, or has fewer levels than
+            are supervised; volumes of another number of channels.
     """
     starts: list[tuple[_Asked, Start]] = []
     for asked in _asked(config):
@@ -125,6 +125,11 @@ def _require(config: Any, asked: _Asked, start: Start) -> None:
     for key, transfer in asked.transfers:
         with named(key):
             start.require_transfer(transfer)
+    with named(asked.key):
+        for levels in (
+            config.values_of(_LEVELS) if isinstance(config, TuneConfig) else (config.finetune.deep_supervision,)
+        ):
+            start.require_levels(levels)
 
 
 def _require_data(

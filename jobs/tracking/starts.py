@@ -15,6 +15,7 @@ import torch
 
 from jobs.tracking import models
 from ssl_core.bundle import DECODER
+from ssl_core.downstream.deep_supervision import require_levels
 from ssl_core.downstream.settings import Transfer
 from ssl_core.downstream.transfer import require_weights, transferred_keys
 from ssl_core.networks import Backbone
@@ -69,6 +70,15 @@ class Start:
         require_weights(
             self.uri, transfer, transferred_keys(network, transfer), dict.fromkeys(names, torch.empty(0, device="meta"))
         )
+
+    def require_levels(self, levels: int) -> None:
+        """Refuse a network with fewer decoder levels below its output than a training would supervise.
+
+        Raises:
+            ConfigError: names the setting and how many there are.
+        """
+        if levels:
+            require_levels(self.backbone, self.arguments, levels)
 
     def require_crop(self, size_DHW: tuple[int, int, int], key: str) -> None:
         """Refuse a crop that the network cannot be trained on.

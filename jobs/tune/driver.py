@@ -75,7 +75,7 @@ def run(
     """
     api = tracking.client()
     config = pinned(config)
-    _require_transfers(config)
+    _require_starts(config)
     concurrent = config.concurrent or room_for(config)
     run_id = tracking.open_run(api, config.experiment, config.name, "tune", params=resolved(config), tags={})
     manifest = Manifest.open(config.labelled.data, config.labelled.fingerprint)
@@ -121,18 +121,21 @@ def run(
     return result
 
 
-def _require_transfers(config: TuneConfig) -> None:
-    """Refuse starts that lack what trials would take over, before any begins.
+def _require_starts(config: TuneConfig) -> None:
+    """Refuse starts that lack what trials would take over or supervise, before any begins.
 
     Raises:
-        ConfigError: names the start and the first tensor that it lacks.
+        ConfigError: names the start and the first tensor that it lacks, or how many levels there are.
     """
     transfers = config.values_of("finetune.transfer")
+    levels = config.values_of("finetune.deep_supervision")
     for uri in config.encoders:
-        if uri != "none" and set(transfers) != {"encoder"}:
+        if uri != "none" and (set(transfers) != {"encoder"} or any(levels)):
             start = read_start(uri)
             for transfer in transfers:
                 start.require_transfer(transfer)
+            for level in levels:
+                start.require_levels(level)
 
 
 def best_job(config: TuneConfig, result: SearchResult) -> FinetuneJobConfig:

@@ -10,8 +10,8 @@ from jobs.configs import FinetuneJobConfig, LabelledConfig
 from jobs.configs.search import TuneConfig
 from jobs.finetune import train_from
 from jobs.finetune.checkpoints import StoredCheckpoints
-from jobs.finetune.training import require_transfer
 from jobs.tracking.bundles import read_encoder, write_encoder
+from jobs.tracking.starts import read_start
 from ssl_core.bundle import DECODER, load_backbone, write_bundle
 from ssl_core.bundle_card import BundleFacts
 from ssl_core.config import parse
@@ -75,11 +75,10 @@ def test_a_bundle_with_a_decoder_is_an_encoder_to_those_who_know_no_decoder(plac
 def test_a_decoder_that_was_not_trained_is_refused_by_name_before_anything_runs(place: Path) -> None:
     _, bundle = pretrained(place, "simclr")
     assert not (bundle / DECODER).exists()
-    require_transfer(str(bundle), "encoder")
-    require_transfer("none", "encoder_decoder")
+    read_start(str(bundle)).require_transfer("encoder")
     for transfer in ("encoder_decoder", "all_but_head"):
         with pytest.raises(ConfigError, match=rf"transfer {transfer} of {bundle}.*missing, the first: upcat_4"):
-            require_transfer(str(bundle), transfer)
+            read_start(str(bundle)).require_transfer(transfer)
         with pytest.raises(ConfigError, match="transfer=encoder"):
             train_from(
                 str(bundle),
@@ -100,7 +99,7 @@ def test_of_a_segmenter_all_but_its_output_layer_is_taken(tmp_path: Path) -> Non
     assert head
     for key, tensor in network.net.state_dict().items():
         assert (key in head) or torch.equal(other.net.state_dict()[key], tensor), key
-    require_transfer(str(tmp_path / "b"), "all_but_head")
+    read_start(str(tmp_path / "b")).require_transfer("all_but_head")
 
 
 def test_a_training_goes_on_from_object_storage_and_leaves_nothing(place: Path) -> None:

@@ -115,6 +115,14 @@ def test_what_a_bundle_cannot_give_over_is_refused_by_the_key(place: Path) -> No
     assert notes_of(tune(place / "both", space=space)) == []
 
 
+def test_more_levels_than_a_network_has_are_refused_by_the_key(place: Path) -> None:
+    words = ("starts.own: finetune.deep_supervision", "the decoder levels of resenc")
+    refused(finetune(place / "encoder", deep_supervision=9), ConfigError, *words)
+    assert notes_of(finetune(place / "encoder", deep_supervision=1)) == []
+    space = {"finetune.deep_supervision": {"choice": [0, 9]}}
+    refused(tune(place / "both", space=space), ConfigError, f"encoders {place}/both: finetune.deep_supervision", "9")
+
+
 def test_a_newer_a_foreign_and_a_changed_bundle_are_refused_by_the_key(place: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(place / "encoder", copy)
