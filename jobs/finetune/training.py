@@ -1,8 +1,10 @@
 """One training in this process: subjects, start, network, loop."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from jobs import driver
 from jobs import labelled as split
@@ -119,7 +121,11 @@ def train_from(
 
 
 def score_test(
-    trained: TrainedSegmenter, labelled: LabelledConfig, settings: FinetuneConfig, tolerance_mm: float
+    trained: TrainedSegmenter,
+    labelled: LabelledConfig,
+    settings: FinetuneConfig,
+    tolerance_mm: float,
+    on_mask: Callable[[str, NDArray[Any], NDArray[Any]], None] = lambda _volume_id, _mask_DHW, _truth_DHW: None,
 ) -> tuple[CaseScore, ...]:
     """Scores of every test case, predicted as the bundle will; the store is open.
 
@@ -128,6 +134,7 @@ def score_test(
         labelled: What it was trained on.
         settings: How it was trained.
         tolerance_mm: Of the normalised surface Dice.
+        on_mask: Sees each volume's prediction and truth, (D, H, W) label values.
     """
     cases = score_volumes(
         trained.network,
@@ -140,6 +147,7 @@ def score_test(
         tolerance_mm=tolerance_mm,
         device=trained.device,
         inference=trained.inference,
+        on_mask=on_mask,
     )
     return tuple(cases)
 

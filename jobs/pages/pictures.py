@@ -7,6 +7,7 @@ views are shown as the network gets them, flips included.
 import io
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -162,6 +163,49 @@ def overlay_picture(
         )
     if title:
         figure.suptitle(title, fontsize=12, color=INK)
+    return _png(figure)
+
+
+@dataclass(frozen=True)
+class ComparedSlice:
+    """One axial slice with some segmentations.
+
+    Attributes:
+        title: Of the row.
+        image_HW: Intensities.
+        truth_HW: Label values.
+        predictions: Name of each segmentation and its label values, (H, W).
+        spacing_mm: (H, W), for the proportions.
+    """
+
+    title: str
+    image_HW: NDArray[Any]
+    truth_HW: NDArray[Any]
+    predictions: Sequence[tuple[str, NDArray[Any]]]
+    spacing_mm: tuple[float, float]
+
+
+def comparison_picture(rows: Sequence[ComparedSlice]) -> bytes:
+    """PNG with a row a case: the slice with its truth, then each segmentation with the outline of the truth, dashed."""
+    side = 2.3
+    columns = 1 + max(len(row.predictions) for row in rows)
+    heights = []
+    for row in rows:
+        height, width = (n * mm for n, mm in zip(row.image_HW.shape, row.spacing_mm, strict=True))
+        heights.append(side * height / width + 0.45)
+    figure = Figure(figsize=(side * columns + 0.3, sum(heights)), dpi=110, facecolor="white", layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
+    for row, line in zip(rows, grid, strict=True):
+        window = np.percentile(row.image_HW, [0.5, 99.5])
+        panels = (("truth", row.truth_HW), *row.predictions)
+        for axes, (name, mask_HW) in zip(line, panels, strict=True):
+            _show(axes, row.image_HW, row.spacing_mm[0] / row.spacing_mm[1], window)
+            _label(axes, mask_HW, filled=True)
+            if name != "truth":
+                _label(axes, row.truth_HW, filled=False)
+            axes.set_title(name, fontsize=8.5, color=INK)
+            axes.invert_xaxis()
+        line[0].set_ylabel(row.title, fontsize=8.5, color=INK)
     return _png(figure)
 
 

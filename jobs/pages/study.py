@@ -1,12 +1,14 @@
 """The report of a study: one page that needs nothing else, and the same in Markdown."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from jobs.pages import study_charts as charts
 from jobs.pages.html import Picture, page
+from jobs.pages.pictures import ComparedSlice, comparison_picture
 from ssl_core.downstream.inference import DrawTest, Estimate
-from ssl_core.downstream.scores import METRICS, Metric
-from ssl_core.downstream.study import StudyResult, StudyRow
+from ssl_core.downstream.scores import METRICS, CaseScore, Metric
+from ssl_core.downstream.study import StudyCell, StudyResult, StudyRow
 
 Table = tuple[tuple[str, ...], Sequence[tuple[str, ...]]]
 
@@ -85,34 +87,83 @@ def settings_table(result: StudyResult) -> Table:
     return head, rows
 
 
-def cases_table(result: StudyResult, most: int = 8) -> Table:
-    """Cases of the same draw in which a start and the reference differ most."""
-    head = ("labels", "start", "draw", "case", "label", "Dice", f"Dice of {result.reference}", "difference")
+@dataclass(frozen=True)
+class Contrast:
+    """A case of a draw as a start and the reference segmented it.
+
+    Attributes:
+        cell: The start's training.
+        reference: The reference's, on the same draw.
+        dice: Dice of the reference.
+        case: The start's scores.
+    """
+
+    cell: StudyCell
+    reference: StudyCell
+    dice: float
+    case: CaseScore
+
+
+def contrasts(result: StudyResult) -> list[Contrast]:
+    """Cases of first seeds, those first in which a start and the reference differ most in Dice."""
     reference = {
-        (cell.labels, cell.draw, case.volume_id, case.label): case.scores.dice
+        (cell.labels, cell.draw, case.volume_id, case.label): (cell, case.scores.dice)
         for cell in result.cells
-        if cell.start == result.reference
+        if cell.start == result.reference and cell.seed == 0
         for case in cell.cases
     }
     pairs = [
-        (cell, case, reference[cell.labels, cell.draw, case.volume_id, case.label])
+        Contrast(cell, *reference[cell.labels, cell.draw, case.volume_id, case.label], case)
         for cell in result.cells
         if cell.start != result.reference and cell.seed == 0
         for case in cell.cases
     ]
-    pairs.sort(key=lambda pair: -abs(pair[1].scores.dice - pair[2]))
+    return sorted(pairs, key=lambda pair: -abs(pair.case.scores.dice - pair.dice))
+
+
+def cases_table(result: StudyResult, most: int = 8) -> Table:
+    """Cases of the same draw in which a start and the reference differ most."""
+    head = ("labels", "start", "draw", "case", "label", "Dice", f"Dice of {result.reference}", "difference")
     rows = [
         (
-            str(cell.labels),
-            cell.start,
-            str(cell.draw),
-            case.volume_id,
-            case.label,
-            f"{case.scores.dice:.3f}",
-            f"{other:.3f}",
-            f"{case.scores.dice - other:+.3f}",
+            str(pair.cell.labels),
+            pair.cell.start,
+            str(pair.cell.draw),
+            pair.case.volume_id,
+            pair.case.label,
+            f"{pair.case.scores.dice:.3f}",
+            f"{pair.dice:.3f}",
+            f"{pair.case.scores.dice - pair.dice:+.3f}",
         )
-        for cell, case, other in pairs[:most]
+        for pair in contrasts(result)[:most]
+    ]
+    return head, rows
+
+
+def pictured(result: StudyResult, most: int = 4) -> list[Contrast]:
+    """The contrasts that the page shows: the largest of each case, of those whose slices were kept."""
+    first: dict[str, Contrast] = {}
+    for pair in contrasts(result):
+        name = pair.case.volume_id
+        if name in pair.cell.slices and name in pair.reference.slices:
+            first.setdefault(name, pair)
+    return list(first.values())[:most]
+
+
+def pretraining_table(result: StudyResult) -> Table:
+    """Each pre-training: its time, first and last loss, and what probes said last."""
+    probes = sorted({name for one in result.pretrainings for name in one.probes})
+    titles = (name.removeprefix("probe/").replace("_", " ") for name in probes)
+    head = ("start", "seed", "minutes", "first loss", "last loss", *titles)
+    rows = [
+        (
+            one.start,
+            str(one.seed),
+            f"{one.minutes:.1f}",
+            *((f"{one.losses[0][1]:.3g}", f"{one.losses[-1][1]:.3g}") if one.losses else ("-", "-")),
+            *(f"{one.probes[name]:.3g}" if name in one.probes else "-" for name in probes),
+        )
+        for one in result.pretrainings
     ]
     return head, rows
 
@@ -133,6 +184,7 @@ def markdown(result: StudyResult, command: str) -> str:
         " larger of the two is corrected by Holm.",
         "## Cost",
         _markdown(cost_table(result)),
+        *(("## Pre-trainings", _markdown(pretraining_table(result))) if result.pretrainings else ()),
         "## Settings",
         f"Recorded before the test was opened, digest {result.choice['digest']}.",
         _markdown(settings_table(result)),
@@ -141,13 +193,14 @@ def markdown(result: StudyResult, command: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def html(result: StudyResult, command: str, config: str) -> str:
+def html(result: StudyResult, command: str, config: str, examples: Sequence[ComparedSlice] = ()) -> str:
     """The whole page: one file that needs no script and no request.
 
     Args:
         result: The study.
         command: What repeats it.
         config: Its configuration, as YAML.
+        examples: Slices of the cases that differ most.
     """
     power = result.power
     headline = {
@@ -181,8 +234,20 @@ def html(result: StudyResult, command: str, config: str) -> str:
         cost=cost_table(result),
         settings=settings_table(result),
         cases=cases_table(result),
+        examples=_examples(examples),
+        pretrainings=pretraining_table(result),
         edges=edges(result),
     )
+
+
+def _examples(examples: Sequence[ComparedSlice]) -> Picture | None:
+    if not examples:
+        return None
+    caption = (
+        "One slice of each of the cases that differ most, where the truth is largest. The dashed line is the truth; the"
+        " patient's right is on the left."
+    )
+    return Picture(comparison_picture(examples), caption)
 
 
 def edges(result: StudyResult) -> str:

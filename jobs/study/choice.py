@@ -12,7 +12,7 @@ from jobs.study.cells import Cells
 from jobs.study.prepare import FREE
 from jobs.study.work import score
 from ssl_core.config import resolved
-from ssl_core.downstream.study import Power, power_of
+from ssl_core.downstream.inference import Power, power_of
 
 Grid = dict[tuple[float, int], list[float]]
 

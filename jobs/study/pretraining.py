@@ -39,7 +39,7 @@ def pretrain(job: dict[str, Any], url: str, *, gpu: bool) -> dict[str, Any]:
         gpu: Whether to train on a GPU.
 
     Returns:
-        Points of the loss, steps, and seconds, those before an interruption included.
+        Points of the loss, the last value of each probe, steps, and seconds, those before an interruption included.
     """
     driver.quiet()
     config = parse(PretrainConfig, job, "pretrain")
@@ -72,6 +72,9 @@ def pretrain(job: dict[str, Any], url: str, *, gpu: bool) -> dict[str, Any]:
     losses = [(point.step, point.metrics["loss"]) for point in points if "loss" in point.metrics]
     return {
         "losses": losses[:: max(1, len(losses) // _POINTS)],
+        "probes": {
+            name: value for point in points for name, value in point.metrics.items() if name.startswith("probe/")
+        },
         "steps": int(outcome["steps"]),
         "resumed_at": 0 if restore is None else int(restore.name.removeprefix("step-")),
         "trained_s": seconds,

@@ -15,7 +15,8 @@ from jobs.study.graph import Clock, execute
 from jobs.study.pools import Pool
 from jobs.study.prepare import prepare
 from jobs.study.work import CHECKPOINTS, Task
-from ssl_core.downstream.study import Power, StudyResult, cell_from_json, power_of, summarise
+from ssl_core.downstream.inference import Power, power_of
+from ssl_core.downstream.study import StudyPretraining, StudyResult, cell_from_json, summarise
 from storage.format.manifest import Manifest
 from storage.objects import join, open_store
 
@@ -89,13 +90,12 @@ def outcome(cells: Cells, choice: dict[str, Any], results: dict[str, dict[str, A
         # Cells with equal digests are one; each count says its own name.
         own = {"start": cell.start, "labels": cell.labels, "draw": cell.draw, "seed": cell.seed}
         trainings.append(cell_from_json(results[cell.key] | own))
-    seconds: dict[str, list[float]] = {}
+    pretrainings = []
     for start in config.starts:
         for seed in range(config.pretrainings):
             origin = cells.origin(start, seed)
             if origin is not None:
-                result = results[origin.key]
-                seconds.setdefault(start, []).append(float(result.get("trained_s", result["seconds"])))
+                pretrainings.append(_pretraining(start, seed, results[origin.key]))
     manifest = Manifest.open(config.data, cells.data.fingerprint)
     return summarise(
         config.name,
@@ -104,9 +104,15 @@ def outcome(cells: Cells, choice: dict[str, Any], results: dict[str, dict[str, A
         trainings,
         power=Power(**choice["power"]),
         choice=choice,
-        pretraining_s={start: sum(values) / len(values) for start, values in seconds.items()},
+        pretrainings=pretrainings,
         data=str(manifest.dataset.get("name") or config.data),
     )
+
+
+def _pretraining(start: str, seed: int, result: dict[str, Any]) -> StudyPretraining:
+    seconds = float(result.get("trained_s", result["seconds"]))
+    losses = tuple((int(step), float(loss)) for step, loss in result.get("losses", ()))
+    return StudyPretraining(start, seed, seconds / 60, losses, result.get("probes", {}))
 
 
 def counts(config: StudyConfig, first: list[Cell]) -> dict[str, int]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from jobs.configs import LabelledConfig
 from jobs.finetune import score_test, train_from
@@ -25,6 +26,7 @@ from ssl_core.bundle import write_bundle
 from ssl_core.bundle_card import BundleFacts
 from ssl_core.config import parse
 from ssl_core.downstream.finetune import FinetuneConfig
+from ssl_core.downstream.scores import CaseSlice
 from ssl_core.networks.registry import build
 from ssl_core.views.intensity import IntensityPolicy
 from storage.objects import join, open_store
@@ -160,8 +162,13 @@ def _tuned(task: Task, labelled: LabelledConfig) -> dict[str, Any]:
             "peak_gb": _peak_gb(task.gpu),
         }
         if trained.subjects.test:
-            cases = score_test(trained, labelled, settings, spec["nsd_tolerance_mm"])
-            outcome["cases"] = [case.to_json() for case in cases]
+            slices: dict[str, Any] = {}
+
+            def keep(volume_id: str, mask_DHW: NDArray[Any], truth_DHW: NDArray[Any]) -> None:
+                slices[volume_id] = CaseSlice.largest(mask_DHW, truth_DHW).to_json()
+
+            cases = score_test(trained, labelled, settings, spec["nsd_tolerance_mm"], keep)
+            outcome |= {"cases": [case.to_json() for case in cases], "slices": slices}
     return outcome
 
 

@@ -98,6 +98,46 @@ class DrawTest:
         return self.least_p * self.compared < LEVEL
 
 
+@dataclass(frozen=True)
+class Power:
+    """What the study could see, stated before the test was opened.
+
+    Attributes:
+        draws: Draws of labelled subjects.
+        comparisons: Tests that share the level.
+        sd: Standard deviation between draws of a difference in Dice.
+        is_pilot: Whether validation draws measured it; else it is the configuration's assumption.
+        least_corrected: Smallest p that the first of Holm's list can have.
+        detectable: Difference in Dice that is seen with 80 %; None where no difference could be shown.
+    """
+
+    draws: int
+    comparisons: int
+    sd: float
+    is_pilot: bool
+    least_corrected: float
+    detectable: float | None
+
+    @property
+    def statement(self) -> str:
+        """One sentence or two."""
+        plural = "" if self.comparisons == 1 else "s"
+        what = f"{self.draws} draws of labelled subjects and {self.comparisons} comparison{plural}"
+        source = "measured on validation draws" if self.is_pilot else "assumed"
+        if self.detectable is None:
+            need = least_draws(self.comparisons)
+            return (
+                f"With {what} no difference can be shown: the least p that the exact test over draws attains is"
+                f" {least_p(self.draws):.2g}, {min(1.0, self.least_corrected):.2g} after Holm's correction, above"
+                f" {LEVEL:g}. It takes {need} draws, or fewer comparisons (primary, primary_labels)."
+            )
+        return (
+            f"With {what} a true difference of {self.detectable:.3f} Dice is seen with 80 %, where the differences of"
+            f" draws have a standard deviation of {self.sd:.3f} ({source}); the least corrected p is"
+            f" {self.least_corrected:.2g}."
+        )
+
+
 def crossed_estimate(box: Box, axes: int = 3) -> tuple[Box, Box, Box]:
     """Mean, its standard error and the degrees of freedom, all axes crossed and random.
 
@@ -245,6 +285,12 @@ def detectable(
         middle = (low + high) / 2
         low, high = (middle, high) if scipy_stats.nct.sf(limit, freedom, middle) < power else (low, middle)
     return float(high * sd / math.sqrt(draws))
+
+
+def power_of(draws: int, comparisons: int, sd: float, *, is_pilot: bool) -> Power:
+    """What so many draws can show; see `detectable`."""
+    difference_seen = detectable(draws, sd, comparisons=comparisons)
+    return Power(draws, comparisons, sd, is_pilot, least_p(draws) * comparisons, difference_seen)
 
 
 def draw_test(box_DSN: NDArray[Any], *, a: str, b: str, labels: int) -> DrawTest:

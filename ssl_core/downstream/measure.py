@@ -1,6 +1,6 @@
 """A segmenter applied to stored volumes, and its scores."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,14 +87,19 @@ def score_volumes(
     tolerance_mm: float,
     device: torch.device,
     inference: Inference = PLAIN,
+    on_mask: Callable[[str, NDArray[Any], NDArray[Any]], None] = lambda _volume_id, _mask_DHW, _truth_DHW: None,
 ) -> Iterator[CaseScore]:
-    """Scores of each label of each volume, volumes as listed, labels in the order of `labels`."""
+    """Scores of each label of each volume, volumes as listed, labels in the order of `labels`.
+
+    `on_mask` sees each volume's prediction and truth, (D, H, W) label values.
+    """
     for index in indices:
         record = store.manifest.record(index)
         mask = predict_volume(
             network, store, index, labels=labels, policy=policy, window=window, device=device, inference=inference
         )
         truth = store.read_volume(record.volume_id, label=label)[0]
+        on_mask(record.volume_id, mask, truth)
         scores = score_case(mask, truth, labels=labels, spacing_mm=record.spacing_mm, tolerance_mm=tolerance_mm)
         for name, of_label in scores.items():
             yield CaseScore(record.volume_id, record.subject, name, of_label)

@@ -19,7 +19,9 @@ A field of `Scores` is a metric. Files, tables, MLflow and the report go through
 and its formula.
 """
 
+import base64
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -181,6 +183,41 @@ class CaseScore:
             RefusedInput: a score or a name is missing.
         """
         return from_fields(cls, {**data, "scores": from_fields(Scores, data)})
+
+
+@dataclass(frozen=True)
+class CaseSlice:
+    """The axial slice of a case that a report shows: where its truth is largest, so the same for whoever predicts.
+
+    Attributes:
+        at: Its place along D.
+        classes_HW: Label values that were predicted there.
+    """
+
+    at: int
+    classes_HW: NDArray[np.int32]
+
+    @classmethod
+    def largest(cls, prediction_DHW: NDArray[Any], truth_DHW: NDArray[Any]) -> "CaseSlice":
+        """The slice of a prediction where the truth has most labelled voxels, the first of several.
+
+        Args:
+            prediction_DHW: Label values.
+            truth_DHW: Label values on the same grid.
+        """
+        at = int(np.count_nonzero(truth_DHW, axis=(1, 2)).argmax())
+        return cls(at, prediction_DHW[at].astype(np.int32))
+
+    def to_json(self) -> dict[str, Any]:
+        """Place and extent, and the values compressed, as text."""
+        packed = base64.b64encode(zlib.compress(self.classes_HW.tobytes())).decode()
+        return {"at": self.at, "size_HW": list(self.classes_HW.shape), "classes": packed}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "CaseSlice":
+        """Inverse of `to_json`."""
+        values = np.frombuffer(zlib.decompress(base64.b64decode(data["classes"])), np.int32)
+        return cls(int(data["at"]), values.reshape(data["size_HW"]))
 
 
 def mean_scores(cases: Sequence[CaseScore]) -> Scores:

@@ -5,7 +5,7 @@ The words are computed from the tests. They say over what they generalise, and c
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,15 +15,13 @@ from ssl_core.downstream.inference import (
     LEVEL,
     DrawTest,
     Estimate,
+    Power,
     corrected,
-    detectable,
     draw_test,
     estimate,
-    least_draws,
-    least_p,
 )
 from ssl_core.downstream.records import from_fields
-from ssl_core.downstream.scores import METRICS, CaseScore
+from ssl_core.downstream.scores import METRICS, CaseScore, CaseSlice
 from storage.errors import ConfigError
 
 # scipy.stats takes a second to import, and every job reads this module: functions import it.
@@ -46,6 +44,7 @@ class StudyCell:
         steps: Optimizer steps in all.
         seconds: Wall time of the training alone.
         peak_gb: Most memory in use, GB.
+        slices: Of each test case, by id, the slice that a report shows; none of trainings from before there were any.
     """
 
     start: str
@@ -58,6 +57,26 @@ class StudyCell:
     steps: int
     seconds: float
     peak_gb: float
+    slices: Mapping[str, CaseSlice] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StudyPretraining:
+    """A pre-training of a study.
+
+    Attributes:
+        start: Name of its start.
+        seed: Its seed.
+        minutes: How long it took.
+        losses: Some steps and their losses.
+        probes: Last value of each probe, by name.
+    """
+
+    start: str
+    seed: int
+    minutes: float
+    losses: tuple[tuple[int, float], ...]
+    probes: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -103,45 +122,6 @@ class Ranks:
 
 
 @dataclass(frozen=True)
-class Power:
-    """What the study could see, stated before the test was opened.
-
-    Attributes:
-        draws: Draws of labelled subjects.
-        comparisons: Tests that share the level.
-        sd: Standard deviation between draws of a difference in Dice.
-        is_pilot: Whether validation draws measured it; else it is the configuration's assumption.
-        least_corrected: Smallest p that the first of Holm's list can have.
-        detectable: Difference in Dice that is seen with 80 %; None where no difference could be shown.
-    """
-
-    draws: int
-    comparisons: int
-    sd: float
-    is_pilot: bool
-    least_corrected: float
-    detectable: float | None
-
-    @property
-    def statement(self) -> str:
-        """One sentence or two."""
-        what = f"{self.draws} draws of labelled subjects and {_count(self.comparisons, 'comparison')}"
-        source = "measured on validation draws" if self.is_pilot else "assumed"
-        if self.detectable is None:
-            need = least_draws(self.comparisons)
-            return (
-                f"With {what} no difference can be shown: the least p that the exact test over draws attains is"
-                f" {least_p(self.draws):.2g}, {min(1.0, self.least_corrected):.2g} after Holm's correction, above"
-                f" {LEVEL:g}. It takes {need} draws, or fewer comparisons (primary, primary_labels)."
-            )
-        return (
-            f"With {what} a true difference of {self.detectable:.3f} Dice is seen with 80 %, where the differences of"
-            f" draws have a standard deviation of {self.sd:.3f} ({source}); the least corrected p is"
-            f" {self.least_corrected:.2g}."
-        )
-
-
-@dataclass(frozen=True)
 class StudyResult:
     """What all cells of a study come to.
 
@@ -154,6 +134,7 @@ class StudyResult:
         power: As stated before.
         choice: The sealed choice.
         cells: All tested trainings.
+        pretrainings: All pre-trainings.
         generalises: Over what.
         conclusion: Sentences.
     """
@@ -166,6 +147,7 @@ class StudyResult:
     power: Power
     choice: Mapping[str, Any]
     cells: tuple[StudyCell, ...]
+    pretrainings: tuple[StudyPretraining, ...]
     generalises: str
     conclusion: tuple[str, ...]
 
@@ -179,13 +161,9 @@ def cell_from_json(data: Mapping[str, Any]) -> StudyCell:
     finetune = data["spec"]["finetune"]
     cases = tuple(CaseScore.from_json(case) for case in data["cases"])
     steps = finetune["epochs"] * finetune["steps_per_epoch"]
-    return from_fields(StudyCell, {**data, "cases": cases, "steps": steps, "seconds": data["trained_s"]})
-
-
-def power_of(draws: int, comparisons: int, sd: float, *, is_pilot: bool) -> Power:
-    """What so many draws can show; see `inference.detectable`."""
-    difference_seen = detectable(draws, sd, comparisons=comparisons)
-    return Power(draws, comparisons, sd, is_pilot, least_p(draws) * comparisons, difference_seen)
+    slices = {name: CaseSlice.from_json(one) for name, one in data.get("slices", {}).items()}
+    known = {"cases": cases, "slices": slices, "steps": steps, "seconds": data["trained_s"]}
+    return from_fields(StudyCell, {**data, **known})
 
 
 def box_of(cells: Sequence[StudyCell], start: str, labels: int, metric: str = "dice") -> Box:
@@ -239,7 +217,7 @@ def summarise(
     *,
     power: Power,
     choice: Mapping[str, Any],
-    pretraining_s: Mapping[str, float],
+    pretrainings: Sequence[StudyPretraining],
     data: str,
 ) -> StudyResult:
     """Rows, tests and words of a study.
@@ -251,7 +229,7 @@ def summarise(
         cells: All tested trainings.
         power: As stated before the test was opened.
         choice: The sealed choice.
-        pretraining_s: Seconds of one pre-training by start.
+        pretrainings: All of them.
         data: What the sentences call the data.
 
     Raises:
@@ -259,7 +237,7 @@ def summarise(
     """
     starts = list(dict.fromkeys(cell.start for cell in cells))
     counts = sorted({cell.labels for cell in cells})
-    rows = [_row(cells, start, labels, choice, pretraining_s.get(start, 0.0)) for labels in counts for start in starts]
+    rows = [_row(cells, start, labels, choice, pretrainings) for labels in counts for start in starts]
     tests = corrected([draw_test(difference(cells, a, reference, n), a=a, b=reference, labels=n) for a, n in compared])
     ranks = [ranks_of(cells, starts, labels) for labels in counts]
     scope = _scope(cells, data)
@@ -272,6 +250,7 @@ def summarise(
         power=power,
         choice=choice,
         cells=tuple(cells),
+        pretrainings=tuple(pretrainings),
         generalises=scope,
         conclusion=conclusion(tests, rows, reference, scope),
     )
@@ -355,8 +334,13 @@ def _scope(cells: Sequence[StudyCell], data: str) -> str:
 
 
 def _row(
-    cells: Sequence[StudyCell], start: str, labels: int, choice: Mapping[str, Any], pretraining_s: float
+    cells: Sequence[StudyCell],
+    start: str,
+    labels: int,
+    choice: Mapping[str, Any],
+    pretrainings: Sequence[StudyPretraining],
 ) -> StudyRow:
+    minutes = [one.minutes for one in pretrainings if one.start == start]
     group = [cell for cell in cells if (cell.start, cell.labels) == (start, labels)]
     settings = choice["settings"][start][str(labels)]
     return StudyRow(
@@ -367,7 +351,7 @@ def _row(
         lr=float(settings["lr"]),
         steps=group[0].steps,
         minutes=float(np.mean([cell.seconds for cell in group])) / 60,
-        pretraining_minutes=pretraining_s / 60,
+        pretraining_minutes=float(np.mean(minutes)) if minutes else 0.0,
         peak_gb=max(cell.peak_gb for cell in group),
     )
 

@@ -3,6 +3,7 @@
 import json
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import torch
 
 from jobs.configs.study import StudyConfig
 from jobs.finetune import train_from
+from jobs.pages.study import pictured
 from jobs.study import cells as kinds
 from jobs.study import pretraining
 from jobs.study import work as working
 from jobs.study.cells import Cells
 from jobs.study.prepare import prepare
-from jobs.study.report import fetch, publish, write
+from jobs.study.report import examples, fetch, files, publish, write
 from jobs.study.work import Task, perform
 from ssl_core.config import load
 from ssl_core.downstream import finetune as finetuning
@@ -168,6 +170,28 @@ def test_the_report_lies_whole_in_a_folder_with_every_score(
     publish(study, result)
     (again, _) = fetch(study, tmp_path / "fetched", "tomoscale study x.yaml")
     assert again.read_text() == pages[0].read_text()
+
+
+def test_the_report_shows_what_each_start_made_of_the_cases_that_differ_most(
+    study: StudyConfig, result: StudyResult
+) -> None:
+    shown = examples(study, result)
+    assert 0 < len(shown) <= 3
+    pairs = pictured(result)
+    with VolumeStore(study.data) as store:
+        for pair, one in zip(pairs, shown, strict=True):
+            name = pair.case.volume_id
+            truth = store.read_volume(name, study.label)[0]
+            at = pair.cell.slices[name].at
+            assert at == int((truth != 0).sum((1, 2)).argmax())
+            assert (one.truth_HW == truth[at]).all()
+            assert (one.image_HW == store.read_volume(name)[0, at]).all()
+            assert [mask.shape for _, mask in one.predictions] == [truth[at].shape] * 2
+    page = files(study, result, "tomoscale study x.yaml")["report.html"]
+    assert page.count("data:image/png") == 5
+    assert "Pre-trainings" in page
+    old = replace(result, cells=tuple(replace(cell, slices={}) for cell in result.cells))
+    assert examples(study, old) == []
 
 
 def test_a_fine_tuning_that_died_is_gone_on_with_and_leaves_nothing(

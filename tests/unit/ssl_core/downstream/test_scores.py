@@ -1,5 +1,6 @@
 """Dice, HD95 and NSD against pairwise distances written out, closed forms, and MONAI."""
 
+import json
 import math
 from dataclasses import fields
 from itertools import product
@@ -9,7 +10,7 @@ import pytest
 import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
 
-from ssl_core.downstream.scores import METRICS, CaseScore, Scores, dice, mean_scores, score_case, sd_scores
+from ssl_core.downstream.scores import METRICS, CaseScore, CaseSlice, Scores, dice, mean_scores, score_case, sd_scores
 from storage.errors import ConfigError
 from tests.kit.scores import scores
 
@@ -139,3 +140,13 @@ def test_a_case_is_one_flat_object_and_comes_back() -> None:
     case = CaseScore("v", "s", "liver", scores(dice=0.5))
     assert list(case.to_json())[:6] == ["volume_id", "subject", "label", "dice", "hd95_mm", "nsd"]
     assert CaseScore.from_json(case.to_json()) == case
+
+
+def test_the_slice_of_a_report_is_where_the_truth_is_largest_and_keeps_every_value() -> None:
+    truth, prediction = np.zeros((3, 4, 5), np.int32), np.zeros((3, 4, 5), np.int32)
+    truth[0, 0, :2], truth[2, :2, :3] = 1, 70_000
+    prediction[2, 1, 1:], prediction[0] = 70_000, 1
+    kept = CaseSlice.largest(prediction, truth)
+    again = CaseSlice.from_json(json.loads(json.dumps(kept.to_json())))
+    assert kept.at == again.at == 2
+    assert np.array_equal(again.classes_HW, prediction[2])
