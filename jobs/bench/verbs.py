@@ -49,6 +49,7 @@ def _storage_verbs(names: Names) -> list[argparse.ArgumentParser]:
     reads = names.add_parser("reads", help="crop reads: ours and peers, local and from S3")
     reads.add_argument("--quick", action="store_true", help="under three minutes")
     reads.add_argument("--peers", nargs="+", metavar="NAME", help="only these")
+    reads.add_argument("--rounds", type=whole(1), metavar="N", help="of every measurement (default 5)")
     loader = names.add_parser("loader", help="does the stream keep a trainer fed: data wait, throughput, memory")
     loader.add_argument("--quick", action="store_true", help="about two minutes")
     loader.add_argument("--crops", type=whole(1), metavar="N", help="of the memory run (default 10000; quick: 1000)")
@@ -160,15 +161,17 @@ def _measured_by(action: argparse.ArgumentParser, runner: Runner) -> argparse.Ar
 def _reads(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
     from jobs.bench.storage.data import WRITERS
     from jobs.bench.storage.peers import PEERS
-    from jobs.bench.storage.reads import bench_reads, format_reads
+    from jobs.bench.storage.reads import FULL, QUICK, bench_reads, format_reads
     from jobs.bench.storage.torch_peers import TORCH_PEERS, TORCH_WRITERS
 
+    size = QUICK if arguments.quick else FULL
     result = bench_reads(
         arguments.quick,
         arguments.peers,
         _prefix(arguments),
         available=(*PEERS, *TORCH_PEERS),
         writers={**WRITERS, **TORCH_WRITERS},
+        size=replace(size, rounds=arguments.rounds or size.rounds),
         progress=say,
     )
     return result, format_reads(result)

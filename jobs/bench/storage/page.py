@@ -1,6 +1,7 @@
 """Puts the tables of saved benchmark runs into a page: `python -m jobs.bench.storage.page PAGE FOLDER`.
 
-FOLDER holds `reads.json`, `loader.json`, `ingest.json` and `layout.json`, as `tomoscale bench ... --out` writes them.
+FOLDER holds `reads.json`, `loader.json`, `ingest.json` and `layout.json`, as `tomoscale bench ... --out` writes them,
+and `local.json` of a run of `reads` with local peers alone.
 In the page, what stands between `<!-- table NAME -->` and `<!-- end -->` is replaced, so that no figure is typed.
 """
 
@@ -56,6 +57,8 @@ TABLES: Tables = {
     "reads-ratios": ("reads", lambda r, _: measure.table(r["ratios"], reads.RATIO_COLUMNS)),
     "reads-missed": ("reads", lambda r, _: _missed(r)),
     "reads-s-three": ("reads", _reads(_S3, "s3")),
+    "local-machine": ("local", lambda r, _: _machine(r)),
+    "local-ratios": ("local", lambda r, _: measure.table(r["ratios"], reads.RATIO_COLUMNS)),
     "reads-here": ("reads", _reads(_HERE, "cache", "local")),
     "loader-missed": ("loader", lambda r, _: _missed(r)),
     "loader-machine": ("loader", lambda r, _: _machine(r)),

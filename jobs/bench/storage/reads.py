@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,10 @@ def ratios(rows: Sequence[_Row]) -> list[dict[str, Any]]:
                 add(data, f"{where}: ours / tensorstore, {flight} in flight", own, peer, 1.0)
             one = find(data, "tomoscale", 1, "cold", delay)
             add(data, f"{where}: requests a crop, ours / zarr + s3fs", one, slow, 0.2, "requests")
+        for flight, state in product((1, 8), ("cold", "warm")):
+            own = find(data, "tomoscale, local", flight, state, 0)
+            peer = find(data, "tensorstore, local", flight, state, 0)
+            add(data, f"local disk, {state}: ours / tensorstore, {flight} in flight", own, peer, 1.0)
         for flight in (1, 8):
             warm = find(data, "tomoscale, node cache", flight, "warm", 0)
             blosc2 = find(data, "blosc2 b2nd", 1, "warm", 0)

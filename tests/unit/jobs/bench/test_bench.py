@@ -156,17 +156,23 @@ def test_ratios_compare_rounds_with_their_targets() -> None:
     def row(peer: str, rates: list[float], in_flight: int = 1, requests: tuple[float, ...] = ()) -> reads._Row:
         return reads._Row("x", "s3", 20, peer, in_flight, "cold", rates, [1.0], list(requests))
 
+    def local(peer: str, rates: list[float]) -> reads._Row:
+        return reads._Row("x", "local", 0, peer, 8, "warm", rates, [1.0], [])
+
     rows = [
         row("tomoscale", [30.0, 44.0], requests=(10, 14)),
         row("tomoscale", [50.0, 66.0], 8),
         row("zarr + s3fs", [1.0, 2.0], requests=(65, 66)),
         row("tensorstore", [60.0, 60.0], 8),
+        local("tomoscale, local", [90.0, 60.0, 30.0]),
+        local("tensorstore, local", [100.0, 50.0, 40.0]),
     ]
     found = {r["what"]: (round(r["value"]["median"], 3), r["target"], r["met"]) for r in reads.ratios(rows)}
     assert found == {
         "S3 +20 ms: ours 1 in flight / zarr + s3fs one at a time": (26.0, 20.0, "yes"),
         "S3 +20 ms: ours 8 in flight / zarr + s3fs one at a time": (41.5, 20.0, "yes"),
         "S3 +20 ms: ours / tensorstore, 8 in flight": (round((50 / 60 + 66 / 60) / 2, 3), 1.0, "no"),
+        "local disk, warm: ours / tensorstore, 8 in flight": (0.9, 1.0, "no"),
         "S3 +20 ms: requests a crop, ours / zarr + s3fs": (round((10 / 65 + 14 / 66) / 2, 3), 0.2, "yes"),
     }
 
