@@ -110,7 +110,7 @@ def test_the_number_of_workers_follows_the_machines(fleet: Fleet, table: list[Ro
     """A batch of 12 is shared by one, two, three or six; six are never there."""
     changes: dict[str, Any] = {
         "cluster": {"workers": 6, "min_workers": 1},
-        "stream": {"global_batch": 12},
+        "stream": {"global_batch": 12, "lanes": 12},
         "engine": {"steps": 600},
     }
     still = Job(fleet, configuration("still", DATA, **changes))
