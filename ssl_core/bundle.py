@@ -6,6 +6,8 @@ weights.safetensors   tensors under the stock network's own names, each once; it
 decoder.safetensors   of an encoder whose method trained the decoder with it: that, with nothing of the output layer
 architecture.json     stock class and arguments, backbone name and arguments, levels, names of the encoder's tensors
 preprocess.json       axes, spacing, intensity policy, channels, window, label values and names, what it learned from
+head.json             of a classifier or a regressor: column, levels that are pooled, classes, or mean and sd
+head.safetensors      of a classifier or a regressor: weights and biases of its linear layer
 evaluation.json       split, measure and score of each held-out case, where there was an evaluation
 MODEL_CARD.md         for people
 tomoscale_portable/   the code of `ssl_core.portable`, as it was when the bundle was written
@@ -18,16 +20,13 @@ import hashlib
 import inspect
 import json
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -40,15 +39,15 @@ from ssl_core.bundle_card import CODE, BundleFacts, model_card
 from ssl_core.networks import Backbone, build
 from ssl_core.networks.registry import architecture as architecture_of
 from ssl_core.portable import network as portable_network
-from ssl_core.portable.card import WITH_INFERENCE
+from ssl_core.portable.card import WITH_HEAD, WITH_INFERENCE
+from ssl_core.portable.head import settings as head_files
+from ssl_core.portable.head.assess import window_features
+from ssl_core.portable.head.pooling import pooled
 from ssl_core.portable.inference.settings import PLAIN
 from ssl_core.portable.predictor import FORMAT, Predictor, check_bundle
 from ssl_core.portable.preprocess import Preprocess
 from ssl_core.portable.safetensors import read_safetensors, same_tensors
-from ssl_core.portable.training_data import TrainingData
 from storage.errors import ConfigError, RefusedInput
-from storage.format.records import VolumeRecord
-from storage.intensity_stats import STATS_ORDER
 
 WEIGHTS, DECODER = "weights.safetensors", "decoder.safetensors"
 _BORROWED = {
@@ -62,7 +61,7 @@ _BORROWED = {
 
 def write_bundle(
     target: str | os.PathLike[str],
-    kind: Literal["encoder", "segmenter"],
+    kind: Literal["encoder", "segmenter", "classifier", "regressor"],
     backbone: Backbone,
     facts: BundleFacts,
     *,
@@ -72,14 +71,14 @@ def write_bundle(
 
     Args:
         target: Directory to create; must not exist.
-        kind: `encoder` keeps the encoder's tensors only.
+        kind: `segmenter` keeps all tensors, others those of the encoder; the last two have `facts.head`.
         backbone: In any mode, on any device; left as it is.
         facts: The rest.
         decoder: Whether an encoder's bundle also has the decoder, for a fine-tuning that starts from both.
 
     Raises:
         ConfigError: the target exists, the network is not one that its package alone can rebuild, labels do not fit the
-            number of output channels, or the portable code computes something else.
+            number of output channels, the kind is not the head's, or the portable code computes something else.
     """
     path = Path(target)
     if path.exists():
@@ -94,6 +93,9 @@ def write_bundle(
     outputs = _ports(backbone)[1]
     if kind == "segmenter" and len(facts.labels) != outputs:
         raise ConfigError(f"bundle {facts.name}", expected=f"{outputs} labels", found=str(facts.labels))
+    head = "none" if facts.head is None else facts.head.kind
+    if head != (kind if kind in ("classifier", "regressor") else "none"):
+        raise ConfigError(f"bundle {facts.name}", expected=f"the head of a bundle of kind {kind}", found=head)
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
@@ -111,7 +113,7 @@ def write_bundle(
 
 
 def load_backbone(bundle: str | os.PathLike[str], **changes: Any) -> Backbone:
-    """The backbone of a bundle, ready to train further; a segmenter whole, an encoder with a fresh decoder.
+    """The backbone of a bundle, ready to train further; a segmenter whole, others with a fresh decoder.
 
     Args:
         bundle: Directory.
@@ -126,86 +128,13 @@ def load_backbone(bundle: str | os.PathLike[str], **changes: Any) -> Backbone:
     backbone = build(architecture["backbone"], **{**architecture["backbone_arguments"], **changes})
     keys: list[str] | None = None
     weights = read_safetensors(root / "weights.safetensors")
-    if card["kind"] == "encoder" or changes:
+    if card["kind"] != "segmenter" or changes:
         keys = architecture["encoder_keys"]
         if set(keys) != set(backbone.encoder_keys()):
             raise RefusedInput(str(root), expected="the encoder of " + architecture["backbone"], found="other tensors")
         weights = {key: weights[key] for key in keys if key in weights}
     portable_network.load(str(root / "weights.safetensors"), backbone.net, weights, keys)
     return backbone
-
-
-def stored_spacing(
-    records: Iterable[VolumeRecord],
-) -> tuple[tuple[float, float, float] | None, Literal["linear", "bspline"]]:
-    """Spacing that ingest resampled these volumes to, and how; None where it kept each volume's own.
-
-    Raises:
-        ConfigError: some were resampled, and yet their spacings differ.
-    """
-    spacings: list[tuple[float, ...]] = []
-    ways = set()
-    for record in records:
-        spacing = tuple(round(s, 6) for s in record.spacing_mm)
-        # Ingest leaves a volume as it is whose header, often float32, is within rounding of the spacing wanted.
-        near = any(all(abs(a - b) <= 1e-5 * b for a, b in zip(spacing, other, strict=True)) for other in spacings)
-        if not near and len(spacings) < 5:
-            spacings.append(spacing)
-        ways |= {note.rpartition(", ")[2] for note in record.notes if note.startswith("resampled from ")}
-    if not ways:
-        return None, "linear"
-    if len(spacings) > 1 or len(ways) > 1:
-        raise ConfigError(
-            "spacing of the training volumes",
-            expected="one spacing, as some of them were resampled",
-            found=", ".join(map(str, sorted(spacings)[:4])),
-            remedy="ingest all volumes with one policy",
-        )
-    d, h, w = spacings.pop()
-    return (d, h, w), "bspline" if ways == {"bspline"} else "linear"
-
-
-def training_data(records: Iterable[VolumeRecord]) -> TrainingData:
-    """What of its training volumes a bundle records, from their manifest.
-
-    Raises:
-        ValueError: no volume.
-    """
-    volumes = list(records)
-    if not volumes:
-        raise ValueError("no training volume")
-    spacings = np.array([record.spacing_mm for record in volumes])
-    sources = np.array([_source_spacing(record) for record in volumes])
-    fields = spacings * np.array([record.shape_DHW for record in volumes])
-    channels = range(min(record.channels for record in volumes))
-    return TrainingData(
-        volumes=len(volumes),
-        modalities=tuple(sorted({record.modality for record in volumes})),
-        spacing_mm=_range(spacings),
-        source_mm=_range(sources),
-        field_mm=_range(fields),
-        intensities=tuple(
-            {
-                key: (min(record.stats[c][key] for record in volumes), max(record.stats[c][key] for record in volumes))
-                for key in STATS_ORDER
-            }
-            for c in channels
-        ),
-    )
-
-
-def _source_spacing(record: VolumeRecord) -> tuple[float, ...]:
-    """The spacing before ingest resampled the volume, which is in its notes only."""
-    for note in record.notes:
-        match = re.match(r"resampled from ([\d.e+-]+)x([\d.e+-]+)x([\d.e+-]+) to ", note)
-        if match:
-            return tuple(map(float, match.groups()))
-    return record.spacing_mm
-
-
-def _range(triples: NDArray[np.float64]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    (a, b, c), (x, y, z) = triples.min(axis=0).tolist(), triples.max(axis=0).tolist()
-    return (a, b, c), (x, y, z)
 
 
 def fingerprint(bundle: str | os.PathLike[str]) -> str:
@@ -216,7 +145,7 @@ def fingerprint(bundle: str | os.PathLike[str]) -> str:
 def _write(work: Path, kind: str, backbone: Backbone, facts: BundleFacts) -> None:
     keys = backbone.encoder_keys()
     state = backbone.net.state_dict()
-    stored = keys if kind == "encoder" else list(state)
+    stored = list(state) if kind == "segmenter" else keys
     tensors = _save(work / WEIGHTS, state, stored)
     architecture = {
         "class": _class_of(backbone),
@@ -240,6 +169,9 @@ def _write(work: Path, kind: str, backbone: Backbone, facts: BundleFacts) -> Non
         training=facts.training,
         inference=facts.inference,
     )
+    if facts.head is not None:
+        _dump(work / head_files.SETTINGS, facts.head.dump())
+        _save(work / head_files.WEIGHTS, facts.head.tensors(), list(facts.head.tensors()))
     _dump(work / "architecture.json", architecture)
     _dump(work / "preprocess.json", plan.dump())
     (work / "MODEL_CARD.md").write_text(model_card(kind, facts, plan, _class_of(backbone), tensors), encoding="utf-8")
@@ -275,7 +207,7 @@ def _write_card(work: Path, kind: str, facts: BundleFacts) -> None:
     """`bundle.json`, last, with the digests of all other files."""
     files = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file())
     card = {
-        "format": FORMAT if facts.inference == PLAIN else WITH_INFERENCE,
+        "format": WITH_HEAD if facts.head else FORMAT if facts.inference == PLAIN else WITH_INFERENCE,
         "kind": kind,
         "name": facts.name,
         "lineage": dict(facts.lineage),
@@ -324,6 +256,9 @@ def _check(work: Path, kind: str, backbone: Backbone) -> None:
                     predictor.network, predictor.dims, [modules[i] for i in module_levels], x_BCDHW
                 )
                 pairs = [(maps[i], f) for i, f in zip(module_levels, portable_maps, strict=True)]
+                if predictor.head is not None:
+                    features = window_features(predictor, x_BCDHW)
+                    pairs = [*pairs, (pooled(maps[-predictor.head.levels :]), features)]
     finally:
         backbone.net.to(device).train(training)
     for expected, actual in pairs:

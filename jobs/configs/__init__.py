@@ -323,6 +323,15 @@ class FinetuneJobConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _check_task(self) -> Self:
+        if (self.finetune.task == "segmentation") != (self.labelled.column is None):
+            raise ValueError(
+                "labelled.column with finetune.task classification or regression, labelled.label with segmentation"
+                f" (task is {self.finetune.task}, column is {self.labelled.column})"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_start(self) -> Self:
         if self.register_start is not None and self.register_start not in self.starts:
             raise ValueError(f"register_start to be one of {sorted(self.starts)}")

@@ -112,12 +112,28 @@ class CheckpointConfig(Config):
         return self
 
 
+def require_segmentation(task: str, column: str | None, job: str) -> None:
+    """Refuse classes and numbers of whole volumes in a job that knows segmenters only.
+
+    Raises:
+        ValueError: as said.
+    """
+    if task != "segmentation" or column is not None:
+        raise ValueError(f"finetune.task=segmentation and no labelled.column: {job} compares segmenters only")
+
+
 class LabelledConfig(Config):
     """Which labelled subjects a fine-tuning sees; subject-level splits of the manifest throughout."""
 
     data: Url = Field(description="URL of an ingested store with labels")
     fingerprint: Fingerprint | None = Field(None, description="manifest to pin; the latest when empty")
     label: Name = Field("label", description="name of the label map")
+    column: Name | None = Field(
+        None,
+        description="column of the subject table whose value a classification or a regression learns, in place of"
+        " `label`; volumes without a value are left out and named",
+        json_schema_extra=LATER,
+    )
     subjects: int = Field(8, ge=1, description="labelled training subjects to use, drawn by `subjects_seed`")
     subjects_seed: int | tuple[int, ...] = Field(
         0,
@@ -142,6 +158,12 @@ class LabelledConfig(Config):
         if len(seeds) > MOST_DRAWS:
             raise ValueError(f"{MOST_DRAWS} draws at most, whose signs the exact test goes through, not {len(seeds)}")
         return seeds[0] if len(seeds) == 1 else value
+
+    @model_validator(mode="after")
+    def _check_column(self) -> Self:
+        if self.column is not None and self.label != type(self).model_fields["label"].default:
+            raise ValueError(f"label ({self.label!r}) or column ({self.column!r}), not both")
+        return self
 
     @property
     def draws(self) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from jobs.configs import Experiment, LabelledConfig, ModelName, _check_model, with_a_network
+from jobs.configs.groups import require_segmentation
 from jobs.configs.space import ENCODER, Dimension, dimensions, require_buildable_space, with_settings
 from jobs.ingest_config import JobName, Url
 from ssl_core.config import LATER, Config, flatten, parse, resolved
@@ -193,6 +194,11 @@ class TuneConfig(Config):
         if value not in (OBJECTIVES[:1], OBJECTIVES):
             raise ValueError("[dice] or [dice, seconds]")
         return value
+
+    @model_validator(mode="after")
+    def _check_task(self) -> Self:
+        require_segmentation(self.finetune.task, self.labelled.column, "a search")
+        return self
 
     @model_validator(mode="after")
     def _check_budget(self) -> Self:

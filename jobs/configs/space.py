@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from ssl_core.config import Config, parse, resolved
 from ssl_core.downstream.finetune import FinetuneConfig
+from ssl_core.downstream.settings import HeadConfig
 from storage.errors import ConfigError
 
 ENCODER = "encoder"
@@ -27,7 +28,12 @@ KINDS = {
 _LISTS = ("choice", "grid")
 _MOST_TOGETHER = 256  # combinations of ends and choices that are built before a job is sent; our choice
 _INSIDE = 0.381966  # of the way from the lowest to the highest: no round number, so that whole ones show
-_NOT_OF_A_TRIAL = {"finetune.epochs": "how long a trial may be is its budget, and the rungs are counted in it"}
+_NO_HEADS = "a search compares segmenters only"
+_NOT_OF_A_TRIAL = {
+    "finetune.epochs": "how long a trial may be is its budget, and the rungs are counted in it",
+    "finetune.task": _NO_HEADS,
+    **{f"finetune.head.{name}": _NO_HEADS for name in HeadConfig.model_fields},
+}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from urllib.parse import quote
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from jobs.configs import LabelledConfig, PretrainConfig, _experiment, _is_model
+from jobs.configs.groups import require_segmentation
 from jobs.ingest_config import JobName, Url
 from ssl_core.config import Config, Fingerprint, Name, parse, resolved
 from ssl_core.downstream.finetune import FinetuneConfig
@@ -146,6 +147,11 @@ class StudyConfig(Config):
         if value and (min(value) < 1 or list(value) != sorted(set(value))):
             raise ValueError("different counts from 1 on, ascending")
         return value
+
+    @model_validator(mode="after")
+    def _check_task(self) -> Self:
+        require_segmentation(self.finetune.task, None, "a study")
+        return self
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssl_core.portable.card import with_article
 from ssl_core.portable.network import feature_maps, logits
 from ssl_core.portable.predictor import Predictor
 from storage.errors import ConfigError
@@ -110,9 +111,16 @@ def open_model(bundle: Path) -> Model:
 
     Raises:
         RefusedInput: it is damaged.
-        ConfigError: it has no outputs that its stock network computes.
+        ConfigError: it has no outputs that its stock network computes, or a head that would be left out.
     """
     predictor = Predictor(bundle, "cpu")
+    if predictor.head is not None:
+        raise ConfigError(
+            str(bundle),
+            expected="a segmenter or an encoder, whose network is exported",
+            found=f"{with_article(predictor.kind)}, whose head no export has",
+            remedy="export the encoder that it was trained from, or use the bundle as it is",
+        )
     if predictor.kind == "segmenter":
         return Model(bundle, predictor, Outputs(predictor.network, predictor.dims, ()).eval(), ("logits",))
     modules = {f"level{i}": level["module"] for i, level in enumerate(predictor.architecture["levels"])}

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from jobs import driver
 from jobs import labelled as split
 from jobs.configs import FinetuneJobConfig
+from jobs.finetune import heads
 from jobs.finetune.checkpoints import StoredCheckpoints
 from jobs.finetune.training import score_test, train_from
 from jobs.lease import Lease
@@ -32,10 +33,13 @@ from jobs.tracking.starts import read_start
 from ssl_core.config import parse, resolved
 from ssl_core.downstream.comparison import Comparison, Training, paired_test_of, start_rows
 from ssl_core.downstream.finetune import TrainedSegmenter
-from ssl_core.downstream.scores import METRICS, CaseScore, mean_scores
+from ssl_core.downstream.heads.comparison import HeadComparison, HeadTraining
+from ssl_core.downstream.scores import CaseScore
 from storage.errors import ConfigError
 from storage.format.manifest import Manifest
 from storage.objects import join, open_store
+
+T = TypeVar("T", Training, HeadTraining)
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,8 @@ def tasks(config: FinetuneJobConfig) -> list[Task]:
     return [Task(start, seed, draw) for draw in several for seed in config.seeds for start in config.starts]
 
 
-def training_task(settings: dict[str, Any], run_id: str, task: Task) -> Training:
-    """Train from a start with a seed, score every test case, and store the segmenter when it is the one to register.
+def training_task(settings: dict[str, Any], run_id: str, task: Task) -> Training | HeadTraining:
+    """Train from a start with a seed, score every test case, and store the model when it is the one to register.
 
     Args:
         settings: The job's configuration, resolved.
@@ -78,6 +82,9 @@ def training_task(settings: dict[str, Any], run_id: str, task: Task) -> Training
         task: Which one.
     """
     config = parse(FinetuneJobConfig, settings)
+    if config.finetune.task != "segmentation":
+        which = heads.Which(task.start, task.seed, task.draw, task == registered_task(config))
+        return heads.trained_and_stored(config, run_id, which, _checkpoints(config, task))
     began = time.monotonic()
     start, seed = task.start, task.seed
     trained = train_from(
@@ -132,10 +139,11 @@ def _compare(config: FinetuneJobConfig, lease: Lease) -> int:
             start = read_start(uri)
             start.require_transfer(config.finetune.transfer)
             start.require_levels(config.finetune.deep_supervision)
+            if config.finetune.task != "segmentation":
+                start.require_pooled(config.finetune.head.levels)
     manifest = Manifest.open(config.labelled.data, config.labelled.fingerprint)
-    for seed, subjects in split.draws(manifest, config.labelled).items():
-        for line in split.absent_classes(manifest, config.labelled.label, subjects):
-            print(f"note: {line}{'' if len(config.labelled.draws) == 1 else f' (draw {seed})'}", flush=True)
+    for line in _notes(config, manifest):
+        print(f"note: {line}", flush=True)
     run_id = tracking.open_run(api, config.experiment, config.name, "finetune", params=resolved(config), tags={})
     log_inputs(api, run_id, config.labelled.data, manifest, "training", config.starts.values())
     results = open_store(join(config.runs, config.name, "trainings"))
@@ -145,7 +153,8 @@ def _compare(config: FinetuneJobConfig, lease: Lease) -> int:
     try:
         every = tasks(config)
         keys = [each.key for each in every if results.exists(each.key)]
-        trainings = [Training.from_json(json.loads(results.get(key))) for key in keys]
+        read = Training.from_json if config.finetune.task == "segmentation" else HeadTraining.from_json
+        trainings: list[Any] = [read(json.loads(results.get(key))) for key in keys]
         todo = [each for each in every if each.key not in keys]
         if trainings:
             print(f"{len(trainings)} of {len(every)} trainings were done before", flush=True)
@@ -157,17 +166,17 @@ def _compare(config: FinetuneJobConfig, lease: Lease) -> int:
             while todo and len(running) < config.concurrent:
                 running.append(task.remote(resolved(config), run_id, todo.pop(0)))
             done, running = ray.wait(running, num_returns=1)
-            training: Training = result_of(done[0])
+            training: Training | HeadTraining = result_of(done[0])
             lease.check()
             ended = Task(training.start, training.seed, training.draw)
             through_outage(partial(_log_training, api, config, run_id, training), f"the result of {ended}")
             results.put(ended.key, json.dumps(training.to_json()).encode())
             _checkpoints(config, ended).clear()
             trainings.append(training)
-            text = f"{ended}: test Dice {mean_scores(training.cases).dice:.3f}, {training.seconds:.0f} s"
+            text = f"{ended}: {training.headline}, {training.seconds:.0f} s"
             print(f"{text} ({len(trainings)}/{len(every)})", flush=True)
         trainings = _registered(config, trainings, run_id)
-        comparison = compared(config, trainings, run_id=run_id, seconds=time.monotonic() - began)
+        comparison = _comparison(config, trainings, run_id, time.monotonic() - began)
         driver.write_result(config.runs, config.name, comparison.to_json())
     except BaseException as error:
         lease.check()  # the run in MLflow is another job's as well
@@ -176,6 +185,27 @@ def _compare(config: FinetuneJobConfig, lease: Lease) -> int:
     driver.end_run(api, run_id, "FINISHED")
     print(comparison.statement, flush=True)
     return 0
+
+
+def _notes(config: FinetuneJobConfig, manifest: Manifest) -> list[str]:
+    """What the draws do not show, and what is left out of them."""
+    labelled = config.labelled
+    if config.finetune.task != "segmentation":
+        return split.target_notes(manifest, labelled, config.finetune.task)
+    return [
+        f"{line}{'' if len(labelled.draws) == 1 else f' (draw {seed})'}"
+        for seed, subjects in split.draws(manifest, labelled).items()
+        for line in split.absent_classes(manifest, labelled.label, subjects)
+    ]
+
+
+def _comparison(
+    config: FinetuneJobConfig, trainings: Sequence[Any], run_id: str, seconds: float
+) -> Comparison | HeadComparison:
+    if config.finetune.task == "segmentation":
+        return compared(config, trainings, run_id=run_id, seconds=seconds)
+    first = registered_start(config)
+    return heads.compared_heads(config, trainings, registered=first, run_id=run_id, seconds=seconds)
 
 
 def compared(config: FinetuneJobConfig, trainings: Sequence[Training], *, run_id: str, seconds: float) -> Comparison:
@@ -219,7 +249,7 @@ def _store(
         registration.store_bundle(bundle, join(config.runs, config.name))
 
 
-def _registered(config: FinetuneJobConfig, trainings: Sequence[Training], run_id: str) -> list[Training]:
+def _registered(config: FinetuneJobConfig, trainings: Sequence[T], run_id: str) -> list[T]:
     """The trainings, the one whose segmenter is registered with its version.
 
     A job that began before segmenters were stored has registered its own when it was trained.
@@ -245,7 +275,7 @@ def _registered(config: FinetuneJobConfig, trainings: Sequence[Training], run_id
     return [replace(t, version=version if Task(t.start, t.seed, t.draw) == which else None) for t in trainings]
 
 
-def _log_training(api: Any, config: FinetuneJobConfig, run_id: str, training: Training) -> None:
+def _log_training(api: Any, config: FinetuneJobConfig, run_id: str, training: Training | HeadTraining) -> None:
     """A child run: the metrics of each epoch, then the mean of each score over the test cases."""
     child = tracking.open_run(
         api,
@@ -258,7 +288,7 @@ def _log_training(api: Any, config: FinetuneJobConfig, run_id: str, training: Tr
         parent=run_id,
     )
     points = [tracking.point(epoch, metrics) for epoch, metrics in enumerate(training.history, 1)]
-    means = mean_scores(training.cases)
-    points.append(tracking.point(len(points) + 1, {f"test/{metric.name}": means.of(metric) for metric in METRICS}))
+    scores = {f"test/{name}": value for name, value in training.scores.items() if value is not None}
+    points.append(tracking.point(len(points) + 1, scores))
     tracking.backfill(api, child, points)
     driver.end_run(api, child, "FINISHED")

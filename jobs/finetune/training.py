@@ -1,6 +1,7 @@
 """One training in this process: subjects, start, network, loop."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from jobs import driver
 from jobs import labelled as split
 from jobs.configs import LabelledConfig
 from jobs.tracking import bundles
+from jobs.tracking.bundles import EncoderBundle
 from ssl_core.downstream.finetune import (
     Checkpoints,
     FinetuneConfig,
@@ -66,26 +68,14 @@ def train_from(
     everyone = (*subjects.train, *subjects.inner, *subjects.test)
     values = label_values(store, everyone, labelled.label)
     labels = split.value_names(manifest, labelled.label, values)
-    model, arguments, weights = like if start == "none" else start, encoder.arguments, encoder.weights
-    notes: tuple[str, ...] = ()
-    channels = manifest.record(subjects.train[0]).channels
-    if settings.channels == "repeat" and channels > 1 and int(arguments.get("in_channels", 1)) == 1:
-        weights = repeat_channels(encoder.backbone, arguments, weights, channels)
-        arguments = {**arguments, "in_channels": channels}
-        notes = (f"The first convolution of {model}, of one channel, was repeated for {channels} and divided by them.",)
-        print(notes[0], flush=True)
+    begun = weights_of(start, like, encoder, settings, manifest.record(subjects.train[0]).channels)
+    notes = begun.notes
     if settings.flip[2] and (name := sided(labels.values())):
         notes = (*notes, f"No view was mirrored along W, left to right, since the label {name!r} names a side.")
         print(notes[-1], flush=True)
     check_mirror(settings.inference.mirror, labels.values(), "finetune.inference.mirror")
-    driver.check_channels(manifest, everyone, f"the encoder of {model}", arguments)
-    network = build_segmenter(
-        encoder.backbone,
-        arguments,
-        len(labels) + 1,
-        seed,
-        None if start == "none" else Start(start, weights, encoder.rest, settings.transfer),
-    )
+    driver.check_channels(manifest, everyone, f"the encoder of {begun.model}", begun.arguments)
+    network = build_segmenter(encoder.backbone, begun.arguments, len(labels) + 1, seed, begun.start)
     history = train_segmenter(
         network,
         settings,
@@ -118,6 +108,44 @@ def train_from(
     return TrainedSegmenter(
         network, store, subjects, labels, encoder.intensity, tuple(history), device, notes, choice.inference
     )
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a training begins with.
+
+    Attributes:
+        model: URI of the model whose network it is.
+        arguments: Of the backbone.
+        start: Pre-trained weights; None where they are random.
+        notes: What was changed of them.
+    """
+
+    model: str
+    arguments: dict[str, Any]
+    start: Start | None
+    notes: tuple[str, ...]
+
+
+def weights_of(start: str, like: str, encoder: EncoderBundle, settings: FinetuneConfig, channels: int) -> Weights:
+    """Weights of a start for volumes of so many channels.
+
+    Args:
+        start: Model URI of an encoder, or `none`.
+        like: Encoder whose network is used when `start` is `none`.
+        encoder: Of the one or the other.
+        settings: How to train.
+        channels: Of the volumes.
+    """
+    model, arguments, weights = like if start == "none" else start, encoder.arguments, encoder.weights
+    notes: tuple[str, ...] = ()
+    if settings.channels == "repeat" and channels > 1 and int(arguments.get("in_channels", 1)) == 1:
+        weights = repeat_channels(encoder.backbone, arguments, weights, channels)
+        arguments = {**arguments, "in_channels": channels}
+        notes = (f"The first convolution of {model}, of one channel, was repeated for {channels} and divided by them.",)
+        print(notes[0], flush=True)
+    brought = None if start == "none" else Start(start, weights, encoder.rest, settings.transfer)
+    return Weights(model, arguments, brought, notes)
 
 
 def score_test(

@@ -12,7 +12,7 @@ from jobs.configs.study import StudyConfig
 from jobs.output import last_line
 from jobs.tracking.outage import is_away
 from jobs.tracking.starts import Start, named, read_start
-from ssl_core.downstream.settings import Transfer
+from ssl_core.downstream.settings import Task, Transfer
 from storage.errors import ConfigError, NotFound, StackError, StoreError
 from storage.format.manifest import Manifest
 from storage.objects import open_store
@@ -65,7 +65,7 @@ def require_starts(
     if isinstance(config, TuneConfig):
         _require_data(config.labelled, starts, config.values_of(_CHANNELS), note)
     elif isinstance(config, FinetuneJobConfig):
-        _require_data(config.labelled, starts, (config.finetune.channels,), note)
+        _require_data(config.labelled, starts, (config.finetune.channels,), note, config.finetune.task)
 
 
 def _asked(config: PretrainConfig | TuneConfig | FinetuneJobConfig | StudyConfig) -> Iterator[_Asked]:
@@ -130,6 +130,8 @@ def _require(config: Any, asked: _Asked, start: Start) -> None:
             config.values_of(_LEVELS) if isinstance(config, TuneConfig) else (config.finetune.deep_supervision,)
         ):
             start.require_levels(levels)
+        if config.finetune.task != "segmentation":
+            start.require_pooled(config.finetune.head.levels)
 
 
 def _require_data(
@@ -137,16 +139,20 @@ def _require_data(
     starts: list[tuple[_Asked, Start]],
     ways: tuple[str, ...],
     note: Callable[[str], None],
+    task: Task = "segmentation",
 ) -> None:
-    """Refuse too few labelled subjects, and volumes of a number of channels that a start does not take."""
+    """Refuse too few labelled subjects, a column that cannot be learned, and volumes of channels that a start lacks."""
     try:
         manifest = Manifest.open(open_store(labelled.data, _PATIENCE), labelled.fingerprint)
     except (StoreError, ConfigError) as error:
         note(f"labelled.data is not looked at from here: {error}")
         return
-    subjects = split.draw(manifest, labelled)
-    volumes = (*subjects.train, *subjects.inner, *subjects.test)
-    count = manifest.record(subjects.train[0]).channels
+    if task != "segmentation":
+        for line in split.target_notes(manifest, labelled, task):
+            note(line)
+    draws = list(split.draws(manifest, labelled).values())
+    volumes = sorted({i for subjects in draws for i in (*subjects.train, *subjects.inner, *subjects.test)})
+    count = manifest.record(draws[0].train[0]).channels
     for asked, start in starts:
         for way in ways:
             repeated = way == "repeat" and count > 1 and start.channels == 1

@@ -13,10 +13,12 @@ from torch import Tensor
 from jobs.configs import FinetuneJobConfig, PretrainConfig
 from jobs.tracking.encoder import bundle_of
 from jobs.tracking.runs import Point
-from ssl_core.bundle import DECODER, WEIGHTS, stored_spacing, training_data, write_bundle
-from ssl_core.bundle_card import BundleFacts
+from ssl_core.bundle import DECODER, WEIGHTS, write_bundle
+from ssl_core.bundle_card import BundleFacts, stored_spacing, training_data
 from ssl_core.config import digest, parse
 from ssl_core.downstream.finetune import TrainedSegmenter
+from ssl_core.downstream.heads.comparison import HeadTraining, measure_of, subject_scores
+from ssl_core.downstream.heads.training import TrainedHead
 from ssl_core.downstream.scores import CaseScore
 from ssl_core.methods.base import method_class
 from ssl_core.networks import Backbone, build
@@ -41,6 +43,8 @@ class EncoderBundle:
         lineage: Where it comes from.
         rest: What else the bundle holds of the network: a decoder that was trained with the encoder, or the rest of a
             segmenter; nothing in bundles of an encoder alone.
+        modules: Of each encoder level, finest first, the module of the stock network whose output it is; empty where
+            there is none.
     """
 
     backbone: str
@@ -49,6 +53,7 @@ class EncoderBundle:
     intensity: IntensityPolicy
     lineage: dict[str, str]
     rest: dict[str, Tensor] = field(default_factory=dict)
+    modules: tuple[str, ...] = ()
 
 
 def write_encoder(config: PretrainConfig, directory: Path, target: Path, *, run_id: str) -> Path:
@@ -158,8 +163,52 @@ def write_segmenter(
     return write_bundle(target, "segmenter", trained.network, facts)
 
 
+def write_head(
+    config: FinetuneJobConfig,
+    trained: TrainedHead,
+    target: Path,
+    *,
+    run_id: str,
+    training: HeadTraining,
+    parent: str,
+) -> Path:
+    """Bundle of a classifier or a regressor, with its score of each test subject for promotions to compare."""
+    manifest, learned = trained.store.manifest, trained.target
+    used = (*trained.subjects.train, *trained.subjects.inner)
+    records = [manifest.record(i) for i in used]
+    spacing_mm, interpolation = stored_spacing(records)
+    what = f"classes {', '.join(learned.classes)}" if learned.classes else "a number"
+    facts = BundleFacts(
+        name=config.model or config.name,
+        patch_DHW=config.finetune.patch_DHW,
+        intensity=trained.intensity,
+        lineage={
+            "parent": parent,
+            "data": config.labelled.data,
+            "data_fingerprint": manifest.fingerprint,
+            "config_digest": digest(config),
+            "run_id": run_id,
+        },
+        metrics={f"test {name}": value for name, value in training.scores.items() if value is not None},
+        spacing_mm=spacing_mm,
+        interpolation=interpolation,
+        training=training_data(records),
+        head=trained.head,
+        evaluation={
+            "split": f"{manifest.fingerprint} test, column {learned.column}: {what}",
+            "measure": measure_of(learned.task, learned.column),
+            "cases": subject_scores(training),
+        },
+        notes=(
+            f"Fine-tuned on {len(trained.subjects.train)} volumes, tested on {len(trained.subjects.test)}.",
+            *trained.notes,
+        ),
+    )
+    return write_bundle(target, "classifier" if learned.classes else "regressor", trained.network.backbone, facts)
+
+
 def read_encoder(bundle: Path) -> EncoderBundle:
-    """The encoder in a bundle, of either kind.
+    """The encoder in a bundle, of any kind.
 
     Raises:
         RefusedInput: the bundle is damaged or lacks a tensor.
@@ -186,6 +235,7 @@ def read_encoder(bundle: Path) -> EncoderBundle:
         intensity=parse(IntensityPolicy, plan["intensity"], f"{bundle / 'preprocess.json'}: intensity"),
         lineage=card["lineage"],
         rest={key: tensor for key, tensor in weights.items() if key not in encoder},
+        modules=tuple(str(level["module"]) for level in architecture["levels"]),
     )
 
 

@@ -6,6 +6,7 @@ its own, so that two versions of a model in one process each run the code they w
 
 import base64
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
@@ -41,7 +42,7 @@ _FETCH_S = 60.0
 
 
 class Bundle:
-    """Masks from a segmenter, features of the deepest level from an encoder.
+    """Masks from a segmenter, features of the deepest level from an encoder, a class or a number from others.
 
     `predict` has no type hints, which MLflow would read as a schema (and none can say "a path or an array"), and is not
     in the class that derives from MLflow's, where it would ask for them at every load.
@@ -78,8 +79,9 @@ class Bundle:
             params: See `PARAMS`.
 
         Returns:
-            Of each volume the mask (I, J, K), of an encoder its features (E, D, H, W). With parameters that ask for
-            more a dict of `mask`, `probabilities` (I, J, K, classes) and `features`. With `nifti` masks and
+            Of each volume the mask (I, J, K), of an encoder its features (E, D, H, W), of a classifier a dict of
+            `class` and `p(NAME)` of each class, of a regressor one of its column and value. With parameters that
+            ask for more a dict of `mask`, `probabilities` (I, J, K, classes) and `features`. With `nifti` masks and
             probabilities are gzipped NIfTI files in base64.
 
         Raises:
@@ -118,6 +120,13 @@ class Bundle:
         how: dict[str, Any] = {"force": True} if bool(options["force"]) or self._config["force"] else {}
         how |= {"modality": str(_scalar(item["modality"]))} if "modality" in item else {}
         with _local(item) as (source, affine):
+            if predictor.kind in ("classifier", "regressor"):
+                if odd := [name for name in ("probabilities", "features", "nifti") if options[name]]:
+                    raise self._portable.predictor.ConfigError(
+                        odd[0], expected="a segmenter", found=f"a {predictor.kind}, whose result has all that it gives"
+                    )
+                assess = importlib.import_module(f"{self._portable.__name__}.head.assess").assess
+                return dict(assess(predictor, source, affine, **how))
             if predictor.kind != "segmenter":
                 if options["probabilities"] or options["nifti"]:
                     raise self._portable.predictor.ConfigError(

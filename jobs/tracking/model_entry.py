@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from urllib.parse import quote
 import numpy as np
 
 from jobs.tracking import runs as tracking
+from ssl_core.portable.head.settings import read_head
 from ssl_core.portable.network import PACKAGES
 
 _INPUTS = (
@@ -68,7 +69,7 @@ def log_model(
             python_model=str(Path(__file__).with_name("model_code.py")),
             artifacts={"bundle": str(copy)},
             model_config=dict(CONFIG),
-            signature=_signature(card, plan),
+            signature=_signature(card, plan, _names(bundle, card["kind"])),
             tags=dict(tags),  # with the version, so that no death leaves one without them
             input_example=_example(plan),
             pip_requirements=[f"{package}=={_public(package)}" for package in ("mlflow", "torch", *packages)],
@@ -104,17 +105,29 @@ def _links(api: Any, lineage: Mapping[str, str]) -> Iterator[str]:
         yield f"- by [its run](#/experiments/{experiment}/runs/{run_id})"
 
 
-def _signature(card: Mapping[str, Any], plan: Mapping[str, Any]) -> Any:
+def _names(bundle: Path, kind: str) -> tuple[str, ...]:
+    """What a result of a classifier or a regressor names; nothing of others."""
+    levels = json.loads((bundle / "architecture.json").read_text(encoding="utf-8"))["levels"]
+    head = read_head(bundle, kind, levels)
+    return () if head is None else head.names
+
+
+def _signature(card: Mapping[str, Any], plan: Mapping[str, Any], names: Sequence[str]) -> Any:
     """The output and the parameters, and no schema of inputs.
 
     A path, an array with its affine and lists of both are all inputs, which no schema of MLflow's says; and under one
     that allows anything MLflow turns each voxel of an array into a Python number.
     """
     from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
+    from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 
     from jobs.tracking.model_params import params_schema
 
+    if names:
+        kinds = [DataType.string if name == "class" and card["kind"] == "classifier" else DataType.double
+                 for name in names]  # fmt: skip
+        columns = [ColSpec(kind, name) for kind, name in zip(kinds, names, strict=True)]
+        return ModelSignature(outputs=Schema(columns), params=params_schema())
     if card["kind"] == "segmenter":
         values = [label["value"] for label in plan["labels"]]
         output = TensorSpec(np.dtype(np.uint8 if max(values) < 256 else np.int32), (-1, -1, -1), "mask")

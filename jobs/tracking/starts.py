@@ -16,6 +16,7 @@ import torch
 from jobs.tracking import models
 from ssl_core.bundle import DECODER
 from ssl_core.downstream.deep_supervision import require_levels
+from ssl_core.downstream.heads.network import require_modules
 from ssl_core.downstream.settings import Transfer
 from ssl_core.downstream.transfer import require_weights, transferred_keys
 from ssl_core.networks import Backbone
@@ -34,11 +35,13 @@ class Start:
     Attributes:
         uri: As it was asked for.
         version: The registered version that it means now; as it was asked for where it is a folder or a URL.
-        kind: `segmenter` or `encoder`.
+        kind: One of `ssl_core.portable.card.KINDS`.
         backbone: Registered backbone name.
         arguments: Its arguments.
         encoder_keys: Names of the encoder's tensors.
         has_decoder: Whether the decoder was trained too.
+        modules: Of each encoder level, finest first, the module of the stock network whose output it is; empty where
+            there is none.
     """
 
     uri: str
@@ -48,6 +51,7 @@ class Start:
     arguments: Mapping[str, Any]
     encoder_keys: tuple[str, ...]
     has_decoder: bool
+    modules: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -79,6 +83,14 @@ class Start:
         """
         if levels:
             require_levels(self.backbone, self.arguments, levels)
+
+    def require_pooled(self, levels: int) -> None:
+        """Refuse an encoder that lacks levels which a head is to pool.
+
+        Raises:
+            ConfigError: names the setting and how many there are.
+        """
+        require_modules(self.uri, self.modules, levels)
 
     def require_crop(self, size_DHW: tuple[int, int, int], key: str) -> None:
         """Refuse a crop that the network cannot be trained on.
@@ -158,6 +170,7 @@ def read_start(uri: str) -> Start:
         architecture["backbone_arguments"],
         tuple(architecture["encoder_keys"]),
         DECODER in files,
+        tuple(str(level.get("module", "")) for level in architecture.get("levels", ())),
     )
 
 

@@ -47,6 +47,17 @@ class Training:
         """What tells it from the others of its job."""
         return {"start": self.start, "seed": self.seed} | ({} if self.draw is None else {"draw": self.draw})
 
+    @property
+    def scores(self) -> dict[str, float]:
+        """Mean of each metric over its cases, by name."""
+        means = mean_scores(self.cases)
+        return {metric.name: means.of(metric) for metric in METRICS}
+
+    @property
+    def headline(self) -> str:
+        """Its Dice, for a log."""
+        return f"test Dice {mean_scores(self.cases).dice:.3f}"
+
     def to_json(self) -> dict[str, Any]:
         """As stored; each case says which training it is of. One of a single draw has no `draw`, as before."""
         facts = {key: value for key, value in vars(self).items() if key != "draw" or value is not None}
@@ -245,13 +256,13 @@ def _stored_test(data: Mapping[str, Any], trainings: Sequence[Training]) -> Pair
     return paired_test_of(trainings, list(dict.fromkeys(training.start for training in trainings)))
 
 
-def over_draws(test: DrawTest) -> str:
+def over_draws(test: DrawTest, measure: str = "Dice") -> str:
     """What a test over draws says, and over what it generalises."""
     seeds = "1 training" if test.pretrainings == 1 else f"{test.pretrainings} trainings"
     subjects = "1 test subject" if test.subjects == 1 else f"{test.subjects} test subjects"
     return (
-        f"{sentence(test)} Interval and test are over {test.draws} draws of labelled subjects, {seeds} of each start on"
-        f" each, and {subjects}; not over other pre-trainings."
+        f"{sentence(test, measure)} Interval and test are over {test.draws} draws of labelled subjects, {seeds} of each"
+        f" start on each, and {subjects}; not over other pre-trainings."
     )
 
 

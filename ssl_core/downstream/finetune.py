@@ -5,7 +5,8 @@ is transferred is the only difference. The loop is that of pre-training, `ssl_co
 measured on volumes of other subjects, whole, with the sliding window that prediction uses.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +32,7 @@ from ssl_core.train.loop import fit
 from ssl_core.views.intensity import IntensityPolicy
 from ssl_core.views.make import make_views
 from ssl_core.views.placement_size import host_size
+from ssl_core.views.types import ViewBatch
 from storage.errors import ConfigError
 from storage.reading.volume_store import VolumeStore
 from storage.stream.crop_stream import CropStream
@@ -153,48 +155,13 @@ def train_segmenter(
         ConfigError: no inner volume where one is to decide, or the checkpoint is of another training.
         NonFiniteError: names step and samples.
     """
-    if config.needs_inner and not inner:
-        raise ConfigError(
-            "finetune.select, finetune.patience and finetune.inference",
-            expected="volumes of the inner split, by which epochs and ways to predict are compared",
-            found="none",
-            remedy="set labelled.inner to 1 or more, or leave select=last, patience empty and nothing to try",
-        )
+    require_inner(config, inner)
     ranks: Collectives = Single() if collectives is None else collectives
     module_of(network)
     objective = Segmentation(network, config, label=label, labels=labels, pretrained=pretrained, seed=seed)
-    engine = Engine(objective, config.engine(seed), collectives=ranks, device=device)
-    identity = {
-        "config_digest": digest(config),
-        "fingerprint": store.manifest.fingerprint,
-        "training": repr((tuple(train), tuple(inner), label, dict(labels), pretrained, seed)),
-    }
+    identity = {"training": repr((tuple(train), tuple(inner), label, dict(labels), pretrained, seed))}
     if config.flip[2] and sided(labels.values()):  # a training of before mirrored them: its second half would not
         identity["mirrored"] = "not along W"
-    history: list[dict[str, float]] = []
-    best: dict[str, Tensor] = {}
-    if checkpoints is not None and (folder := checkpoints.newest()) is not None:
-        state, meta = checkpoint.load(folder)
-        checkpoint.require_same(meta, allow=False, **identity)
-        engine.load_state_dict(state)
-        best, history = state["best"], list(meta["history"])
-        for epoch, metrics in enumerate(history, 1):
-            on_epoch(epoch, dict(metrics))
-
-    def end_epoch(step: int, state: dict[str, Any]) -> None:
-        metrics = {"loss": float(ranks.mean(torch.stack(objective.losses).mean()))}
-        objective.losses.clear()
-        if inner:
-            metrics["inner_dice"] = _inner_dice(inner, ranks, dice_of)
-        history.append(metrics)
-        if config.select == "best" and best_epoch(history) == len(history):
-            best.update({key: tensor.detach().cpu().clone() for key, tensor in stored.state_dict().items()})
-        engine.stopping = engine.stopping or _is_over(history, config)
-        if checkpoints is not None and ranks.rank == 0:
-            last = engine.stopping or step == config.steps
-            checkpoints.save({**state, "best": best}, {**identity, "history": history}, last=last)
-        on_epoch(len(history), dict(metrics))
-
     stored = objective.measured.net
 
     def dice_of(index: int) -> float:
@@ -209,36 +176,144 @@ def train_segmenter(
             device=device,
         )
 
-    if not _is_over(history, config):
+    @contextmanager
+    def batches(engine: Engine) -> Iterator[Iterator[ViewBatch]]:
         views = config.views(label, labels.values())
         spec = _stream_spec(config, seed, host_size(views), tuple(train), label)
         start = engine.step_done * config.batch
         with CropStream(store, spec, rank=ranks.rank, world=ranks.world, start=start, prefetch=2, threads=1) as stream:
-            batches = (
+            yield (
                 make_views(batch, views, seed=seed, policy=policy, device=device, dtype=engine.dtype)
                 for batch in stream
             )
-            fit(engine, batches, report=lambda _step, _metrics: None, save=end_epoch)
+
+    history, best = train_epochs(
+        objective,
+        config,
+        store.manifest.fingerprint,
+        seed=seed,
+        device=device,
+        identity=identity,
+        stored=stored,
+        losses=objective.losses,
+        metric="inner_dice",
+        measure=(lambda: {"inner_dice": mean_of(inner, ranks, dice_of)}) if inner else None,
+        batches=batches,
+        on_epoch=on_epoch,
+        ranks=ranks,
+        checkpoints=checkpoints,
+    )
     _settle(network, stored, best)
     return history
 
 
-def best_epoch(history: Sequence[Mapping[str, float]]) -> int:
+def require_inner(config: FinetuneConfig, inner: Sequence[int]) -> None:
+    """Refuse a training that has no inner volume where one is to decide.
+
+    Raises:
+        ConfigError: as said.
+    """
+    if config.needs_inner and not inner:
+        raise ConfigError(
+            "finetune.select, finetune.patience and finetune.inference",
+            expected="volumes of the inner split, by which epochs and ways to predict are compared",
+            found="none",
+            remedy="set labelled.inner to 1 or more, or leave select=last, patience empty and nothing to try",
+        )
+
+
+def train_epochs(
+    objective: torch.nn.Module,
+    config: FinetuneConfig,
+    fingerprint: str,
+    *,
+    seed: int,
+    device: torch.device,
+    identity: Mapping[str, str],
+    stored: torch.nn.Module,
+    losses: list[Tensor],
+    metric: str,
+    measure: Callable[[], Mapping[str, float]] | None,
+    batches: Callable[[Engine], AbstractContextManager[Iterator[ViewBatch]]],
+    on_epoch: OnEpoch,
+    ranks: Collectives,
+    checkpoints: Checkpoints | None,
+) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """Train an objective in place, epoch by epoch, and go on where a checkpoint is.
+
+    Args:
+        objective: For the engine.
+        config: Settings.
+        fingerprint: Of the manifest.
+        seed: Seed of the engine.
+        device: Where to train.
+        identity: What a checkpoint must agree with beside settings and manifest.
+        stored: The module that is measured and stored, part of the objective.
+        losses: Where the objective puts the loss of each part; emptied here.
+        metric: What `measure` gives that decides on epochs; larger is better.
+        measure: The inner metrics at the end of an epoch; None without inner volumes.
+        batches: Views from the step at which the engine stands.
+        on_epoch: See `train_segmenter`, like the others.
+        ranks: The ranks.
+        checkpoints: Where the state is kept.
+
+    Returns:
+        Each epoch's metrics, and the tensors of `stored` in the best epoch; none where the last is kept.
+
+    Raises:
+        ConfigError: the checkpoint is of another training.
+        NonFiniteError: names step and samples.
+    """
+    engine = Engine(objective, config.engine(seed), collectives=ranks, device=device)
+    identity = {"config_digest": digest(config), "fingerprint": fingerprint, **identity}
+    history: list[dict[str, float]] = []
+    best: dict[str, Tensor] = {}
+    if checkpoints is not None and (folder := checkpoints.newest()) is not None:
+        state, meta = checkpoint.load(folder)
+        checkpoint.require_same(meta, allow=False, **identity)
+        engine.load_state_dict(state)
+        best, history = state["best"], list(meta["history"])
+        for epoch, metrics in enumerate(history, 1):
+            on_epoch(epoch, dict(metrics))
+
+    def end_epoch(step: int, state: dict[str, Any]) -> None:
+        metrics = {"loss": float(ranks.mean(torch.stack(losses).mean()))}
+        losses.clear()
+        if measure is not None:
+            metrics |= measure()
+        history.append(metrics)
+        if config.select == "best" and best_epoch(history, metric) == len(history):
+            best.update({key: tensor.detach().cpu().clone() for key, tensor in stored.state_dict().items()})
+        engine.stopping = engine.stopping or _is_over(history, config, metric)
+        if checkpoints is not None and ranks.rank == 0:
+            last = engine.stopping or step == config.steps
+            checkpoints.save({**state, "best": best}, {**identity, "history": history}, last=last)
+        on_epoch(len(history), dict(metrics))
+
+    if not _is_over(history, config, metric):
+        with batches(engine) as views:
+            fit(engine, views, report=lambda _step, _metrics: None, save=end_epoch)
+    return history, best
+
+
+def best_epoch(history: Sequence[Mapping[str, float]], metric: str = "inner_dice") -> int:
     """The first epoch with the largest inner metric, counted from 1."""
-    scores = [metrics["inner_dice"] for metrics in history]
+    scores = [metrics[metric] for metrics in history]
     return scores.index(max(scores)) + 1
 
 
-def _is_over(history: Sequence[Mapping[str, float]], config: FinetuneConfig) -> bool:
+def _is_over(history: Sequence[Mapping[str, float]], config: FinetuneConfig, metric: str) -> bool:
     """Whether the inner metric has stood still for as long as it may."""
-    return config.patience is not None and bool(history) and len(history) - best_epoch(history) >= config.patience
+    if config.patience is None or not history:
+        return False
+    return len(history) - best_epoch(history, metric) >= config.patience
 
 
-def _inner_dice(inner: Sequence[int], ranks: Collectives, dice_of: Callable[[int], float]) -> float:
+def mean_of(inner: Sequence[int], ranks: Collectives, score_of: Callable[[int], float]) -> float:
     """Mean over the inner volumes, each measured by one rank."""
     scores = torch.zeros(len(inner), dtype=torch.float64)
     for place in range(ranks.rank, len(inner), ranks.world):
-        scores[place] = dice_of(inner[place])
+        scores[place] = score_of(inner[place])
     return float(ranks.sum(scores).mean())
 
 

@@ -130,29 +130,13 @@ class Segmentation(nn.Module):
 
     def _set_rates(self) -> None:
         """Groups of parameters by encoder level, their scales, and the step at which each joins."""
-        config, parts = self.config, self.config.trained
-        levels = len(self.backbone.levels)
-        level_of = {key: levels - 1 for key in self.backbone.encoder_keys()}
-        for level in reversed(range(levels)):
-            level_of |= dict.fromkeys(self.backbone.level_keys(level), level)
-        frozen = parts.parts == "frozen_encoder" or config.encoder_lr_scale == 0
-        scales, joins = {"rest": 1.0}, {"rest": 0}
-        for level in range(levels):
-            depth = levels - 1 - level
-            scales[f"level-{level}"] = config.encoder_lr_scale * parts.layer_decay**depth
-            joins[f"level-{level}"] = parts.steps * (1 + depth if parts.parts == "gradual" else 1)
-        group_of = {}
-        for key, parameter in self._net.named_parameters():
-            group_of[key] = f"level-{level_of[key]}" if key in level_of else "rest"
-            parameter.requires_grad_(not (frozen and key in level_of))
-        if set(scales.values()) == {1.0} and not parts.steps:
-            return
-        self._group_of = group_of
         outputs = [] if self.auxiliary is None else [name for name, _ in self.auxiliary.named_parameters()]
-        self.rates = Rates(
-            {f"backbone.net.{key}": group for key, group in group_of.items()}
+        self._group_of = level_groups(self.backbone, self.config)
+        self.rates = rates_of(
+            self.backbone,
+            self.config,
+            {f"backbone.net.{key}": group for key, group in self._group_of.items()}
             | {f"auxiliary.{name}": "rest" for name in outputs},
-            lambda step: {group: scale if step >= joins[group] else 0.0 for group, scale in scales.items()},
         )
 
     def _join(self, step: int) -> None:
@@ -162,6 +146,44 @@ class Segmentation(nn.Module):
         scales = self.rates.at(step)
         for key, parameter in self._net.named_parameters():
             parameter.requires_grad_(scales[self._group_of[key]] > 0)
+
+
+def level_groups(backbone: Backbone, config: FinetuneConfig) -> dict[str, str]:
+    """The group of each parameter of a network, by its name there: its encoder level, or the rest.
+
+    Gradients are asked for where `config.trained` has any, in an encoder that is never trained not.
+    """
+    levels = len(backbone.levels)
+    level_of = {key: levels - 1 for key in backbone.encoder_keys()}
+    for level in reversed(range(levels)):
+        level_of |= dict.fromkeys(backbone.level_keys(level), level)
+    frozen = config.trained.parts == "frozen_encoder" or config.encoder_lr_scale == 0
+    group_of = {}
+    for key, parameter in backbone.net.named_parameters():
+        group_of[key] = f"level-{level_of[key]}" if key in level_of else "rest"
+        parameter.requires_grad_(not (frozen and key in level_of))
+    return group_of
+
+
+def rates_of(backbone: Backbone, config: FinetuneConfig, group_of: Mapping[str, str]) -> Rates | None:
+    """Scales of the groups' rates, and the step at which each joins; None where all have one rate throughout.
+
+    Args:
+        backbone: The network.
+        config: Settings.
+        group_of: Group of each parameter of the objective, see `level_groups`.
+    """
+    parts, levels = config.trained, len(backbone.levels)
+    scales, joins = {"rest": 1.0}, {"rest": 0}
+    for level in range(levels):
+        depth = levels - 1 - level
+        scales[f"level-{level}"] = config.encoder_lr_scale * parts.layer_decay**depth
+        joins[f"level-{level}"] = parts.steps * (1 + depth if parts.parts == "gradual" else 1)
+    if set(scales.values()) == {1.0} and not parts.steps:
+        return None
+    return Rates(
+        group_of, lambda step: {group: scale if step >= joins[group] else 0.0 for group, scale in scales.items()}
+    )
 
 
 def region_loss(logits_BKDHW: Tensor, classes_BDHW: Tensor, *, miss: float, collectives: Collectives) -> Tensor:

@@ -1,4 +1,4 @@
-"""How a segmenter is fine-tuned: what is taken over, what is trained when, the loss, the views and the loop."""
+"""How a segmenter or a head is fine-tuned: what is taken over, what is trained when, loss, views and loop."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -51,8 +51,39 @@ class TrainedParts(Config):
         return self
 
 
+Task = Literal["segmentation", "classification", "regression"]
+WITHOUT_HEADS = (
+    "transfer", "ema", "loss", "tversky_beta", "focal_gamma", "deep_supervision", "class_balance", "class_draw",
+    "centred", "inference",
+)  # fmt: skip
+"""Settings of segmenters that a class or a number of a whole volume has no use for."""
+OF_VIEWS = ("channels_last", "accumulate", "geometry", "flip", "scale", "rotate_degrees", "intensity")
+OF_ENCODERS = ("trained", "encoder_lr_scale")
+
+
+class HeadConfig(Config):
+    """A class or a number of a whole volume, from pooled features of the encoder through one linear layer."""
+
+    frozen: bool = Field(
+        False,
+        description="A linear probe: the encoder is left as it is, features of each volume are computed once, from all"
+        " windows, and standardised by the training volumes; else the encoder is trained too, on crops",
+    )
+    levels: int = Field(
+        1, ge=1, le=16, description="Deepest encoder levels whose maps are averaged over positions and joined"
+    )
+    class_weights: Literal["none", "balanced"] = Field(
+        "none",
+        description="Of a classification: `balanced`: each class weighs as much as another, by the training volumes; a"
+        " class that has half of another's volumes then weighs twice as much in each",
+    )
+    loss: Literal["smooth_l1", "mse"] = Field(
+        "smooth_l1", description="Of a regression, on targets standardised by the training subjects' mean and deviation"
+    )
+
+
 class FinetuneConfig(Config):
-    """How a segmenter is trained."""
+    """How a segmenter is trained, or a head."""
 
     transfer: Transfer = Field(
         "encoder",
@@ -141,6 +172,13 @@ class FinetuneConfig(Config):
     scale: tuple[float, float] = Field((0.9, 1.1), description="In-plane zoom")
     rotate_degrees: float = Field(10.0, ge=0, le=180, description="Largest rotation about D")
     intensity: str = Field("light", description="Intensity augmentation")
+    task: Task = Field(
+        "segmentation",
+        description="`segmentation` learns `labelled.label`; `classification` and `regression` learn a class or a"
+        " number of a whole volume, `labelled.column`",
+        json_schema_extra=LATER,
+    )
+    head: HeadConfig = Field(HeadConfig(), description="of a classification or a regression", json_schema_extra=LATER)
 
     @model_validator(mode="after")
     def _check_ranges(self) -> Self:
@@ -169,6 +207,26 @@ class FinetuneConfig(Config):
             for key in ("scale", "rotate_degrees"):
                 if getattr(self, key) != plain[key].default:
                     raise ValueError(f"no {key} with geometry=nnunet, which has its own; set geometry=own for yours")
+        return self
+
+    @model_validator(mode="after")
+    def _check_task(self) -> Self:
+        if self.task == "segmentation":
+            if self.head != HeadConfig():
+                raise ValueError(
+                    "no head with task=segmentation, which has none: set task=classification or regression"
+                )
+            return self
+        idle = [(key, f"task={self.task}") for key in WITHOUT_HEADS]
+        if self.head.frozen:
+            idle += [(key, "head.frozen") for key in (*OF_ENCODERS, *OF_VIEWS)]
+        for key, why in idle:
+            field = type(self).model_fields[key]
+            if getattr(self, key) != field.get_default(call_default_factory=True):
+                raise ValueError(f"no {key} with {why}, where it has no effect")
+        key = "loss" if self.task == "classification" else "class_weights"
+        if getattr(self.head, key) != HeadConfig.model_fields[key].default:
+            raise ValueError(f"no head.{key} with task={self.task}, where it has no effect")
         return self
 
     @model_validator(mode="after")
@@ -206,11 +264,11 @@ class FinetuneConfig(Config):
             probe_every=0,
         )
 
-    def views(self, label: str, names: Iterable[str] = ()) -> ViewSpec:
+    def views(self, label: str | None, names: Iterable[str] = ()) -> ViewSpec:
         """One view of each crop, role `patch`, with the label map.
 
         Args:
-            label: Name of the map.
+            label: Name of the map; None without one.
             names: Of its classes; none is mirrored from left to right where one says a side.
         """
         along_d, along_h, along_w = self.flip
@@ -226,4 +284,4 @@ class FinetuneConfig(Config):
         )
         if self.geometry == "nnunet":
             role = replace(role, **NNUNET_GEOMETRY)
-        return ViewSpec(roles=(role,), maps=(label,))
+        return ViewSpec(roles=(role,), maps=() if label is None else (label,))

@@ -288,10 +288,10 @@ def conclusion(tests: Sequence[DrawTest], rows: Sequence[StudyRow], reference: s
     return (*lines, scope)
 
 
-def sentence(test: DrawTest) -> str:
-    """One comparison in words."""
+def sentence(test: DrawTest, measure: str = "Dice") -> str:
+    """One comparison in words, of a measure whose larger values are better."""
     where = f"With {_count(test.labels, 'label')}"
-    facts = f"{test.difference:+.3f} Dice"
+    facts = f"{test.difference:+.3f} {measure}"
     if test.low is not None and test.high is not None:
         facts += f" (95 % interval {test.low:+.3f} to {test.high:+.3f}; "
     else:

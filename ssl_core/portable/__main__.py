@@ -1,10 +1,15 @@
-"""`python -m tomoscale_portable BUNDLE INPUT.nii.gz OUTPUT.nii.gz`: prediction without the project or a registry."""
+"""`python -m tomoscale_portable BUNDLE INPUT.nii.gz OUTPUT.nii.gz`: prediction without the project or a registry.
+
+Of a classifier or a regressor OUTPUT is a CSV file.
+"""
 
 import argparse
 import sys
+from pathlib import Path
 
 from .errors import TomoscaleError
-from .predictor import Predictor
+from .head.assess import assess, write_table
+from .predictor import Predictor, check_target
 
 
 def main() -> int:
@@ -19,6 +24,12 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         predictor = Predictor(arguments.bundle, arguments.device, lambda note: print(f"note: {note}", file=sys.stderr))
+        if predictor.head is not None:
+            check_target(arguments.input, arguments.output, overwrite=arguments.overwrite, endings=(".csv",))
+            row = assess(predictor, arguments.input, force=arguments.force)
+            write_table(Path(arguments.output), predictor.head, [(Path(arguments.input).name, row)])
+            print(f"{arguments.output}: {row}")
+            return 0
         mask = predictor.predict_file(
             arguments.input, arguments.output, overwrite=arguments.overwrite, force=arguments.force
         )

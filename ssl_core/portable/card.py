@@ -10,6 +10,10 @@ from .errors import RefusedInput
 FORMAT = "tomoscale-bundle/1"
 WITH_INFERENCE = "tomoscale-bundle/2"
 """Of bundles whose `preprocess.json` says `inference`: code of before would leave that out and predict otherwise."""
+WITH_HEAD = "tomoscale-bundle/3"
+"""Of classifiers and regressors, whose head code of before does not know."""
+FORMATS = (FORMAT, WITH_INFERENCE, WITH_HEAD)
+KINDS = ("segmenter", "encoder", "classifier", "regressor")
 NEEDED = {"weights.safetensors", "architecture.json", "preprocess.json"}
 
 
@@ -41,17 +45,17 @@ def listed_files(name: str, card: dict[str, Any]) -> dict[str, str]:
     """
     form, files = card.get("format"), card.get("files")
     family, _, number = str(form).partition("/")
-    if family == FORMAT.partition("/")[0] and number.isdigit() and form not in (FORMAT, WITH_INFERENCE):
+    if family == FORMAT.partition("/")[0] and number.isdigit() and form not in FORMATS:
         raise RefusedInput(
             name,
-            expected=f"format {FORMAT} or {WITH_INFERENCE}, which this version reads",
+            expected=f"format {', '.join(FORMATS[:-1])} or {WITH_HEAD}, which this version reads",
             found=f"{form}, which a newer version wrote",
             remedy="update tomoscale, or use the code that lies in the bundle (`python -m tomoscale_portable`)",
         )
-    if form not in (FORMAT, WITH_INFERENCE) or card.get("kind") not in ("segmenter", "encoder"):
+    if form not in FORMATS or card.get("kind") not in KINDS:
         raise RefusedInput(
             name,
-            expected=f"format {FORMAT}, of a segmenter or an encoder",
+            expected=f"format {FORMAT}, of a segmenter, an encoder, a classifier or a regressor",
             found=f"format {form!r}, kind {card.get('kind')!r}",
             remedy="name a bundle that tomoscale wrote",
         )
@@ -63,6 +67,11 @@ def listed_files(name: str, card: dict[str, Any]) -> dict[str, str]:
             remedy="pull the bundle again",
         )
     return {str(key): str(digest) for key, digest in files.items()}
+
+
+def with_article(kind: str) -> str:
+    """A kind of bundle in a sentence."""
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .card import FORMAT, check_bundle, read_json
+from .card import FORMAT, check_bundle, read_json, with_article
 from .errors import ConfigError, RefusedInput
 from .geometry import Canonical, back_to_grid
 from .grid import spacing_dhw
+from .head.settings import read_head
 from .inference.components import keep_largest
 from .inference.mirror import mirrored
 from .inference.settings import merged
@@ -46,7 +47,9 @@ class Predictor:
         largest_component: Label values of which the largest component alone is left, in place of those in the bundle.
 
     Attributes:
-        kind: `segmenter` or `encoder`.
+        kind: One of `card.KINDS`.
+        head: Of a classifier and a regressor, see `head.assess`; None of others.
+        intake: What it lets in.
         plan: The preprocessing.
         card: The object of `bundle.json`.
         inference: What is done to the network's output.
@@ -74,12 +77,13 @@ class Predictor:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         name = str(root / "weights.safetensors")
         network = build(str(root / "architecture.json"), self.architecture)
-        keys = self.architecture["encoder_keys"] if self.kind == "encoder" else None
+        self.head = read_head(root, self.kind, self.architecture["levels"])
+        keys = None if self.kind == "segmenter" else self.architecture["encoder_keys"]
         load(name, network, read_safetensors(name), keys)
         self.network = network.to(self.device)
         self.dims = int(self.architecture["dims"])
         self._report = report or _warn
-        self._intake = Intake(self.plan, self.card.get("name", "the model"), self._report)
+        self.intake = Intake(self.plan, self.card.get("name", "the model"), self._report)
         if batch < 1:
             raise ConfigError("batch", expected="windows computed at once, 1 or more", found=str(batch))
         self.batch = batch
@@ -113,7 +117,7 @@ class Predictor:
                 learned from.
             ConfigError: the bundle holds an encoder, or an array came without its affine.
         """
-        return self._predict(*self._volume(source, affine), force, modality)[0]
+        return self._predict(*self.volume(source, affine), force, modality)[0]
 
     def predict_probabilities(
         self,
@@ -124,7 +128,7 @@ class Predictor:
         modality: str = "",
     ) -> tuple[NDArray[Any], NDArray[np.float32]]:
         """Mask (I, J, K) and probabilities (I, J, K, classes) of one volume; see `predict` and `segmented`."""
-        mask, maps = self._predict(*self._volume(source, affine), force, modality, probabilities=True)
+        mask, maps = self._predict(*self.volume(source, affine), force, modality, probabilities=True)
         assert maps is not None
         return mask, maps
 
@@ -178,9 +182,9 @@ class Predictor:
             (E, D/stride, H/stride, W/stride); feature k lies at voxels k * stride onwards of the canonical volume,
             after resampling to the nearest spacing that the model learned from (`Preprocess.target_spacing`).
         """
-        name, array, matrix = self._volume(source, affine)
-        volume = self._intake.canonical(name, array, matrix)
-        prepared = self._intake.prepared(name, volume.values_CDHW, volume.affine, None, modality, force)
+        name, array, matrix = self.volume(source, affine)
+        volume = self.intake.canonical(name, array, matrix)
+        prepared = self.intake.prepared(name, volume.values_CDHW, volume.affine, None, modality, force)
         entry = self.architecture["levels"][level]
         if not entry["module"]:
             raise ConfigError(
@@ -244,9 +248,12 @@ class Predictor:
         """
         if self.kind != "segmenter":
             raise ConfigError(
-                "predict", expected="a segmenter bundle", found=f"an {self.kind} bundle", remedy="use `features`"
+                "predict",
+                expected="a segmenter bundle",
+                found=f"{with_article(self.kind)} bundle",
+                remedy="use `features`" if self.head is None else "use `head.assess.assess`",
             )
-        prepared = self._intake.prepared(name, values_CDHW, affine, stats, modality, force)
+        prepared = self.intake.prepared(name, values_CDHW, affine, stats, modality, force)
         values = [value for value, _ in self.plan.labels]
         label_of = np.array(values, np.uint8 if max(values) < 256 else np.int32)
         mask = np.empty(prepared.shape_DHW, label_of.dtype)
@@ -295,7 +302,7 @@ class Predictor:
         Raises:
             RefusedInput: other channels, values beyond float32, or an affine that is no geometry.
         """
-        return self._intake.canonical(name, array, affine)
+        return self.intake.canonical(name, array, affine)
 
     def check_values(self, name: str, source: Source) -> Slabs:
         """Slabs of a canonical volume, after one pass over its values.
@@ -304,7 +311,7 @@ class Predictor:
             RefusedInput: values that are not finite, beyond float32, or not told apart in it.
         """
         slabs = Slabs.of(source)
-        self._intake.check_values(name, slabs.ranges)
+        self.intake.check_values(name, slabs.ranges)
         return slabs
 
     def _predict(
@@ -316,7 +323,7 @@ class Predictor:
         modality: str = "",
         probabilities: bool = False,
     ) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
-        volume = self._intake.canonical(name, array, affine)
+        volume = self.intake.canonical(name, array, affine)
         mask_DHW, maps_KDHW = self.segmented(
             volume.values_CDHW,
             volume.affine,
@@ -333,17 +340,14 @@ class Predictor:
         for note in image.notes:
             self._report(f"{source}: {note}")
 
-    def _volume(
+    def volume(
         self, source: str | os.PathLike[str] | NDArray[Any], affine: NDArray[Any] | None
     ) -> tuple[str, NDArray[Any], NDArray[Any]]:
+        """Name, array and affine of a source as `predict` takes it."""
         if isinstance(source, np.ndarray):
             if affine is None:
-                raise ConfigError(
-                    "array",
-                    expected="its affine (voxel-centre indices to RAS+ mm)",
-                    found="none",
-                    remedy="give affine=",
-                )
+                expected = "its affine (voxel-centre indices to RAS+ mm)"
+                raise ConfigError("array", expected=expected, found="none", remedy="give affine=")
             return "array", source, affine
         image: Nifti = read_nifti(source)
         self._report_header(source, image)

@@ -102,9 +102,7 @@ def slide_slabs(
         The first place along D, and scores from there on, (K, n, H, W) float32 on the CPU, which the next step writes
         over.
     """
-    size = [max(n, w) for n, w in zip(shape_DHW, window_DHW, strict=True)]
-    before = [(s - n) // 2 for s, n in zip(size, shape_DHW, strict=True)]
-    inside = tuple(slice(b, b + n) for b, n in zip(before, shape_DHW, strict=True))
+    size, inside = _room(shape_DHW, window_DHW)
     image = _Rolling(read, size, inside, air_C, window_DHW[0])
     blend = _Blend(gaussian(window_DHW), size)
     starts = [window_starts(n, w, overlap) for n, w in zip(size, window_DHW, strict=True)]
@@ -119,6 +117,36 @@ def slide_slabs(
             yield from _inside(blend.upto(corner[0]), inside)
             blend.add(corner, one_KDHW)
     yield from _inside(blend.upto(size[0]), inside)
+
+
+def each_window(
+    read: Reader,
+    shape_DHW: Sequence[int],
+    air_C: NDArray[np.float32],
+    window_DHW: tuple[int, int, int],
+    *,
+    overlap: float = 0.5,
+) -> Iterator[NDArray[np.float32]]:
+    """The windows of `slide_slabs` one after another, (C, *window); of the input one window's depth is in memory.
+
+    Args:
+        read: The input; each part is read once, in order.
+        shape_DHW: Voxels of the volume.
+        air_C: Each channel's value of air, with which a volume smaller than a window is padded.
+        window_DHW: Window, voxels.
+        overlap: Share of a window that its neighbour covers again.
+    """
+    size, inside = _room(shape_DHW, window_DHW)
+    image = _Rolling(read, size, inside, air_C, window_DHW[0])
+    for corner in product(*(window_starts(n, w, overlap) for n, w in zip(size, window_DHW, strict=True))):
+        yield image.window(corner, window_DHW)
+
+
+def _room(shape_DHW: Sequence[int], window_DHW: Sequence[int]) -> tuple[list[int], tuple[slice, ...]]:
+    """Voxels of a volume that holds a window, and where the given one lies in it."""
+    size = [max(n, w) for n, w in zip(shape_DHW, window_DHW, strict=True)]
+    before = [(s - n) // 2 for s, n in zip(size, shape_DHW, strict=True)]
+    return size, tuple(slice(b, b + n) for b, n in zip(before, shape_DHW, strict=True))
 
 
 def gaussian(window_DHW: Sequence[int]) -> Tensor:

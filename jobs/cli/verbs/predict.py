@@ -26,7 +26,9 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     add_state(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
-    predict = verbs.add_parser("predict", help="segment scans into masks on their own grids")
+    predict = verbs.add_parser(
+        "predict", help="segment scans into masks, or write classes or numbers of them to a table"
+    )
     predict.add_argument("model", help=MODEL)
     predict.add_argument(
         "input", help="a file (NIfTI, NRRD, MHA, MGZ), a DICOM series, a folder of either, or the URL of a store"
@@ -34,7 +36,7 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     predict.add_argument(
         "output",
         help="a mask (.nii, .nii.gz; .dcm, a DICOM segmentation, of a DICOM series), a folder for several, or a URL, to"
-        " which a job of the cluster writes",
+        " which a job of the cluster writes; of a classifier or a regressor a table (.csv) with a row a scan",
     )
     predict.add_argument("--probabilities", action="store_true", help="write NAME-probabilities.nii.gz too")
     predict.add_argument("--features", action="store_true", help="write NAME-features.npz too; NAME.npz of an encoder")
@@ -132,6 +134,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _predict(arguments: argparse.Namespace) -> int:
     from jobs.predict import run
+    from jobs.predict import table as results
     from jobs.predict.outputs import Choice
     from jobs.tracking.encoder import bundle_of
 
@@ -142,11 +145,18 @@ def _predict(arguments: argparse.Namespace) -> int:
     choice = Choice(arguments.probabilities, arguments.features, arguments.overlay, arguments.nifti, arguments.force)
     whole = {"overwrite": arguments.overwrite, "split": arguments.split, "volume": arguments.volume}
     one = run.is_file_output(source, output)
-    if one and Path(source).is_file():  # before a model is fetched
+    is_table = output.suffix.lower() == results.ENDING
+    if one and not is_table and Path(source).is_file():  # before a model is fetched
         run.check_file(Path(source), output, overwrite=arguments.overwrite)
     use_stack(arguments)
     with bundle_of(arguments.model) as bundle:
         predictor = _predictor(arguments, bundle)
+        if predictor.head is not None or is_table:
+            results.check(predictor, arguments.model, source, output, choice, overwrite=arguments.overwrite)
+            places = {"split": arguments.split, "volume": arguments.volume}
+            done, refused = results.to_table(predictor, source, output, choice, _note, **places)
+            print(f"{output}: {done} of {done + len(refused)} scans", file=sys.stderr)
+            return RefusedInput.exit_code if refused else 0
         if one:
             counts = run.to_file(predictor, arguments.model, source, output, choice, _note, **whole)
             print(f"{output}: voxels {counts}" if counts else str(output), file=sys.stderr)
@@ -202,12 +212,14 @@ def _predictor(arguments: argparse.Namespace, bundle: Path) -> Any:
 
 
 def _segmenter(arguments: argparse.Namespace, bundle: Path) -> Any:
+    from ssl_core.portable.card import with_article
+
     predictor = _predictor(arguments, bundle)
     if predictor.kind != "segmenter":
         raise ConfigError(
             f"model {arguments.model}",
             expected="a segmenter",
-            found=f"an {predictor.kind}",
+            found=with_article(predictor.kind),
             remedy="fine-tune it first (`tomoscale finetune`)",
         )
     return predictor

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from storage.errors import ConfigError
+from storage.format.columns import COLUMN_NOTE
 from storage.ingest.items import IngestItem
 from storage.ingest.readers.registry import split_name
 
-COLUMN_NOTE = "subject table: "
 _PERSON = ("person", "person_id", "subject", "subject_id", "patient", "patient_id", "participant_id")
 _NOTHING = ("", "n/a")
 _EXAMPLES = 3

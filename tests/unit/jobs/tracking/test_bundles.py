@@ -9,8 +9,8 @@ import pytest
 from jobs.configs import LabelledConfig
 from jobs.finetune import train_from
 from jobs.tracking import bundles as bundling
-from ssl_core.bundle import stored_spacing, write_bundle
-from ssl_core.bundle_card import BundleFacts
+from ssl_core.bundle import write_bundle
+from ssl_core.bundle_card import BundleFacts, stored_spacing
 from ssl_core.downstream.finetune import FinetuneConfig, build_segmenter
 from ssl_core.portable import Predictor
 from ssl_core.views.intensity import IntensityPolicy
