@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class Head:
     bias_K: Tensor
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Literal["classifier", "regressor"]:
         """Kind of the bundle that has it."""
         return "classifier" if self.classes else "regressor"
 
