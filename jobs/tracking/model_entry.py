@@ -126,7 +126,7 @@ def _signature(card: Mapping[str, Any], plan: Mapping[str, Any], names: Sequence
     if names:
         kinds = [DataType.string if name == "class" and card["kind"] == "classifier" else DataType.double
                  for name in names]  # fmt: skip
-        columns = [ColSpec(kind, name) for kind, name in zip(kinds, names, strict=True)]
+        columns: list[ColSpec | TensorSpec] = [ColSpec(kind, name) for kind, name in zip(kinds, names, strict=True)]
         return ModelSignature(outputs=Schema(columns), params=params_schema())
     if card["kind"] == "segmenter":
         values = [label["value"] for label in plan["labels"]]

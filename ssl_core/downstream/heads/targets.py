@@ -141,4 +141,5 @@ def _classes(key: str, texts: set[str]) -> tuple[str, ...]:
             remedy="name another column, or set finetune.task=regression for a number",
         )
     numbers = sorted(same for same in spelling if isinstance(same, float))
-    return tuple(spelling[same] for same in (*numbers, *sorted(same for same in spelling if isinstance(same, str))))
+    names = sorted(same for same in spelling if isinstance(same, str))
+    return (*(spelling[number] for number in numbers), *(spelling[name] for name in names))
