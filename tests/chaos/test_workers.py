@@ -106,6 +106,7 @@ def test_notice_is_given_and_no_step_is_repeated(fleet: Fleet, calm: tuple[Job, 
     assert row.repeated == 0
 
 
+@pytest.mark.timeout(1800)
 def test_the_number_of_workers_follows_the_machines(fleet: Fleet, table: list[Row]) -> None:
     """A batch of 12 is shared by one, two, three or six; six are never there."""
     changes: dict[str, Any] = {
@@ -123,6 +124,6 @@ def test_the_number_of_workers_follows_the_machines(fleet: Fleet, table: list[Ro
         job.wait_for(f"^(?:\\([^)]*\\) )?{number} of at most 6 workers", after=begun)
         fleet.wait_for_nodes(1 + number)
     row = row_of(job, "two workers, one, two again, and three", since, still.outcome(600), same_weights=False)
+    table.append(row)
     fleet.lab.lose_power("w3")
     fleet.wait_for_nodes(3)
-    table.append(row)
