@@ -12,6 +12,8 @@ from jobs.cli.verbs.common import MODEL, add_json, add_state, job_address, use_s
 from jobs.output import Progress, emit, table
 from storage.errors import ConfigError, RefusedInput
 
+_LEAVE_OUT = "leave it out: a class or a number is of the windows as they are"
+
 
 def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register the verbs."""
@@ -153,6 +155,8 @@ def _predict(arguments: argparse.Namespace) -> int:
         predictor = _predictor(arguments, bundle)
         if predictor.head is not None or is_table:
             results.check(predictor, arguments.model, source, output, choice, overwrite=arguments.overwrite)
+            if arguments.mirror is not None:
+                raise ConfigError("--mirror", expected="a segmenter", found=f"kind {predictor.kind}", remedy=_LEAVE_OUT)
             places = {"split": arguments.split, "volume": arguments.volume}
             done, refused = results.to_table(predictor, source, output, choice, _note, **places)
             print(f"{output}: {done} of {done + len(refused)} scans", file=sys.stderr)

@@ -14,8 +14,9 @@ import torch
 
 from jobs.cli.main import main as tomoscale
 from jobs.configs import FinetuneJobConfig
+from jobs.finetune.driver import Task, registered_task, training_task
 from jobs.finetune.heads import Which, compared_heads, train_head_from, trained_and_stored
-from ssl_core.config import parse
+from ssl_core.config import parse, resolved
 from ssl_core.downstream.finetune import FolderCheckpoints
 from ssl_core.downstream.heads.comparison import UNTESTED, HeadTraining
 from ssl_core.portable import Predictor
@@ -70,8 +71,9 @@ def test_a_training_that_died_goes_on_to_the_same_bits(place: Path, tmp_path: Pa
 
 def test_a_classifier_beats_chance_and_its_bundle_says_what_training_said(place: Path, tmp_path: Path) -> None:
     config = job(place)
-    which = Which("pre", 0, None, is_registered=True)
-    training = trained_and_stored(config, "run", which, FolderCheckpoints(tmp_path / "checkpoints"))
+    assert registered_task(config) == Task("pre", 0, None)
+    training = training_task(resolved(config), "run", Task("pre", 0, None))
+    assert isinstance(training, HeadTraining)
     assert len(training.cases) == 11, "one of the 12 test volumes has no class"
     assert training.scores["accuracy"] == 1.0
     assert training.scores["auroc"] == 1.0
@@ -115,6 +117,10 @@ def test_a_classifier_beats_chance_and_its_bundle_says_what_training_said(place:
     assert refused == 3
     assert not (tmp_path / "no.csv").exists()
     assert tomoscale(["predict", str(bundle), str(scan), str(tmp_path / "mask.nii.gz")]) == 2
+    odd = ["predict", str(bundle), str(scan), str(tmp_path / "odd.csv")]
+    assert tomoscale([*odd, "--mirror", "D"]) == 2
+    assert tomoscale([*odd, "--overlay"]) == 2
+    assert not (tmp_path / "odd.csv").exists()
     assert tomoscale(["predict", str(place / "encoder"), str(scan), str(tmp_path / "e.csv")]) == 2
 
 
