@@ -71,7 +71,7 @@ def test_a_bundle_that_is_damaged_newer_or_foreign_is_refused(bundle: Path, tmp_
         core.load_encoder(place)
     card = json.loads((bundle / "bundle.json").read_text())
     for change, message in (
-        ({"format": "tomoscale-bundle/3"}, "a newer version wrote; update tomoscale"),
+        ({"format": "tomoscale-bundle/4"}, "a newer version wrote; update tomoscale"),
         ({"format": "zip"}, "name a bundle that tomoscale wrote"),
         ({"files": {}}, "digests of architecture.json"),
         ({"files": None}, "digests of architecture.json"),
