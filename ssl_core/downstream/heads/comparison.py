@@ -57,8 +57,8 @@ class HeadTraining:
     @property
     def headline(self) -> str:
         """Its first scores, for a log."""
-        shown = ("accuracy", "auroc") if self.classes else ("mae", "r2")
-        values = {name: self.scores[name] for name in shown}
+        names = ("accuracy", "auroc") if self.classes else ("mae", "r2")
+        values = {name: self.scores[name] for name in names}
         return ", ".join(f"test {name} {'none' if x is None else f'{x:.3f}'}" for name, x in values.items())
 
     def to_json(self) -> dict[str, Any]:

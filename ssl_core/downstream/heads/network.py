@@ -153,10 +153,9 @@ class WholeVolume(nn.Module):
         if pretrained:
             groups = level_groups(backbone, self.config)
             self._group_of = {key: groups[key] for key in groups if key in encoder}
-            named = {f"stored.backbone.net.{key}": group for key, group in self._group_of.items()}
-            self.rates = rates_of(
-                backbone, self.config, named | {"stored.linear.weight": "rest", "stored.linear.bias": "rest"}
-            )
+            group_of = {f"stored.backbone.net.{key}": group for key, group in self._group_of.items()}
+            group_of |= {"stored.linear.weight": "rest", "stored.linear.bias": "rest"}
+            self.rates = rates_of(backbone, self.config, group_of)
         for key, parameter in backbone.net.named_parameters():  # a decoder that nothing uses would only decay
             parameter.requires_grad_(key in encoder and (not pretrained or parameter.requires_grad))
 

@@ -102,8 +102,8 @@ def _of_classes(
     if len(classes) == 2:
         scores["auroc"] = each[1]
     else:
-        there = [value for value in each if value is not None]
-        scores["auroc"] = float(np.mean(there)) if there else None
+        areas = [value for value in each if value is not None]
+        scores["auroc"] = float(np.mean(areas)) if areas else None
         scores |= {f"auroc_{name}": value for name, value in zip(classes, each, strict=True)}
     return scores | {"log_likelihood": float(np.log(own_N).mean())}
 

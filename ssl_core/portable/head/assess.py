@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import ConfigError, RefusedInput
+from ..errors import ConfigError, RefusedInput, StackError
 from ..inference.slabs import Slabs, Source
 from ..network import feature_maps
 from ..predictor import Predictor
@@ -118,6 +118,7 @@ def write_table(path: Path, head: Head, rows: Iterable[tuple[str, Row]]) -> None
 
     Raises:
         ConfigError: its name does not end in `.csv`.
+        StackError: the disk does not take it.
     """
     if path.suffix.lower() != ".csv":
         raise ConfigError(
@@ -130,6 +131,15 @@ def write_table(path: Path, head: Head, rows: Iterable[tuple[str, Row]]) -> None
             table.writerow(("scan", *head.names))
             for name, row in rows:
                 table.writerow((name, *(row[key] for key in head.names)))
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(hidden, path)
+    except OSError as error:
+        raise StackError(
+            str(path),
+            expected="a file written to a disk with room, by a user with the right to",
+            found=error.strerror or str(error),
+            remedy="free space, change the owner of the folder, or give another place",
+        ) from error
     finally:
         hidden.unlink(missing_ok=True)
