@@ -13,7 +13,8 @@ import pytest
 
 from jobs.cli import main as cli
 from jobs.tracking.model_code import Bundle
-from ssl_core.bundle import training_data, write_bundle
+from ssl_core.bundle import write_bundle
+from ssl_core.bundle_card import training_data
 from ssl_core.portable import Predictor
 from ssl_core.portable.geometry import back_to_grid, to_canonical
 from ssl_core.portable.predictor import check_bundle
