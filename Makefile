@@ -3,7 +3,9 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test image-test tls-test fuzz chaos coverage lint types check clean
+NNUNET := .venv/nnunet
+
+.PHONY: demo test image-test nnunet-test tls-test fuzz chaos coverage lint types check clean
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -22,6 +24,16 @@ test: $(READY)
 # Builds the image and runs its services: root, buildah, mmdebstrap, PostgreSQL; 7 GB in TMPDIR. Elsewhere it says why not.
 image-test: $(READY)
 	TOMOSCALE_IMAGE_TEST=1 $(BIN)/pytest --capture=no -rs tests/image $(ARGS)
+
+# A released nnU-Net, in an environment of its own, fine-tunes what is exported for it, and back; a few minutes.
+$(NNUNET)/.ready: tests/nnunet/requirements.lock $(READY)
+	$(PYTHON) -m venv $(NNUNET)
+	$(NNUNET)/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' $<)"
+	$(NNUNET)/bin/pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
+
+nnunet-test: $(NNUNET)/.ready
+	TOMOSCALE_NNUNET=$(abspath $(NNUNET)) $(BIN)/pytest --capture=no -rs tests/nnunet $(ARGS)
 
 # Damaged files for every reader, others each round, for FUZZ_MINUTES in all.
 FUZZ_MINUTES ?= 10

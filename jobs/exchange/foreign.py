@@ -1,7 +1,7 @@
 """`tomoscale models import`: a checkpoint of another trainer becomes an encoder's bundle, by a mapping that says all.
 
-Nothing is guessed: each tensor of the file is renamed by a rule or dropped by one, and each tensor of the encoder is
-given one of its name and shape.
+Nothing is guessed: each tensor of the file is renamed by a rule or dropped by one, and each tensor of the encoder, and
+of the decoder where the mapping asks for it, is given one of its name and shape.
 """
 
 import hashlib
@@ -42,6 +42,9 @@ class ImportMap(Config):
         description="beginnings of names in the file, and what stands in their place; the longest that fits counts",
     )
     drop: tuple[str, ...] = Field(("decoder.",), description="beginnings of names that are left out")
+    decoder: bool = Field(
+        False, description="take the decoder too, but for its output layers, for fine-tuning with transfer"
+    )
     patch_DHW: tuple[int, int, int] = Field(description="sliding window, voxels; a multiple of the network's stride")
     spacing_mm: tuple[float, float, float] | None = Field(
         None, description="D, H, W that the encoder was trained at; empty: each volume's own"
@@ -67,7 +70,10 @@ def import_checkpoint(file: Path, tool: str, mapping: ImportMap, target: Path) -
     weights = _weights(file, read_torch(file), TOOLS[tool])
     backbone = build(mapping.backbone.name, **mapping.backbone.arguments)
     renamed = _renamed(file, weights, mapping)
-    load_exact(backbone.net, renamed, _keys(backbone, renamed))
+    keys = _keys(backbone, renamed)
+    if mapping.decoder:
+        keys = list(dict.fromkeys([*keys, *backbone.decoder_keys()]))
+    load_exact(backbone.net, renamed, keys)
     facts = BundleFacts(
         name=mapping.name,
         patch_DHW=mapping.patch_DHW,
@@ -84,7 +90,7 @@ def import_checkpoint(file: Path, tool: str, mapping: ImportMap, target: Path) -
             *mapping.notes,
         ),
     )
-    return write_bundle(target, "encoder", backbone, facts)
+    return write_bundle(target, "encoder", backbone, facts, decoder=mapping.decoder)
 
 
 def _weights(file: Path, data: Any, key: str) -> dict[str, Tensor]:

@@ -63,7 +63,7 @@ def write(model: Model, folder: Path) -> list[str]:
     network.load_state_dict(read_torch(folder / _WEIGHTS))
     model.check("a bundle of MONAI", type(model.outputs)(network.eval(), 3, ()))
     run = "python -m monai.bundle run --config_file {folder}/configs/inference.json --bundle_root {folder}"
-    notes = [f"{run} --dataset_dir SCANS --output_dir MASKS, with pytorch-ignite installed"]
+    notes = [f"{run} --dataset_dir SCANS --output_dir MASKS, with pytorch-ignite and fire installed"]
     if axes := model.predictor.inference.mirror:
         notes.append(f"it predicts without the windows mirrored along {', '.join(axes)} that the bundle averages over")
     return notes
@@ -178,6 +178,7 @@ def _metadata(model: Model) -> dict[str, Any]:
         "numpy_version": version("numpy"),
         "required_packages_version": {
             "pytorch-ignite": "0.5.5",
+            "fire": "0.7.1",  # the command line of MONAI
             "nibabel": version("nibabel"),
             "scipy": version("scipy"),
             **{package: number for package, number in packages.items() if package != "monai"},

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from pydoc import locate
@@ -16,11 +18,12 @@ from jobs.cli.main import main
 from jobs.exchange import nnunet
 from jobs.exchange.export import export
 from jobs.exchange.model import Model, open_model
+from ssl_core.bundle import write_bundle
 from ssl_core.portable import Predictor
 from ssl_core.portable.network import build
 from storage.errors import ConfigError
-from tests.kit.bundles import scan
-from tests.kit.small_models import encoder_bundle, segmenter_bundle
+from tests.kit.bundles import facts, scan
+from tests.kit.small_models import WINDOW, encoder_bundle, resenc, segmenter_bundle
 
 Bundle = Callable[[str], Path]
 
@@ -153,12 +156,57 @@ def test_nnunet_finds_its_keys_and_its_network_takes_every_tensor(bundle: Bundle
 
 def test_nnunet_takes_a_whole_segmenter_but_for_its_output_layers(bundle: Bundle, tmp_path: Path) -> None:
     """The rule of nnU-Net's `-pretrained_weights`: all names and shapes but those of `.seg_layers.`."""
-    export(bundle("segmenter"), tmp_path / "out", "nnunet")
+    notes = export(bundle("segmenter"), tmp_path / "out", "nnunet")
+    assert f"-pretrained_weights {tmp_path}/out/checkpoint_final.pth; all 51 tensors" in notes[0]
     weights = torch.load(tmp_path / "out/checkpoint_final.pth", weights_only=True)["network_weights"]
     arguments = open_model(bundle("segmenter")).predictor.architecture["arguments"] | {"deep_supervision": True}
     own = build("x", {"class": nnunet.CLASS, "arguments": arguments | {"num_classes": 7}}).state_dict()
     needed = {key: value.shape for key, value in own.items() if ".seg_layers." not in key}
     assert needed == {key: weights[key].shape for key in needed}
+
+
+def test_an_encoder_takes_its_decoder_to_nnunet_or_the_export_says_that_it_has_none(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    whole = write_bundle(tmp_path / "whole", "encoder", resenc(5), facts(patch_DHW=WINDOW, labels=()), decoder=True)
+    notes = export(whole, tmp_path / "out", "nnunet")
+    assert "-pretrained_weights" in notes[0]
+    assert "cannot" not in notes[0]
+    weights = torch.load(tmp_path / "out/checkpoint_final.pth", weights_only=True)["network_weights"]
+    own = {key: tensor for key, tensor in resenc(5).net.state_dict().items() if nnunet.HEADS not in key}
+    assert sorted(weights) == sorted(own)
+    assert all(torch.equal(tensor, own[key]) for key, tensor in weights.items())
+    alone = export(bundle("encoder"), tmp_path / "alone", "nnunet")
+    assert "a released nnU-Net (2.8) cannot start from it: -pretrained_weights needs the decoder's" in alone[0]
+
+
+def test_a_configuration_for_nnunets_plans_builds_the_network_with_a_stride_for_each_axis(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    export(bundle("segmenter"), tmp_path / "out", "nnunet")
+    given = json.loads((tmp_path / "out" / nnunet.CONFIGURATION).read_text())
+    assert (given["inherits_from"], given["patch_size"]) == ("3d_fullres", [16, 16, 16])
+    architecture = given["architecture"]
+    arguments = architecture["arch_kwargs"]
+    assert arguments["strides"] == [[1, 1, 1], [2, 2, 2], [2, 2, 2]]
+    for key in architecture["_kw_requires_import"]:
+        arguments[key] = arguments[key] and locate(arguments[key])
+    network = locate(architecture["network_class_name"])(input_channels=1, num_classes=3, **arguments)  # type: ignore[operator]
+    weights = torch.load(tmp_path / "out/checkpoint_final.pth", weights_only=True)["network_weights"]
+    network.load_state_dict(weights, strict=True)
+
+
+def test_what_is_neither_a_network_nor_its_encoder_is_not_written_for_nnunet(bundle: Bundle, tmp_path: Path) -> None:
+    model = open_model(bundle("segmenter"))
+    model.predictor.network = build("x", encoder_of_other_widths(model))
+    with pytest.raises(ConfigError, match="its stock network.*of another shape"):
+        nnunet.write(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def encoder_of_other_widths(model: Model) -> dict[str, object]:
+    arguments = model.predictor.architecture["arguments"] | {"features_per_stage": [4, 8, 16]}
+    return {"class": nnunet.CLASS, "arguments": arguments}
 
 
 def test_nnunet_takes_no_other_network(bundle: Bundle, tmp_path: Path) -> None:
@@ -170,7 +218,6 @@ def test_nnunet_takes_no_other_network(bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_a_bundle_of_monai_is_run_by_monai_on_a_volume(bundle: Bundle, tmp_path: Path) -> None:
-    pytest.importorskip("ignite", reason="pytorch-ignite, which MONAI's evaluator needs, is not installed")
     from monai.bundle import ConfigWorkflow, load
 
     path = segmenter_bundle(tmp_path / "b", 3, spacing_mm=(2.0, 1.5, 1.7))
@@ -199,3 +246,21 @@ def test_a_bundle_of_monai_is_run_by_monai_on_a_volume(bundle: Bundle, tmp_path:
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), workflow.network_def.parameters(), strict=True))
     with pytest.raises(ConfigError, match="expected a 3-D segmenter"):
         export(bundle("encoder"), tmp_path / "other", "monai")
+
+
+def test_monais_command_of_the_export_writes_the_mask_of_predict(tmp_path: Path) -> None:
+    """Of a bundle that mirrors no windows and takes no components away, as the how-to says."""
+    path = segmenter_bundle(tmp_path / "b", 3)
+    notes = export(path, tmp_path / "exported", "monai")
+    (tmp_path / "scans").mkdir()
+    source = scan(tmp_path / "scans", (18, 20, 27))
+    command = notes[0].split(", with ")[0].split()
+    places = {"python": sys.executable, "SCANS": str(tmp_path / "scans"), "MASKS": str(tmp_path / "masks")}
+    done = subprocess.run([places.get(word, word) for word in command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert main(["predict", str(path), str(source), str(tmp_path / "own.nii.gz")]) == 0
+    (written,) = (tmp_path / "masks").iterdir()
+    masks = [np.asanyarray(nib.load(name).dataobj) for name in (written, tmp_path / "own.nii.gz")]
+    assert len(np.unique(masks[1])) > 1
+    assert np.array_equal(*masks)
+    assert np.allclose(nib.load(written).affine, nib.load(source).affine)

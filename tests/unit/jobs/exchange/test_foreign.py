@@ -8,6 +8,7 @@ import yaml
 
 from jobs.cli.main import main
 from jobs.tracking.bundles import pull_encoder
+from ssl_core.downstream.transfer import Start, build_segmenter
 from ssl_core.networks import build
 from ssl_core.networks.weights import load_exact
 from tests.kit.networks import SMALL
@@ -41,6 +42,22 @@ def test_a_checkpoint_becomes_an_encoder_that_training_starts_from(tmp_path: Pat
     assert encoder.lineage["imported_from"] == "nnssl"
     assert encoder.intensity.kind == "zscore"
     assert "Licence: of those who made it." in (tmp_path / "out/MODEL_CARD.md").read_text()
+
+
+def test_a_decoder_comes_along_where_the_map_asks_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rules = {
+        "decoder": True,
+        "rename": {"module.encoder.": "encoder.", "module.decoder.": "decoder."},
+        "drop": ["module.decoder.seg_layers."],
+    }
+    assert main(["models", "import", *_files(tmp_path, rules)]) == 0
+    encoder, own = pull_encoder(str(tmp_path / "out")), resenc(4).net.state_dict()
+    start = Start("elsewhere", encoder.weights, encoder.rest, transfer="encoder_decoder")
+    network = build_segmenter(encoder.backbone, encoder.arguments, 3, 0, start).net.state_dict()
+    assert all(torch.equal(network[key], own[key]) for key in own if "seg_layers" not in key)
+    (tmp_path / "out").rename(tmp_path / "first")
+    assert main(["models", "import", *_files(tmp_path, {"decoder": True})]) == 1
+    assert "missing: decoder." in capsys.readouterr().err
 
 
 def test_what_does_not_match_to_the_last_tensor_is_not_imported(
