@@ -2,8 +2,8 @@
 
 A released nnU-Net (2.8) wants, with `nnUNetv2_train -pretrained_weights`, each tensor of the network but those of the
 output layers, by name and shape: a segmenter has them, and an encoder whose decoder was trained with it. The main
-branch's `nnUNetv2_preprocess_like_nnssl` and `nnUNetv2_train_pretrained` take an encoder alone, by the adaptation plan of
-nnssl checkpoints.
+branch's `nnUNetv2_preprocess_like_nnssl` and `nnUNetv2_train_pretrained` take an encoder alone, by the adaptation plan
+of nnssl checkpoints.
 """
 
 import json
