@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from jobs.configs import Experiment, LabelledConfig, ModelName, _check_model, with_a_network
 from jobs.configs.groups import require_segmentation
+from jobs.configs.population import POPULATIONS, PopulationConfig, changing, check_population
 from jobs.configs.space import ENCODER, Dimension, dimensions, require_buildable_space, with_settings
 from jobs.ingest_config import JobName, Url
 from ssl_core.config import LATER, Config, flatten, parse, resolved
@@ -18,10 +19,8 @@ from storage.errors import ConfigError
 _REFUSED = {
     "bohb": "BOHB, whose `TuneBOHB` fails with every ConfigSpace from 1.0 on (ray#46995): use algorithm tpe with"
     " scheduler hyperband, which is the same pair of ideas",
-    "pbt": "population based training, for which trials would have to go on from one another's weights: use asha",
-    "pb2": "PB2, for which trials would have to go on from one another's weights: use asha",
 }
-_SYNCHRONOUS = ("halving", "hyperband")
+_SYNCHRONOUS = ("halving", "hyperband", *POPULATIONS)
 OBJECTIVES = ("dice", "seconds")
 
 
@@ -87,14 +86,18 @@ class TuneConfig(Config):
     reduction: int = Field(2, ge=2, description="one in this many goes on at each rung")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the searcher, and of every trial's weights and crops")
     algorithm: Literal["tpe", "random", "grid"] = Field(
-        "tpe", description="what draws the settings; tpe is Optuna's", json_schema_extra=LATER
-    )
-    scheduler: Literal["asha", "halving", "hyperband", "median", "none"] = Field(
-        "asha",
-        description="what stops trials: asha at each rung by the trials before; halving and hyperband wait at each rung"
-        " for all trials of a bracket; median goes by the median of running means; none stops no trial",
+        "tpe",
+        description="what draws the settings; tpe is Optuna's; random, and the default, with scheduler pbt and pb2",
         json_schema_extra=LATER,
     )
+    scheduler: Literal["asha", "halving", "hyperband", "median", "none", "pbt", "pb2"] = Field(
+        "asha",
+        description="what stops trials: asha at each rung by the trials before; halving and hyperband wait at each rung"
+        " for all trials of a bracket; median goes by the median of running means; none stops no trial; with pbt and"
+        " pb2 the worst take over weights and settings of the best, see `population`",
+        json_schema_extra=LATER,
+    )
+    population: PopulationConfig = Field(PopulationConfig(), json_schema_extra=LATER)
     deterministic: bool = Field(
         False,
         description="suggest and stop as if trials ran one after another, whatever the order of their reports",
@@ -147,8 +150,12 @@ class TuneConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, data: Any) -> Any:
-        """`encoder` of the space into `encoders`, and the number of a grid's points into `trials`."""
-        if not isinstance(data, dict) or not isinstance(data.get("space"), dict):
+        """`encoder` of the space into `encoders`, the points of a grid into `trials`, and what draws a population."""
+        if not isinstance(data, dict):
+            return data
+        if data.get("scheduler") in POPULATIONS:
+            data = {"algorithm": "random", **data}
+        if not isinstance(data.get("space"), dict):
             return data
         data = {**data, "space": dict(data["space"])}
         if ENCODER in data["space"]:
@@ -253,6 +260,24 @@ class TuneConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _check_population(self) -> Self:
+        check_population(self.population, self.scheduler, self.finetune, algorithm=self.algorithm, trials=self.trials)
+        if self.finetune.schedule:
+            raise ValueError("no finetune.schedule in a search, whose settings hold for a whole trial or change by pbt")
+        if not self.is_population:
+            return self
+        plain = type(self).model_fields
+        for key in ("grace_epochs", "reduction"):
+            if getattr(self, key) != plain[key].default:
+                raise ValueError(
+                    f"no {key} with scheduler {self.scheduler}, whose rounds are population.interval apart"
+                )
+        if any(dim.path == "finetune.patience" for dim in self.dimensions):
+            raise ValueError(f"no finetune.patience in the space with scheduler {self.scheduler}")
+        changing(self.dimensions, self.population, self.scheduler)
+        return self
+
+    @model_validator(mode="after")
     def _check_confirmed(self) -> Self:
         if self.confirm is None:
             return self
@@ -326,6 +351,16 @@ class TuneConfig(Config):
     def waits(self) -> bool:
         """Whether trials wait at a rung for those of their bracket."""
         return self.scheduler in _SYNCHRONOUS
+
+    @property
+    def is_population(self) -> bool:
+        """Whether trials go on from one another's weights."""
+        return self.scheduler in POPULATIONS
+
+    @property
+    def changing(self) -> tuple[Dimension, ...]:
+        """What changes when a member of a population takes another over."""
+        return changing(self.dimensions, self.population, self.scheduler)
 
 
 def _is_old(space: Mapping[str, Any]) -> bool:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_origin
 
 from pydantic import BaseModel
 
@@ -33,6 +33,7 @@ _NOT_OF_A_TRIAL = {
     "finetune.epochs": "how long a trial may be is its budget, and the rungs are counted in it",
     "finetune.task": _NO_HEADS,
     **{f"finetune.head.{name}": _NO_HEADS for name in HeadConfig.model_fields},
+    "finetune.schedule": "what changes while a trial runs is for scheduler pbt to find",
 }
 
 
@@ -95,7 +96,7 @@ def setting_paths(kind: type[BaseModel] = FinetuneConfig, prefix: str = "finetun
     """Dotted path of each setting that a trial could have, budget among them."""
     for name, field in kind.model_fields.items():
         models = [t for t in (field.annotation, *getattr(field.annotation, "__args__", ())) if _is_group(t)]
-        if models:
+        if models and get_origin(field.annotation) is not tuple:
             yield from setting_paths(models[0], f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"

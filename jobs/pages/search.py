@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 
 from jobs.pages.charts import COLOURS, INK, chart
 from jobs.pages.html import Picture, page
-from ssl_core.downstream.search import SearchResult, Trial
+from ssl_core.downstream.search import SearchResult, Trial, lineage
 
 _SCORES = "viridis"
 _MOST_ROWS = 200  # of the table; the figures have every trial
@@ -38,7 +38,7 @@ def setting_text(value: Any) -> str:
 
 
 def curves_figure(result: SearchResult) -> bytes:
-    """PNG of every learning curve; a cross where a trial was stopped, the chosen one in bold."""
+    """PNG of every learning curve; a cross where a trial was stopped, a triangle after a takeover, the best in bold."""
     drawing, axis = plt.subplots(figsize=(7.2, 3.4))
     for trial in result.trials:
         if not trial.scores:
@@ -48,6 +48,11 @@ def curves_figure(result: SearchResult) -> bytes:
         epochs = range(1, len(trial.scores) + 1)
         width, alpha, order = (2.4, 1.0, 3) if is_best else (0.9, 0.6, 2)
         axis.plot(epochs, trial.scores, color=colour, lw=width, alpha=alpha, zorder=order, marker="o", ms=2)
+        for takeover in trial.takeovers:
+            axis.axvline(takeover.epoch + 0.5, color=INK, lw=0.4, alpha=0.3, zorder=1)
+            if takeover.epoch < len(trial.scores):
+                place = (takeover.epoch + 1, trial.scores[takeover.epoch])
+                axis.plot(*place, marker="^", ms=5, color=colour, zorder=4)
         if trial.stopped_early:
             axis.plot(len(trial.scores), trial.scores[-1], marker="x", ms=7, mew=1.6, color=INK, zorder=4)
         elif trial.error is not None:
@@ -123,6 +128,10 @@ def render(result: SearchResult, *, name: str, best_yaml: str, config_yaml: str,
     with_scores = [trial for trial in trials if trial.scores]
     stops = "Each line is a trial. A cross: stopped early. A square: failed. Bold: the chosen one."
     lines = "Each line is a trial, brighter for a higher Dice; dashed: stopped early."
+    takeovers = sum(len(trial.takeovers) for trial in trials)
+    if takeovers:
+        stops += " A triangle: the first epoch with weights that it took over from another."
+        lines += " Settings are those that a trial began with."
     shown_rows = sorted(trials, key=_rank)[:_MOST_ROWS]
     return page(
         "search.html.j2",
@@ -138,6 +147,8 @@ def render(result: SearchResult, *, name: str, best_yaml: str, config_yaml: str,
         if result.front
         else None,
         draws=_draws(result),
+        takeovers=takeovers,
+        schedule=_schedule(result) if takeovers else None,
         arms=[trial for trial in trials if trial.trial in result.best_by_arm],
         failed=[(trial.trial, trial.error) for trial in trials if trial.error is not None],
         table={
@@ -174,6 +185,20 @@ def _draws(result: SearchResult) -> dict[str, Any] | None:
         "head": ("draw of labelled subjects", best.name, reference.name, "difference"),
         "rows": [(draw, f"{a:.3f}", f"{b:.3f}", f"{a - b:+.3f}") for draw, a, b in pairs],
     }
+
+
+def _schedule(result: SearchResult) -> dict[str, Any]:
+    """Which settings the weights of the best had in which epochs, and in which trial."""
+    members = [next(t for t in result.trials if t.trial == number) for number in range(len(result.trials))]
+    whole = lineage(members, result.best_trial, result.epochs)
+    ends = [*(stretch.first - 1 for stretch in whole[1:]), result.epochs]
+    values = [stretch.settings for stretch in whole]
+    paths = [path for path in values[0] if any(one[path] != values[0][path] for one in values)]
+    rows = [
+        (f"{s.first} to {end}", s.trial, *(setting_text(s.settings[path]) for path in paths))
+        for s, end in zip(whole, ends, strict=True)
+    ]
+    return {"head": ("epochs", "in trial", *map(setting_heading, paths)), "rows": rows}
 
 
 def _row(trial: Trial, paths: Sequence[str], epochs: int) -> tuple[str | int, ...]:

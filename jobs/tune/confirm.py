@@ -31,7 +31,7 @@ from ssl_core.config import parse, resolved
 from ssl_core.downstream.comparison import Training, subject_dice
 from ssl_core.downstream.confirmation import Confirmation, Scored, confirmed
 from ssl_core.downstream.scores import METRICS, mean_scores
-from ssl_core.downstream.search import SearchResult
+from ssl_core.downstream.search import SearchResult, trained_with
 from storage.errors import ConfigError
 from storage.objects import join, open_store
 
@@ -206,7 +206,7 @@ def _reference(result: SearchResult) -> tuple[str, dict[str, Any], int]:
     if other is None:
         return PLAIN, {ENCODER: result.best[ENCODER]}, 0
     name = SCRATCH if other.encoder == "none" else STARTS
-    return name, dict(other.settings), _size(result, other.trial)
+    return name, trained_with(result.trials, other.trial, result.epochs), _size(result, other.trial)
 
 
 def _seal(store: Any, plan: Mapping[str, Any]) -> None:

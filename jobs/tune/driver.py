@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -31,12 +31,13 @@ from jobs.tune.state import Search
 from jobs.tune.suggest import Earlier, Suggestions
 from ssl_core.config import dump_yaml, resolved
 from ssl_core.downstream.records import from_fields
-from ssl_core.downstream.search import SearchResult
+from ssl_core.downstream.search import SCHEDULE, SearchResult
 from storage.format.manifest import Manifest
 from storage.objects import join, open_store
 
 REPORT, BEST = "report.html", "best.yaml"
 """Of a search, below `<runs>/<name>` and in its run in MLflow."""
+_LONGEST_TAG = 5000  # letters that MLflow takes
 
 # Ray Tune is imported in functions: it reads these from the environment, and a wrong configuration need not wait.
 RAY = {
@@ -96,7 +97,7 @@ def run(
                 print(f"trial {trial.trial} failed: {trial.error}", flush=True)
         live.complete(trials)
         result = searched(config, trials, run_id=run_id, seconds=seconds())
-        best = json.dumps(dict(result.best))
+        best = json.dumps(_short(result.best))
         through_outage(lambda: api.set_tag(run_id, "tomoscale.best", best), "what was found best")
         driver.write_result(config.runs, config.name, result.to_json())
         publish(api, config, result)
@@ -119,6 +120,13 @@ def run(
         print(f"registered models:/{result.confirmation.model}/{result.confirmation.version}", flush=True)
     print(f"report: {join(config.runs, config.name, REPORT)}; to refit and register: {BEST} beside it", flush=True)
     return result
+
+
+def _short(best: Mapping[str, Any]) -> dict[str, Any]:
+    """The best settings, as far as a tag of MLflow holds them."""
+    if len(json.dumps(best)) <= _LONGEST_TAG:
+        return dict(best)
+    return {**best, SCHEDULE: f"in {BEST}"}
 
 
 def _require_starts(config: TuneConfig) -> None:
@@ -195,8 +203,7 @@ def state_of(
 
     def keep(entry: Entry) -> None:
         journal.write(entry, seconds())
-        if entry.has_ended:
-            timed.of_trial(config, entry.number, entry.id).clear()
+        timed.clear_needless(config, entry)
 
     search = Search(
         config,

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ssl_core.downstream.records import from_fields
+from ssl_core.downstream.search import Takeover
 from storage.objects import join, open_store
 
 FOLDER = "search"
@@ -31,6 +32,8 @@ class Entry:
         seconds_spent: Seconds of all attempts.
         why: What ended it early.
         error: Why it failed.
+        takeovers: Of a member of a population, in their order.
+        clock_ahead: Seconds by which the clock of the weights that it goes on from is ahead of its own.
     """
 
     number: int
@@ -46,6 +49,8 @@ class Entry:
     seconds_spent: float = 0.0
     why: str = ""
     error: str | None = None
+    takeovers: list[Takeover] = field(default_factory=list)
+    clock_ahead: float = 0.0
 
     @property
     def has_ended(self) -> bool:
@@ -99,8 +104,9 @@ class Journal:
 
 
 def _entry(data: dict[str, Any]) -> Entry:
-    entry = from_fields(Entry, data)
+    entry = from_fields(Entry, {"takeovers": [], "clock_ahead": 0.0, **data})
     entry.scores = list(entry.scores)  # `from_fields` makes tuples
+    entry.takeovers = [from_fields(Takeover, takeover) for takeover in data.get("takeovers", ())]
     if entry.status == RUNNING:
         entry.status = WAITING
         entry.at = 0

@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,32 @@ from ssl_core.downstream.search import Trial
 
 METRIC = "inner_dice"
 SETTINGS_TAG = "tomoscale.settings"
+EXPLOITED_TAG, NOW_TAG = "tomoscale.exploited", "tomoscale.settings.now"
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.5, 5.0
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What a child run says of a trial, as it is now.
+
+    Attributes:
+        number: Of the trial.
+        settings: What it began with, by dotted path.
+        tags: Its id, and of a member of a population whose weights it took over when, and its settings since.
+    """
+
+    number: int
+    settings: dict[str, Any]
+    tags: dict[str, str]
+
+
+def _facts_of(number: int, trial: Entry | Trial) -> _Facts:
+    settings = dict(trial.settings)
+    tags = {"tomoscale.trial": trial.id, SETTINGS_TAG: json.dumps(settings)}
+    if trial.takeovers:
+        words = [f"trial {takeover.source} at epoch {takeover.epoch}" for takeover in trial.takeovers]
+        tags |= {EXPLOITED_TAG: ", ".join(words)[-5000:], NOW_TAG: json.dumps(dict(trial.takeovers[-1].settings))}
+    return _Facts(number, settings, tags)
 
 
 class Live:
@@ -49,9 +75,8 @@ class Live:
         """An attempt begins; the child of one whose epochs do not count is deleted, so that none has those of two."""
         if fresh:
             self._points[entry.number] = []
-        facts = entry.number, entry.id, dict(entry.settings)
         self._complete.pop(entry.number, None)
-        self._queue.put(partial(self._begin, *facts, fresh=fresh))
+        self._queue.put(partial(self._begin, _facts_of(entry.number, entry), fresh=fresh))
 
     def reported(self, entry: Entry, epoch: int, metrics: dict[str, float]) -> None:
         """An epoch has ended."""
@@ -62,8 +87,7 @@ class Live:
     def ended(self, entry: Entry) -> None:
         """The trial is over."""
         status = "FAILED" if entry.error is not None else "FINISHED"
-        facts = entry.number, entry.id, dict(entry.settings)
-        self._queue.put(partial(self._end, facts, status, entry.why, entry.error))
+        self._queue.put(partial(self._end, _facts_of(entry.number, entry), status, entry.why, entry.error))
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Send what waits, for at most `timeout_s`."""
@@ -90,41 +114,41 @@ class Live:
                 through_outage(partial(self._log, trial), f"the result of trial {trial.trial}")
 
     def _log(self, trial: Trial) -> None:
-        child = self._opened(trial.trial, trial.id, dict(trial.settings))
+        facts = _facts_of(trial.trial, trial)
+        child = self._opened(facts)
         timed = {point.step: point for point in self._points.get(trial.trial, ())}
         plain = [tracking.point(epoch, {METRIC: score}) for epoch, score in enumerate(trial.scores, 1)]
         tracking.backfill(self._api, child, [timed.get(point.step, point) for point in plain])
-        facts = trial.trial, trial.id, dict(trial.settings)
         self._end(facts, "FINISHED" if trial.error is None else "FAILED", trial.why, trial.error)
 
-    def _begin(self, number: int, trial_id: str, settings: dict[str, Any], *, fresh: bool) -> None:
-        child = self._opened(number, trial_id, settings)
+    def _begin(self, facts: _Facts, *, fresh: bool) -> None:
+        child = self._opened(facts)
         if fresh and tracking.steps_on_server(self._api, child):
             self._api.delete_run(child)
-            child = self._opened(number, trial_id, settings)
-        self._open.add(number)
+            child = self._opened(facts)
+        self._open.add(facts.number)
 
-    def _opened(self, number: int, trial_id: str, settings: dict[str, Any]) -> str:
+    def _opened(self, facts: _Facts) -> str:
         config = self._config
         child = tracking.open_run(
             self._api,
             config.experiment,
-            f"{config.name}-{number}",
+            f"{config.name}-{facts.number}",
             "trial",
-            params=settings,
-            tags={"tomoscale.trial": trial_id, SETTINGS_TAG: json.dumps(settings)},
+            params=facts.settings,
+            tags=facts.tags,
             parent=self._run_id,
         )
-        self._children[number] = child
+        self._children[facts.number] = child
         return child
 
     def _send(self, number: int, point: tracking.Point) -> None:
         # `backfill` asks what the server has: of an attempt that failed nobody knows what had arrived.
         tracking.backfill(self._api, self._children[number], [point])
 
-    def _end(self, facts: tuple[int, str, dict[str, Any]], status: str, why: str, error: str | None) -> None:
-        number = facts[0]
-        child = self._children.get(number) or self._opened(*facts)
+    def _end(self, facts: _Facts, status: str, why: str, error: str | None) -> None:
+        number = facts.number
+        child = self._children.get(number) or self._opened(facts)
         self._api.set_tag(child, "tomoscale.stopped_early", str(bool(why)))
         for key, text in (("tomoscale.stopped", why), ("tomoscale.error", error or "")):
             if text:

@@ -21,7 +21,7 @@ from jobs.on_ray.patches import patch_tune_to_stop_at_final_errors
 from jobs.output import last_line
 from jobs.tune.live import METRIC
 from jobs.tune.state import Search
-from jobs.tune.timed import TimedCheckpoints, of_trial, rungs_of
+from jobs.tune.timed import of_attempt
 from ssl_core.config import parse, resolved
 from ssl_core.train.engine import NonFiniteError
 
@@ -35,13 +35,13 @@ def trial(settings: dict[str, Any], payload: dict[str, Any], train: Callable[...
     """One attempt of a trial: fine-tune with its settings, reporting each epoch, those of earlier attempts too.
 
     Args:
-        settings: Its number, its id, and its values by dotted path.
+        settings: Its number, its id, its values by dotted path, and where it goes on; see `jobs.tune.timed.of_attempt`.
         payload: The search's configuration.
         train: `jobs.finetune.train_from`, or what stands for it.
     """
     config = parse(TuneConfig, payload["config"])
     number, values = settings["number"], settings["values"]
-    checkpoints = TimedCheckpoints(of_trial(config, number, settings["id"]), rungs_of(config))
+    checkpoints = of_attempt(config, settings)
 
     def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
         score = metrics[METRIC]
@@ -79,7 +79,9 @@ class _Attempts:
         if entry is None:
             return None
         self.numbers[trial_id] = entry.number
-        return {"number": entry.number, "id": entry.id, "values": dict(entry.settings)}
+        source = self.search.source_of(entry)
+        facts = {"number": entry.number, "id": entry.id, "base": entry.base, "source": [source.number, source.id]}
+        return {**facts, "values": self.search.settings_of(entry)}
 
     def end(self, trial_id: str, error: str | None = None) -> None:
         """Ray's trial is over; nothing more is heard of it."""

@@ -6,7 +6,7 @@ from jobs.configs.search import TuneConfig
 from jobs.configs.space import ENCODER
 from jobs.tune.journal import DONE, Entry
 from jobs.tune.suggest import study_of
-from ssl_core.downstream.search import SearchResult, Trial
+from ssl_core.downstream.search import SearchResult, Trial, trained_with
 from storage.errors import StackError
 
 _FEWEST_FOR_IMPORTANCE = 4  # complete trials; below, the share of a setting is chance
@@ -34,10 +34,11 @@ def searched(config: TuneConfig, trials: tuple[Trial, ...], *, run_id: str, seco
             found=next((t.error for t in trials if t.error), "no metric"),
             remedy="the log above names each trial's error; another name tries again",
         )
-    words = ", ".join(f"{path.removeprefix('finetune.')} {_text(value)}" for path, value in best.settings.items())
+    settings = trained_with(trials, best.trial, config.finetune.epochs)
+    words = ", ".join(f"{path.removeprefix('finetune.')} {_text(value)}" for path, value in settings.items())
     return SearchResult(
         trials,
-        dict(best.settings),
+        settings,
         f"trial {best.trial}, {words}, inner Dice {best.scores[-1]:.3f}",
         config.finetune.epochs,
         run_id,
@@ -73,8 +74,11 @@ def front_of(trials: Sequence[Trial]) -> tuple[int, ...]:
 def importance(config: TuneConfig, trials: Sequence[Trial]) -> dict[str, float]:
     """Share of the differences in Dice that each setting explains, by fANOVA (Hutter et al., 2014), largest first.
 
-    Empty where too few trials ran to their end, or where only one setting was searched.
+    Empty where too few trials ran to their end, where only one setting was searched, and of a population, whose scores
+    are not of one choice each.
     """
+    if config.is_population:
+        return {}
     dims = [dim for dim in config.dimensions if len(dim.probes()) > 1]
     complete = [t for t in trials if t.scores and t.error is None and not t.stopped_early]
     if len(complete) < _FEWEST_FOR_IMPORTANCE or len(dims) < 2 or len({t.scores[-1] for t in complete}) < 2:
@@ -91,4 +95,6 @@ def importance(config: TuneConfig, trials: Sequence[Trial]) -> dict[str, float]:
 
 
 def _text(value: object) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return f"of {len(value)} changes"
     return f"{value:.3g}" if isinstance(value, float) else str(value)

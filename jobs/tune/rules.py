@@ -11,6 +11,8 @@ from typing import TypeAlias
 
 import numpy as np
 
+from jobs.configs.search import TuneConfig
+
 Curve: TypeAlias = Sequence[float]
 """Scores of a trial, the first epoch's first."""
 Rule: TypeAlias = Callable[[Curve, Sequence[Curve], int], bool]
@@ -26,6 +28,18 @@ def rungs(grace: int, reduction: int, epochs: int) -> tuple[int, ...]:
         levels.append(rung)
         rung *= reduction
     return tuple(levels)
+
+
+def levels(config: TuneConfig) -> tuple[int, ...]:
+    """Epochs after which a search compares its trials."""
+    epochs, grace = config.finetune.epochs, config.grace_epochs
+    if config.scheduler == "none":
+        return ()
+    if config.scheduler == "median":
+        return tuple(range(grace, epochs))
+    if config.is_population:
+        return tuple(range(config.population.interval, epochs, config.population.interval))
+    return rungs(grace, config.reduction, epochs)
 
 
 def asha(reduction: int) -> Rule:

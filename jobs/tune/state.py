@@ -3,14 +3,15 @@
 It knows neither Ray nor MLflow, and no clock but the one that it is given.
 """
 
+import itertools
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from jobs.configs.search import TuneConfig
-from jobs.tune import rules
+from jobs.tune import pb2, population, rules
 from jobs.tune.journal import DONE, FAILED, PAUSED, RUNNING, STOPPED, WAITING, Entry
-from ssl_core.downstream.search import Trial
+from ssl_core.downstream.search import Trial, lineage, trained_with
 
 Suggest = Callable[[int, int, Sequence[Entry]], dict[str, Any]]
 """Settings of a trial: its number in its arm, the arm, and the ended trials of the arm that it may know, by number."""
@@ -59,10 +60,7 @@ class Search:
         epochs, grace, reduction = config.finetune.epochs, config.grace_epochs, config.reduction
         self.epochs = epochs
         self._rule = rules.median(grace) if config.scheduler == "median" else rules.asha(reduction)
-        self._rungs = {
-            "none": (),
-            "median": tuple(range(grace, epochs)),
-        }.get(config.scheduler, rules.rungs(grace, reduction, epochs))
+        self._rungs = rules.levels(config)
         self._brackets = self._dealt()
         self._in_order = config.deterministic and not config.waits
         self._ahead: dict[int, list[tuple[int, dict[str, float]]]] = {}
@@ -88,6 +86,15 @@ class Search:
             self._keep(entry)
             self._tell("began", entry, fresh=entry.base == 0)
         return entry
+
+    def settings_of(self, entry: Entry) -> dict[str, Any]:
+        """What a trial is trained with now: of a member of a population with all that its weights went through."""
+        return trained_with(self.entries, entry.number, self.epochs)
+
+    def source_of(self, entry: Entry) -> Entry:
+        """Whose weights after `entry.base` epochs a member of a population goes on from; it may be its own."""
+        last = next(reversed(entry.takeovers), None)
+        return self.entries[last.source] if last is not None and last.epoch == entry.base else entry
 
     def is_over(self) -> bool:
         """Whether no trial runs and none will."""
@@ -147,6 +154,7 @@ class Search:
             again: Whether an earlier attempt has trained it, and this one goes on from there: it is spent once.
         """
         entry = self.entries[number]
+        seconds -= entry.clock_ahead
         if entry.has_ended:
             return False
         if epoch <= entry.at:  # its machine died, and it began again
@@ -258,21 +266,66 @@ class Search:
         return tuple(rung for rung in self._rungs if rung >= first)
 
     def _open_rung(self, bracket: int, arm: int) -> None:
-        """Let the best of a bracket go on from the rung that all that are left have reached."""
+        """Let the best of a bracket go on from the rung that all that are left have reached.
+
+        A driver that died in the midst has written what becomes of some: the others are judged beside these.
+        """
         members = [e for e in self.entries if e.arm == arm and self._bracket(e.number) == bracket]
-        waiting = [e for e in members if e.status == PAUSED]
-        if not waiting or len(members) < self._brackets[bracket][0]:
+        rung = min((e.base for e in members if e.status == PAUSED), default=0)
+        if not rung or len(members) < self._brackets[bracket][0]:
             return
-        if any(e.status in (RUNNING, WAITING) for e in members):
+        if any(e.status in (RUNNING, WAITING) and e.base < rung for e in members):
             return
-        rung = waiting[0].base
-        best = rules.survivors({e.number: e.scores[rung - 1] for e in waiting}, self._config.reduction)
+        why = f"{self._config.scheduler} at epoch {rung}"
+        there = [e for e in members if len(e.scores) >= rung and (not e.has_ended or e.why == why)]
+        waiting = [e for e in there if e.status == PAUSED]
+        if self._config.is_population:
+            self._turn(there, waiting, rung)
+            return
+        best = rules.survivors({e.number: e.scores[rung - 1] for e in there}, self._config.reduction)
         for entry in waiting:
             if entry.number in best:
                 entry.status = WAITING
                 self._keep(entry)
             else:
-                self._end(entry, STOPPED, why=f"{self._config.scheduler} at epoch {rung}")
+                self._end(entry, STOPPED, why=why)
+
+    def _turn(self, there: Sequence[Entry], waiting: Sequence[Entry], epoch: int) -> None:
+        """Decide a round of a population, of which those that are written already are what they were before it."""
+        config = self._config
+        standings = [
+            population.Standing(e.number, e.scores[epoch - 1], lineage(self.entries, e.number, epoch)[-1].settings)
+            for e in there
+        ]
+        decided = population.takeovers(
+            standings,
+            epoch,
+            quantile=config.population.quantile,
+            seed=config.seed,
+            explore=self._explore(there, epoch),
+        )
+        clocks = {e.number: e.seconds + e.clock_ahead for e in there}
+        for entry in waiting:
+            if (takeover := decided.get(entry.number)) is not None:
+                entry.takeovers.append(takeover)
+                entry.clock_ahead = clocks[takeover.source] - entry.seconds
+            entry.status = WAITING
+            self._keep(entry)
+
+    def _explore(self, there: Sequence[Entry], epoch: int) -> population.Explore:
+        config = self._config
+        if config.scheduler == "pbt":
+            return population.perturbed(config.changing, config.population)
+        rounds = range(0, epoch + 1, config.population.interval)
+        gains = [self._gain(entry, *ends) for entry in there for ends in itertools.pairwise(rounds)]
+        return pb2.modelled(config.changing, gains, len(rounds) - 1)
+
+    def _gain(self, entry: Entry, start: int, end: int) -> pb2.Gain:
+        """What a member came to from one round to the next, by the score of the weights that it went on from."""
+        source = next((self.entries[t.source] for t in entry.takeovers if t.epoch == start), entry)
+        before = source.scores[start - 1] if start else 0.0
+        settings = lineage(self.entries, entry.number, end)[-1].settings
+        return pb2.Gain(start // self._config.population.interval, before, settings, entry.scores[end - 1] - before)
 
     # Records
 
@@ -290,6 +343,7 @@ class Search:
                 seconds=entry.seconds,
                 epochs_spent=entry.epochs_spent,
                 arm=entry.arm,
+                takeovers=tuple(entry.takeovers),
             )
             for entry in self.entries
         )

@@ -7,9 +7,11 @@ from typing import Any
 
 from jobs.configs.search import TuneConfig
 from jobs.finetune.checkpoints import StoredCheckpoints
-from jobs.tune.rules import rungs
+from jobs.tune.journal import WAITING, Entry
+from jobs.tune.rules import levels
 from ssl_core.downstream.finetune import Checkpoints
 from ssl_core.train import checkpoint
+from storage.errors import StackError
 from storage.objects import join
 
 FOLDER = "checkpoints"
@@ -24,22 +26,45 @@ class TimedCheckpoints:
         stored: Where they are kept.
         surely: Epochs whose state is kept however short the time since the last.
         clock: Seconds from a fixed point; it runs from now on.
+        source: Where a member of a population goes on from while it has kept nothing itself.
+        base: Epochs that `source` must have.
 
     Attributes:
         restored: Epochs that an earlier attempt has trained.
     """
 
     def __init__(
-        self, stored: Checkpoints, surely: Collection[int] = (), clock: Callable[[], float] = time.monotonic
+        self,
+        stored: Checkpoints,
+        surely: Collection[int] = (),
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        source: Checkpoints | None = None,
+        base: int = 0,
     ) -> None:
         self._stored, self._surely, self._clock = stored, surely, clock
+        self._source, self._base = source, base
         self._began = clock()
         self._seconds: list[float] = []
         self.restored = 0
 
     def newest(self) -> Path | None:
-        """See `Checkpoints.newest`."""
+        """See `Checkpoints.newest`.
+
+        Raises:
+            StackError: the state that a member of a population was to go on from is not there.
+        """
         path = self._stored.newest()
+        if path is None and self._source is not None:
+            path = self._source.newest()
+            epochs = 0 if path is None else len(checkpoint.read_meta(path)[_SECONDS])
+            if epochs != self._base:
+                raise StackError(
+                    "weights to go on from",
+                    expected=f"the state after epoch {self._base} of the trial that is taken over",
+                    found=f"one after epoch {epochs}" if epochs else "none",
+                    remedy="leave the search's checkpoints alone while it runs; another name starts anew",
+                )
         if path is not None:
             self._seconds = [float(s) for s in checkpoint.read_meta(path)[_SECONDS]]
             self.restored = len(self._seconds)
@@ -59,7 +84,44 @@ class TimedCheckpoints:
 
 def rungs_of(config: TuneConfig) -> tuple[int, ...]:
     """Epochs after which a trial waits for others, and may go on later in another process."""
-    return rungs(config.grace_epochs, config.reduction, config.finetune.epochs) if config.waits else ()
+    return levels(config) if config.waits else ()
+
+
+def of_attempt(config: TuneConfig, settings: Mapping[str, Any]) -> TimedCheckpoints:
+    """Those of an attempt of a trial.
+
+    Each stretch of a member of a population, from a round to the next, has a place of its own: what others go on from
+    stays there until all have gone on.
+
+    Args:
+        config: The search.
+        settings: Number and id of the trial; of a member `base`, the epochs before the stretch, and `source`, number
+            and id of the trial whose weights it goes on from.
+    """
+    number, trial_id = settings["number"], settings["id"]
+    if not config.is_population:
+        return TimedCheckpoints(of_trial(config, number, trial_id), rungs_of(config))
+    base = settings["base"]
+    source = of_stretch(config, *settings["source"], base - config.population.interval) if base else None
+    return TimedCheckpoints(of_stretch(config, number, trial_id, base), rungs_of(config), source=source, base=base)
+
+
+def clear_needless(config: TuneConfig, entry: Entry) -> None:
+    """Remove what nobody goes on from any more, now that an entry has come so far."""
+    if not config.is_population:
+        if entry.has_ended:
+            of_trial(config, entry.number, entry.id).clear()
+        return
+    before = entry.base - 2 * config.population.interval
+    if entry.has_ended:  # what it had at its last round others may still go on from
+        of_stretch(config, entry.number, entry.id, entry.base).clear()
+    elif entry.status == WAITING and before >= 0:  # all have come to this round
+        of_stretch(config, entry.number, entry.id, before).clear()
+
+
+def of_stretch(config: TuneConfig, number: int, trial_id: str, base: int) -> StoredCheckpoints:
+    """Where the checkpoints of a member of a population lie, of the stretch after `base` epochs."""
+    return StoredCheckpoints(join(url_of(config), f"{number}-{trial_id}", f"after-{base}"))
 
 
 def of_trial(config: TuneConfig, number: int, trial_id: str) -> StoredCheckpoints:

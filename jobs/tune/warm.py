@@ -5,7 +5,7 @@ from typing import Any
 
 from jobs.configs.search import TuneConfig
 from jobs.configs.space import ENCODER
-from jobs.tune.live import METRIC, SETTINGS_TAG
+from jobs.tune.live import EXPLOITED_TAG, METRIC, SETTINGS_TAG
 from jobs.tune.suggest import Earlier, fits
 from ssl_core.downstream.search import settings_from
 from storage.errors import ConfigError
@@ -60,8 +60,8 @@ def _runs(api: Any, record: Any, kind: str) -> list[Any]:
 
 
 def _trial(api: Any, run: Any) -> Earlier | None:
-    """A trial that ended well; None of others."""
-    if run.info.status != "FINISHED":
+    """A trial that ended well; None of others, and of members of a population, whose score is not of one choice."""
+    if run.info.status != "FINISHED" or EXPLOITED_TAG in run.data.tags:
         return None
     if SETTINGS_TAG in run.data.tags:
         settings = json.loads(run.data.tags[SETTINGS_TAG])

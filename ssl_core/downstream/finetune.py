@@ -158,15 +158,22 @@ def train_segmenter(
     require_inner(config, inner)
     ranks: Collectives = Single() if collectives is None else collectives
     module_of(network)
-    objective = Segmentation(network, config, label=label, labels=labels, pretrained=pretrained, seed=seed)
+    parts: list[Parts] = []  # those of the settings that hold now
+
+    def begin(stage: FinetuneConfig) -> Parts:
+        part = Segmentation(network, stage, label=label, labels=labels, pretrained=pretrained, seed=seed)
+        parts[:] = [Parts(part, part.measured.net, part.losses)]
+        measured[:] = [part.measured]
+        return parts[0]
+
+    measured: list[Backbone] = []
     identity = {"training": repr((tuple(train), tuple(inner), label, dict(labels), pretrained, seed))}
     if config.flip[2] and sided(labels.values()):  # a training of before mirrored them: its second half would not
         identity["mirrored"] = "not along W"
-    stored = objective.measured.net
 
     def dice_of(index: int) -> float:
         return volume_dice(
-            objective.measured,
+            measured[0],
             store,
             index,
             label=label,
@@ -177,10 +184,10 @@ def train_segmenter(
         )
 
     @contextmanager
-    def batches(engine: Engine) -> Iterator[Iterator[ViewBatch]]:
-        views = config.views(label, labels.values())
-        spec = _stream_spec(config, seed, host_size(views), tuple(train), label)
-        start = engine.step_done * config.batch
+    def batches(engine: Engine, stage: FinetuneConfig) -> Iterator[Iterator[ViewBatch]]:
+        views = stage.views(label, labels.values())
+        spec = _stream_spec(stage, seed, host_size(views), tuple(train), label)
+        start = engine.step_done * stage.batch
         with CropStream(store, spec, rank=ranks.rank, world=ranks.world, start=start, prefetch=2, threads=1) as stream:
             yield (
                 make_views(batch, views, seed=seed, policy=policy, device=device, dtype=engine.dtype)
@@ -188,14 +195,12 @@ def train_segmenter(
             )
 
     history, best = train_epochs(
-        objective,
+        begin,
         config,
         store.manifest.fingerprint,
         seed=seed,
         device=device,
         identity=identity,
-        stored=stored,
-        losses=objective.losses,
         metric="inner_dice",
         measure=(lambda: {"inner_dice": mean_of(inner, ranks, dice_of)}) if inner else None,
         batches=batches,
@@ -203,7 +208,7 @@ def train_segmenter(
         ranks=ranks,
         checkpoints=checkpoints,
     )
-    _settle(network, stored, best)
+    _settle(network, parts[0].stored, best)
     return history
 
 
@@ -222,19 +227,32 @@ def require_inner(config: FinetuneConfig, inner: Sequence[int]) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What is trained with the settings of some epochs.
+
+    Attributes:
+        objective: For the engine.
+        stored: The module that is measured and stored, part of the objective.
+        losses: Where the objective puts the loss of each part of a batch; emptied after each epoch.
+    """
+
+    objective: torch.nn.Module
+    stored: torch.nn.Module
+    losses: list[Tensor]
+
+
 def train_epochs(
-    objective: torch.nn.Module,
+    begin: Callable[[FinetuneConfig], Parts],
     config: FinetuneConfig,
     fingerprint: str,
     *,
     seed: int,
     device: torch.device,
     identity: Mapping[str, str],
-    stored: torch.nn.Module,
-    losses: list[Tensor],
     metric: str,
     measure: Callable[[], Mapping[str, float]] | None,
-    batches: Callable[[Engine], AbstractContextManager[Iterator[ViewBatch]]],
+    batches: Callable[[Engine, FinetuneConfig], AbstractContextManager[Iterator[ViewBatch]]],
     on_epoch: OnEpoch,
     ranks: Collectives,
     checkpoints: Checkpoints | None,
@@ -242,56 +260,72 @@ def train_epochs(
     """Train an objective in place, epoch by epoch, and go on where a checkpoint is.
 
     Args:
-        objective: For the engine.
+        begin: Makes what is trained, of settings without a schedule; again where a schedule changes them.
         config: Settings.
         fingerprint: Of the manifest.
         seed: Seed of the engine.
         device: Where to train.
         identity: What a checkpoint must agree with beside settings and manifest.
-        stored: The module that is measured and stored, part of the objective.
-        losses: Where the objective puts the loss of each part; emptied here.
         metric: What `measure` gives that decides on epochs; larger is better.
         measure: The inner metrics at the end of an epoch; None without inner volumes.
-        batches: Views from the step at which the engine stands.
+        batches: Views from the step at which the engine stands, as some settings have them.
         on_epoch: See `train_segmenter`, like the others.
         ranks: The ranks.
         checkpoints: Where the state is kept.
 
     Returns:
-        Each epoch's metrics, and the tensors of `stored` in the best epoch; none where the last is kept.
+        Each epoch's metrics, and the tensors of `Parts.stored` in the best epoch; none where the last is kept.
 
     Raises:
         ConfigError: the checkpoint is of another training.
         NonFiniteError: names step and samples.
     """
-    engine = Engine(objective, config.engine(seed), collectives=ranks, device=device)
-    identity = {"config_digest": digest(config), "fingerprint": fingerprint, **identity}
+
+    def engine_of(stage: FinetuneConfig) -> tuple[Parts, Engine]:
+        made = begin(stage)
+        return made, Engine(made.objective, stage.engine(seed), collectives=ranks, device=device)
+
+    identity = {"fingerprint": fingerprint, **identity}
     history: list[dict[str, float]] = []
     best: dict[str, Tensor] = {}
-    if checkpoints is not None and (folder := checkpoints.newest()) is not None:
+    stage = config.at(1)
+    if checkpoints is None or (folder := checkpoints.newest()) is None:
+        parts, engine = engine_of(stage)
+    else:
         state, meta = checkpoint.load(folder)
-        checkpoint.require_same(meta, allow=False, **identity)
+        done = len(meta["history"])
+        checkpoint.require_same(meta, allow=False, **identity, config_digest=digest(config.begun(done)))
+        stage = config.at(done)
+        parts, engine = engine_of(stage)
         engine.load_state_dict(state)
         best, history = state["best"], list(meta["history"])
         for epoch, metrics in enumerate(history, 1):
             on_epoch(epoch, dict(metrics))
 
     def end_epoch(step: int, state: dict[str, Any]) -> None:
-        metrics = {"loss": float(ranks.mean(torch.stack(losses).mean()))}
-        losses.clear()
+        metrics = {"loss": float(ranks.mean(torch.stack(parts.losses).mean()))}
+        parts.losses.clear()
         if measure is not None:
             metrics |= measure()
         history.append(metrics)
-        if config.select == "best" and best_epoch(history, metric) == len(history):
-            best.update({key: tensor.detach().cpu().clone() for key, tensor in stored.state_dict().items()})
+        epochs = len(history)
+        if config.select == "best" and best_epoch(history, metric) == epochs:
+            best.update({key: tensor.detach().cpu().clone() for key, tensor in parts.stored.state_dict().items()})
         engine.stopping = engine.stopping or _is_over(history, config, metric)
         if checkpoints is not None and ranks.rank == 0:
             last = engine.stopping or step == config.steps
-            checkpoints.save({**state, "best": best}, {**identity, "history": history}, last=last)
-        on_epoch(len(history), dict(metrics))
+            own = {**identity, "config_digest": digest(config.begun(epochs)), "history": history}
+            checkpoints.save({**state, "best": best}, own, last=last)
+        engine.stopping = engine.stopping or any(change.epoch == epochs + 1 for change in config.schedule)
+        on_epoch(epochs, dict(metrics))
 
-    if not _is_over(history, config, metric):
-        with batches(engine) as views:
+    while len(history) < config.epochs and not _is_over(history, config, metric):
+        ahead = config.at(len(history) + 1)
+        if ahead != stage:
+            stage, state_before = ahead, engine.state_dict()
+            parts, engine = engine_of(stage)
+            engine.load_state_dict(state_before, allow_change=True)
+        with batches(engine, stage) as views:
             fit(engine, views, report=lambda _step, _metrics: None, save=end_epoch)
     return history, best
 

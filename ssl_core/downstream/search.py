@@ -1,14 +1,16 @@
 """What a search of fine-tuning settings came to: its trials and the settings that it chose."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
 
 from ssl_core.downstream.confirmation import Confirmation
 from ssl_core.downstream.records import from_fields
 
 _BEFORE = {"encoder": "encoder", "lr": "finetune.lr", "encoder_lr_scale": "finetune.encoder_lr_scale"}
 """Names of settings in results from before dotted paths."""
+SCHEDULE = "finetune.schedule"
+"""Setting that says what changes between epochs; see `ssl_core.downstream.settings.Change`."""
 
 
 def settings_from(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,12 +31,93 @@ def written(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Takeover:
+    """A member of a population goes on from another's weights.
+
+    Attributes:
+        epoch: Epochs after which it does; the next one is trained with `settings`.
+        source: Number of the trial whose weights after `epoch` epochs it took over.
+        settings: All its settings from then on, by dotted path: the other's, some of them changed.
+    """
+
+    epoch: int
+    source: int
+    settings: Mapping[str, Any]
+
+
+class Member(Protocol):
+    """A trial, as far as it matters whose weights it had when."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What it began with."""
+        ...
+
+    @property
+    def takeovers(self) -> Sequence[Takeover]:
+        """In their order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Epochs of one training with settings that did not change.
+
+    Attributes:
+        first: First epoch, from 1.
+        trial: Number of the trial that trained it.
+        settings: By dotted path.
+    """
+
+    first: int
+    trial: int
+    settings: Mapping[str, Any]
+
+
+def lineage(members: Sequence[Member], number: int, epochs: int) -> tuple[Stretch, ...]:
+    """What the weights that a trial had after so many epochs went through, in whichever trials.
+
+    Args:
+        members: Trials by number.
+        number: Of the trial.
+        epochs: 1 or more; what was taken over after them is left out.
+    """
+    own = [takeover for takeover in members[number].takeovers if takeover.epoch < epochs]
+    if not own:
+        return (Stretch(1, number, members[number].settings),)
+    last = own[-1]
+    return (*lineage(members, last.source, last.epoch), Stretch(last.epoch + 1, number, last.settings))
+
+
+def trained_with(members: Sequence[Member], number: int, epochs: int) -> dict[str, Any]:
+    """Settings that bring a training to the weights that a trial had after so many epochs, or to where it goes on.
+
+    Those of the first epoch by dotted path, and `finetune.schedule` with what changed later, where anything did.
+
+    Args:
+        members: Trials by number.
+        number: Of the trial.
+        epochs: 1 or more.
+    """
+    first, *rest = lineage(members, number, epochs)
+    before, schedule = first.settings, []
+    for stretch in rest:
+        new = {path: value for path, value in stretch.settings.items() if value != before[path]}
+        if new:
+            names = {path.removeprefix("finetune."): value for path, value in new.items()}
+            schedule.append({"epoch": stretch.first, "settings": names})
+        before = stretch.settings
+    return dict(first.settings) | ({SCHEDULE: schedule} if schedule else {})
+
+
+@dataclass(frozen=True)
 class Trial:
     """One trial.
 
     Attributes:
         trial: Its number, in the order of creation; the same at every start of its search.
-        settings: What it was trained with: values by dotted path, such as `finetune.lr`, and the `encoder`.
+        settings: What it was trained with: values by dotted path, such as `finetune.lr`, and the `encoder`. Of a member
+            of a population what it began with.
         scores: Dice of the inner split by epoch, of its last attempt, up to where it was stopped.
         stopped_early: Whether it ended before its last epoch without failing.
         error: Why it failed, in one line; None where it did not.
@@ -43,6 +126,7 @@ class Trial:
         seconds: Of its training, up to its last epoch.
         epochs_spent: Epochs trained for it in all: attempts that died and epochs after its rung count.
         arm: Which search it belongs to where random weights have one of their own.
+        takeovers: Of a member of a population, whose weights and settings it took over, in their order.
     """
 
     trial: int
@@ -55,6 +139,7 @@ class Trial:
     seconds: float = 0.0
     epochs_spent: int = 0
     arm: int = 0
+    takeovers: tuple[Takeover, ...] = ()
 
     @property
     def encoder(self) -> str:
@@ -88,6 +173,7 @@ class Trial:
             "seconds": self.seconds,
             "epochs_spent": self.epochs_spent,
             "arm": self.arm,
+            "takeovers": [asdict(takeover) for takeover in self.takeovers],
         }
 
     @classmethod
@@ -98,7 +184,8 @@ class Trial:
             RefusedInput: an entry is missing.
         """
         later = {"id": "", "why": "", "seconds": 0.0, "epochs_spent": len(data.get("scores", ())), "arm": 0}
-        return from_fields(cls, {**later, **data, "settings": settings_from(data)})
+        takeovers = tuple(from_fields(Takeover, takeover) for takeover in data.get("takeovers", ()))
+        return from_fields(cls, {**later, **data, "settings": settings_from(data), "takeovers": takeovers})
 
 
 @dataclass(frozen=True)

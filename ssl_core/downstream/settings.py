@@ -1,17 +1,18 @@
 """How a segmenter or a head is fine-tuned: what is taken over, what is trained when, loss, views and loop."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ssl_core.config import LATER, LEAST_SCALE, MOST_SCALE, Config, CropSize
+from ssl_core.config import LATER, LEAST_SCALE, MOST_SCALE, Config, CropSize, parse, resolved
 from ssl_core.downstream.inference_choice import InferenceConfig
 from ssl_core.portable.inference.settings import sided
 from ssl_core.train.engine import EngineConfig
 from ssl_core.views.augment.presets import PRESETS
 from ssl_core.views.types import RoleSpec, ViewSpec
+from storage.errors import ConfigError
 
 NNUNET_GEOMETRY: dict[str, Any] = {
     "scale": (0.7, 1.4),
@@ -29,6 +30,34 @@ are so far apart that a turned view does not fit its crop, it keeps its rotation
 patches by any angle about D instead."""
 
 Transfer = Literal["encoder", "encoder_decoder", "all_but_head"]
+
+CHANGEABLE = (
+    "lr",
+    "encoder_lr_scale",
+    "trained.layer_decay",
+    "weight_decay",
+    "clip",
+    "tversky_beta",
+    "focal_gamma",
+    "class_balance",
+    "flip",
+    "scale",
+    "rotate_degrees",
+    "intensity",
+)
+"""Settings that may be others from an epoch on: the network, the optimizer's moments and the count of steps stay.
+
+Of others the state of a training is made (`ema`, `deep_supervision`), its place in the order of crops (`batch`), or the
+course of its rate (`warmup_steps`)."""
+
+
+class Change(Config):
+    """Settings that hold from an epoch on."""
+
+    epoch: int = Field(ge=2, description="First epoch that is trained with them, counted from 1")
+    settings: dict[str, Any] = Field(
+        min_length=1, description=f"Values by name, of {', '.join(CHANGEABLE)}; others stay as they are"
+    )
 
 
 class TrainedParts(Config):
@@ -54,7 +83,7 @@ class TrainedParts(Config):
 Task = Literal["segmentation", "classification", "regression"]
 WITHOUT_HEADS = (
     "transfer", "ema", "loss", "tversky_beta", "focal_gamma", "deep_supervision", "class_balance", "class_draw",
-    "centred", "inference",
+    "centred", "inference", "schedule",
 )  # fmt: skip
 """Settings of segmenters that a class or a number of a whole volume has no use for."""
 OF_VIEWS = ("channels_last", "accumulate", "geometry", "flip", "scale", "rotate_degrees", "intensity")
@@ -179,6 +208,12 @@ class FinetuneConfig(Config):
         json_schema_extra=LATER,
     )
     head: HeadConfig = Field(HeadConfig(), description="of a classification or a regression", json_schema_extra=LATER)
+    schedule: tuple[Change, ...] = Field(
+        (),
+        description="Settings that change between epochs, the earliest change first; population based training writes"
+        " it into `best.yaml`",
+        json_schema_extra=LATER,
+    )
 
     @model_validator(mode="after")
     def _check_ranges(self) -> Self:
@@ -237,6 +272,53 @@ class FinetuneConfig(Config):
             raise ValueError(f"accumulate ({self.accumulate}) to divide batch ({self.batch})")
         return self
 
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Self:
+        before = 1
+        for number, change in enumerate(self.schedule):
+            thing = f"finetune.schedule.{number}"
+            if not before < change.epoch <= self.epochs:
+                raise ConfigError(
+                    f"{thing}.epoch",
+                    expected=f"an epoch after {before}, of {self.epochs}",
+                    found=str(change.epoch),
+                    remedy="write the earliest change first, each epoch once",
+                )
+            for name in change.settings:
+                if name not in CHANGEABLE:
+                    raise ConfigError(
+                        f"{thing}.settings",
+                        expected=f"settings that may change between epochs: {', '.join(CHANGEABLE)}",
+                        found=repr(name),
+                        remedy="set it for the whole training, in `finetune`",
+                    )
+            if (self.at(change.epoch).encoder_lr_scale == 0) != (self.encoder_lr_scale == 0):
+                raise ConfigError(
+                    f"{thing}.settings.encoder_lr_scale",
+                    expected="0 in all epochs or in none",
+                    found=f"{self.at(change.epoch).encoder_lr_scale:g} after {self.encoder_lr_scale:g}",
+                    remedy="take a small scale in place of 0, which freezes the encoder: such a training has no moments"
+                    " of it to go on with",
+                )
+            before = change.epoch
+        return self
+
+    def at(self, epoch: int) -> Self:
+        """What holds in an epoch, counted from 1; without a schedule.
+
+        Raises:
+            ConfigError: together the settings are no configuration.
+        """
+        data = resolved(self) | {"schedule": []}
+        for change in self.schedule:
+            if change.epoch <= epoch:
+                data = with_changes(data, change.settings)
+        return parse(type(self), data, f"finetune, epoch {epoch}")
+
+    def begun(self, epochs: int) -> Self:
+        """What so many epochs are trained with, later changes left out: what follows cannot have changed them."""
+        return self.model_copy(update={"schedule": tuple(c for c in self.schedule if c.epoch <= epochs)})
+
     @property
     def steps(self) -> int:
         """Optimizer steps in all."""
@@ -285,3 +367,17 @@ class FinetuneConfig(Config):
         if self.geometry == "nnunet":
             role = replace(role, **NNUNET_GEOMETRY)
         return ViewSpec(roles=(role,), maps=() if label is None else (label,))
+
+
+def with_changes(data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved configuration with other values in place.
+
+    Args:
+        data: Plain values in groups; left as it is.
+        settings: Values by dotted name.
+    """
+    changed = dict(data)
+    for name, value in settings.items():
+        group, _, rest = name.partition(".")
+        changed[group] = with_changes(changed.get(group) or {}, {rest: value}) if rest else value
+    return changed

@@ -5,10 +5,12 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+from jobs.configs.population import POPULATIONS
 from jobs.configs.search import TuneConfig
 from jobs.tune.state import Search
 from jobs.tune.suggest import Suggestions
 from ssl_core.config import parse
+from ssl_core.downstream.search import SCHEDULE
 from tests.kit.simulated_trials import curve
 
 EPOCHS = 9
@@ -24,14 +26,28 @@ def search_config(**changes: Any) -> TuneConfig:
         "finetune": {"epochs": EPOCHS},
         "space": {"finetune.lr": {"loguniform": [1e-5, 5e-2]}, "finetune.batch": {"randint": [1, 8]}},
         "trials": 12,
-        "reduction": 3,
     }
+    if changes.get("scheduler") not in POPULATIONS:
+        data["reduction"] = 3
     return parse(TuneConfig, data | changes)
 
 
 def score(settings: dict[str, Any], epoch: int) -> float:
-    """Dice of a trial after an epoch."""
-    return curve(settings["finetune.lr"], settings.get("finetune.batch", 6), epoch)
+    """Dice of a trial after an epoch; with a schedule the sum of what each epoch gains by the rate that it has."""
+    batch = settings.get("finetune.batch", 6)
+    if SCHEDULE not in settings:
+        return curve(settings["finetune.lr"], batch, epoch)
+    return sum(curve(lr, batch, e) - curve(lr, batch, e - 1) for e, lr in enumerate(rates(settings, epoch), 1))
+
+
+def rates(settings: dict[str, Any], epochs: int) -> tuple[float, ...]:
+    """Rate of each epoch of a trial."""
+    changes = {change["epoch"]: change["settings"] for change in settings.get(SCHEDULE, ())}
+    rate, by_epoch = settings["finetune.lr"], []
+    for epoch in range(1, epochs + 1):
+        rate = changes.get(epoch, {}).get("lr", rate)
+        by_epoch.append(rate)
+    return tuple(by_epoch)
 
 
 def play(
@@ -49,13 +65,13 @@ def play(
     whole = search.epochs
     while not search.is_over():
         while (entry := search.next()) is not None:
-            running[entry.number] = 0
+            running[entry.number] = entry.base if entry.takeovers else 0
         assert running, f"nothing runs: {[(e.number, e.status) for e in search.entries]}"
         number = order.choice(sorted(running))
         epoch = running[number] = running[number] + 1
         epochs += 1
         try:
-            dice = score_of(search.entries[number].settings, epoch)
+            dice = score_of(search.settings_of(search.entries[number]), epoch)
         except ArithmeticError as error:
             search.ended(number, str(error))
             del running[number]

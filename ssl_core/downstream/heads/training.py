@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ssl_core.distributed import Collectives, Single
-from ssl_core.downstream.finetune import Checkpoints, OnEpoch, Subjects, mean_of, require_inner, train_epochs
+from ssl_core.downstream.finetune import Checkpoints, OnEpoch, Parts, Subjects, mean_of, require_inner, train_epochs
 from ssl_core.downstream.heads.network import HeadNetwork, WholeVolume, probe_batches
 from ssl_core.downstream.heads.scores import Outcome, outcome
 from ssl_core.downstream.heads.targets import Target
@@ -110,7 +110,7 @@ def train_head(
         return -abs(float(outputs_K[0]) * target.sd + target.mean - truth)
 
     @contextmanager
-    def batches(engine: Engine) -> Iterator[Iterator[ViewBatch]]:
+    def batches(engine: Engine, _settings: FinetuneConfig) -> Iterator[Iterator[ViewBatch]]:
         if centre_E is not None and spread_E is not None:
             table_NE = torch.stack([(frozen[index] - centre_E) / spread_E for index in train])
             table_NE = table_NE.to(device=device, dtype=engine.dtype)
@@ -136,14 +136,12 @@ def train_head(
     metric = METRICS[config.task]
     of_task = (target.column, target.classes, target.mean, target.sd, [target.value_of[i] for i in (*train, *inner)])
     history, best = train_epochs(
-        objective,
+        lambda _settings: Parts(objective, objective.stored, objective.losses),
         config,
         store.manifest.fingerprint,
         seed=seed,
         device=device,
         identity={"training": repr((tuple(train), tuple(inner), *of_task, pretrained, seed))},
-        stored=objective.stored,
-        losses=objective.losses,
         metric=metric,
         measure=(lambda: {metric: mean_of(inner, ranks, score_of)}) if inner else None,
         batches=batches,

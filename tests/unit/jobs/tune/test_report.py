@@ -1,5 +1,7 @@
 """The report of a search, and its best configuration as a file."""
 
+import dataclasses
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +14,10 @@ from jobs.configs import FinetuneJobConfig
 from jobs.configs.search import TuneConfig
 from jobs.pages import search as page
 from jobs.tune import driver
+from jobs.tune.live import _facts_of
 from jobs.tune.outcome import searched as outcome
 from ssl_core.config import load
-from ssl_core.downstream.search import SearchResult
+from ssl_core.downstream.search import SearchResult, lineage
 from storage.objects import join, open_store
 from tests.kit.searches import score, search_config, searched
 
@@ -81,6 +84,28 @@ def test_two_objectives_have_a_front_on_the_page() -> None:
     html = page.render(result, name="s", best_yaml="", config_yaml="", facts={"price": "3"})
     assert "Dice against seconds" in html
     assert score(dict(result.best), 9) == max(t.scores[-1] for t in result.trials)
+
+
+def test_the_report_of_a_population_shows_whose_weights_the_best_had_when() -> None:
+    space = {"finetune.lr": {"loguniform": [1e-5, 5e-2]}}
+    own = search_config(scheduler="pbt", space=space, trials=6, population={"interval": 3, "quantile": 0.5})
+    trials = searched(own).trials()
+    taker = next(t for t in trials if len(t.takeovers) == 2)
+    best = dataclasses.replace(taker, scores=(*taker.scores[:-1], 1.0))
+    result = outcome(own, tuple(best if t is taker else t for t in trials), run_id="r", seconds=1.0)
+    html = page.render(result, name="s", best_yaml="", config_yaml="", facts={})
+    assert "The schedule of the best" in html
+    stretches = lineage(trials, best.trial, 9)
+    assert stretches[-1].first == 7
+    assert "7 to 9" in html
+    for stretch in stretches:
+        assert page.setting_text(stretch.settings["finetune.lr"]) in html
+    assert f"schedule of {len(stretches) - 1} changes" in result.choice
+    assert not result.importance
+    facts = _facts_of(best.trial, best)
+    assert facts.tags["tomoscale.exploited"].endswith(f"trial {best.takeovers[-1].source} at epoch 6")
+    assert json.loads(facts.tags["tomoscale.settings.now"]) == best.takeovers[-1].settings
+    assert facts.settings == best.settings, "what it began with, as parameters of a run stay"
 
 
 def test_a_resume_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

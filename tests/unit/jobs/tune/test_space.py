@@ -86,8 +86,6 @@ def test_a_space_that_cannot_be_searched_is_refused_with_its_key(space: dict[str
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"scheduler": "pbt"}, "use asha"),
-        ({"scheduler": "pb2"}, "use asha"),
         ({"scheduler": "bohb"}, "ray#46995"),
         ({"algorithm": "BOHB"}, "ray#46995"),
         ({"money": 3}, "price_per_hour with money"),

@@ -15,13 +15,14 @@ from ssl_core.downstream.search import Trial
 from tests.kit.searches import EPOCHS, play, score, search_config, searched
 
 SCHEDULERS = ("asha", "halving", "hyperband", "median", "none")
+ALL = (*SCHEDULERS, "pbt", "pb2")
 
 
 def told(search: Search) -> list[Any]:
-    return [(t.settings, t.scores, t.why, t.error) for t in search.trials()]
+    return [(t.settings, t.scores, t.why, t.error, t.takeovers) for t in search.trials()]
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", ALL)
 def test_a_deterministic_search_is_equal_whatever_the_order_of_reports(scheduler: str) -> None:
     config = search_config(scheduler=scheduler, deterministic=True)
     one_by_one = told(searched(config, concurrent=1))
@@ -54,7 +55,7 @@ class Store:
         self.rows[entry.number] = json.dumps(dataclasses.asdict(entry))
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", ALL)
 def test_a_search_whose_driver_dies_loses_and_repeats_no_trial(scheduler: str, tmp_path: Any) -> None:
     """Killed after every seventh epoch, and gone on with at another number of trials at a time."""
     config = search_config(
@@ -78,6 +79,36 @@ def test_a_search_whose_driver_dies_loses_and_repeats_no_trial(scheduler: str, t
         if search.is_over():
             break
     assert told(search) == told(searched(config, concurrent=1)), "as if nobody had died"
+
+
+@pytest.mark.parametrize("scheduler", ["halving", "hyperband", "pbt"])
+def test_a_driver_that_dies_between_two_writes_judges_a_rung_alike(scheduler: str, tmp_path: Any) -> None:
+    """It is killed at each place among its writes, in the midst of a rung's too, and goes on from what is written."""
+
+    class Killed(Exception):
+        pass
+
+    config = search_config(scheduler=scheduler, algorithm="random")
+    whole = told(searched(config, concurrent=1))
+    journal = Journal(str(tmp_path), "s")
+    for start in range(1000):
+        left = 1 + start % 4
+
+        def keep(entry: Entry) -> None:
+            nonlocal left
+            if not left:
+                raise Killed
+            left -= 1
+            journal.write(entry, 0.0)
+
+        try:
+            search = Search(config, 1 + start % 3, Suggestions(config), entries=journal.read(), keep=keep)
+            play(search, start)
+            break
+        except Killed:
+            pass
+    assert start > 12
+    assert told(search) == whole
 
 
 def test_no_more_trials_run_than_are_asked_for_now() -> None:

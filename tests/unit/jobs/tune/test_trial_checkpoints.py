@@ -57,7 +57,7 @@ def attempt(config: dict[str, Any], trial_id: str, reports: Path, kill_at: int) 
     settings = {"number": 0, "id": trial_id, "values": {"encoder": config["encoders"][0], "finetune.lr": 1e-3}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(on_tune.tune, "report", report)
-        patch.setattr(on_tune, "of_trial", stored)
+        patch.setattr(timed, "of_trial", stored)
         on_tune.trial(settings, {"config": config}, train_from)
 
 
