@@ -18,10 +18,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from jobs import configs  # noqa: E402  a script of this folder is not on the path of the packages
-from jobs.configs import groups, search, study  # noqa: E402
+from jobs.configs import groups, population, search, study  # noqa: E402
 from jobs.ingest_config import IngestConfig  # noqa: E402
 from jobs.on_ray.metrics import METRICS  # noqa: E402
-from ssl_core.downstream.settings import FinetuneConfig, TrainedParts  # noqa: E402
+from ssl_core.downstream.settings import Change, FinetuneConfig, TrainedParts  # noqa: E402
 from ssl_core.methods.base import Crops  # noqa: E402
 from ssl_core.superpixels.settings import Superpixels  # noqa: E402
 from ssl_core.train.engine import EngineConfig  # noqa: E402
@@ -47,12 +47,14 @@ TABLES: tuple[type[BaseModel], ...] = (
     groups.CheckpointConfig,
     Crops,
     search.TuneConfig,
+    population.PopulationConfig,
     search.ConfirmConfig,
     search.SearchSpace,
     configs.FinetuneJobConfig,
     configs.LabelledConfig,
     FinetuneConfig,
     TrainedParts,
+    Change,
     study.StudyConfig,
     study.StudyStart,
     study.SupervisedStart,

@@ -168,6 +168,8 @@ class StudyConfig(Config):
         for key in ("lr", "steps_per_epoch", "encoder_lr_scale"):
             if getattr(self.finetune, key) != FinetuneConfig.model_fields[key].default:
                 raise ValueError(f"no finetune.{key}: the search and each start say it")
+        if self.finetune.schedule:
+            raise ValueError("no finetune.schedule: it is of one number of epochs, and each start may have another")
         return self
 
     @model_validator(mode="after")

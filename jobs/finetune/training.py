@@ -70,7 +70,7 @@ def train_from(
     labels = split.value_names(manifest, labelled.label, values)
     begun = weights_of(start, like, encoder, settings, manifest.record(subjects.train[0]).channels)
     notes = begun.notes
-    if settings.flip[2] and (name := sided(labels.values())):
+    if settings.mirrors and (name := sided(labels.values())):
         notes = (*notes, f"No view was mirrored along W, left to right, since the label {name!r} names a side.")
         print(notes[-1], flush=True)
     check_mirror(settings.inference.mirror, labels.values(), "finetune.inference.mirror")

@@ -303,6 +303,11 @@ class FinetuneConfig(Config):
             before = change.epoch
         return self
 
+    @property
+    def mirrors(self) -> bool:
+        """Whether views are to be mirrored from left to right in some epoch."""
+        return any(self.at(epoch).flip[2] > 0 for epoch in (1, *(change.epoch for change in self.schedule)))
+
     def at(self, epoch: int) -> Self:
         """What holds in an epoch, counted from 1; without a schedule.
 
