@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from jobs.pages.charts import COLOURS, INK, chart
 from jobs.pages.html import Picture, page
@@ -60,6 +62,11 @@ def curves_figure(result: SearchResult) -> bytes:
     axis.set_xlabel("epoch")
     axis.set_ylabel("inner Dice")
     axis.set_xlim(0.7, result.epochs + 0.3)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len({trial.arm for trial in result.trials}) > 1:
+        kinds = (("chosen", COLOURS[1]), ("pre-trained start", COLOURS[0]), ("random weights", COLOURS[2]))
+        handles = [Line2D([], [], color=colour, label=name) for name, colour in kinds]
+        axis.legend(handles=handles, frameon=False, fontsize=8)
     return chart(drawing, [axis])
 
 

@@ -24,10 +24,7 @@ from jobs.tune.population import Explore, Standing
 Array = NDArray[np.float64]
 _MOST_GAINS = 300  # newest ones that the model knows; our choice, as the fit takes their cube
 _BOUNDS = ((0.1, 10.0), (0.02, 20.0), (1e-3, 0.5), (1e-3, 1.0))  # of `Kernel`'s numbers; our choice
-_WIDE, _NEAR = (
-    512,
-    3,
-)  # settings that are looked at over the whole space, and how often as many near the best; our choice
+_WIDE, _NEAR = 512, 3  # settings looked at over the whole space, and times that some near the best are; our choice
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,10 @@ from jobs.configs.search import TuneConfig
 from jobs.tracking import models as registry
 from jobs.tracking import runs as tracking
 from jobs.tune.live import METRIC
+from jobs.tune.population import Standing, perturbed, takeovers
 from ssl_core.bundle import write_bundle
 from ssl_core.config import parse
+from ssl_core.downstream.search import SearchResult, lineage
 from storage.objects import open_store
 from tests.kit.ahead import Ahead
 from tests.kit.bundles import facts, network
@@ -142,6 +144,71 @@ def test_a_search_sent_again_mixes_no_trials(
     children = api.search_runs([run.info.experiment_id], f"tags.mlflow.parentRunId = '{run.info.run_id}'")
     assert len(children) == 5
     require_its_own_points(again, children)
+
+
+def test_a_population_decides_alike_after_its_drivers_death(
+    local_stack: StackInfo, phantoms: str, encoder: str
+) -> None:
+    """What is decided follows from the scores on record; a member goes on from weights that another had."""
+    space = {"finetune.lr": {"loguniform": [1e-4, 1e-2]}, "finetune.class_balance": {"uniform": [0.2, 0.8]}}
+    plan = {"scheduler": "pbt", "space": space, "trials": 3, "concurrent": 2, "population": {"quantile": 0.34}}
+    job = parse(TuneConfig, common("population", phantoms) | {"encoders": [encoder]} | plan)
+    name, lines = run_and_kill_the_driver(local_stack, "jobs.tune", job, r"epoch 2:")
+    assert any("continuing the search" in line for line in lines), lines
+    result = SearchResult.from_json(driver.read_result("s3://runs", name))
+    assert [len(trial.scores) for trial in result.trials] == [EPOCHS] * 3
+    assert not any(trial.error or trial.stopped_early for trial in result.trials)
+    for epoch in range(1, EPOCHS):
+        standings = [
+            Standing(t.trial, t.scores[epoch - 1], lineage(result.trials, t.trial, epoch)[-1].settings)
+            for t in result.trials
+        ]
+        expected = takeovers(
+            standings, epoch, quantile=0.34, seed=job.seed, explore=perturbed(job.changing, job.population)
+        )
+        assert {t.trial: o for t in result.trials for o in t.takeovers if o.epoch == epoch} == expected
+    api = tracking.client()
+    run = api.get_run(result.run_id)
+    children = api.search_runs([run.info.experiment_id], f"tags.mlflow.parentRunId = '{run.info.run_id}'")
+    by_id = {child.data.tags["tomoscale.trial"]: child for child in children}
+    assert len(by_id) == len(children) == 3
+    for trial in result.trials:
+        tags = by_id[trial.id].data.tags
+        words = ", ".join(f"trial {o.source} at epoch {o.epoch}" for o in trial.takeovers)
+        assert tags.get("tomoscale.exploited", "") == words
+        points = api.get_metric_history(by_id[trial.id].info.run_id, METRIC)
+        assert [p.value for p in sorted(points, key=lambda p: p.step)] == pytest.approx(trial.scores)
+    assert not list(open_store(f"s3://runs/{name}/checkpoints").list())
+
+
+def test_the_best_of_a_search_is_confirmed_and_registered(local_stack: StackInfo, phantoms: str, encoder: str) -> None:
+    """Trainings of the confirmation run as tasks of the cluster; the reference is the start as it was."""
+    plan = {"encoders": [encoder], "trials": 2, "concurrent": 2, "scheduler": "none", "confirm": {"draws": 2}}
+    data = common("confirmed", phantoms) | plan
+    data["finetune"] = data["finetune"] | {"epochs": 1}
+    job = parse(TuneConfig, data)
+    lines: list[str] = []
+    submit.run(local_stack.jobs_address, "jobs.tune", job, job.name, show=lines.append)
+    result = SearchResult.from_json(driver.read_result("s3://runs", job.name))
+    confirmation = result.confirmation
+    assert confirmation is not None, lines
+    assert confirmation.draws == (1, 2)
+    assert len(confirmation.best.by_draw) == len(confirmation.reference.by_draw) == 2
+    assert any(confirmation.statement in line for line in lines), lines
+    (version,) = registry.list_models("confirmed")
+    assert version.version == confirmation.version
+    api = tracking.client()
+    tags = api.get_model_version("confirmed", confirmation.version).tags
+    assert tags["tomoscale.confirmed.statement"] == confirmation.statement
+    assert float(tags["tomoscale.confirmed.mean"]) == pytest.approx(confirmation.best.mean, abs=1e-6)
+    run = api.get_run(result.run_id)
+    children = api.search_runs([run.info.experiment_id], f"tags.mlflow.parentRunId = '{run.info.run_id}'")
+    kinds = sorted(child.data.tags["tomoscale.kind"] for child in children)
+    assert kinds == ["confirmation"] * 4 + ["trial"] * 2
+    assert {child.info.status for child in (run, *children)} == {"FINISHED"}
+    submit.run(local_stack.jobs_address, "jobs.tune", job, job.name, show=lines.append)
+    assert [v.version for v in registry.list_models("confirmed")] == [version.version], "sent again: nothing twice"
+    assert any("0 of 4 trainings to do" in line for line in lines)
 
 
 def test_fine_tuning_keeps_what_was_done_before_its_drivers_death(
