@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from pydoc import locate
@@ -246,21 +244,3 @@ def test_a_bundle_of_monai_is_run_by_monai_on_a_volume(bundle: Bundle, tmp_path:
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), workflow.network_def.parameters(), strict=True))
     with pytest.raises(ConfigError, match="expected a 3-D segmenter"):
         export(bundle("encoder"), tmp_path / "other", "monai")
-
-
-def test_monais_command_of_the_export_writes_the_mask_of_predict(tmp_path: Path) -> None:
-    """Of a bundle that mirrors no windows and takes no components away, as the how-to says."""
-    path = segmenter_bundle(tmp_path / "b", 3)
-    notes = export(path, tmp_path / "exported", "monai")
-    (tmp_path / "scans").mkdir()
-    source = scan(tmp_path / "scans", (18, 20, 27))
-    command = notes[0].split(", with ")[0].split()
-    places = {"python": sys.executable, "SCANS": str(tmp_path / "scans"), "MASKS": str(tmp_path / "masks")}
-    done = subprocess.run([places.get(word, word) for word in command], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert main(["predict", str(path), str(source), str(tmp_path / "own.nii.gz")]) == 0
-    (written,) = (tmp_path / "masks").iterdir()
-    masks = [np.asanyarray(nib.load(name).dataobj) for name in (written, tmp_path / "own.nii.gz")]
-    assert len(np.unique(masks[1])) > 1
-    assert np.array_equal(*masks)
-    assert np.allclose(nib.load(written).affine, nib.load(source).affine)
