@@ -83,7 +83,8 @@ def fitted(x_NF: Array, y_N: Array) -> Kernel:
         return -log_likelihood(Kernel(*np.exp(logs)), x_NF, y_N)
 
     start = np.log(astuple(Kernel()))
-    outcome = minimize(loss, start, method="L-BFGS-B", bounds=[tuple(map(math.log, pair)) for pair in _BOUNDS])
+    bounds = [(math.log(low), math.log(high)) for low, high in _BOUNDS]
+    outcome = minimize(loss, start, method="L-BFGS-B", bounds=bounds)
     return Kernel(*(float(value) for value in np.exp(outcome.x)))
 
 

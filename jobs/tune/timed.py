@@ -102,7 +102,10 @@ def of_attempt(config: TuneConfig, settings: Mapping[str, Any]) -> TimedCheckpoi
     if not config.is_population:
         return TimedCheckpoints(of_trial(config, number, trial_id), rungs_of(config))
     base = settings["base"]
-    source = of_stretch(config, *settings["source"], base - config.population.interval) if base else None
+    source = None
+    if base:
+        source_number, source_id = settings["source"]
+        source = of_stretch(config, source_number, source_id, base - config.population.interval)
     return TimedCheckpoints(of_stretch(config, number, trial_id, base), rungs_of(config), source=source, base=base)
 
 
