@@ -48,7 +48,7 @@ def test_a_run_goes_on_from_its_checkpoint(before: Path, tmp_path: Path, monkeyp
     losses = dict(facts["losses"])
     assert [point.step for point in points] == [4]
     # Bitwise on one machine; another processor's kernels sum in another order.
-    assert points[0].metrics["loss"] == pytest.approx(losses[4], rel=1e-4)
+    assert points[0].metrics["loss"] == pytest.approx(losses[4], rel=5e-4)
 
 
 def test_a_segmenter_predicts_what_it_predicted(before: Path) -> None:
