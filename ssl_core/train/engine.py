@@ -25,7 +25,7 @@ from ssl_core.networks.pyramid import cut_batches
 from ssl_core.train import checkpoint, compiling, determinism, sharding
 from ssl_core.train.gradients import FlatGradients, Outcome, Verdict
 from ssl_core.train.optim import NamedOptimizer
-from ssl_core.train.precision import resolve_precision
+from ssl_core.train.precision import check_convolutions, require_right_at_all, resolve_precision
 from ssl_core.train.schedule import cosine, warmup_cosine
 from ssl_core.views.split import split
 from ssl_core.views.types import ViewBatch
@@ -195,7 +195,11 @@ class Engine:
         )
         if config.activation_checkpointing:
             recompute.enable(method)
+        is_rounded_on_cpu = self.precision == "bf16" and self.device.type == "cpu"
+        self._trials = check_convolutions(method) if is_rounded_on_cpu and not config.compile else []
         if config.compile:
+            if is_rounded_on_cpu:
+                require_right_at_all()
             compiling.enable(method, self.device)
 
     def step(self, views: ViewBatch, *, stop: bool = False) -> dict[str, float]:
@@ -241,6 +245,8 @@ class Engine:
         self.optimizer.step(lr, decay, self.step_done)
         cast(Method, self.method).after_step(ctx)
         self._average_statistics()
+        while self._trials:  # every shape was met
+            self._trials.pop().remove()
         self.step_done += 1
         if not self.log_due():
             return {}

@@ -29,8 +29,8 @@ def _few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rate, "SHAPES", ((8, 16),))  # the machine's own rate takes many seconds
 
 
-def small(**settings: Any) -> Any:
-    return measure("simclr", "small", size_DHW=(32, 32, 32), batch=2, warmup=1, backbones=SMALL, **settings)
+def small(edge: int = 32, **settings: Any) -> Any:
+    return measure("simclr", "small", size_DHW=(edge,) * 3, batch=2, warmup=1, backbones=SMALL, **settings)
 
 
 def test_a_row_adds_up() -> None:
@@ -88,7 +88,8 @@ def test_a_slow_source_shows_as_wait() -> None:
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "compile"])
 def test_every_variant_trains(variant: str) -> None:
-    row = small(steps=1, variant=variant)
+    # Deepest maps of three voxels an edge: of two, weight gradients in bf16 are wrong on some processors, and refused.
+    row = small(edge=48, steps=1, variant=variant)
     assert row.variant == variant
     assert row.precision == ("bf16" if "bf16" in variant else "fp32")
 
