@@ -1,9 +1,9 @@
 """Several starts of the same fine-tuning compared over the same test subjects."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -232,7 +232,7 @@ def paired_test_of(
         return None
     a, b = starts[:2]
     if any(training.draw is not None for training in trainings):
-        return draw_test(_differences_by_draw(trainings, a, b), a=a, b=b, labels=labels)
+        return draw_test(differences_by_draw(trainings, a, b, _dice), a=a, b=b, labels=labels)
     first, second = (_dice_by_seed(trainings, start) for start in (a, b))
     if {seed: set(dice) for seed, dice in first.items()} != {seed: set(dice) for seed, dice in second.items()}:
         raise ConfigError(
@@ -276,14 +276,43 @@ def _names(entry: Mapping[str, Any]) -> tuple[Any, ...]:
     return entry["start"], entry["seed"], entry.get("draw")
 
 
-def _differences_by_draw(trainings: Sequence[Training], a: str, b: str) -> NDArray[np.float64]:
-    """Mean Dice of one start less that of another, by draw, seed and test subject.
+class Compared(Protocol):
+    """A training, as far as it is told from the others of its job."""
+
+    @property
+    def start(self) -> str:
+        """Name of its start."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Its seed."""
+        ...
+
+    @property
+    def draw(self) -> int | None:
+        """Seed of its draw of labelled subjects, where the job has several."""
+        ...
+
+
+T = TypeVar("T", bound=Compared)
+
+
+def differences_by_draw(
+    trainings: Sequence[T], a: str, b: str, scores_of: Callable[[T], Mapping[str, float]]
+) -> NDArray[np.float64]:
+    """Score of one start less that of another, by draw, seed and test subject.
+
+    Args:
+        trainings: All of a job.
+        a, b: The starts.
+        scores_of: Score of each test subject of a training.
 
     Raises:
         ConfigError: one of them is missing.
     """
     values: list[dict[tuple[Any, ...], float]] = [
-        {(t.draw, t.seed, subject): dice for t in trainings if t.start == start for subject, dice in _dice(t).items()}
+        {(t.draw, t.seed, s): score for t in trainings if t.start == start for s, score in scores_of(t).items()}
         for start in (a, b)
     ]
     axes = [list(dict.fromkeys(keys)) for keys in zip(*values[0], strict=True)]

@@ -1,19 +1,16 @@
 """Several starts of the same classification or regression compared over the same test subjects."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ssl_core.downstream.comparison import ONE_START, over_draws
+from ssl_core.downstream.comparison import ONE_START, differences_by_draw, over_draws
 from ssl_core.downstream.heads.scores import Outcome, overall
 from ssl_core.downstream.inference import DrawTest, draw_test
 from ssl_core.downstream.paired_test import PairedTrainings, compare_trainings
 from ssl_core.downstream.records import from_fields
-from storage.errors import ConfigError
 
 ONE_DRAW = "This is of one draw of labelled subjects; another may say otherwise, and a list of `labelled.subjects_seed`"
 ONE_DRAW += " goes over draws."
@@ -178,7 +175,7 @@ def paired_test_of(
     if len(starts) < 2:
         return None
     a, b = starts[:2]
-    box_DSN = _differences(trainings, a, b)
+    box_DSN = differences_by_draw(trainings, a, b, subject_scores)
     if any(training.draw is not None for training in trainings):
         return draw_test(box_DSN, a=a, b=b, labels=labels)
     test = compare_trainings(box_DSN[0], a=a, b=b, measure=measure)
@@ -191,21 +188,3 @@ def subject_scores(training: HeadTraining) -> dict[str, float]:
     for case in training.cases:
         values.setdefault(case.subject, []).append(case.score)
     return {subject: float(np.mean(scores)) for subject, scores in sorted(values.items())}
-
-
-def _differences(trainings: Sequence[HeadTraining], a: str, b: str) -> NDArray[np.float64]:
-    """Score of one start less that of another, by draw, seed and test subject."""
-    values: list[dict[tuple[Any, ...], float]] = [
-        {(t.draw, t.seed, s): x for t in trainings if t.start == start for s, x in subject_scores(t).items()}
-        for start in (a, b)
-    ]
-    axes = [list(dict.fromkeys(keys)) for keys in zip(*values[0], strict=True)]
-    every = list(itertools.product(*axes))
-    if any(set(of_start) != set(every) for of_start in values):
-        raise ConfigError(
-            f"trainings of {a} and {b}",
-            expected="every draw with the same seeds and test subjects",
-            found="others",
-            remedy="run the job again under another name",
-        )
-    return np.array([values[0][key] - values[1][key] for key in every]).reshape([len(axis) for axis in axes])
