@@ -54,7 +54,7 @@ def train_head_from(
         notes.append(f"No view was mirrored along W, left to right, since the class {name!r} names a side.")
     if settings.head.frozen:
         whose = "random weights" if start == "none" else "the pre-trained encoder"
-        notes.append(f"A linear probe: its features are those of {whose}, which was not trained.")
+        notes.append(f"A linear probe: its features are those of {whose}, and were not trained.")
     for line in notes[len(begun.notes) :]:
         print(line, flush=True)
     require_modules(begun.model, encoder.modules, settings.head.levels)
