@@ -196,7 +196,8 @@ class Engine:
         if config.activation_checkpointing:
             recompute.enable(method)
         is_rounded_on_cpu = self.precision == "bf16" and self.device.type == "cpu"
-        self._trials = check_convolutions(method) if is_rounded_on_cpu and not config.compile else []
+        if is_rounded_on_cpu and not config.compile:
+            check_convolutions(method)
         if config.compile:
             if is_rounded_on_cpu:
                 require_right_at_all()
@@ -245,8 +246,6 @@ class Engine:
         self.optimizer.step(lr, decay, self.step_done)
         cast(Method, self.method).after_step(ctx)
         self._average_statistics()
-        while self._trials:  # every shape was met
-            self._trials.pop().remove()
         self.step_done += 1
         if not self.log_due():
             return {}

@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.hooks import RemovableHandle
 
 from storage.errors import ConfigError
 
@@ -26,14 +25,13 @@ def resolve_precision(setting: str, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
-def check_convolutions(module: nn.Module) -> list[RemovableHandle]:
-    """Have every 3-D convolution tried at the shapes that it meets, before it computes with them.
+def check_convolutions(module: nn.Module) -> None:
+    """Have every 3-D convolution that is trained tried once at each shape that it meets, before it computes with it.
+
+    For good, since a frozen one may be trained from a later step on.
 
     Args:
         module: To be trained on a CPU under autocast to bf16; its forward pass raises what `require_right` does.
-
-    Returns:
-        Handles that end the trials.
     """
     tried: set[Any] = set()
 
@@ -45,7 +43,9 @@ def check_convolutions(module: nn.Module) -> list[RemovableHandle]:
                 tried.add(case)
                 require_right(cast(nn.Conv3d, convolution), x_BCDHW)
 
-    return [part.register_forward_pre_hook(before) for part in module.modules() if isinstance(part, nn.Conv3d)]
+    for part in module.modules():
+        if isinstance(part, nn.Conv3d):
+            part.register_forward_pre_hook(before)
 
 
 def require_right_at_all() -> None:
