@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -136,16 +137,16 @@ def disasters() -> str:
         "",
     ]
     lines += [
-        "| disaster | noticed | next new step | repeated | weights | exit code | last line | day |",
+        "| disaster | noticed | longest pause | repeated | weights | exit code | last line | day |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in figures["rows"]:
-        noticed, resumed = ("-" if row[key] is None else f"{row[key]:.0f} s" for key in ("noticed_s", "resumed_s"))
+        noticed, pause = ("-" if row[key] is None else f"{row[key]:.0f} s" for key in ("noticed_s", "pause_s"))
         last = row["last"].replace("|", "\\|")
         cells = [
             row["scenario"],
             noticed,
-            resumed,
+            pause,
             row["repeated"],
             row["weights"],
             row["code"],
@@ -154,13 +155,21 @@ def disasters() -> str:
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     if rates := figures.get("rates"):
-        ray, torchrun = (statistics.median(rates["ms_a_step"][kind]) for kind in ("ray", "torchrun"))
-        lines += [
-            "",
-            f"Two workers on two machines took {ray:.1f} ms a step under Ray Train, {torchrun:.1f} ms under torchrun:",
-            f"medians of {len(rates['ratios'])} turns, whose ratios were {', '.join(map(str, rates['ratios']))}.",
-        ]
+        lines += ["", *_rates(rates)]
     return "\n".join(lines) + "\n\n"
+
+
+def _rates(rates: Mapping[str, Any]) -> list[str]:
+    """Ray Train beside torchrun, as a table."""
+    lines = [
+        "| a step of two workers on two machines | Ray Train | torchrun | ratios of the turns |",
+        "|---|---|---|---|",
+    ]
+    for key, words in (("ms", "ms of the clock"), ("cpu_ms", "ms of a worker's processor")):
+        ray, torchrun = (statistics.median(rates[key][kind]) for kind in ("ray", "torchrun"))
+        lines.append(f"| {words} | {ray:.1f} | {torchrun:.1f} | {', '.join(map(str, rates[key]['ratios']))} |")
+    shares = (f"{100 * statistics.median(rates['busy'][kind]):.0f} %" for kind in ("ray", "torchrun"))
+    return [*lines, f"| share of all cores that was busy | {' | '.join(shares)} | |"]
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ NEED_SERVICES = ("reads", "loader", "overhead", "checkpoint")
 def add(names: Names) -> list[argparse.ArgumentParser]:
     """Register the verbs; `run` runs what was parsed."""
     actions = [*_storage_verbs(names), *_device_verbs(names), _learn_verb(names), _overhead_verb(names)]
-    actions += [_size_verb(names), _checkpoint_verb(names)]
+    actions += [_size_verb(names), _checkpoint_verb(names), _nnunet_verb(names)]
     for action in actions:
         action.add_argument("--out", type=_writable, metavar="FILE", help="write the JSON there")
         action.add_argument("--json", action="store_true", help="print JSON")
@@ -151,6 +151,17 @@ def _checkpoint_verb(names: Names) -> argparse.ArgumentParser:
         "--store", metavar="URL", help="s3:// prefix, reached at 50 MB/s (default: a local stack's, else a folder)"
     )
     return _measured_by(action, _checkpoint)
+
+
+def _nnunet_verb(names: Names) -> argparse.ArgumentParser:
+    action = names.add_parser("nnunet", help="a training from random weights, then nnU-Net's in as many seconds")
+    action.add_argument(
+        "config", type=Path, metavar="CONFIG", help="data, network, settings, and what is cut of its plan"
+    )
+    action.add_argument(
+        "--python", type=Path, required=True, metavar="FILE", help="interpreter of an environment with nnU-Net"
+    )
+    return _measured_by(action, _nnunet)
 
 
 def _measured_by(action: argparse.ArgumentParser, runner: Runner) -> argparse.ArgumentParser:
@@ -301,6 +312,16 @@ def _checkpoint(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any]
         size = replace(size, state_bytes=arguments.mb * 10**6)
     result = bench_checkpoint(size, _prefix(arguments), say=say)
     return result, format_checkpoint(result)
+
+
+def _nnunet(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
+    from jobs.bench.nnunet.compare import bench_nnunet, format_nnunet
+    from jobs.bench.nnunet.config import CompareConfig
+
+    if not os.access(arguments.python, os.X_OK):
+        raise ConfigError("--python", expected="an interpreter", found=str(arguments.python), remedy="check the path")
+    result = bench_nnunet(load(CompareConfig, arguments.config), arguments.python, say=say)
+    return result, format_nnunet(result)
 
 
 def _prefix(arguments: argparse.Namespace) -> str | None:

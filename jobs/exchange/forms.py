@@ -5,6 +5,6 @@ FORMS: dict[str, tuple[str, str]] = {
     "torchscript": ("traced", "a traced network that PyTorch runs without Python code"),
     "onnx": ("onnx_file", "a network for ONNX runtimes; needs the extra `export`"),
     "monai": ("monai_bundle", "a bundle of MONAI with preprocessing and sliding windows; segmenters only"),
-    "nnunet": ("nnunet", "a checkpoint that nnU-Net fine-tunes; of resenc only"),
+    "nnunet": ("nnunet", "a checkpoint that nnU-Net fine-tunes; of resenc and plain_unet"),
 }
 """Name of a form: the module that writes it, and what it is."""

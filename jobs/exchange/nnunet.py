@@ -22,7 +22,20 @@ from storage.errors import ConfigError
 FILE, CONFIGURATION = "checkpoint_final.pth", "configuration.json"
 HEADS = ".seg_layers."
 """In the names of output layers, which nnU-Net draws anew in every fine-tuning."""
-CLASS = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+_UNETS = "dynamic_network_architectures.architectures.unet."
+_PLACES: dict[str, dict[str, Any]] = {
+    f"{_UNETS}ResidualEncoderUNet": {
+        "key_to_encoder": "encoder.stages",
+        "key_to_stem": "encoder.stem",
+        "keys_to_in_proj": ["encoder.stem.convs.0.conv", "encoder.stem.convs.0.all_modules.0"],
+    },
+    f"{_UNETS}PlainConvUNet": {
+        "key_to_encoder": "encoder.stages",
+        "key_to_stem": "encoder.stages.0",
+        "keys_to_in_proj": ["encoder.stages.0.0.convs.0.conv", "encoder.stages.0.0.convs.0.all_modules.0"],
+    },
+}
+"""By class of network: where an encoder and its first layers lie, as the adaptation plan says it."""
 _LAYERS = {  # torch.nn's names as nnU-Net's plans have them
     "Conv": "torch.nn.modules.conv.",
     "InstanceNorm": "torch.nn.modules.instancenorm.",
@@ -36,14 +49,14 @@ def write(model: Model, folder: Path) -> list[str]:
     """`checkpoint_final.pth`, `configuration.json`, `card.json` and `MODEL_CARD.md`.
 
     Raises:
-        ConfigError: another network than resenc, or tensors that are not those of its stock class.
+        ConfigError: another network than resenc and plain_unet, or tensors that are not those of its stock class.
     """
-    if model.predictor.architecture["class"] != CLASS:
+    if model.predictor.architecture["class"] not in _PLACES:
         raise ConfigError(
             f"{model.predictor.card['name']} for nnU-Net",
-            expected=f"nnU-Net's residual encoder, {CLASS}",
+            expected=f"one of nnU-Net's networks, {' or '.join(_PLACES)}",
             found=str(model.predictor.architecture["class"]),
-            remedy="pre-train with `backbone.name=resenc`",
+            remedy="pre-train with `backbone.name=resenc` or `plain_unet`",
         )
     weights = read_safetensors(model.root / WEIGHTS)
     if DECODER in model.predictor.card["files"]:
@@ -112,7 +125,7 @@ def adaptation_plan(model: Model) -> dict[str, Any]:
     window = list(plan.patch_DHW)
     return {
         "architecture_plans": {
-            "arch_class_name": CLASS,
+            "arch_class_name": model.predictor.architecture["class"],
             "arch_kwargs": {
                 "dropout_op": None,
                 "dropout_op_kwargs": None,
@@ -125,9 +138,7 @@ def adaptation_plan(model: Model) -> dict[str, Any]:
         "pretrain_num_input_channels": plan.channels,
         "pretrain_patch_size": window,
         "recommended_downstream_patchsize": window,
-        "key_to_encoder": "encoder.stages",
-        "key_to_stem": "encoder.stem",
-        "keys_to_in_proj": ["encoder.stem.convs.0.conv", "encoder.stem.convs.0.all_modules.0"],
+        **_PLACES[model.predictor.architecture["class"]],
         "key_to_lpe": None,
     }
 

@@ -6,19 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from jobs import driver
 from jobs import labelled as split
 from jobs.configs import FinetuneJobConfig, LabelledConfig
-from jobs.finetune.training import device_for, weights_of
+from jobs.finetune.training import open_training
 from jobs.tracking import bundles, registration
 from ssl_core.downstream.finetune import Checkpoints, FinetuneConfig
 from ssl_core.downstream.heads.comparison import HeadComparison, HeadTraining, measure_of, paired_test_of
 from ssl_core.downstream.heads.network import build_head, require_modules
 from ssl_core.downstream.heads.training import TrainedHead, outcomes_of, train_head
 from ssl_core.portable.inference.settings import sided
-from storage.format.manifest import Manifest
 from storage.objects import join
 from storage.reading.volume_store import VolumeStore
 
@@ -39,17 +35,10 @@ def train_head_from(
     Raises:
         ConfigError: the column cannot be learned, or the encoder lacks levels that are to be pooled.
     """
-    driver.quiet()
-    torch.manual_seed(seed)
-    device = device_for(gpu)
-    manifest = Manifest.open(labelled.data, labelled.fingerprint)
-    subjects = split.draw(manifest, labelled)
-    target = split.target(manifest, labelled, settings.task, subjects.train)
-    encoder = bundles.pull_encoder(like if start == "none" else start)
-    begun = weights_of(start, like, encoder, settings, manifest.record(subjects.train[0]).channels)
+    opening = open_training(start, labelled, settings, seed=seed, like=like, gpu=gpu)
+    subjects, encoder, begun = opening.subjects, opening.encoder, opening.weights
+    target = split.target(opening.manifest, labelled, settings.task, subjects.train)
     notes = list(begun.notes)
-    everyone = (*subjects.train, *subjects.inner, *subjects.test)
-    driver.check_channels(manifest, everyone, f"the encoder of {begun.model}", begun.arguments)
     if settings.flip[2] and not settings.head.frozen and (name := sided(target.classes)):
         notes.append(f"No view was mirrored along W, left to right, since the class {name!r} names a side.")
     if settings.head.frozen:
@@ -60,7 +49,7 @@ def train_head_from(
     require_modules(begun.model, encoder.modules, settings.head.levels)
     outputs = len(target.classes) or 1
     network = build_head(encoder.backbone, begun.arguments, settings.head.levels, outputs, seed, begun.start)
-    store = VolumeStore(labelled.data, manifest)
+    store = VolumeStore(labelled.data, opening.manifest)
     history = train_head(
         network,
         settings,
@@ -71,7 +60,7 @@ def train_head_from(
         policy=encoder.intensity,
         pretrained=start != "none",
         seed=seed,
-        device=device,
+        device=opening.device,
         on_epoch=on_epoch,
         checkpoints=checkpoints,
     )
@@ -83,7 +72,7 @@ def train_head_from(
         target,
         encoder.intensity,
         tuple(history),
-        device,
+        opening.device,
         tuple(notes),
     )
 

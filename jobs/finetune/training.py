@@ -16,6 +16,7 @@ from ssl_core.downstream.finetune import (
     Checkpoints,
     FinetuneConfig,
     Start,
+    Subjects,
     TrainedSegmenter,
     build_segmenter,
     label_values,
@@ -29,6 +30,67 @@ from ssl_core.portable.inference.settings import check_mirror, sided
 from storage.errors import ConfigError
 from storage.format.manifest import Manifest
 from storage.reading.volume_store import VolumeStore
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a training begins with.
+
+    Attributes:
+        model: URI of the model whose network it is.
+        arguments: Of the backbone.
+        start: Pre-trained weights; None where they are random.
+        notes: What was changed of them.
+    """
+
+    model: str
+    arguments: dict[str, Any]
+    start: Start | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What every task of fine-tuning opens before it trains.
+
+    Attributes:
+        device: Where to train.
+        manifest: Of the labelled volumes.
+        subjects: Those that are drawn.
+        encoder: Of the start, or of the model whose network is used from random weights.
+        weights: What the training begins with.
+    """
+
+    device: torch.device
+    manifest: Manifest
+    subjects: Subjects
+    encoder: EncoderBundle
+    weights: Weights
+
+    @property
+    def everyone(self) -> tuple[str, ...]:
+        """Volumes to train on, to choose by and to test with."""
+        return (*self.subjects.train, *self.subjects.inner, *self.subjects.test)
+
+
+def open_training(
+    start: str, labelled: LabelledConfig, settings: FinetuneConfig, *, seed: int, like: str, gpu: bool
+) -> Opening:
+    """Seed torch, and open what a training begins with; arguments as of `train_from`.
+
+    Raises:
+        ConfigError: the volumes have other channels than the encoder.
+    """
+    driver.quiet()
+    torch.manual_seed(seed)
+    device = device_for(gpu)
+    manifest = Manifest.open(labelled.data, labelled.fingerprint)
+    subjects = split.draw(manifest, labelled)
+    encoder = bundles.pull_encoder(like if start == "none" else start)
+    weights = weights_of(start, like, encoder, settings, manifest.record(subjects.train[0]).channels)
+    opening = Opening(device, manifest, subjects, encoder, weights)
+    driver.check_channels(manifest, opening.everyone, f"the encoder of {weights.model}", weights.arguments)
+    return opening
 
 
 def train_from(
@@ -57,24 +119,17 @@ def train_from(
     Raises:
         ConfigError: the start does not have what `settings.transfer` is to take over.
     """
-    driver.quiet()
-    torch.manual_seed(seed)
-    device = device_for(gpu)
-    manifest = Manifest.open(labelled.data, labelled.fingerprint)
-    subjects = split.draw(manifest, labelled)
+    opening = open_training(start, labelled, settings, seed=seed, like=like, gpu=gpu)
+    manifest, subjects, encoder, begun = opening.manifest, opening.subjects, opening.encoder, opening.weights
     store = VolumeStore(labelled.data, manifest)
-    encoder = bundles.pull_encoder(like if start == "none" else start)
     # Of all subjects: a class that the few training volumes happen to lack is missed in the others, not left unscored.
-    everyone = (*subjects.train, *subjects.inner, *subjects.test)
-    values = label_values(store, everyone, labelled.label)
+    values = label_values(store, opening.everyone, labelled.label)
     labels = split.value_names(manifest, labelled.label, values)
-    begun = weights_of(start, like, encoder, settings, manifest.record(subjects.train[0]).channels)
     notes = begun.notes
     if settings.mirrors and (name := sided(labels.values())):
         notes = (*notes, f"No view was mirrored along W, left to right, since the label {name!r} names a side.")
         print(notes[-1], flush=True)
     check_mirror(settings.inference.mirror, labels.values(), "finetune.inference.mirror")
-    driver.check_channels(manifest, everyone, f"the encoder of {begun.model}", begun.arguments)
     network = build_segmenter(encoder.backbone, begun.arguments, len(labels) + 1, seed, begun.start)
     history = train_segmenter(
         network,
@@ -87,7 +142,7 @@ def train_from(
         policy=encoder.intensity,
         pretrained=start != "none",
         seed=seed,
-        device=device,
+        device=opening.device,
         on_epoch=on_epoch,
         checkpoints=checkpoints,
     )
@@ -100,31 +155,14 @@ def train_from(
         labels=labels,
         policy=encoder.intensity,
         window=settings.patch_DHW,
-        device=device,
+        device=opening.device,
     )
     for note in choice.notes:
         print(note, flush=True)
     notes = (*notes, *choice.notes)
     return TrainedSegmenter(
-        network, store, subjects, labels, encoder.intensity, tuple(history), device, notes, choice.inference
+        network, store, subjects, labels, encoder.intensity, tuple(history), opening.device, notes, choice.inference
     )
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What a training begins with.
-
-    Attributes:
-        model: URI of the model whose network it is.
-        arguments: Of the backbone.
-        start: Pre-trained weights; None where they are random.
-        notes: What was changed of them.
-    """
-
-    model: str
-    arguments: dict[str, Any]
-    start: Start | None
-    notes: tuple[str, ...]
 
 
 def weights_of(start: str, like: str, encoder: EncoderBundle, settings: FinetuneConfig, channels: int) -> Weights:

@@ -74,9 +74,22 @@ def _checks(client: Mapping[str, str], answer: Any, ended: bool) -> list[Check]:
         return [Check("answer", False, f"none within {_ANSWER_S:.0f} s", remedy)]
     try:
         node, checks = ray.get(answer)
-    except ray.exceptions.RayError as error:  # such as a node without this module
-        return [Check("answer", False, last_line(error), remedy)]
+    except ray.exceptions.RayError as error:
+        return [no_answer(error, remedy)]
     return [*differences(client, node), *checks]
+
+
+def no_answer(error: ray.exceptions.RayError, remedy: str) -> Check:
+    """Why a node does not answer.
+
+    Args:
+        error: Of Ray, such as of a node without this module.
+        remedy: For a node that is there.
+    """
+    if isinstance(error, (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError)):
+        found = "Ray counts it, and it is gone: its machine or its Ray process ended a moment ago"
+        return Check("answer", False, found, "see whether it is on, and ask again in half a minute")
+    return Check("answer", False, last_line(error), remedy)
 
 
 def ask_cluster(address: str, store: str) -> list[Node]:

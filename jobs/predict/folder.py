@@ -1,5 +1,6 @@
 """`python -m jobs.predict MODEL IN OUT` writes a mask for every volume of a folder or a URL, one Ray task a volume.
 
+A classifier or a regressor writes a row a volume below `rows`, which are joined to `predictions.csv` in the end.
 Folders are mounted by every node; of URLs see `jobs.predict.objects`. The model is downloaded once, into OUT, so that
 all masks are of one version of it, also where its alias moves meanwhile and where the job is sent again. A mask that is
 in OUT already is left. A configuration (`config.yaml`) may stand in place of the three.
@@ -9,6 +10,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,8 +28,8 @@ Predict = Callable[[Path], str]
 V = TypeVar("V")
 
 
-def due(scans: Path, masks: Path) -> list[Path]:
-    """The volumes of `scans` that have no mask in `masks`, by name.
+def find(scans: Path, masks: Path) -> list[Path]:
+    """The volumes of `scans`, by name.
 
     Raises:
         ConfigError: a folder is missing, both are one, or the first holds no volume.
@@ -44,7 +46,7 @@ def due(scans: Path, masks: Path) -> list[Path]:
         raise ConfigError(
             str(scans), expected=f"volumes ({', '.join(SUFFIXES)})", found="none", remedy="name the folder with them"
         )
-    return [path for path in volumes if not (masks / path.name).exists()]
+    return volumes
 
 
 def pin(model: str, masks: Path) -> Path:
@@ -72,11 +74,17 @@ def pin(model: str, masks: Path) -> Path:
     return bundle
 
 
-def mask_of(bundle: Path, masks: Path, options: Sequence[str] = ()) -> Predict:
-    """What makes the mask of one volume; it returns an empty string, or why there is none."""
+def mask_of(bundle: Path, result: Callable[[Path], Path], options: Sequence[str] = ()) -> Predict:
+    """What makes the mask or the row of one volume; it returns an empty string, or why there is none.
+
+    Args:
+        bundle: The model.
+        result: Where that of a volume goes.
+        options: Of `tomoscale predict`.
+    """
 
     def predict(volume: Path) -> str:
-        return _tomoscale("predict", str(bundle), str(volume), str(masks / volume.name), *options)
+        return _tomoscale("predict", str(bundle), str(volume), str(result(volume)), *options)
 
     return predict
 
@@ -103,14 +111,14 @@ def on_cluster(predict: Callable[[V], str], volumes: Iterable[V], cpus: int, gpu
     )
 
 
-def report(results: Iterable[tuple[str, str]], total: int) -> int:
-    """Print each result; 0 when every volume has its mask, else 3."""
+def report(results: Iterable[tuple[str, str]], total: int, what: str) -> int:
+    """Print each result; 0 when every volume has its mask or row (`what`), else 3."""
     without = []
     for number, (name, reason) in enumerate(results, 1):
         print(f"{number} of {total}: {name}{f': {reason}' if reason else ''}")
         without += [name] if reason else []
     if without:
-        print(f"{len(without)} of {total} volumes have no mask: {', '.join(sorted(without))}", file=sys.stderr)
+        print(f"{len(without)} of {total} volumes have no {what}: {', '.join(sorted(without))}", file=sys.stderr)
     return RefusedInput.exit_code if without else 0
 
 
@@ -131,16 +139,46 @@ def main(words: Sequence[str]) -> int:
         options = ("--force",) if arguments.force else ()
         size = (arguments.cpus, arguments.gpus)
         if "://" in arguments.scans or "://" in arguments.masks:
-            scans, masks = (_url(place) for place in (arguments.scans, arguments.masks))
-            remote = objects.due(scans, masks, arguments.split)
-            make = objects.mask_of(objects.pin(arguments.model, masks, _tomoscale), scans, masks, options, _tomoscale)
-            return report(((s.name, why) for s, why in on_cluster(make, remote, *size)), len(remote))
+            return _of_urls(arguments, options, size)
         if arguments.split is not None:
             raise ConfigError("--split", expected="the URL of a store", found=arguments.scans, remedy="leave it out")
-        folder = Path(arguments.masks)
-        volumes = due(Path(arguments.scans), folder)
-        predict = mask_of(pin(arguments.model, folder), folder, options)
-        return report(((v.name, why) for v, why in on_cluster(predict, volumes, *size)), len(volumes))
+        return _of_folders(arguments, options, size)
     except TomoscaleError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+
+
+def _of_urls(arguments: argparse.Namespace, options: Sequence[str], size: tuple[int, int]) -> int:
+    scans, masks = (_url(place) for place in (arguments.scans, arguments.masks))
+    every = objects.find(scans, masks, arguments.split)
+    names = [scan.name for scan in every]
+    bundle = objects.pin(arguments.model, masks, _tomoscale)
+    if rows := objects.writes_rows(bundle):
+        every = [replace(scan, name=objects.row_of(scan.name)) for scan in every]
+    remote = objects.due(every, masks)
+    make = objects.mask_of(bundle, scans, masks, options, _tomoscale)
+    results = ((s.name, why) for s, why in on_cluster(make, remote, *size))
+    return _ended(results, len(remote), names if rows else [], masks)
+
+
+def _of_folders(arguments: argparse.Namespace, options: Sequence[str], size: tuple[int, int]) -> int:
+    folder = Path(arguments.masks)
+    every = find(Path(arguments.scans), folder)
+    bundle = pin(arguments.model, folder)
+    if rows := objects.writes_rows(bundle.absolute().as_uri()):
+        (folder / objects.ROWS).mkdir(exist_ok=True)
+
+    def result(volume: Path) -> Path:
+        return folder / (objects.row_of(volume.name) if rows else volume.name)
+
+    volumes = [path for path in every if not result(path).exists()]
+    results = ((v.name, why) for v, why in on_cluster(mask_of(bundle, result, options), volumes, *size))
+    return _ended(results, len(volumes), [path.name for path in every] if rows else [], _url(arguments.masks))
+
+
+def _ended(results: Iterable[tuple[str, str]], total: int, rows: Sequence[str], masks: str) -> int:
+    """Report, and join the rows of these scans where there are rows."""
+    code = report(results, total, "row" if rows else "mask")
+    if rows:
+        print(f"{objects.join_rows(rows, masks)} of {len(rows)} volumes in {objects.TABLE}")
+    return code

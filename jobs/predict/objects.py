@@ -1,9 +1,13 @@
 """Masks of scans on object storage, written to object storage, a scan a task.
 
 A scan is a NIfTI file below a URL, or a volume of a store. Its mask is one object, which is there whole or not at all,
-so that a job that is sent again predicts what has none. The model is copied once below the masks.
+so that a job that is sent again predicts what has none. The model is copied once below the masks. A classifier or a
+regressor writes a row in place of a mask, and all rows are joined to one table in the end.
 """
 
+import csv
+import io
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +19,7 @@ from storage.objects import ByteStore, join, open_store
 
 SUFFIXES = (".nii", ".nii.gz")
 MODEL, NOTE, CARD = "model", "model.txt", "bundle.json"
+ROWS, TABLE = "rows", "predictions.csv"
 Tomoscale = Callable[..., str]
 """Runs `tomoscale WORDS`; returns an empty string, or why it failed."""
 
@@ -24,7 +29,7 @@ class RemoteScan:
     """A scan on object storage.
 
     Attributes:
-        name: Of its mask, a key below the URL of the masks.
+        name: Of its mask or row, a key below the URL of the masks.
         key: Of the file below the URL of the scans; empty of a volume in a store.
         volume: Of a volume in a store; empty of a file.
     """
@@ -34,8 +39,8 @@ class RemoteScan:
     volume: str = ""
 
 
-def due(scans: str, masks: str, split: str | None = None) -> list[RemoteScan]:
-    """Scans that have no mask yet, by name.
+def find(scans: str, masks: str, split: str | None = None) -> list[RemoteScan]:
+    """All scans, by name.
 
     Args:
         scans: URL of files, or of a store.
@@ -62,8 +67,48 @@ def due(scans: str, masks: str, split: str | None = None) -> list[RemoteScan]:
         raise ConfigError(
             scans, expected=f"files ({', '.join(SUFFIXES)}) or volumes of a store", found="none", remedy="check the URL"
         )
-    done = set(target.list())
-    return sorted((scan for scan in every if scan.name not in done), key=lambda scan: scan.name)
+    return sorted(every, key=lambda scan: scan.name)
+
+
+def due(every: Sequence[RemoteScan], masks: str) -> list[RemoteScan]:
+    """Those of the scans that have no result yet."""
+    done = set(open_store(masks).list())
+    return [scan for scan in every if scan.name not in done]
+
+
+def row_of(name: str) -> str:
+    """Key of the row of a scan whose mask would be called so."""
+    return f"{ROWS}/{name}.csv"
+
+
+def writes_rows(bundle: str) -> bool:
+    """Whether a model's result is a row, and not a mask.
+
+    Args:
+        bundle: URL of the model.
+    """
+    return json.loads(open_store(bundle).get(CARD))["kind"] in ("classifier", "regressor")
+
+
+def join_rows(names: Sequence[str], masks: str) -> int:
+    """Write the rows that there are to `predictions.csv`, which is replaced; returns how many there are.
+
+    Args:
+        names: Of all scans, in the order of the table; a scan is called so in its first column.
+        masks: URL.
+    """
+    store = open_store(masks)
+    done = set(store.list())
+    lines: list[list[str]] = []
+    for name in names:
+        if row_of(name) in done:
+            header, row = csv.reader(io.StringIO(store.get(row_of(name)).decode("utf-8"), newline=""))
+            lines += [[name, *row[1:]]] if lines else [header, [name, *row[1:]]]
+    if lines:
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows(lines)
+        store.put(TABLE, text.getvalue().encode("utf-8"))
+    return max(0, len(lines) - 1)
 
 
 def pin(model: str, masks: str, tomoscale: Tomoscale) -> str:
@@ -95,7 +140,7 @@ def pin(model: str, masks: str, tomoscale: Tomoscale) -> str:
 def mask_of(
     bundle: str, scans: str, masks: str, options: Sequence[str], tomoscale: Tomoscale
 ) -> Callable[[RemoteScan], str]:
-    """What makes and stores the mask of one scan; it returns an empty string, or why there is none.
+    """What makes and stores the mask or the row of one scan; it returns an empty string, or why there is none.
 
     Args:
         bundle: URL of the model.
@@ -124,7 +169,7 @@ def mask_of(
 
 def _place(store: ByteStore, scan: RemoteScan, folder: Path) -> str:
     """A copy of a scan that is a file."""
-    path = folder / Path(scan.name).name
+    path = folder / Path(scan.key).name
     if scan.key:
         path.write_bytes(store.get(scan.key))
     return str(path)

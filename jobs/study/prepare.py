@@ -7,6 +7,7 @@ from typing import Any
 from jobs.configs.groups import changed
 from jobs.configs.study import StudyConfig
 from jobs.labelled import draw
+from jobs.pretrain.inputs import view_spec
 from jobs.study.cells import Data
 from jobs.study.seal import without_test
 from jobs.tracking.starts import named, read_start, version_of
@@ -70,6 +71,7 @@ def _fixed(config: StudyConfig, say: Callable[[str], None]) -> Data:
 def _superpixels(config: StudyConfig, say: Callable[[str], None]) -> None:
     """Made before the manifest is fixed, so that all starts read one."""
     jobs = [config.pretraining(name, 0) for name, start in config.starts.items() if start.pretrain is not None]
+    jobs = [job for job in jobs if view_spec(job).superpixels]
     if config.fingerprint is None and jobs:
         from jobs.superpixels import ensure_superpixels  # brings Ray, which no other part of a local study needs
 

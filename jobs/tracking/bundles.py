@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -125,40 +125,20 @@ def write_segmenter(
     parent: str,
 ) -> Path:
     """Bundle of a fine-tuned segmenter, with its Dice of each test subject for promotions to compare."""
-    manifest = trained.store.manifest
-    mean = sum(c.scores.dice for c in cases) / len(cases)
     subjects = sorted({c.subject for c in cases})
-    used = (*trained.subjects.train, *trained.subjects.inner)
-    records = [manifest.record(i) for i in used]
-    spacing_mm, interpolation = stored_spacing(records)
-    facts = BundleFacts(
-        name=config.model or config.name,
-        patch_DHW=config.finetune.patch_DHW,
-        intensity=trained.intensity,
+    labels = " ".join(map(str, trained.labels))
+    facts = replace(
+        _facts(config, trained, "labelled volumes", run_id=run_id, parent=parent),
         labels=((0, "background"), *trained.labels.items()),
-        lineage={
-            "parent": parent,
-            "data": config.labelled.data,
-            "data_fingerprint": manifest.fingerprint,
-            "config_digest": digest(config),
-            "run_id": run_id,
-        },
-        metrics={"test Dice": mean},
-        spacing_mm=spacing_mm,
-        interpolation=interpolation,
-        training=training_data(records),
+        metrics={"test Dice": fmean(c.scores.dice for c in cases)},
         inference=trained.inference,
         # Of what, too: another label map on the same volumes is another question. A case is a subject, since two
         # volumes of one are not independent.
         evaluation={
-            "split": f"{manifest.fingerprint} test, {config.labelled.label} {' '.join(map(str, trained.labels))}",
+            "split": f"{trained.store.manifest.fingerprint} test, {config.labelled.label} {labels}",
             "measure": "Dice",
             "cases": {s: fmean(c.scores.dice for c in cases if c.subject == s) for s in subjects},
         },
-        notes=(
-            f"Fine-tuned on {len(trained.subjects.train)} labelled volumes, tested on {len(trained.subjects.test)}.",
-            *trained.notes,
-        ),
     )
     return write_bundle(target, "segmenter", trained.network, facts)
 
@@ -173,12 +153,29 @@ def write_head(
     parent: str,
 ) -> Path:
     """Bundle of a classifier or a regressor, with its score of each test subject for promotions to compare."""
-    manifest, learned = trained.store.manifest, trained.target
-    used = (*trained.subjects.train, *trained.subjects.inner)
-    records = [manifest.record(i) for i in used]
-    spacing_mm, interpolation = stored_spacing(records)
+    learned = trained.target
     what = f"classes {', '.join(learned.classes)}" if learned.classes else "a number"
-    facts = BundleFacts(
+    facts = replace(
+        _facts(config, trained, "volumes", run_id=run_id, parent=parent),
+        metrics={f"test {name}": value for name, value in training.scores.items() if value is not None},
+        head=trained.head,
+        evaluation={
+            "split": f"{trained.store.manifest.fingerprint} test, column {learned.column}: {what}",
+            "measure": measure_of(learned.task, learned.column),
+            "cases": subject_scores(training),
+        },
+    )
+    return write_bundle(target, "classifier" if learned.classes else "regressor", trained.network.backbone, facts)
+
+
+def _facts(
+    config: FinetuneJobConfig, trained: TrainedSegmenter | TrainedHead, volumes: str, *, run_id: str, parent: str
+) -> BundleFacts:
+    """What the bundles of all tasks of fine-tuning say: where the model comes from, and what it was trained on."""
+    manifest, subjects = trained.store.manifest, trained.subjects
+    records = [manifest.record(i) for i in (*subjects.train, *subjects.inner)]
+    spacing_mm, interpolation = stored_spacing(records)
+    return BundleFacts(
         name=config.model or config.name,
         patch_DHW=config.finetune.patch_DHW,
         intensity=trained.intensity,
@@ -189,22 +186,14 @@ def write_head(
             "config_digest": digest(config),
             "run_id": run_id,
         },
-        metrics={f"test {name}": value for name, value in training.scores.items() if value is not None},
         spacing_mm=spacing_mm,
         interpolation=interpolation,
         training=training_data(records),
-        head=trained.head,
-        evaluation={
-            "split": f"{manifest.fingerprint} test, column {learned.column}: {what}",
-            "measure": measure_of(learned.task, learned.column),
-            "cases": subject_scores(training),
-        },
         notes=(
-            f"Fine-tuned on {len(trained.subjects.train)} volumes, tested on {len(trained.subjects.test)}.",
+            f"Fine-tuned on {len(subjects.train)} {volumes}, tested on {len(subjects.test)}.",
             *trained.notes,
         ),
     )
-    return write_bundle(target, "classifier" if learned.classes else "regressor", trained.network.backbone, facts)
 
 
 def read_encoder(bundle: Path) -> EncoderBundle:

@@ -12,6 +12,7 @@ from storage.errors import ConfigError
 _WHERE = {  # name: module of this package, its architecture, the extra that brings its dependency
     "basic_unet": ("basic_unet", "BASIC_UNET", ""),
     "dynunet": ("dynunet", "DYNUNET", ""),
+    "plain_unet": ("plain_unet", "PLAIN_UNET", "resenc"),
     "resenc": ("resenc", "RESENC", "resenc"),
     "segresnet": ("segresnet", "SEGRESNET", ""),
     "swin_unetr": ("swin_unetr", "SWIN_UNETR", "swin"),
@@ -27,6 +28,9 @@ _ARGUMENTS = {
         "basic_unet": "features act norm bias dropout upsample",
         "dynunet": "kernel_size strides upsample_kernel_size filters dropout norm_name act_name deep_supervision"
         " deep_supr_num res_block trans_bias",
+        "plain_unet": "n_stages features_per_stage conv_op kernel_sizes strides n_conv_per_stage"
+        " n_conv_per_stage_decoder conv_bias norm_op norm_op_kwargs dropout_op dropout_op_kwargs nonlin nonlin_kwargs"
+        " deep_supervision nonlin_first",
         "resenc": "preset n_stages features_per_stage conv_op kernel_sizes strides n_blocks_per_stage"
         " n_conv_per_stage_decoder conv_bias norm_op norm_op_kwargs dropout_op dropout_op_kwargs nonlin nonlin_kwargs"
         " deep_supervision block bottleneck_channels stem_channels",
@@ -44,7 +48,16 @@ _ARGUMENTS = {
 _COUNTS = {
     *("spatial_dims", "in_channels", "out_channels", "features", "kernel_size", "strides", "upsample_kernel_size"),
     *("filters", "deep_supr_num", "n_stages", "features_per_stage", "kernel_sizes", "n_blocks_per_stage", "channels"),
-    *("n_conv_per_stage_decoder", "init_filters", "num_groups", "blocks_down", "blocks_up", "patch_size", "depths"),
+    *(
+        "n_conv_per_stage",
+        "n_conv_per_stage_decoder",
+        "init_filters",
+        "num_groups",
+        "blocks_down",
+        "blocks_up",
+        "patch_size",
+        "depths",
+    ),
     *("num_heads", "window_size", "feature_size", "up_kernel_size"),
 }
 # The same from 0 on.
@@ -52,13 +65,13 @@ _WHOLE = {"num_res_units", "bottleneck_channels", "stem_channels", "hyena_stages
 # A text such as `no` would count as true.
 _FLAGS = {
     *("bias", "deep_supervision", "res_block", "trans_bias", "conv_bias", "use_conv_final", "qkv_bias", "normalize"),
-    *("patch_norm", "use_checkpoint", "use_v2", "use_hyena", "use_flash_attention"),
+    *("patch_norm", "use_checkpoint", "use_v2", "use_hyena", "use_flash_attention", "nonlin_first"),
 }
 _SHARES = {"dropout", "dropout_prob", "drop_rate", "attn_drop_rate", "dropout_path_rate"}
 MOST = 1 << 16
 """Channels or voxels of one layer."""
-_LAYERS = {"num_res_units", "n_stages", "n_blocks_per_stage", "n_conv_per_stage_decoder", "blocks_down", "blocks_up"}
-_LAYERS |= {"depths", "deep_supr_num"}
+_LAYERS = {"num_res_units", "n_stages", "n_blocks_per_stage", "n_conv_per_stage", "n_conv_per_stage_decoder"}
+_LAYERS |= {"blocks_down", "blocks_up", "depths", "deep_supr_num"}
 MOST_LAYERS = 128
 """Layers of one level."""
 

@@ -31,22 +31,32 @@ def _full(arguments: dict[str, Any]) -> dict[str, Any]:
     if preset not in _BLOCKS:
         raise ValueError(f"preset one of {', '.join(_BLOCKS)}")
     blocks = tuple(arguments.get("n_blocks_per_stage", _BLOCKS[preset]))
-    defaults = {
+    own = {"n_blocks_per_stage": blocks, "n_conv_per_stage_decoder": 1}
+    return defaults_of(len(blocks)) | own | {k: v for k, v in arguments.items() if k != "preset"}
+
+
+def defaults_of(stages: int) -> dict[str, Any]:
+    """Arguments that nnU-Net's networks of so many stages share, for isotropic data."""
+    return {
         "spatial_dims": 3,
         "in_channels": 1,
         "out_channels": 2,
-        "n_stages": len(blocks),
-        "features_per_stage": _WIDTHS[: len(blocks)],
-        "n_blocks_per_stage": blocks,
-        "strides": (1, *(2,) * (len(blocks) - 1)),
-        "kernel_sizes": (3,) * len(blocks),
-        "n_conv_per_stage_decoder": 1,
+        "n_stages": stages,
+        "features_per_stage": _WIDTHS[:stages],
+        "strides": (1, *(2,) * (stages - 1)),
+        "kernel_sizes": (3,) * stages,
     }
-    return defaults | {k: v for k, v in arguments.items() if k != "preset"}
 
 
-def _stock(arguments: dict[str, Any]) -> dict[str, Any]:
-    full = _full(arguments)
+def per_axis(value: Any, dims: int, stages: int) -> list[tuple[int, ...]]:
+    """Sizes of each stage along each axis, from a number for all, or one or several for each stage."""
+    each = [value] * stages if isinstance(value, int) else list(value)
+    return [(int(size),) * dims if isinstance(size, int) else tuple(int(n) for n in size) for size in each]
+
+
+def stock_of(full: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of nnU-Net's classes from those of this project, with nnU-Net's norm and activation."""
+    full = dict(full)
     dims = full.pop("spatial_dims")
     return {
         "input_channels": full.pop("in_channels"),
@@ -62,6 +72,10 @@ def _stock(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _stock(arguments: dict[str, Any]) -> dict[str, Any]:
+    return stock_of(_full(arguments))
+
+
 def _make(**arguments: Any) -> ResidualEncoderUNet:
     return ResidualEncoderUNet(**with_classes(_stock(arguments)))
 
@@ -70,8 +84,7 @@ def _geometry(arguments: dict[str, Any]) -> list[Geometry]:
     full = _full(arguments)
     dims = full["spatial_dims"]
     steps: list[tuple[tuple[int, ...], tuple[float, ...] | None]] = []
-    for value in full["strides"]:
-        stride = (int(value),) * dims if isinstance(value, int) else tuple(value)
+    for stride in per_axis(full["strides"], dims, full["n_stages"]):
         # A strided block adds a strided convolution, centred at 0.5, to an average pool, centred in its cell.
         steps.append((stride, (0.5,) * dims if max(stride) == 1 else None))
     geometry = cumulative(steps)
@@ -95,7 +108,8 @@ def _encode(net: ResidualEncoderUNet, x: Tensor, upto: int) -> list[Tensor]:
     return maps
 
 
-def _decode(net: ResidualEncoderUNet, features: list[Tensor]) -> list[Tensor]:
+def decode(net: Any, features: list[Tensor]) -> list[Tensor]:
+    """The decoder's maps, coarsest first, of nnU-Net's networks: all have the same one."""
     maps = [features[-1]]
     for up, stage, skip in zip(net.decoder.transpconvs, net.decoder.stages, features[-2::-1], strict=True):
         maps.append(stage(torch.cat([up(maps[-1]), skip], dim=1)))
@@ -112,7 +126,7 @@ RESENC = Architecture(
     make=_make,
     geometry=_geometry,
     encode=_encode,
-    decode=_decode,
+    decode=decode,
     level_prefixes=_level_prefixes,
     encoder_prefixes=lambda net: ["encoder", "decoder.encoder"],
     decoder_prefixes=lambda net: ["decoder.transpconvs", "decoder.stages"],

@@ -1,5 +1,6 @@
 """`architecture.json` and weights to a stock network, nothing renamed and nothing left over."""
 
+import contextlib
 import importlib
 from typing import Any
 
@@ -16,6 +17,7 @@ PACKAGES = {
     f"{_NETS}DynUNet": ("monai",),
     f"{_NETS}SegResNet": ("monai",),
     f"{_NETS}SwinUNETR": ("monai", "einops"),
+    "dynamic_network_architectures.architectures.unet.PlainConvUNet": ("monai", "dynamic-network-architectures"),
     "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet": ("monai", "dynamic-network-architectures"),
 }
 """The only classes that an `architecture.json` may name, and what each needs beside torch."""
@@ -106,19 +108,29 @@ def logits(network: nn.Module, dims: int, x_BCDHW: Tensor) -> Tensor:
     return _unfold(network(_fold(x_BCDHW)), x_BCDHW)
 
 
+class _Enough(Exception):
+    """Ends a forward pass of which everything that was asked for is there."""
+
+
 def feature_maps(network: nn.Module, dims: int, modules: list[str], x_BCDHW: Tensor) -> list[Tensor]:
-    """Outputs of the named sub-modules in one forward pass of the stock network, in the given order."""
+    """Outputs of the named sub-modules in one forward pass of the stock network, in the given order.
+
+    The pass ends with the last of them: for maps of an encoder no decoder is computed.
+    """
     maps: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
             maps[name] = output
+            if len(maps) == len(set(modules)):
+                raise _Enough
 
         return hook
 
     handles = [network.get_submodule(name).register_forward_hook(keep(name)) for name in modules]
     try:
-        network(x_BCDHW if dims == 3 else _fold(x_BCDHW))
+        with contextlib.suppress(_Enough):
+            network(x_BCDHW if dims == 3 else _fold(x_BCDHW))
     finally:
         for handle in handles:
             handle.remove()

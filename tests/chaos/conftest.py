@@ -4,10 +4,12 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +27,7 @@ class Row:
     Attributes:
         scenario: What happened.
         noticed_s: Seconds until the first line that tells of it; None where nothing has to.
-        resumed_s: Seconds until the first step that had not been read before.
+        pause_s: Longest time without a step that had not been read before, from then on.
         repeated: Steps that were read twice.
         skipped: Steps that were never read.
         samples: Whether the same samples were taken in the same order as in the undisturbed run.
@@ -38,7 +40,7 @@ class Row:
 
     scenario: str
     noticed_s: float | None
-    resumed_s: float | None
+    pause_s: float | None
     repeated: int
     skipped: int
     samples: bool | None
@@ -47,6 +49,12 @@ class Row:
     code: int
     last: str
     day: str = field(default_factory=lambda: time.strftime("%Y-%m-%d"))
+
+
+def longest_pause(since: float, news: Sequence[float]) -> float | None:
+    """Longest time between news, the first one from `since` on; None where there was none."""
+    times = [since, *(at for at in news if at > since)]
+    return round(max(b - a for a, b in pairwise(times)), 1) if len(times) > 1 else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -75,13 +83,13 @@ def calm(fleet: Fleet) -> tuple[Job, Outcome]:
 
 
 @pytest.fixture(scope="session")
-def rates() -> dict[str, object]:
-    """Seconds a step of Ray Train and of torchrun, for the table."""
+def rates() -> dict[str, Any]:
+    """What a step costs under Ray Train and under torchrun, for the table."""
     return {}
 
 
 @pytest.fixture(scope="session", autouse=True)
-def table(rates: dict[str, object]) -> Iterator[list[Row]]:
+def table(rates: dict[str, Any]) -> Iterator[list[Row]]:
     """What was measured; written into the file of another run, whose rows stay where they were not measured again."""
     rows: list[Row] = []
     yield rows

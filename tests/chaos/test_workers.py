@@ -3,11 +3,12 @@
 import re
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import pytest
 
-from tests.chaos.conftest import Row
+from tests.chaos.conftest import Row, longest_pause
 from tests.kit.fleet import Fleet
 from tests.kit.fleet_jobs import DATA, Job, Outcome, configuration
 
@@ -18,9 +19,9 @@ def row_of(job: Job, scenario: str, since: float, calm: Outcome, *, same_weights
     """Wait for the end of a job that was disturbed at `since`, hold it to the undisturbed run, and say what it cost."""
     code = job.end()
     steps = [step for _, step in job.steps()]
-    before = max((step for at, step in job.steps() if at <= since), default=0)
+    most = list(accumulate(steps, max, initial=0))
+    news = [at for (at, step), before in zip(job.steps(), most, strict=False) if step > before]
     told = [at for at, line in job.lines if at > since and "step " not in line[:40]]
-    new = [at for at, step in job.steps(since) if step > before + 1]
     resumed = [(at, int(match[1])) for at, line in job.lines if (match := re.search(r"resumed at step (\d+)", line))]
     # Ray shows lines of a node that is on again a second time, so repeated steps are told by where a job went on.
     repeated = sum(max(step for then, step in job.steps() if then < at) - start for at, start in resumed)
@@ -29,7 +30,7 @@ def row_of(job: Job, scenario: str, since: float, calm: Outcome, *, same_weights
     row = Row(
         scenario=scenario,
         noticed_s=round(told[0] - since, 1) if told else None,
-        resumed_s=round(new[0] - since, 1) if new else None,
+        pause_s=longest_pause(since, news),
         repeated=repeated,
         skipped=len(set(every) - set(steps)),
         samples=outcome.samples == calm.samples,

@@ -4,6 +4,7 @@ It takes root, Debian's buildah and mmdebstrap, a mirror of packages, some 7 GB 
 hour. What it did is printed.
 """
 
+import csv
 import os
 import shutil
 import subprocess
@@ -14,11 +15,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pytest
+import torch
 import yaml
 from packaging.utils import canonicalize_name
 
+from jobs.tracking.bundles import read_encoder
+from ssl_core.portable import Predictor
+from ssl_core.portable.head.assess import assess
 from tests.kit import ROOT, image, nodes, postgresql, scans
+from tests.kit.bundles import scan
+from tests.kit.small_models import head_bundle, segmenter_bundle
 
 if "TOMOSCALE_IMAGE_TEST" not in os.environ:
     pytest.skip("a quarter of an hour long: `make image-test` runs it", allow_module_level=True)
@@ -163,7 +172,7 @@ class Composition:
 @pytest.fixture(scope="module")
 def composition(buildah: image.Buildah, root: Path, scratch: Path) -> Iterator[Composition]:
     """All services but the GPU's, well; PostgreSQL is Debian's, as its own image is not built here."""
-    with nodes.Lab(["s3", "postgres", "mlflow", "head", "worker", "ingest"]) as lab:
+    with nodes.Lab(["s3", "postgres", "mlflow", "head", "worker", "ingest", "offline"]) as lab:
         made = Composition(lab, root, scratch, buildah.config())
         password = (scratch / "secrets" / "postgres_password").read_text()
         postgresql.start_in(lab, "postgres", scratch / "postgres", password)
@@ -201,6 +210,59 @@ def test_a_data_set_is_published_and_a_job_trains_on_it(composition: Composition
     password = (scratch / "secrets" / "postgres_password").read_text()
     runs = postgresql.query(composition.lab, "postgres", password, "SELECT status FROM runs")
     assert set(runs.split()) == {"FINISHED"}
+
+
+def test_one_checkpoint_segments_classifies_and_measures_without_a_network(
+    composition: Composition, scratch: Path
+) -> None:
+    """As a challenge runs an image, and `docs/how-to-use-models.md` says: a command a task, the model from a folder."""
+    data = scratch / "offline" / "data"
+    data.mkdir(parents=True)
+    bundles = {
+        "segmenter": segmenter_bundle(data / "segmenter", seed=3),
+        "classifier": head_bundle(data / "classifier", seed=3),
+        "regressor": head_bundle(data / "regressor", (), seed=3),
+    }
+    encoders = [read_encoder(path).weights for path in bundles.values()]
+    assert all(torch.equal(weights[key], tensor) for weights in encoders for key, tensor in encoders[0].items())
+    (data / "in").mkdir()
+    source = scan(data / "in", (20, 34, 22))
+    (data / "out").mkdir()
+    os.chown(data / "out", 1000, 1000)
+    command = image.in_container(composition.root, scratch / "offline", ["/data", "/tmp"], ["sleep", "infinity"])
+    (scratch / "offline" / "run").mkdir()
+    composition.lab.start("offline", command, composition.image, composition.log("offline"))
+    composition.lab.cut("offline")
+
+    def run(*words: str) -> "subprocess.CompletedProcess[str]":
+        try:
+            inside = composition.lab.inside("offline", ["--root", "--wd", "--", *image.AS_USER, *words])
+        except LookupError as error:
+            return subprocess.CompletedProcess(words, 1, "", str(error))
+        return subprocess.run(inside, env=composition.image, capture_output=True, text=True, timeout=PATIENCE_S)
+
+    end = time.monotonic() + PATIENCE_S
+    while run("test", "-d", "/data/segmenter").returncode != 0:  # its own root is not there yet
+        assert time.monotonic() < end, composition.log("offline").read_text()[-3000:]
+        time.sleep(0.3)
+    for kind, path in bundles.items():
+        name = "mask.nii.gz" if kind == "segmenter" else f"{kind}.csv"
+        words = ["tomoscale", "predict", f"/data/{kind}", f"/data/in/{source.name}", f"/data/out/{name}"]
+        begin = time.monotonic()
+        done = run(*words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        predictor = Predictor(path, "cpu", lambda _note: None)
+        if kind == "segmenter":
+            mask = np.asanyarray(nib.load(data / "out" / name).dataobj)
+            assert np.mean(mask == predictor.predict(source)) > 0.999, "all but ties, which threads may decide"
+        else:
+            with (data / "out" / name).open(encoding="utf-8", newline="") as file:
+                (row,) = csv.DictReader(file)
+            for key, value in assess(predictor, source).items():
+                assert (
+                    row[key] == value if isinstance(value, str) else float(row[key]) == pytest.approx(value, rel=1e-4)
+                )
+        say(f"{kind} without a network in {time.monotonic() - begin:.1f} s")
 
 
 def test_compiled_steps_are_refused_before_the_first_as_the_image_has_no_compiler(composition: Composition) -> None:

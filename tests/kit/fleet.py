@@ -66,6 +66,7 @@ class Fleet:
         names = [SERVICES, HEAD, CLIENT, *self.workers, *self.spare]
         self.lab = Lab(names, self.own_name, self.disk)
         self._secrets: dict[str, str] = {}
+        self._before: set[str] = set()  # Ray's numbers of what ran on machines that were switched on since
 
     def __enter__(self) -> "Fleet":
         self.lab.__enter__()
@@ -108,6 +109,7 @@ class Fleet:
             name: Of the machine.
             changes: Variables of its `nodes.env` that are other than they should be.
         """
+        self._before |= {number for number, address in self.nodes().items() if address == self.lab.address(name)}
         home = self.home(name)
         (home / "cluster").unlink(missing_ok=True)
         (home / "cluster").symlink_to(ROOT / "cluster")
@@ -130,15 +132,20 @@ class Fleet:
         return text.replace("HEAD", self.lab.address(HEAD)).replace("WORKER", self.lab.address(name))
 
     def wait_for_nodes(self, count: int) -> None:
-        """Until the head counts so many nodes alive.
+        """Until the head counts so many nodes alive, of which none is what a machine ran before it was switched on.
 
         Raises:
             AssertionError: not within `START_S`.
         """
-        _until(lambda: len(self.nodes()) == count, f"{count} nodes", self.lab.folder / f"{HEAD}.log", pause_s=1.0)
+
+        def are_there() -> bool:
+            nodes = self.nodes()
+            return len(nodes) == count and not self._before & nodes.keys()
+
+        _until(are_there, f"{count} nodes", self.lab.folder / f"{HEAD}.log", pause_s=1.0)
 
     def nodes(self) -> dict[str, str]:
-        """Ray's own numbers of the nodes that it takes for alive, by address; empty while the head does not answer."""
+        """Addresses of the nodes that Ray takes for alive, by its numbers; none while the head does not answer."""
         done = self.run(CLIENT, [str(BIN / "python"), "-c", _NODES, self.jobs_address], timeout=120)
         return json.loads(done.stdout) if done.returncode == 0 else {}
 
@@ -173,7 +180,8 @@ class Fleet:
 
     def node(self, name: str) -> str:
         """Ray's own number of a machine."""
-        return self.nodes()[self.lab.address(name)]
+        numbers = [number for number, address in self.nodes().items() if address == self.lab.address(name)]
+        return next(number for number in numbers if number not in self._before)
 
     # -- services
 
@@ -366,7 +374,7 @@ import json, os, sys, urllib.request
 token = open(os.environ["RAY_AUTH_TOKEN_PATH"]).read()
 request = urllib.request.Request(sys.argv[1] + "/nodes?view=summary", headers={"Authorization": "Bearer " + token})
 nodes = json.load(urllib.request.urlopen(request, timeout=30))["data"]["summary"]
-print(json.dumps({n["ip"]: n["raylet"]["nodeId"] for n in nodes if n["raylet"]["state"] == "ALIVE"}))
+print(json.dumps({n["raylet"]["nodeId"]: n["ip"] for n in nodes if n["raylet"]["state"] == "ALIVE"}))
 """
 
 

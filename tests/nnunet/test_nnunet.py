@@ -27,6 +27,7 @@ from ssl_core.portable.safetensors import read_safetensors
 from ssl_core.views.intensity import IntensityPolicy
 from storage.format.manifest import Manifest
 from storage.reading.volume_store import VolumeStore
+from tests.kit import ROOT
 from tests.kit.bundles import facts
 from tests.kit.phantoms import write_phantoms
 from tests.kit.small_models import encoder_bundle, resenc
@@ -37,6 +38,7 @@ if "TOMOSCALE_NNUNET" not in os.environ:
 pytestmark = pytest.mark.timeout(3600)
 BIN = Path(os.environ["TOMOSCALE_NNUNET"]) / "bin"
 TRAINERS, PROGRAMS = Path(__file__).parent / "trainers", Path(__file__).parent / "programs"
+PROGRAM = ROOT / "jobs/bench/nnunet/outside/program.py"
 DATASET, PLANS, CONFIG, TRAINER = "Dataset901_Balls", "nnUNetResEncUNetMPlans", "3d_tomoscale", "ShortTrainer"
 ARGUMENTS = {"n_blocks_per_stage": (1, 1, 2), "features_per_stage": (8, 16, 24)}
 WINDOW = (16, 32, 32)  # as long along two axes as along one would hide an axis that was mixed up
@@ -76,7 +78,7 @@ class NnUnet:
             "nnUNet_def_n_proc": "1",
             "nnUNet_compile": "f",
         }
-        own = [str(PROGRAMS / program)] if program.endswith(".py") else [str(PROGRAMS / "nnunet.py"), program]
+        own = [str(PROGRAMS / program)] if program.endswith(".py") else [str(PROGRAM), program]
         begin = time.monotonic()
         done = subprocess.run(
             [BIN / "python", *own, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -184,18 +186,7 @@ def test_nnunet_learns_from_there_and_predicts(nnunet: NnUnet, fine_tuned: str) 
     assert not torch.equal(before["encoder.stem.convs.0.conv.weight"], after["encoder.stem.convs.0.conv.weight"])
     scans, masks = nnunet.folder / "raw" / DATASET / "imagesTr", nnunet.folder / "masks"
     options = ("-d", "901", "-c", CONFIG, "-p", PLANS, "-tr", TRAINER, "-f", "0", "-device", "cpu")
-    nnunet.run(
-        "nnunetv2.inference.predict_from_raw_data:predict_entry_point",
-        "-i",
-        str(scans),
-        "-o",
-        str(masks),
-        *options,
-        "-npp",
-        "1",
-        "-nps",
-        "1",
-    )
+    nnunet.run(PREDICTION, "-i", str(scans), "-o", str(masks), *options, "-npp", "1", "-nps", "1")
     assert len(list(masks.glob("case*.nii.gz"))) == CASES
 
 

@@ -2,28 +2,23 @@
 
 import argparse
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jobs.cli.verbs.common import MODEL, add_json, add_state, job_address, use_stack
-from jobs.output import Progress, emit, table
+from jobs.output import emit
 from storage.errors import ConfigError, RefusedInput
-
-_LEAVE_OUT = "leave it out: a class or a number is of the windows as they are"
 
 
 def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register the verbs."""
-    evaluate = verbs.add_parser("evaluate", help="score a segmenter on a split of a store, case by case")
+    evaluate = verbs.add_parser("evaluate", help="score a model on a split of a store, case by case")
     evaluate.add_argument("model", help=MODEL)
-    evaluate.add_argument("data", help="URL of a store with labels")
+    evaluate.add_argument("data", help="URL of a store with labels, or with the column that a classifier learned")
     evaluate.add_argument("--split", default="test", help="split of the manifest (default: test)")
-    evaluate.add_argument("--label", default="label", help="name of the label map (default: label)")
+    evaluate.add_argument("--label", help="name of the label map (default: label)")
     _add_inference(evaluate)
-    evaluate.add_argument("--tolerance-mm", type=float, default=1.0, help="tolerance of the NSD (default: 1)")
+    evaluate.add_argument("--tolerance-mm", type=float, help="tolerance of the NSD (default: 1)")
     add_json(evaluate)
     add_state(evaluate)
     evaluate.set_defaults(run=_evaluate)
@@ -74,64 +69,48 @@ def _add_inference(verb: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    from jobs.predict.evaluation import check, of_heads, of_masks
     from jobs.tracking.encoder import bundle_of
-    from ssl_core.downstream.scores import METRICS, CaseScore, mean_scores, score_case
-    from storage.format.manifest import Manifest
-    from storage.reading.slabs import StoredSlabs
-    from storage.reading.volume_store import VolumeStore
+    from ssl_core.portable.card import with_article
 
-    if not arguments.tolerance_mm > 0:
+    tolerance_mm = 1.0 if arguments.tolerance_mm is None else arguments.tolerance_mm
+    if not tolerance_mm > 0:
         raise ConfigError(
-            "--tolerance-mm",
-            expected="millimetres, above 0",
-            found=f"{arguments.tolerance_mm:g}",
-            remedy="leave it out",
+            "--tolerance-mm", expected="millimetres, above 0", found=f"{tolerance_mm:g}", remedy="leave it out"
         )
     use_stack(arguments)
-    manifest = Manifest.open(arguments.data)
-    indices = manifest.select(split=arguments.split, labelled=arguments.label).tolist()
-    if not indices:
-        raise ConfigError(
-            f"split {arguments.split!r} of {arguments.data}",
-            expected=f"volumes with label {arguments.label!r}",
-            found="none",
-            remedy="`tomoscale data show URL` lists splits and labels",
-        )
-    cases: list[CaseScore] = []
+    check(arguments.data, arguments.split, arguments.label)
     with bundle_of(arguments.model) as bundle:
-        predictor = _segmenter(arguments, bundle)
-        names = {value: name for value, name in predictor.plan.labels if value != 0}
-        store = VolumeStore(arguments.data, manifest)
-        bar = Progress("evaluate", len(indices), "cases")
-        for done, index in enumerate(indices, 1):
-            record = manifest.record(index)
-            mask = predictor.segment(
-                StoredSlabs(store, record.volume_id),
-                np.array(record.affine).reshape(4, 4),
-                record.stats,
-                name=record.volume_id,
-                modality=record.modality,
-                force=arguments.force,
+        predictor = _predictor(arguments, bundle)
+        if predictor.head is not None:
+            _refuse_for_heads(arguments, predictor.kind, "label", "tolerance_mm", "mirror")
+            result, text = of_heads(predictor, arguments.data, arguments.split, force=arguments.force)
+        elif predictor.kind == "segmenter":
+            label = "label" if arguments.label is None else arguments.label
+            result, text = of_masks(
+                predictor, arguments.data, arguments.split, label, tolerance_mm, force=arguments.force
             )
-            truth = store.read_volume(record.volume_id, label=arguments.label)[0]
-            scores = score_case(
-                mask, truth, labels=names, spacing_mm=record.spacing_mm, tolerance_mm=arguments.tolerance_mm
+        else:
+            raise ConfigError(
+                f"model {arguments.model}",
+                expected="a segmenter, a classifier or a regressor",
+                found=with_article(predictor.kind),
+                remedy="fine-tune it first (`tomoscale finetune`)",
             )
-            cases += [CaseScore(record.volume_id, record.subject, label, s) for label, s in scores.items()]
-            bar.update(done)
-        store.close()
-    groups = [("mean", label, mean_scores([c for c in cases if c.label == label])) for label in names.values()]
-    rows = [(c.volume_id, c.label, c.scores) for c in cases] + groups
-    header = ("case", "label", *(metric.heading(arguments.tolerance_mm) for metric in METRICS))
-    emit(
-        {
-            "split": f"{manifest.fingerprint} {arguments.split}",
-            "cases": [{"volume_id": c.volume_id, "label": c.label, **asdict(c.scores)} for c in cases],
-        },
-        arguments.json,
-        table(header, [(case, label, *(scores.of(metric) for metric in METRICS)) for case, label, scores in rows]),
-    )
+    emit(result, arguments.json, text)
     return 0
+
+
+def _refuse_for_heads(arguments: argparse.Namespace, kind: str, *names: str) -> None:
+    """Options of masks mean nothing to a model of whole scans."""
+    for name in names:
+        if getattr(arguments, name) is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')}",
+                expected="a segmenter",
+                found=f"kind {kind}",
+                remedy="leave it out: a class or a number is of the windows as they are",
+            )
 
 
 def _predict(arguments: argparse.Namespace) -> int:
@@ -155,8 +134,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         predictor = _predictor(arguments, bundle)
         if predictor.head is not None or is_table:
             results.check(predictor, arguments.model, source, output, choice, overwrite=arguments.overwrite)
-            if arguments.mirror is not None:
-                raise ConfigError("--mirror", expected="a segmenter", found=f"kind {predictor.kind}", remedy=_LEAVE_OUT)
+            _refuse_for_heads(arguments, predictor.kind, "mirror")
             places = {"split": arguments.split, "volume": arguments.volume}
             done, refused = results.to_table(predictor, source, output, choice, _note, **places)
             print(f"{output}: {done} of {done + len(refused)} scans", file=sys.stderr)
@@ -213,17 +191,3 @@ def _predictor(arguments: argparse.Namespace, bundle: Path) -> Any:
         if arguments.largest_component is None
         else values_of(arguments.largest_component, plain.plan.labels, "--largest-component"),
     )
-
-
-def _segmenter(arguments: argparse.Namespace, bundle: Path) -> Any:
-    from ssl_core.portable.card import with_article
-
-    predictor = _predictor(arguments, bundle)
-    if predictor.kind != "segmenter":
-        raise ConfigError(
-            f"model {arguments.model}",
-            expected="a segmenter",
-            found=with_article(predictor.kind),
-            remedy="fine-tune it first (`tomoscale finetune`)",
-        )
-    return predictor

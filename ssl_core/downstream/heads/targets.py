@@ -68,18 +68,8 @@ def target_of(
     if task == "classification":
         classes = _classes(key, set(text_of.values()))
         return Target(column, task, classes, {i: float(classes.index(text)) for i, text in text_of.items()})
-    wrong = [f"{text!r} of {volume_of[i]}" for i, text in text_of.items() if not _NUMBER.fullmatch(text)]
-    if wrong:
-        raise ConfigError(
-            key,
-            expected="a number for every volume, as finetune.task=regression learns",
-            found=", ".join(wrong[:_EXAMPLES]) + (f" and {len(wrong) - _EXAMPLES} more" if wrong[_EXAMPLES:] else ""),
-            remedy="leave the cell empty where nothing is known, write numbers with a point, or set"
-            " finetune.task=classification",
-        )
-    value_of = {i: float(text) for i, text in text_of.items()}
-    if not np.isfinite(list(value_of.values())).all():
-        raise ConfigError(key, expected="finite numbers", found="one that is beyond any", remedy="correct the table")
+    otherwise = ", or set finetune.task=classification"
+    value_of = _numbers(key, text_of, volume_of, "as finetune.task=regression learns", otherwise)
     of_subject: dict[str, list[float]] = {}
     for i in train:
         of_subject.setdefault(subject_of[i], []).append(value_of[i])
@@ -93,6 +83,34 @@ def target_of(
             remedy="draw more subjects (labelled.subjects), or others (labelled.subjects_seed)",
         )
     return Target(column, task, (), value_of, mean, sd)
+
+
+def target_of_model(
+    column: str, classes: Sequence[str], text_of: Mapping[int, str], volume_of: Mapping[int, str]
+) -> Target:
+    """The target that a trained model is held to.
+
+    Args:
+        column: Name of the column that it learned.
+        classes: Those that it tells apart, in order; empty of a regression.
+        text_of: By manifest index the value of every volume.
+        volume_of: Name of each volume, for messages.
+
+    Raises:
+        ConfigError: a class that it does not know, or a value that is no number; names volumes.
+    """
+    key = f"column {column!r}"
+    if not classes:
+        return Target(column, "regression", (), _numbers(key, text_of, volume_of, "as the model predicts"))
+    unknown = [f"{text!r} of {volume_of[i]}" for i, text in text_of.items() if text not in classes]
+    if unknown:
+        raise ConfigError(
+            key,
+            expected=f"the classes of the model: {', '.join(map(repr, classes))}",
+            found=_first(unknown),
+            remedy="write them as the model's table did, or leave the cells empty, and ingest again",
+        )
+    return Target(column, "classification", tuple(classes), {i: classes.index(t) for i, t in text_of.items()})
 
 
 def absent_classes(target: Target, train: Sequence[int], test: Sequence[int]) -> list[str]:
@@ -114,6 +132,33 @@ def absent_classes(target: Target, train: Sequence[int], test: Sequence[int]) ->
         if number not in numbers(test)
     ]
     return lines
+
+
+def _numbers(
+    key: str, text_of: Mapping[int, str], volume_of: Mapping[int, str], what: str, otherwise: str = ""
+) -> dict[int, float]:
+    """The number of each text.
+
+    Raises:
+        ConfigError: one is none, or not finite.
+    """
+    wrong = [f"{text!r} of {volume_of[i]}" for i, text in text_of.items() if not _NUMBER.fullmatch(text)]
+    if wrong:
+        raise ConfigError(
+            key,
+            expected=f"a number for every volume, {what}",
+            found=_first(wrong),
+            remedy=f"leave the cell empty where nothing is known, write numbers with a point{otherwise}",
+        )
+    value_of = {i: float(text) for i, text in text_of.items()}
+    if not np.isfinite(list(value_of.values())).all():
+        raise ConfigError(key, expected="finite numbers", found="one that is beyond any", remedy="correct the table")
+    return value_of
+
+
+def _first(items: Sequence[str]) -> str:
+    """The first of many, and how many more."""
+    return ", ".join(items[:_EXAMPLES]) + (f" and {len(items) - _EXAMPLES} more" if items[_EXAMPLES:] else "")
 
 
 def _classes(key: str, texts: set[str]) -> tuple[str, ...]:

@@ -151,14 +151,15 @@ def test_numbers_are_read_as_people_mean_them(tmp_path: Path) -> None:
 
 
 def test_known_arguments_of_a_backbone_are_those_of_its_class() -> None:
-    packages = {"swin_unetr": "einops", "resenc": "dynamic_network_architectures"}
+    nnunet = "dynamic_network_architectures"
+    packages = {"swin_unetr": "einops", "plain_unet": nnunet, "resenc": nnunet}
     for name, arguments in registry._ARGUMENTS.items():
         if name in packages:
             pytest.importorskip(packages[name])
         stock = type(registry.build(name).net)
         expected = {p for p in inspect.signature(stock.__init__).parameters if p != "self"}
-        if name == "resenc":
-            expected = expected - {"input_channels", "num_classes"} | {"preset"}
+        if packages.get(name) == nnunet:
+            expected = expected - {"input_channels", "num_classes"} | ({"preset"} if name == "resenc" else set())
         assert set(arguments) == expected | {"spatial_dims", "in_channels", "out_channels"}, name
     every = {key for arguments in registry._ARGUMENTS.values() for key in arguments}
     assert every >= registry._COUNTS | registry._SHARES | registry._WHOLE | registry._FLAGS

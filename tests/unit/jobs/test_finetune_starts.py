@@ -149,9 +149,10 @@ def test_the_output_layer_is_what_follows_the_number_of_classes(name: str) -> No
         "basic_unet": {"features": [4, 4, 8, 8, 16, 4]},
         "dynunet": {"kernel_size": [3, 3, 3], "strides": [1, 2, 2], "upsample_kernel_size": [2, 2]},
         "segresnet": {"init_filters": 8, "blocks_down": [1, 1], "blocks_up": [1]},
+        "plain_unet": {"features_per_stage": [4, 4, 8]},
         "resenc": {"preset": "S", "features_per_stage": [4] * 6},
     }[name]
-    if name in ("dynunet", "resenc"):
+    if name in ("dynunet", "plain_unet", "resenc"):
         arguments = {"in_channels": 1, **arguments}
     if name == "dynunet":
         arguments |= {"filters": [4, 4, 8]}

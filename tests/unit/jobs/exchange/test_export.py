@@ -17,13 +17,16 @@ from jobs.exchange import nnunet
 from jobs.exchange.export import export
 from jobs.exchange.model import Model, open_model
 from ssl_core.bundle import write_bundle
+from ssl_core.networks.registry import build as build_backbone
 from ssl_core.portable import Predictor
 from ssl_core.portable.network import build
 from storage.errors import ConfigError
 from tests.kit.bundles import facts, scan
+from tests.kit.networks import SMALL
 from tests.kit.small_models import WINDOW, encoder_bundle, resenc, segmenter_bundle
 
 Bundle = Callable[[str], Path]
+RESIDUAL = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +161,7 @@ def test_nnunet_takes_a_whole_segmenter_but_for_its_output_layers(bundle: Bundle
     assert f"-pretrained_weights {tmp_path}/out/checkpoint_final.pth; all" in notes[0]
     weights = torch.load(tmp_path / "out/checkpoint_final.pth", weights_only=True)["network_weights"]
     arguments = open_model(bundle("segmenter")).predictor.architecture["arguments"] | {"deep_supervision": True}
-    own = build("x", {"class": nnunet.CLASS, "arguments": arguments | {"num_classes": 7}}).state_dict()
+    own = build("x", {"class": RESIDUAL, "arguments": arguments | {"num_classes": 7}}).state_dict()
     needed = {key: value.shape for key, value in own.items() if ".seg_layers." not in key}
     assert needed == {key: weights[key].shape for key in needed}
 
@@ -194,6 +197,30 @@ def test_a_configuration_for_nnunets_plans_builds_the_network_with_a_stride_for_
     network.load_state_dict(weights, strict=True)
 
 
+@pytest.mark.parametrize("name", ["plain_unet", "resenc"])
+def test_each_network_of_nnunet_is_built_and_filled_by_what_its_export_says(name: str, tmp_path: Path) -> None:
+    own = build_backbone(name, **SMALL[name], out_channels=3)
+    own_bundle = write_bundle(tmp_path / "b", "segmenter", own, facts(patch_DHW=WINDOW))
+    export(own_bundle, tmp_path / "out", "nnunet")
+    checkpoint = torch.load(tmp_path / "out/checkpoint_final.pth", weights_only=True)
+    weights, plan = checkpoint["network_weights"], checkpoint["nnssl_adaptation_plan"]
+    architecture = json.loads((tmp_path / "out" / nnunet.CONFIGURATION).read_text())["architecture"]
+    arguments = architecture["arch_kwargs"]
+    for key in architecture["_kw_requires_import"]:
+        arguments[key] = arguments[key] and locate(arguments[key])
+    network = locate(architecture["network_class_name"])(input_channels=1, num_classes=3, **arguments)  # type: ignore[operator]
+    network.load_state_dict(weights, strict=True)
+    x_BCDHW = torch.randn(1, 1, *WINDOW, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(network.eval()(x_BCDHW), own.net.eval()(x_BCDHW))
+    for place in (plan["key_to_encoder"], plan["key_to_stem"]):
+        assert any(key.startswith(f"{place}.") for key in weights), place
+        network.get_submodule(place)
+    stems = [weights[f"{place}.weight"] for place in plan["keys_to_in_proj"]]
+    assert all(torch.equal(stem, stems[0]) for stem in stems), "one layer by two names"
+    assert stems[0].shape[1] == plan["pretrain_num_input_channels"]
+
+
 def test_what_is_neither_a_network_nor_its_encoder_is_not_written_for_nnunet(bundle: Bundle, tmp_path: Path) -> None:
     model = open_model(bundle("segmenter"))
     model.predictor.network = build("x", encoder_of_other_widths(model))
@@ -204,13 +231,13 @@ def test_what_is_neither_a_network_nor_its_encoder_is_not_written_for_nnunet(bun
 
 def encoder_of_other_widths(model: Model) -> dict[str, object]:
     arguments = model.predictor.architecture["arguments"] | {"features_per_stage": [4, 8, 16]}
-    return {"class": nnunet.CLASS, "arguments": arguments}
+    return {"class": RESIDUAL, "arguments": arguments}
 
 
 def test_nnunet_takes_no_other_network(bundle: Bundle, tmp_path: Path) -> None:
     model = open_model(bundle("segmenter"))
     model.predictor.architecture["class"] = "monai.networks.nets.UNet"
-    with pytest.raises(ConfigError, match="nnU-Net's residual encoder.*backbone.name=resenc"):
+    with pytest.raises(ConfigError, match="one of nnU-Net's networks.*backbone.name=resenc"):
         nnunet.write(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -2,8 +2,11 @@
 
 import json
 
+import ray.exceptions
+
 from cluster.doctor import Check
 from cluster.node_settings import SETTINGS
+from jobs.nodes.ask import no_answer
 from jobs.nodes.look import CODE, compiler, differences, gpu, interface, settings, versions
 from jobs.nodes.report import Node, from_json, sentences, text, to_json
 
@@ -61,3 +64,12 @@ def test_answers_survive_their_way_through_a_log() -> None:
     assert data["problems"] == ["a: S3: no credentials; set AWS_PROFILE"]
     assert text(nodes).endswith("a: S3: no credentials; set AWS_PROFILE")
     assert text(nodes[1:]).endswith("1 node(s), all well")
+
+
+def test_a_node_that_ended_a_moment_ago_is_told_from_one_that_cannot_answer() -> None:
+    gone = no_answer(ray.exceptions.TaskUnschedulableError("The node ... doesn't exist any more"), "compare")
+    assert "it is gone" in gone.finding
+    assert "ask again" in gone.remedy
+    other = no_answer(ray.exceptions.RaySystemError("no module named jobs"), "compare")
+    assert "no module named jobs" in other.finding
+    assert other.remedy == "compare"

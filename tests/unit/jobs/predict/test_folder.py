@@ -27,24 +27,29 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
         commands.append(words)
         if words[0] == "models":
             Path(words[-1]).mkdir()
+            (Path(words[-1]) / "bundle.json").write_text('{"kind": "segmenter"}', encoding="utf-8")
         return "refused" if words[0] == "predict" and words[2].endswith("a.nii") else ""
 
     monkeypatch.setattr(folder, "_tomoscale", run)
     return commands
 
 
-def test_volumes_without_a_mask_are_due_by_name(folders: tuple[Path, Path]) -> None:
+def test_volumes_without_a_mask_are_predicted_by_name(
+    folders: tuple[Path, Path], commands: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     scans, masks = folders
-    assert [path.name for path in folder.due(scans, masks)] == ["a.nii", "b.nii.gz"]
+    monkeypatch.setattr(folder, "on_cluster", lambda predict, volumes, *_: ((v, predict(v)) for v in volumes))
+    assert [path.name for path in folder.find(scans, masks)] == ["a.nii", "b.nii.gz"]
     (masks / "a.nii").write_text("-")
-    assert [path.name for path in folder.due(scans, masks)] == ["b.nii.gz"]
+    assert folder.main(["models:/m/1", str(scans), str(masks)]) == 0
+    assert [Path(words[2]).name for words in commands if words[0] == "predict"] == ["b.nii.gz"]
 
 
 def test_one_folder_for_volumes_and_masks_or_none_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
     scans, masks = folders
     for wrong in ((scans, scans), (scans, tmp_path / "none"), (tmp_path / "none", masks), (masks, scans)):
         with pytest.raises(ConfigError):
-            folder.due(*wrong)
+            folder.find(*wrong)
 
 
 def test_all_masks_are_of_one_model(folders: tuple[Path, Path], commands: list[tuple[str, ...]]) -> None:

@@ -1,5 +1,7 @@
 """The batch of predictions between URLs, without Ray: masks are whole, of one model, and made once."""
 
+import csv
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -11,13 +13,14 @@ from jobs.predict import folder, objects
 from jobs.predict.config import PredictJobConfig
 from ssl_core.config import dump_yaml
 from ssl_core.portable import Predictor
+from ssl_core.portable.head.assess import assess
 from storage.errors import ConfigError
 from storage.objects import open_store
 from storage.reading.slabs import StoredSlabs
 from storage.reading.volume_store import VolumeStore
 from tests.kit.bundles import scan
 from tests.kit.phantoms import write_phantoms
-from tests.kit.small_models import segmenter_bundle
+from tests.kit.small_models import head_bundle, segmenter_bundle
 
 
 @pytest.fixture(scope="module")
@@ -86,15 +89,53 @@ def test_volumes_of_a_store_get_masks_below_a_url(bundle: Path, in_process: list
         )
     mask = np.asanyarray(nib.load(tmp_path / "out" / name).dataobj)
     assert np.array_equal(mask.transpose(2, 1, 0), expected)
-    assert [s.volume for s in objects.due(url, masks)] == [f"phantom-{n:03d}" for n in range(3)]
+    every = objects.find(url, masks)
+    assert [s.volume for s in objects.due(every, masks)] == [f"phantom-{n:03d}" for n in range(3)]
+
+
+@pytest.mark.parametrize("urls", [True, False])
+def test_a_classifier_writes_a_row_a_scan_and_one_table(
+    in_process: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    urls: bool,
+) -> None:  # fmt: skip
+    model = head_bundle(tmp_path / "model")
+    working = folder._tomoscale
+
+    def pulled(*words: str) -> str:
+        if words[0] == "models":
+            shutil.copytree(model, words[-1], dirs_exist_ok=True)
+            return ""
+        return working(*words)
+
+    monkeypatch.setattr(folder, "_tomoscale", pulled)
+    for name in ("in", "out"):
+        (tmp_path / name).mkdir()
+    paths = [scan(tmp_path / "in", (17, 16, 18), seed=seed) for seed in range(3)]
+    (tmp_path / "in/bad.nii").write_bytes(b"no volume")
+    scans, masks = ((tmp_path / name).as_uri() if urls else str(tmp_path / name) for name in ("in", "out"))
+    assert folder.main(["models:/m/1", scans, masks]) == 3
+    shown = capsys.readouterr()
+    assert "1 of 4 volumes have no row" in shown.err
+    assert "3 of 4 volumes in predictions.csv" in shown.out
+    with (tmp_path / "out/predictions.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["scan"] for row in rows] == sorted(path.name for path in paths)
+    predictor = Predictor(model, "cpu", lambda _note: None)
+    for row, path in zip(rows, sorted(paths), strict=True):
+        said = assess(predictor, path)
+        assert row == {"scan": path.name, **{key: str(value) for key, value in said.items()}}
+    (tmp_path / "in/bad.nii").unlink()
+    commands = len(in_process)
+    assert folder.main(["models:/m/1", scans, masks]) == 0
+    assert len(in_process) == commands, "what was there is left"
 
 
 def test_a_place_without_scans_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="or volumes of a store; found none"):
-        objects.due((tmp_path / "empty").as_uri(), (tmp_path / "out").as_uri())
+        objects.find((tmp_path / "empty").as_uri(), (tmp_path / "out").as_uri())
     with pytest.raises(ConfigError, match="--split"):
-        objects.due((tmp_path / "empty").as_uri(), (tmp_path / "out").as_uri(), "test")
+        objects.find((tmp_path / "empty").as_uri(), (tmp_path / "out").as_uri(), "test")
 
 
 def test_a_mask_that_cannot_be_made_has_its_reason(tmp_path: Path) -> None:

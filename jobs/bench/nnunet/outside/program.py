@@ -1,7 +1,8 @@
-"""A program of nnU-Net by its entry point: `python nnunet.py nnunetv2.run.run_training:run_training_entry WORDS`.
+"""A program of nnU-Net by its entry point: `python program.py nnunetv2.run.run_training:run_training_entry WORDS`.
 
-To find a trainer, nnU-Net imports its transformers, which import timm and so torchvision. torchvision's package on PyPI
-is built for CUDA's torch and does not import beside the CPU's, for want of two operators. Nothing computes with them.
+It runs in nnU-Net's environment and imports nothing of this project. To find a trainer, nnU-Net imports its
+transformers, which import timm and so torchvision. torchvision's package on PyPI is built for CUDA's torch and does not
+import beside the CPU's, for want of two operators. Nothing computes with them.
 """
 
 import importlib
