@@ -68,7 +68,7 @@ class Opening:
     weights: Weights
 
     @property
-    def everyone(self) -> tuple[str, ...]:
+    def everyone(self) -> tuple[int, ...]:
         """Volumes to train on, to choose by and to test with."""
         return (*self.subjects.train, *self.subjects.inner, *self.subjects.test)
 

@@ -19,7 +19,8 @@ from jobs.bench.nnunet.config import CompareConfig
 from jobs.bench.nnunet.nnunet import NnUnet
 from jobs.finetune.training import score_test, train_from
 from jobs.output import table
-from ssl_core.bundle import BundleFacts, write_bundle
+from ssl_core.bundle import write_bundle
+from ssl_core.bundle_card import BundleFacts
 from ssl_core.config import resolved
 from ssl_core.downstream.finetune import label_values
 from ssl_core.downstream.scores import METRICS, CaseScore, mean_scores, score_case

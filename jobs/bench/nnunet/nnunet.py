@@ -137,7 +137,8 @@ class NnUnet:
 
     def mask(self, index: int, values: Mapping[int, int]) -> NDArray[np.int32]:
         """The mask of a case, (D, H, W) of the label values."""
-        written = np.asanyarray(nib.load(self.folder / "masks" / f"{case(index)}.nii.gz").dataobj).transpose(2, 1, 0)
+        image: Any = nib.load(self.folder / "masks" / f"{case(index)}.nii.gz")
+        written = np.asanyarray(image.dataobj).transpose(2, 1, 0)
         mask_DHW = np.zeros(written.shape, np.int32)
         for value, number in values.items():
             mask_DHW[written == number] = value
