@@ -52,6 +52,7 @@ def test_encoding_and_decoding_is_the_stock_networks_own_forward_pass(backbone: 
         "unet": lambda net, m: net.model[2](torch.cat([features[0], m], 1)),
         "dynunet": lambda net, m: net.output_block(m),
         "segresnet": lambda net, m: net.conv_final(m),
+        "plain_unet": lambda net, m: net.decoder.seg_layers[-1](m),
         "resenc": lambda net, m: net.decoder.seg_layers[-1](m),
         "swin_unetr": lambda net, m: net.out(m),
     }[backbone.name]
