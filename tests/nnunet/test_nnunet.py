@@ -238,3 +238,32 @@ def test_an_encoder_alone_is_refused_there_as_the_export_says(
     assert "is missing in the pretrained model weights" in nnunet.train(
         nnunet.folder / "alone-export" / FILE, fails=True
     )
+
+
+def test_a_training_beside_nnunets_scores_both_on_the_same_volumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`tomoscale bench nnunet`, as small as nnU-Net can be."""
+    url = f"file://{tmp_path}/store"
+    manifest = write_phantoms(url, 8, shape=(24, 36, 34))
+    config = {
+        "labelled": {"data": url, "label": "labels", "subjects": 6, "inner": 1},
+        "backbone": {"name": "plain_unet", "arguments": {"features_per_stage": [4, 8]}},
+        "intensity": {"kind": "zscore"},
+        "finetune": {"epochs": 2, "steps_per_epoch": 10, "batch": 2, "patch_DHW": list(WINDOW)},
+        "nnunet": {"features": [4, 8], "patch_DHW": list(WINDOW), "batch": 2},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    words = ["bench", "nnunet", str(tmp_path / "config.yaml"), "--python", str(BIN / "python"), "--json"]
+    assert main(words) == 0
+    result = json.loads(capsys.readouterr().out)
+    own, theirs = result["rows"]
+    assert (own["name"], own["steps"]) == ("tomoscale", 20)
+    assert theirs["steps"] > 0
+    assert theirs["seconds"] >= own["seconds"], "as long, and the iterations that were begun"
+    assert result["nnunet"]["patch_size"] == list(WINDOW)
+    assert result["nnunet"]["architecture"]["arch_kwargs"]["features_per_stage"] == [4, 8]
+    test = sorted(manifest.record(i).volume_id for i in manifest.select(split="test"))
+    for row in (own, theirs):
+        assert sorted({case["volume_id"] for case in row["cases"]}) == test
+        assert 0 <= row["mean_dice"] <= 1

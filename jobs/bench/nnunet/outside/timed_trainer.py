@@ -33,8 +33,8 @@ class TimedTrainer(nnUNetTrainer):
                 loss = self.train_step(next(self.dataloader_train))["loss"]
                 steps += 1
             self.print_to_log_file(f"{elapsed:.0f} of {self.seconds:.0f} s, {steps} iterations, loss {loss:.4f}")
-        self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_final.pth"))
         done = {"steps": steps, "seconds": time.monotonic() - began}
+        self.on_train_end()  # writes the checkpoint, ends the processes that load data
         (Path(self.output_folder) / "timed.json").write_text(json.dumps(done), encoding="utf-8")
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:

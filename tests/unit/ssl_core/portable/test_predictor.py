@@ -182,6 +182,17 @@ def test_encoder_features_are_the_backbones(tmp_path: Path, encoder: Path) -> No
         assert np.allclose(found, maps[0].numpy(), atol=1e-4)
 
 
+def test_an_encoders_features_take_no_pass_through_the_decoder(tmp_path: Path, encoder: Path) -> None:
+    predictor, passed = Predictor(encoder, "cpu"), set[str]()
+    for name, module in predictor.network.named_modules():
+        module.register_forward_hook(lambda *_, name=name: passed.add(name))
+    predictor.features(scan(tmp_path, (32, 32, 32)), level=1)
+    deepest = {entry["module"] for entry in predictor.architecture["levels"][2:]}
+    assert predictor.architecture["levels"][1]["module"] in passed
+    assert not passed & deepest
+    assert "" not in passed, "the pass ended before the network's own output"
+
+
 def test_safetensors_reader_reads_what_the_package_writes_and_refuses_the_rest(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
