@@ -30,7 +30,7 @@ from storage.reading.volume_store import VolumeStore
 from tests.kit import ROOT
 from tests.kit.bundles import facts
 from tests.kit.phantoms import write_phantoms
-from tests.kit.small_models import encoder_bundle, resenc
+from tests.kit.small_models import resenc
 
 if "TOMOSCALE_NNUNET" not in os.environ:
     pytest.skip("minutes long, with nnU-Net in an environment of its own: `make nnunet-test`", allow_module_level=True)
@@ -74,6 +74,7 @@ class NnUnet:
             **{key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")},
             **{f"nnUNet_{name}": str(self.folder / name) for name in ("raw", "preprocessed", "results")},
             "nnUNet_extTrainer": str(TRAINERS),
+            "PYTHONPATH": str(PROGRAM.parent),
             "nnUNet_n_proc_DA": "1",
             "nnUNet_def_n_proc": "1",
             "nnUNet_compile": "f",
@@ -231,7 +232,8 @@ def test_fine_tuning_starts_from_its_checkpoint(nnunet: NnUnet, start: Path) -> 
 def test_an_encoder_alone_is_refused_there_as_the_export_says(
     nnunet: NnUnet, fine_tuned: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    alone = encoder_bundle(nnunet.folder / "alone")
+    own = facts(patch_DHW=WINDOW, labels=(), intensity=IntensityPolicy(kind="zscore"))
+    alone = write_bundle(nnunet.folder / "alone", "encoder", resenc(3, **ARGUMENTS), own)
     capsys.readouterr()
     assert main(["models", "export", str(alone), str(nnunet.folder / "alone-export"), "--to", "nnunet"]) == 0
     assert "a released nnU-Net (2.8) cannot start from it" in capsys.readouterr().out

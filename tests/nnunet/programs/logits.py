@@ -4,8 +4,8 @@ import sys
 
 import numpy as np
 import torch
-from nnunet import declare_operators
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from program import declare_operators
 
 declare_operators()
 model, source, target = sys.argv[1:]
