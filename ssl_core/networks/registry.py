@@ -12,8 +12,8 @@ from storage.errors import ConfigError
 _WHERE = {  # name: module of this package, its architecture, the extra that brings its dependency
     "basic_unet": ("basic_unet", "BASIC_UNET", ""),
     "dynunet": ("dynunet", "DYNUNET", ""),
-    "plain_unet": ("plain_unet", "PLAIN_UNET", "resenc"),
-    "resenc": ("resenc", "RESENC", "resenc"),
+    "plain_unet": ("nnunet", "PLAIN_UNET", "resenc"),
+    "resenc": ("nnunet", "RESENC", "resenc"),
     "segresnet": ("segresnet", "SEGRESNET", ""),
     "swin_unetr": ("swin_unetr", "SWIN_UNETR", "swin"),
     "unet": ("unet", "UNET", ""),

@@ -87,7 +87,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "study": "configs output lease on_ray tracking driver labelled pinning finetune pretrain superpixels ingest "
         "ingestion pages",
         "demo": "configs output submit tracking pages driver ingestion labelled pretrain",
-        "bench": "configs options output submit tracking demo on_ray pretrain",
+        "bench": "configs options output submit tracking demo on_ray pretrain finetune labelled",
         "cli": "*",
     },
     "cluster": {},
