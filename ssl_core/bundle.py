@@ -200,6 +200,7 @@ def _save(path: Path, state: Mapping[str, Tensor], keys: list[str]) -> dict[str,
     others = same_tensors({key: state[key] for key in keys})
     tensors = {key: state[key].detach().cpu().contiguous().clone() for key in keys if key not in others}
     save_file(tensors, path, others)
+    path.chmod(0o644)  # which it writes for its owner alone, and a container has another user
     return tensors
 
 

@@ -18,6 +18,7 @@ from ssl_core.portable.predictor import check_bundle
 from ssl_core.portable.safetensors import read_safetensors, same_tensors
 from storage.errors import ConfigError, RefusedInput
 from tests.kit.bundles import FEATURES, LABELS, encoder, facts, network, scan, segmenter
+from tests.kit.small_models import WINDOW, head_bundle, resenc, segmenter_bundle
 
 __all__ = ["encoder", "segmenter"]  # fixtures
 
@@ -103,6 +104,14 @@ def test_copies_of_one_tensor_that_differ_are_refused(tmp_path: Path) -> None:
     state[other] += 1
     with pytest.raises(RefusedInput, match="differ"):
         load("weights", net, state, None)
+
+
+def test_another_user_reads_a_bundle(tmp_path: Path) -> None:
+    """As a container does, whose user did not write the folder that it is given."""
+    for bundle in (segmenter_bundle(tmp_path / "segmenter"), head_bundle(tmp_path / "head"),
+                   write_bundle(tmp_path / "both", "encoder", resenc(), facts(patch_DHW=WINDOW, labels=()), decoder=True)):  # fmt: skip
+        for path in (bundle, *bundle.rglob("*")):
+            assert path.stat().st_mode & 0o044 == 0o044, path
 
 
 def test_nothing_in_a_bundle_is_a_pickle(segmenter: Path, encoder: Path) -> None:
