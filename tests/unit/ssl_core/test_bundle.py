@@ -108,8 +108,9 @@ def test_copies_of_one_tensor_that_differ_are_refused(tmp_path: Path) -> None:
 
 def test_another_user_reads_a_bundle(tmp_path: Path) -> None:
     """As a container does, whose user did not write the folder that it is given."""
-    for bundle in (segmenter_bundle(tmp_path / "segmenter"), head_bundle(tmp_path / "head"),
-                   write_bundle(tmp_path / "both", "encoder", resenc(), facts(patch_DHW=WINDOW, labels=()), decoder=True)):  # fmt: skip
+    own = facts(patch_DHW=WINDOW, labels=())
+    both = write_bundle(tmp_path / "both", "encoder", resenc(), own, decoder=True)
+    for bundle in (both, segmenter_bundle(tmp_path / "segmenter"), head_bundle(tmp_path / "head")):
         for path in (bundle, *bundle.rglob("*")):
             assert path.stat().st_mode & 0o044 == 0o044, path
 
