@@ -1,6 +1,7 @@
 """The benchmarks as verbs, for `tomoscale bench` and `python -m jobs.bench`.
 
-A benchmark is imported when it runs. So only `overhead` and `checkpoint` import Ray, of which they measure parts.
+A benchmark is imported when it runs. So only `overhead` and `checkpoint` import Ray, of which they measure parts, and
+only `nnunet` imports fine-tuning, which knows of MLflow.
 """
 
 import argparse

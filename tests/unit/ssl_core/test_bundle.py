@@ -40,6 +40,8 @@ _STOCK = [
     ("unet", {"num_res_units": 2, "norm": "batch"}),
     ("dynunet", {"filters": [4, 8, 16, 16, 16, 16]}),
     ("segresnet", {"init_filters": 8}),
+    ("plain_unet", {"features_per_stage": [4, 8, 8]}),
+    ("plain_unet", {"spatial_dims": 2, "features_per_stage": [4, 8], "n_conv_per_stage": [2, 1]}),
     ("resenc", {"n_blocks_per_stage": [1, 1, 1], "features_per_stage": [4, 8, 8]}),
     ("resenc", {"in_channels": 2, "n_blocks_per_stage": [1, 1], "features_per_stage": [4, 8]}),
     ("resenc", {"spatial_dims": 2, "n_blocks_per_stage": [1, 1], "features_per_stage": [4, 8]}),
@@ -53,7 +55,8 @@ _STOCK = [
 )
 def test_every_backbone_makes_a_bundle(tmp_path: Path, name: str, arguments: dict, kind: str) -> None:
     """`write_bundle` itself compares the portable network with the backbone; here: it did, and levels are found."""
-    for package in {"swin_unetr": ["einops"], "resenc": ["dynamic_network_architectures"]}.get(name, []):
+    nnunet = ["dynamic_network_architectures"]
+    for package in {"swin_unetr": ["einops"], "plain_unet": nnunet, "resenc": nnunet}.get(name, []):
         pytest.importorskip(package)
     net = build(name, **arguments, out_channels=3)
     patch = tuple(max(32, m) for m in net.multiple_DHW())
