@@ -23,8 +23,8 @@ Result = tuple[dict[str, Any], str]
 """An object for JSON, and the text for a person."""
 
 
-def check(data: str, split: str, label: str | None) -> None:
-    """Refuse what nothing can be scored by, before a model is fetched.
+def opened(data: str, split: str, label: str | None) -> Manifest:
+    """The manifest of a store, after what nothing can be scored by is refused: before a model is fetched.
 
     Args:
         data: URL of the store.
@@ -35,17 +35,22 @@ def check(data: str, split: str, label: str | None) -> None:
         ConfigError: the split has no volume, or none with the label.
     """
     what = "volumes" if label is None else f"volumes with label {label!r}"
-    if not Manifest.open(data).select(split=split, labelled=label).size:
+    manifest = Manifest.open(data)
+    if not manifest.select(split=split, labelled=label).size:
         raise _nothing(data, split, what, "`tomoscale data show URL` lists splits and labels")
+    return manifest
 
 
-def of_masks(predictor: Predictor, data: str, split: str, label: str, tolerance_mm: float, *, force: bool) -> Result:
+def of_masks(
+    predictor: Predictor, data: str, manifest: Manifest, split: str, label: str, tolerance_mm: float, *, force: bool
+) -> Result:
     """Scores of a segmenter, case by case and label by label.
 
     Args:
         predictor: The segmenter.
         data: URL of the store.
-        split: Of its manifest.
+        manifest: Of it.
+        split: Of the manifest.
         label: Name of the label map.
         tolerance_mm: Of the normalised surface Dice.
         force: Take what is far from all that it learned from.
@@ -54,7 +59,6 @@ def of_masks(predictor: Predictor, data: str, split: str, label: str, tolerance_
         ConfigError: no volume of the split has the label.
         RefusedInput: a volume is not one that the model was made for.
     """
-    manifest = Manifest.open(data)
     indices = manifest.select(split=split, labelled=label).tolist()
     if not indices:
         raise _nothing(
@@ -80,20 +84,21 @@ def of_masks(predictor: Predictor, data: str, split: str, label: str, tolerance_
     )
 
 
-def of_heads(predictor: Predictor, data: str, split: str, *, force: bool) -> Result:
+def of_heads(predictor: Predictor, data: str, manifest: Manifest, split: str, *, force: bool) -> Result:
     """Scores of a classifier or a regressor over the volumes that have a value in the column that it learned.
 
     Args:
         predictor: The classifier or regressor.
         data: URL of the store.
-        split: Of its manifest.
+        manifest: Of it.
+        split: Of the manifest.
         force: Take what is far from all that it learned from.
 
     Raises:
         ConfigError: no volume of the split has a value, or one has a class that the model does not know.
         RefusedInput: a volume is not one that the model was made for.
     """
-    manifest, head = Manifest.open(data), head_of(predictor)
+    head = head_of(predictor)
     ids, notes = manifest.column("volume_id"), manifest.column("notes")
     values = {i: column_value(ids[i], notes[i], head.column) for i in manifest.select(split=split).tolist()}
     text_of = {i: text for i, text in values.items() if text}

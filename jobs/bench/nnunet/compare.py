@@ -126,7 +126,8 @@ def _summary(cases: list[CaseScore]) -> dict[str, Any]:
 
 def format_nnunet(result: dict[str, Any]) -> str:
     """The result for a person."""
-    header = ("", "steps", "training", "label", *(metric.heading(1.0) for metric in METRICS))
+    tolerance_mm = result["config"]["tolerance_mm"]
+    header = ("", "steps", "training", "label", *(metric.heading(tolerance_mm) for metric in METRICS))
     rows: list[tuple[object, ...]] = []
     for row in result["rows"]:
         first: tuple[object, ...] = (row["name"], row["steps"], f"{row['seconds']:.0f} s")

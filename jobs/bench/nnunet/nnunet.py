@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from jobs.bench.nnunet.config import NnUnetConfig
 from storage.errors import StackError
+from storage.reading.slabs import StoredSlabs
 from storage.reading.volume_store import VolumeStore
 
 OUTSIDE = Path(__file__).parent / "outside"
@@ -84,7 +85,8 @@ class NnUnet:
         for index in (*train, *test):
             record = store.manifest.record(index)
             affine = np.array(record.affine).reshape(4, 4)
-            image_CDHW, part = store.read_volume(record.volume_id), "Tr" if index in train else "Ts"
+            image_CDHW = StoredSlabs(store, record.volume_id, np.float32).read(0, record.shape_DHW[0])
+            part = "Tr" if index in train else "Ts"
             for channel, values_DHW in enumerate(image_CDHW):
                 _write(raw / f"images{part}" / f"{case(index)}_{channel:04d}.nii.gz", values_DHW, affine)
             if part == "Tr":

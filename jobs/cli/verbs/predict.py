@@ -69,7 +69,7 @@ def _add_inference(verb: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from jobs.predict.evaluation import check, of_heads, of_masks
+    from jobs.predict.evaluation import of_heads, of_masks, opened
     from jobs.tracking.encoder import bundle_of
     from ssl_core.portable.card import with_article
 
@@ -79,17 +79,16 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             "--tolerance-mm", expected="millimetres, above 0", found=f"{tolerance_mm:g}", remedy="leave it out"
         )
     use_stack(arguments)
-    check(arguments.data, arguments.split, arguments.label)
+    data, split = arguments.data, arguments.split
+    manifest = opened(data, split, arguments.label)
     with bundle_of(arguments.model) as bundle:
         predictor = _predictor(arguments, bundle)
         if predictor.head is not None:
             _refuse_for_heads(arguments, predictor.kind, "label", "tolerance_mm", "mirror")
-            result, text = of_heads(predictor, arguments.data, arguments.split, force=arguments.force)
+            result, text = of_heads(predictor, data, manifest, split, force=arguments.force)
         elif predictor.kind == "segmenter":
             label = "label" if arguments.label is None else arguments.label
-            result, text = of_masks(
-                predictor, arguments.data, arguments.split, label, tolerance_mm, force=arguments.force
-            )
+            result, text = of_masks(predictor, data, manifest, split, label, tolerance_mm, force=arguments.force)
         else:
             raise ConfigError(
                 f"model {arguments.model}",

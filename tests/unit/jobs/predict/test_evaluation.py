@@ -11,6 +11,7 @@ from jobs.predict.evaluation import of_heads
 from ssl_core.portable import Predictor
 from ssl_core.portable.head.assess import assess_values
 from storage.errors import ConfigError
+from storage.format.manifest import Manifest
 from storage.reading.slabs import StoredSlabs
 from storage.reading.volume_store import VolumeStore
 from tests.kit.cohorts import write_cohort
@@ -64,7 +65,7 @@ def test_a_regressor_is_scored_in_the_unit_of_its_column(
 def test_a_class_that_the_model_does_not_know_is_named(store: str, tmp_path: Path) -> None:
     predictor = Predictor(head_bundle(tmp_path / "model", ("no", "maybe")), "cpu", lambda _note: None)
     with pytest.raises(ConfigError, match="'yes' of v002; write them"):
-        of_heads(predictor, store, "test", force=True)
+        of_heads(predictor, store, Manifest.open(store), "test", force=True)
 
 
 def test_what_cannot_be_scored_is_refused(store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
