@@ -5,7 +5,14 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import quote
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from jobs.configs import LabelledConfig, PretrainConfig, _experiment, _is_model
 from jobs.configs.groups import require_segmentation
@@ -18,6 +25,8 @@ VALIDATION = 1 << 32
 """First seed of the draws that settings are searched on; those of the test count from 0."""
 LONGEST_START = 60
 """Characters of a start's name, which is part of names of runs and of a legend."""
+_ENDLESS = 1 << 32
+"""Epochs that no warm-up outlasts."""
 
 
 class SupervisedStart(Config):
@@ -86,6 +95,15 @@ class StudySearch(Config):
         return self
 
 
+def _of_any_length(value: Any, handler: ValidatorFunctionWrapHandler) -> FinetuneConfig:
+    """Fine-tuning settings whose warm-up is not held to their own number of steps, which the search gives."""
+    if not isinstance(value, Mapping) or "warmup_steps" not in value:
+        return handler(value)  # type: ignore[no-any-return]
+    settings: FinetuneConfig = handler({**value, "warmup_steps": 0})
+    warmup = handler({"epochs": _ENDLESS, "warmup_steps": value["warmup_steps"]}).warmup_steps
+    return settings.model_copy(update={"warmup_steps": warmup})
+
+
 class StudyConfig(Config):
     """A comparison of starts over draws of labelled subjects, counts of labels and pre-training seeds."""
 
@@ -119,7 +137,7 @@ class StudyConfig(Config):
         0.05, gt=0, description="assumed standard deviation of a difference in Dice between draws, for the power"
     )
     search: StudySearch = StudySearch()
-    finetune: FinetuneConfig = Field(
+    finetune: Annotated[FinetuneConfig, WrapValidator(_of_any_length)] = Field(
         default_factory=FinetuneConfig, description="the rest of the fine-tuning; `epochs` are points of its curve"
     )
     validation: int = Field(1, ge=1, description="further subjects that a tested training's curve is measured on")
@@ -170,6 +188,13 @@ class StudyConfig(Config):
                 raise ValueError(f"no finetune.{key}: the search and each start say it")
         if self.finetune.schedule:
             raise ValueError("no finetune.schedule: it is of one number of epochs, and each start may have another")
+        return self
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        for start in self.starts:
+            for steps in self.search.steps:
+                self.settings(start, self.search.lr[0], steps)
         return self
 
     @model_validator(mode="after")

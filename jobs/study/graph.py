@@ -34,27 +34,36 @@ class Clock:
         return sum(map(len, self.seconds.values()))
 
     @property
-    def left_s(self) -> float | None:
-        """Seconds left; kinds that nothing is known of count as searches do. None where nothing is known yet."""
-        every = [s for seconds in self.seconds.values() for s in seconds]
-        if not every:
-            return None
-        guess = fmean(self.seconds.get(kinds.SEARCH) or every)
-        left = sum(
-            (total - len(self.seconds[kind])) * (fmean(self.seconds[kind]) if self.seconds[kind] else guess)
-            for kind, total in self.total.items()
-        )
+    def unknown(self) -> tuple[str, ...]:
+        """Kinds of which none is done yet; tests that are about to come count as searches, which they resemble."""
+        known = {kind for kind, seconds in self.seconds.items() if seconds}
+        if kinds.SEARCH in known:
+            known.add(kinds.TEST)
+        return tuple(kind for kind, total in self.total.items() if total and kind not in known)
+
+    @property
+    def left_s(self) -> float:
+        """Seconds left of the kinds that are known."""
+        searches = self.seconds.get(kinds.SEARCH, [])
+        left = 0.0
+        for kind, total in self.total.items():
+            known = self.seconds[kind] or (searches if kind == kinds.TEST else [])
+            if known:
+                left += (total - len(self.seconds[kind])) * fmean(known)
         return left / self.size
 
     def text(self) -> str:
         """How many are done, and about how long the rest takes."""
-        left = self.left_s
-        words = f"{self.done}/{sum(self.total.values())}"
-        if left is None or self.done >= sum(self.total.values()):
+        left, every = self.left_s, sum(self.total.values())
+        words = f"{self.done}/{every}"
+        if self.done >= every:
             return words
         minutes = left / 60
         amount = f"{left:.0f} s" if left < 90 else f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
-        return f"{words}, about {amount} left"
+        if not self.unknown:
+            return f"{words}, about {amount} left"
+        nobody_knows = f"how long {', '.join(self.unknown)} take is not known yet"
+        return f"{words}, {amount} left and more: {nobody_knows}" if left else f"{words}; {nobody_knows}"
 
 
 def execute(
@@ -114,4 +123,5 @@ def _words(cell: Cell, result: Result) -> str:
         return f"validation Dice {score(result):.3f}, "
     if cell.kind == kinds.TEST:
         return f"test Dice {fmean(case['dice'] for case in result['cases']):.3f}, "
-    return f"loss {result['losses'][-1][1]:.3f}, " if result.get("losses") else ""
+    collapsed = "COLLAPSED, " if result.get("probes", {}).get("probe/collapsed") else ""
+    return f"loss {result['losses'][-1][1]:.3f}, {collapsed}" if result.get("losses") else ""

@@ -8,6 +8,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,14 @@ _POINTS = 100
 """Points of the loss that a result keeps."""
 
 
-def pretrain(job: dict[str, Any], url: str, *, gpu: bool) -> dict[str, Any]:
+def pretrain(job: dict[str, Any], url: str, *, gpu: bool, say: Callable[[str], None]) -> dict[str, Any]:
     """Train, from the last checkpoint where there is one, and store the encoder's bundle.
 
     Args:
         job: The pre-training job, resolved, but for where its results go.
         url: Where checkpoints and the bundle go.
         gpu: Whether to train on a GPU.
+        say: Hears its lines.
 
     Returns:
         Points of the loss, the last value of each probe, steps, and seconds, those before an interruption included.
@@ -62,7 +64,7 @@ def pretrain(job: dict[str, Any], url: str, *, gpu: bool) -> dict[str, Any]:
                 _delete(store, old.name)
             last[:] = [target]
 
-        hooks = Hooks(publish=publish)
+        hooks = Hooks(publish=publish, say=say)
         device = torch.device("cuda" if gpu else "cpu")
         outcome = run(config, hooks, restore=restore, device=device)
         seconds = before_s + time.monotonic() - began

@@ -5,7 +5,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -35,6 +35,9 @@ CHECKPOINTS = "checkpoints"
 """Of fine-tunings under way, below the study; empty when it has ended."""
 
 
+Say = Callable[[str], None]
+
+
 @dataclass(frozen=True)
 class Task:
     """A cell and what it takes to do it.
@@ -61,10 +64,11 @@ def perform(task: Task) -> dict[str, Any]:
         The result: what the cell was, what came of it, how long it took, and on what.
     """
     cell, store = task.cell, open_store(task.cell.place)
+    say = Murmur(cell.title).say
     # Whatever the process was started with: sums in another order of adding are other numbers.
     torch.set_num_threads(task.threads)
     began, cpu = time.monotonic(), time.process_time()
-    outcome = _ACTIONS[cell.kind](task)
+    outcome = _ACTIONS[cell.kind](task, say)
     result = {
         "kind": cell.kind,
         "title": cell.title,
@@ -89,6 +93,27 @@ def perform(task: Task) -> dict[str, Any]:
     return as_read
 
 
+class Murmur:
+    """What a cell of minutes or hours says while it is under way: a line now and then, none of a short one.
+
+    Args:
+        title: Of the cell; lines of several processes are mixed.
+        every_s: Least seconds before the first line, and between two.
+        clock: Seconds of now.
+    """
+
+    def __init__(self, title: str, every_s: float = 60.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._title, self._every_s, self._clock = title, every_s, clock
+        self._last = clock()
+
+    def say(self, line: str) -> None:
+        """Print the line, unless it is too soon."""
+        now = self._clock()
+        if now - self._last >= self._every_s:
+            self._last = now
+            print(f"  {self._title}: {line}", flush=True)
+
+
 def environment() -> dict[str, str]:
     """What a result was made with."""
     return {
@@ -98,7 +123,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def _network(task: Task) -> dict[str, Any]:
+def _network(task: Task, _say: Say) -> dict[str, Any]:
     spec = task.cell.spec
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -115,26 +140,28 @@ def _network(task: Task) -> dict[str, Any]:
     return {"parameters": sum(p.numel() for p in network.net.parameters())}
 
 
-def _pretrain(task: Task) -> dict[str, Any]:
-    return pretrain(task.cell.spec["job"], join(task.cache, task.cell.key), gpu=task.gpu)
+def _pretrain(task: Task, say: Say) -> dict[str, Any]:
+    return pretrain(task.cell.spec["job"], join(task.cache, task.cell.key), gpu=task.gpu, say=say)
 
 
-def _supervised(task: Task) -> dict[str, Any]:
+def _supervised(task: Task, say: Say) -> dict[str, Any]:
     spec = task.cell.spec
+    settings = parse(FinetuneConfig, spec["finetune"])
     with _bundle(task, spec["network"]) as like:
         trained = train_from(
             "none",
             parse(LabelledConfig, spec["labelled"]),
-            parse(FinetuneConfig, spec["finetune"]),
+            settings,
             seed=spec["seed"],
             like=like,
+            on_epoch=_epochs(settings, say),
             gpu=task.gpu,
             checkpoints=_checkpoints(task),
         )
     with trained.store, tempfile.TemporaryDirectory(prefix="tomoscale-supervised-") as folder:
         facts = BundleFacts(
             name="supervised",
-            patch_DHW=tuple(spec["finetune"]["patch_DHW"]),
+            patch_DHW=settings.patch_DHW,
             intensity=trained.intensity,
             labels=((0, "background"), *trained.labels.items()),
         )
@@ -143,14 +170,21 @@ def _supervised(task: Task) -> dict[str, Any]:
     return {"history": [dict(metrics) for metrics in trained.history]}
 
 
-def _tuned(task: Task, labelled: LabelledConfig) -> dict[str, Any]:
+def _tuned(task: Task, labelled: LabelledConfig, say: Say) -> dict[str, Any]:
     """A fine-tuning, scored on the test subjects that `labelled` may see."""
     spec = task.cell.spec
     settings = parse(FinetuneConfig, spec["finetune"])
     with _bundle(task, spec["network"]) as like, _origin(task) as start:
         began = time.monotonic()
         trained = train_from(
-            start, labelled, settings, seed=spec["seed"], like=like, gpu=task.gpu, checkpoints=_checkpoints(task)
+            start,
+            labelled,
+            settings,
+            seed=spec["seed"],
+            like=like,
+            on_epoch=_epochs(settings, say),
+            gpu=task.gpu,
+            checkpoints=_checkpoints(task),
         )
         trained_s = time.monotonic() - began
     with trained.store:
@@ -172,12 +206,12 @@ def _tuned(task: Task, labelled: LabelledConfig) -> dict[str, Any]:
     return outcome
 
 
-def _search(task: Task) -> dict[str, Any]:
-    return _tuned(task, parse(LabelledConfig, task.cell.spec["labelled"]))
+def _search(task: Task, say: Say) -> dict[str, Any]:
+    return _tuned(task, parse(LabelledConfig, task.cell.spec["labelled"]), say)
 
 
-def _test(task: Task) -> dict[str, Any]:
-    return _tuned(task, seal.open_test(task.study, task.cell.spec, task.cell.start, task.cell.labels))
+def _test(task: Task, say: Say) -> dict[str, Any]:
+    return _tuned(task, seal.open_test(task.study, task.cell.spec, task.cell.start, task.cell.labels), say)
 
 
 _ACTIONS = {
@@ -187,6 +221,10 @@ _ACTIONS = {
     cells.SEARCH: _search,
     cells.TEST: _test,
 }
+
+
+def _epochs(settings: FinetuneConfig, say: Say) -> Callable[[int, dict[str, float]], None]:
+    return lambda epoch, metrics: say(f"epoch {epoch} of {settings.epochs}, loss {metrics['loss']:.3f}")
 
 
 def _checkpoints(task: Task) -> StoredCheckpoints:

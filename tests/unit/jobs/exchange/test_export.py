@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from pydoc import locate
@@ -247,20 +250,19 @@ def test_a_bundle_of_monai_is_run_by_monai_on_a_volume(bundle: Bundle, tmp_path:
 
     path = segmenter_bundle(tmp_path / "b", 3, spacing_mm=(2.0, 1.5, 1.7))
     root = tmp_path / "exported"
-    export(path, root, "monai")
+    command = export(path, root, "monai")[0].split(", with")[0]
     (tmp_path / "scans").mkdir()
     source = scan(tmp_path / "scans", (18, 20, 27))
-    options = {
-        "bundle_root": str(root),
-        "dataset_dir": str(tmp_path / "scans"),
-        "output_dir": str(tmp_path / "masks"),
-        "device": "$torch.device('cpu')",
-    }
-    workflow = ConfigWorkflow(str(root / "configs/inference.json"), workflow_type="inference", **options)
-    workflow.initialize()
     with pytest.warns(UserWarning, match="does not say which spacing"):
         expected = Predictor(path, "cpu").predict(source)
     assert len(np.unique(expected)) > 1
+    program, *words = shlex.split(command.replace("SCANS", f"{tmp_path}/scans").replace("MASKS", f"{tmp_path}/masks"))
+    assert program == "python"
+    ran = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    options = {"bundle_root": str(root), "dataset_dir": f"{tmp_path}/scans", "output_dir": f"{tmp_path}/again"}
+    workflow = ConfigWorkflow(str(root / "configs/inference.json"), workflow_type="inference", **options)
+    workflow.initialize()
     workflow.run()
     assert workflow.check_properties() == []
     (written,) = (tmp_path / "masks").iterdir()

@@ -21,6 +21,7 @@ from jobs.study import seal
 from jobs.study.cells import Cells, unique
 from jobs.study.prepare import prepare
 from jobs.study.work import Task
+from ssl_core.config import parse, resolved
 from storage.errors import ConfigError, NotFound, RefusedInput
 from storage.format.manifest import Manifest
 from storage.objects import open_store
@@ -253,6 +254,12 @@ def test_a_death_between_any_two_writes_loses_nothing(data: str, runs: str) -> N
         ({"starts": {"scratch": {"transfer": "encoder_decoder"}, "b": {}}}, "nothing to transfer"),
         ({"starts": {"scratch": {}, "b": {"model": "models:/a/1", "pretrain": {}}}}, "one of model"),
         ({"search": {"labels": [3]}}, "search.labels"),
+        (
+            {"finetune": {"warmup_steps": 20}, "search": {"steps": [300, 20]}},
+            "fine-tuning of scratch; expected warmup_steps",
+        ),
+        ({"finetune": {"warmup_steps": "many"}}, "warmup_steps"),
+        ({"finetune": {"warmup_steps": 50, "batch": 0}}, "batch"),
     ],
 )
 def test_what_no_study_could_be_is_refused_before_anything_runs(
@@ -260,6 +267,13 @@ def test_what_no_study_could_be_is_refused_before_anything_runs(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         config(runs, data, **changes)
+
+
+def test_a_warmup_is_held_to_the_length_that_is_searched_and_not_to_another(data: str, runs: str) -> None:
+    study = config(runs, data, finetune={"epochs": 2, "warmup_steps": 150}, search={"steps": [300]})
+    assert study.finetune.warmup_steps == study.settings("pre", 5e-3, 300).warmup_steps == 150
+    assert study.finetune.steps == 20
+    assert parse(StudyConfig, resolved(study)) == study
 
 
 def test_too_few_labelled_subjects_are_refused_before_anything_runs(data: str, runs: str) -> None:

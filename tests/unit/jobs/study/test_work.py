@@ -21,7 +21,7 @@ from jobs.study import work as working
 from jobs.study.cells import Cells
 from jobs.study.prepare import prepare
 from jobs.study.report import examples, fetch, files, publish, write
-from jobs.study.work import Task, perform
+from jobs.study.work import Murmur, Task, perform
 from ssl_core.config import load
 from ssl_core.downstream import finetune as finetuning
 from ssl_core.downstream.study import StudyResult
@@ -125,7 +125,12 @@ def test_a_cell_done_again_comes_out_the_same(study: StudyConfig, result: StudyR
 
 
 def test_a_pretraining_goes_on_from_its_last_checkpoint(
-    study: StudyConfig, result: StudyResult, data: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    study: StudyConfig,
+    result: StudyResult,
+    data: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     class Killed(BaseException):
         pass
@@ -143,7 +148,10 @@ def test_a_pretraining_goes_on_from_its_last_checkpoint(
     with pytest.raises(Killed):
         perform(task)
     monkeypatch.setattr(pretraining, "_put", put)
+    monkeypatch.setattr(working, "Murmur", partial(Murmur, every_s=0))
+    capsys.readouterr()
     resumed = perform(task)
+    assert f"  {cell.title}: step 4/4" in capsys.readouterr().out
     assert (resumed["resumed_at"], resumed["steps"]) == (2, 4)
     stored = open_store(study.cache_url)
     whole = json.loads(stored.get(f"{cell.key}.json"))
@@ -195,7 +203,7 @@ def test_the_report_shows_what_each_start_made_of_the_cases_that_differ_most(
 
 
 def test_a_fine_tuning_that_died_is_gone_on_with_and_leaves_nothing(
-    study: StudyConfig, result: StudyResult, monkeypatch: pytest.MonkeyPatch
+    study: StudyConfig, result: StudyResult, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """That it comes to the same bits is `test_a_trial_that_was_killed_goes_on_to_the_same_bits`'s to show."""
 
@@ -213,12 +221,15 @@ def test_a_fine_tuning_that_died_is_gone_on_with_and_leaves_nothing(
     before = json.loads(store.get(f"{cell.key}.json"))
     store.delete(f"{cell.key}.json")
     with monkeypatch.context() as patch:
-        patch.setattr(working, "train_from", partial(train_from, on_epoch=die))
+        patch.setattr(working, "train_from", lambda *a, **settings: train_from(*a, **settings | {"on_epoch": die}))
         with pytest.raises(Killed):
             perform(task)
     assert {key.partition("/")[0] for key in checkpoints.list()} == {cell.key}
     with monkeypatch.context() as patch:
         patch.setattr(finetuning.Engine, "step", lambda *_: pytest.fail("it was trained again"))
+        patch.setattr(working, "Murmur", partial(Murmur, every_s=0))
+        capsys.readouterr()
         again = perform(task)
+    assert f"  {cell.title}: epoch 1 of 1, loss " in capsys.readouterr().out
     assert (again["history"], again["cases"]) == (before["history"], before["cases"])
     assert not list(checkpoints.list())
