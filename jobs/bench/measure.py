@@ -43,6 +43,15 @@ def machine() -> dict[str, Any]:
     }
 
 
+def peak_mib(process: int | str = "self") -> float:
+    """Most resident memory of a process so far, MiB; 0 of one that has ended.
+
+    Not `ru_maxrss`, in which a process begins with the peak of the one that started it.
+    """
+    lines = Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0) / 1024
+
+
 def headline(facts: Mapping[str, Any]) -> str:
     """The machine and the versions, as two paragraphs."""
     head = f"{facts['processor']}, {facts['cores']} cores, Python {facts['python']}, load {facts['load_1min']}"

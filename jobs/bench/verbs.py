@@ -30,7 +30,7 @@ NEED_SERVICES = ("reads", "loader", "overhead", "checkpoint")
 def add(names: Names) -> list[argparse.ArgumentParser]:
     """Register the verbs; `run` runs what was parsed."""
     actions = [*_storage_verbs(names), *_device_verbs(names), _learn_verb(names), _overhead_verb(names)]
-    actions += [_size_verb(names), _checkpoint_verb(names), _nnunet_verb(names)]
+    actions += [_size_verb(names), _checkpoint_verb(names), _predict_verb(names), _nnunet_verb(names)]
     for action in actions:
         action.add_argument("--out", type=_writable, metavar="FILE", help="write the JSON there")
         action.add_argument("--json", action="store_true", help="print JSON")
@@ -152,6 +152,15 @@ def _checkpoint_verb(names: Names) -> argparse.ArgumentParser:
         "--store", metavar="URL", help="s3:// prefix, reached at 50 MB/s (default: a local stack's, else a folder)"
     )
     return _measured_by(action, _checkpoint)
+
+
+def _predict_verb(names: Names) -> argparse.ArgumentParser:
+    action = names.add_parser("predict", help="a mask of a large volume: how much memory and time it takes")
+    action.add_argument("--quick", action="store_true", help="seconds, a small volume")
+    action.add_argument("--size", type=whole(1), nargs=3, metavar=("D", "H", "W"), help="voxels (default 1000 512 512)")
+    action.add_argument("--classes", type=whole(2), metavar="N", help="of the model (default 14)")
+    action.add_argument("--batch", type=whole(1), default=1, metavar="N", help="windows at once (default 1)")
+    return _measured_by(action, _predict)
 
 
 def _nnunet_verb(names: Names) -> argparse.ArgumentParser:
@@ -313,6 +322,17 @@ def _checkpoint(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any]
         size = replace(size, state_bytes=arguments.mb * 10**6)
     result = bench_checkpoint(size, _prefix(arguments), say=say)
     return result, format_checkpoint(result)
+
+
+def _predict(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
+    from jobs.bench.prediction import FULL, QUICK, bench_predict, format_predict
+
+    size = QUICK if arguments.quick else FULL
+    if arguments.size is not None:
+        size = replace(size, shape_DHW=tuple(arguments.size))
+    size = replace(size, classes=arguments.classes or size.classes)
+    result = bench_predict(size, batch=arguments.batch, say=say)
+    return result, format_predict(result)
 
 
 def _nnunet(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jobs.bench.measure import peak_mib
 from storage.format.manifest import Manifest
 from storage.format.records import DEFAULT_CODECS, VolumeRecord
 from storage.intensity_stats import STATS_ORDER
@@ -67,7 +68,7 @@ def spec(nodes: int) -> StreamSpec:
 
 def publish(folder: str, volumes: int) -> dict[str, Any]:
     """Write the manifest; processor seconds, peak memory (MiB) and size (MiB)."""
-    before = _peak_mib()
+    before = peak_mib()
     start = time.process_time()
     manifest = Manifest.from_records(records(volumes), {"name": "many"})
     fingerprint = manifest.write(open_store(Path(folder).as_uri()))
@@ -76,7 +77,7 @@ def publish(folder: str, volumes: int) -> dict[str, Any]:
     return {
         "fingerprint": fingerprint,
         "publish_s": seconds,
-        "publish_mib": _peak_mib() - before,
+        "publish_mib": peak_mib() - before,
         "size_mib": size / MIB,
     }
 
@@ -152,12 +153,6 @@ def _cuts(plan: Plan, steps: int) -> list[Any]:
 def _memory_mib() -> float:
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * resource.getpagesize() / MIB
-
-
-def _peak_mib() -> float:
-    # Not `ru_maxrss`, in which a process begins with the peak of the one that started it.
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 1024
 
 
 VERBS: dict[str, Callable[..., dict[str, Any]]] = {"publish": publish, "read": read, "same": same_sequence}
