@@ -30,7 +30,13 @@ NEED_SERVICES = ("reads", "loader", "overhead", "checkpoint")
 def add(names: Names) -> list[argparse.ArgumentParser]:
     """Register the verbs; `run` runs what was parsed."""
     actions = [*_storage_verbs(names), *_device_verbs(names), _learn_verb(names), _overhead_verb(names)]
-    actions += [_size_verb(names), _checkpoint_verb(names), _predict_verb(names), _nnunet_verb(names)]
+    actions += [
+        _size_verb(names),
+        _checkpoint_verb(names),
+        _predict_verb(names),
+        _nnunet_verb(names),
+        _stopping_verb(names),
+    ]
     for action in actions:
         action.add_argument("--out", type=_writable, metavar="FILE", help="write the JSON there")
         action.add_argument("--json", action="store_true", help="print JSON")
@@ -172,6 +178,14 @@ def _nnunet_verb(names: Names) -> argparse.ArgumentParser:
         "--python", type=Path, required=True, metavar="FILE", help="interpreter of an environment with nnU-Net"
     )
     return _measured_by(action, _nnunet)
+
+
+def _stopping_verb(names: Names) -> argparse.ArgumentParser:
+    action = names.add_parser("stopping", help="what early stopping would have saved of a whole grid, and cost")
+    action.add_argument("config", type=Path, metavar="CONFIG", help="of a search that stopped nothing")
+    action.add_argument("result", type=Path, metavar="RESULT", help="its result.json")
+    action.add_argument("--orders", type=whole(1), default=200, metavar="N", help="of its trials (default 200)")
+    return _measured_by(action, _stopping)
 
 
 def _measured_by(action: argparse.ArgumentParser, runner: Runner) -> argparse.ArgumentParser:
@@ -343,6 +357,14 @@ def _nnunet(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], st
         raise ConfigError("--python", expected="an interpreter", found=str(arguments.python), remedy="check the path")
     result = bench_nnunet(load(CompareConfig, arguments.config), arguments.python, say=say)
     return result, format_nnunet(result)
+
+
+def _stopping(arguments: argparse.Namespace, _say: Say) -> tuple[dict[str, Any], str]:
+    from jobs.bench.stopping import bench_stopping, format_stopping
+    from jobs.configs.search import TuneConfig
+
+    result = bench_stopping(load(TuneConfig, arguments.config), arguments.result, orders=arguments.orders)
+    return result, format_stopping(result)
 
 
 def _prefix(arguments: argparse.Namespace) -> str | None:
