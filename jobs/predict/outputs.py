@@ -74,7 +74,12 @@ def check_model(predictor: Predictor, model: str, choice: Choice) -> None:
 
 
 def write_scan(
-    predictor: Predictor, scan: Scan, target: Path, choice: Choice, say: Callable[[str], None]
+    predictor: Predictor,
+    scan: Scan,
+    target: Path,
+    choice: Choice,
+    say: Callable[[str], None],
+    on_slab: Callable[[int, int], None] = lambda _done, _of: None,
 ) -> dict[str, int]:
     """Read and predict a scan and write what is asked for; returns the voxels of each label.
 
@@ -84,6 +89,7 @@ def write_scan(
         target: The mask, or the features of an encoder; other files stand beside it.
         choice: What is written.
         say: Hears what its reader assumed.
+        on_slab: Hears how many slices are done, of how many.
 
     Raises:
         RefusedInput: it cannot be read, is not what the model takes, or its segmentation cannot be written.
@@ -106,6 +112,7 @@ def write_scan(
         modality=volume.modality,
         force=choice.force,
         probabilities=choice.probabilities,
+        on_slab=on_slab,
     )
     mask = frame.to_file(mask_DHW)
     labels = dict(predictor.plan.labels)

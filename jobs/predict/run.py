@@ -56,7 +56,19 @@ def to_file(predictor: Predictor, model: str, source: str, output: Path, choice:
         )
     (scan,) = scans
     _check_output(scan, predictor, output, overwrite)
-    return write_scan(predictor, scan, output, choice, say)
+    return write_scan(predictor, scan, output, choice, say, _slices())
+
+
+def _slices() -> Callable[[int, int], None]:
+    """Progress within a scan, of which a large one takes minutes."""
+    bars: list[Progress] = []
+
+    def show(done: int, of: int) -> None:
+        if not done:
+            bars[:] = [Progress("predict", of, "slices")]
+        bars[0].update(done)
+
+    return show
 
 
 def _check_output(scan: Scan, predictor: Predictor, output: Path, overwrite: bool) -> None:

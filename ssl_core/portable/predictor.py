@@ -172,11 +172,8 @@ class Predictor:
         """Features of one volume on the canonical grid.
 
         Args:
-            source: As for `predict`.
-            affine: As for `predict`.
+            source: As for `predict`, like the others.
             level: Level of the pyramid, 0 the finest.
-            force: As for `predict`.
-            modality: As for `predict`.
 
         Returns:
             (E, D/stride, H/stride, W/stride); feature k lies at voxels k * stride onwards of the canonical volume,
@@ -234,12 +231,14 @@ class Predictor:
         modality: str = "",
         force: bool = False,
         probabilities: bool = False,
+        on_slab: Callable[[int, int], None] = lambda _done, _of: None,
     ) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
         """Mask of a canonical volume as of `segment`, and where they are asked for the probabilities of the classes.
 
         Args:
             values_CDHW: As for `segment`, like the others.
             probabilities: Whether to return them.
+            on_slab: Hears how many slices along D are done, of how many.
 
         Returns:
             The mask (D, H, W), and (K, D, H, W) of a softmax in the order of the labels, or None. On a grid that was
@@ -268,6 +267,7 @@ class Predictor:
             device=self.device,
             batch=self.batch,
         )
+        on_slab(0, len(mask))
         for start, scores_KDHW in slabs:
             if not torch.isfinite(scores_KDHW).all():  # the largest of numbers that are none would be the background
                 raise RefusedInput(
@@ -280,6 +280,7 @@ class Predictor:
             mask[place] = label_of[scores_KDHW.argmax(0).numpy()]
             if maps is not None:
                 maps[:, place] = (scores_KDHW if flips else torch.softmax(scores_KDHW, 0)).numpy()
+            on_slab(place.stop, len(mask))
         removed = keep_largest(mask, self.inference.largest_component)
         for value, count in removed.items():
             self._report(f"{name}: {count} voxels of {dict(self.plan.labels)[value]!r} beside its largest component")

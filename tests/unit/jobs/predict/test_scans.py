@@ -53,10 +53,13 @@ def _image(seed: int = 0) -> Any:
 
 
 @pytest.mark.parametrize("name", ["scan.nii.gz", "scan.nrrd", "scan.mha"])
-def test_a_file_of_each_format_gives_its_mask(name: str, bundle: Path, predictor: Predictor, tmp_path: Path) -> None:
+def test_a_file_of_each_format_gives_its_mask(
+    name: str, bundle: Path, predictor: Predictor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     SimpleITK.WriteImage(_image(), str(tmp_path / name))
     target = tmp_path / "mask.nii.gz"
     assert main(["predict", str(bundle), str(tmp_path / name), str(target), "--probabilities", "--overlay"]) == 0
+    assert f"predict: {SHAPE[0]}/{SHAPE[0]} slices" in capsys.readouterr().err
     expected, affine = _expected(predictor, tmp_path / name)
     assert len(np.unique(expected)) == 3
     image = nib.load(target)

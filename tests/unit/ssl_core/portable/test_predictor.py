@@ -244,3 +244,13 @@ def test_a_scan_whose_values_float32_cannot_tell_apart_is_refused(segmenter: Pat
             predictor.predict(shifted, AXES_MM)
     wide = values.astype(np.uint64) << np.uint64(52)
     assert np.array_equal(predictor.predict(wide, AXES_MM), predictor.predict(wide.astype(np.float64), AXES_MM))
+
+
+def test_a_prediction_says_how_many_slices_are_done(segmenter: Path) -> None:
+    heard: list[tuple[int, int]] = []
+    values_CDHW = np.random.default_rng(0).normal(size=(1, 100, 32, 32)).astype(np.float32)
+    Predictor(segmenter, "cpu").segmented(values_CDHW, np.eye(4), on_slab=lambda done, of: heard.append((done, of)))
+    assert heard[0] == (0, 100)
+    assert heard[-1] == (100, 100)
+    assert len(heard) > 3
+    assert heard == sorted(set(heard))
