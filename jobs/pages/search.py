@@ -19,6 +19,7 @@ from jobs.pages.html import Picture, page
 from ssl_core.downstream.search import SearchResult, Trial, lineage
 
 _SCORES = "viridis"
+_BRIGHTEST = 0.88  # its yellow cannot be seen on white
 _MOST_ROWS = 200  # of the table; the figures have every trial
 
 
@@ -35,7 +36,7 @@ def setting_heading(path: str) -> str:
 def setting_text(value: Any) -> str:
     """A value of a setting for a table."""
     if isinstance(value, float):
-        return f"{value:.2e}" if value and abs(value) < 0.01 else f"{value:.3g}"
+        return f"{value:.3g}"
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -79,7 +80,7 @@ def parallel_figure(trials: Sequence[Trial]) -> bytes:
     columns.append(_places(last))
     names = [*map(setting_heading, paths), "inner Dice, last"]
     drawing, axis = plt.subplots(figsize=(max(7.2, 1.5 * len(names)), 3.6))
-    colours = colormaps[_SCORES](_places(last)[0])
+    colours = colormaps[_SCORES](_BRIGHTEST * np.asarray(_places(last)[0]))
     for number in np.argsort(last):
         heights = [places[number] for places, _ in columns]
         style = "--" if rows[number].stopped_early else "-"
@@ -87,7 +88,16 @@ def parallel_figure(trials: Sequence[Trial]) -> bytes:
     for x, (_, ticks) in enumerate(columns):
         axis.axvline(x, color=INK, lw=0.8, zorder=0)
         for height, text in ticks:
-            axis.annotate(text, (x, height), (4, 0), textcoords="offset points", fontsize=7, va="center", color=INK)
+            axis.annotate(
+                text,
+                (x, height),
+                (4, 0),
+                textcoords="offset points",
+                fontsize=7,
+                va="center",
+                color=INK,
+                bbox={"fc": "white", "ec": "none", "pad": 1, "alpha": 0.85},
+            )
     axis.set_xticks(range(len(names)), names, fontsize=8)
     axis.set_yticks([])
     axis.set_xlim(-0.2, len(names) - 0.3)

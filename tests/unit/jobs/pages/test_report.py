@@ -88,7 +88,7 @@ def summary(starts: tuple[str, ...] = ("encoder", "scratch"), **changes: Any) ->
             run_url='http://127.0.0.1:1/#/experiments/1/runs/a"b',
             model="models:/demo@candidate",
         ),
-        search=SearchResult(trials, trials[0].settings, "trial 0, lr 1.00e-03", 4, "r", 1.0),
+        search=SearchResult(trials, trials[0].settings, "trial 0, lr 0.001", 4, "r", 1.0),
         finetune=comparison(starts),
         predict=Predictions("models:/seg@candidate", {rank: case for rank in ("best", "median", "worst")}),
         timings={"stack": 12.34, "pre-training": 100.0},
@@ -165,7 +165,7 @@ def test_the_numbers_of_the_summary_are_on_the_page(html: str) -> None:
     text = Page(html).text
     for part in ("0.561 ± 0.050", "3.50 ± 1.10", "0.800 ± 0.010", "4 × 2", "7.25 samples/s", "data wait 1.2 %"):
         assert part in text, part
-    for part in ("2 of 4 (stopped early)", "error", "1.00e-03", "12.3", "s3://volumes/x", "models:/demo@candidate"):
+    for part in ("2 of 4 (stopped early)", "error", "0.001", "12.3", "s3://volumes/x", "models:/demo@candidate"):
         assert part in text, part
     links = {unescape(link) for link in re.findall(r'href="([^"]*)"', html)}
     data = summary()
@@ -246,7 +246,7 @@ def test_the_summary_on_disk_has_the_keys_that_it_always_had() -> None:
     assert list(data["predict"]) == ["model", "same_geometry", "input", "output", "dice", "cases"]
     assert list(data["predict"]["cases"]["worst"]) == ["input", "output", "dice"]
     assert data["pretrain"]["points"][0] == [1, 0, {"loss": 1.0, "loss/global": 0.6, "loss/local": 0.4}]
-    assert data["search"]["chosen"] == "trial 0, lr 1.00e-03"
+    assert data["search"]["chosen"] == "trial 0, lr 0.001"
     trial_keys = "trial encoder lr encoder_lr_scale epochs scores last stopped_early status error id"
     assert list(data["search"]["trials"][0])[:11] == trial_keys.split(), "later ones come after them"
     assert len(data["finetune"]["cases"]) == 16
