@@ -1,5 +1,6 @@
 """What every benchmark shares: spreads, the machine's facts, tables, and the S3 environment."""
 
+import json
 import os
 import platform
 import statistics
@@ -50,6 +51,29 @@ def peak_mib(process: int | str = "self") -> float:
     """
     lines = Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace").splitlines()
     return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0) / 1024
+
+
+def read_result(path: Path, key: str) -> dict[str, Any]:
+    """A JSON file that another command wrote.
+
+    Args:
+        path: The file.
+        key: What such a result has.
+
+    Raises:
+        ConfigError: no such file, no JSON, or that of something else.
+    """
+    thing, expected = str(path), f"a JSON result with {key!r}"
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(thing, expected=expected, found=str(error.strerror), remedy="check the path") from error
+    except ValueError as error:  # what JSON is not, and what UTF-8 is not
+        raise ConfigError(thing, expected=expected, found=str(error), remedy="check the path") from error
+    if not isinstance(result, dict) or key not in result:
+        found = ", ".join(result) if isinstance(result, dict) else type(result).__name__
+        raise ConfigError(thing, expected=expected, found=found[:120] or "no keys", remedy="check the path")
+    return result
 
 
 def headline(facts: Mapping[str, Any]) -> str:

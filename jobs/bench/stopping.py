@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jobs.bench.measure import read_result
 from jobs.configs.search import TuneConfig
 from jobs.configs.space import ENCODER
 from jobs.output import table
@@ -42,7 +43,7 @@ def curves_of(config: TuneConfig, result: Mapping[str, Any], place: str) -> dict
     Raises:
         ConfigError: the search stopped trials, or is another one than the configuration's.
     """
-    trials = result.get("trials", [])
+    trials = result["trials"]
     epochs = config.finetune.epochs
     whole = [trial for trial in trials if len(trial["scores"]) == epochs and not trial["error"]]
     if config.algorithm != "grid" or config.scheduler != "none" or len(config.arms) > 1 or config.total != len(whole):
@@ -102,7 +103,7 @@ def bench_stopping(config: TuneConfig, result: Path, *, orders: int = 200) -> di
     Raises:
         ConfigError: see `curves_of`.
     """
-    curves = curves_of(config, json.loads(result.read_text(encoding="utf-8")), str(result))
+    curves = curves_of(config, read_result(result, "trials"), str(result))
     rows = []
     for scheduler in SCHEDULERS:
         for concurrent in sorted({1, min(4, config.total), config.total}):

@@ -295,9 +295,10 @@ def _learn(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str
     from jobs.bench.learning.arms import FULL, QUICK
     from jobs.bench.learning.learn import bench_learn
     from jobs.bench.learning.rows import format_learn, joined
+    from jobs.bench.measure import read_result
 
     if arguments.join:
-        result = joined([json.loads(path.read_text(encoding="utf-8")) for path in arguments.join])
+        result = joined([read_result(path, "runs") for path in arguments.join])
         return result, format_learn(result)
     size = QUICK if arguments.quick else FULL
     count = len(size.seeds) if arguments.seeds is None else arguments.seeds

@@ -66,6 +66,36 @@ def test_a_result_is_printed_as_json_and_written(tmp_path: Path, capsys: pytest.
     assert [row["method"] for row in printed["rows"]] == [row["method"] for row in json.loads(runs.read_text())["rows"]]
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (None, "No such file"),
+        ("{", "Expecting property name"),
+        ("[]", "list"),
+        ("{}", "no keys"),
+        ('{"a": 1}', "found a"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["join", "stopping"])
+def test_a_file_that_is_no_result_is_named(
+    verb: str, text: str | None, found: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "result.json"
+    if text is not None:
+        path.write_text(text)
+    search = ["stopping", str(ROOT / "docs/benchmarks/finetuning/search.yaml"), str(path)]
+    assert main(["learn", "--join", str(path)] if verb == "join" else search) == 2
+    said = capsys.readouterr().err
+    assert str(path) in said
+    assert found in said
+
+
+def test_the_search_of_the_page_can_be_played_again(capsys: pytest.CaptureFixture[str]) -> None:
+    places = [str(ROOT / "docs/benchmarks/finetuning" / name) for name in ("search.yaml", "search.json")]
+    assert main(["stopping", *places, "--orders", "2"]) == 0
+    assert re.search(r"halving +12 +24 %", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_modules_that_the_pages_run_exist(page: Path) -> None:
     for name in re.findall(r"python -m ([\w.]+)", page.read_text(encoding="utf-8")):
