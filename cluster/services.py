@@ -4,6 +4,7 @@ Secrets reach a server through files of mode 0600 or its environment, never thro
 of a machine can list.
 """
 
+import base64
 import contextlib
 import functools
 import json
@@ -198,6 +199,10 @@ def _mlflow(state_dir: Path, ports: dict[str, dict[str, int]], cpus: int) -> Mad
         "MLFLOW_TRACKING_PASSWORD": None,
         "MLFLOW_AUTH_CONFIG_PATH": str(state_dir / "secrets" / "mlflow_auth.ini"),
         "MLFLOW_FLASK_SERVER_SECRET_KEY": states.secret(state_dir, "mlflow_cookie_key"),
+        # Without it each process makes a key of its own, and cannot read the secrets of webhooks after a start.
+        "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": base64.urlsafe_b64encode(
+            bytes.fromhex(states.secret(state_dir, "mlflow_webhook_key"))
+        ).decode(),
         "MLFLOW_S3_ENDPOINT_URL": f"http://{HOST}:{ports['s3']['s3']}",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "OMP_NUM_THREADS": "1",

@@ -22,6 +22,15 @@ from storage.objects.retry import OutOfTime, RetryPolicy, repeat
 STATE_VARIABLE = "TOMOSCALE_STATE"
 SERVICES = ("s3", "mlflow", "ray")
 NODE = "node"
+SECRETS = (
+    "s3_access_key",
+    "s3_secret_key",
+    "mlflow_password",
+    "mlflow_cookie_key",
+    "mlflow_webhook_key",
+    "ray_token",
+)
+"""Made once; all but the first are 64 hexadecimal digits."""
 # Ray puts `<temp>/session_YYYY-MM-DD_HH-MM-SS_micros_pid/sockets/plasma_store` in a Unix socket address of 107 bytes.
 _LONGEST = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 
@@ -90,7 +99,7 @@ def prepare(state_dir: Path) -> State:
             state = State(stack=secrets.token_hex(8))
             write_private(state_dir / "state.json", json.dumps(dataclasses.asdict(state), indent=1), keep=True)
             state = load(state_dir) or state
-        for name in ("s3_access_key", "s3_secret_key", "mlflow_password", "mlflow_cookie_key", "ray_token"):
+        for name in SECRETS:
             _make_secret(state_dir, name)
     except OSError as error:
         raise StackError(

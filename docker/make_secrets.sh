@@ -51,7 +51,10 @@ openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 
 cat "$part/key" "$part/certificate" > "$part/grpc.pem"
 rm "$part/key" "$part/certificate"
 chmod 644 "$part/grpc.pem"     # openssl's key is the owner's alone, and the container's user is another
-printf 'MLFLOW_FLASK_SERVER_SECRET_KEY=%s\nPGPASSWORD=%s\n' "$(random 32)" "$database" > "$part/mlflow_server.env"
+# Without a key for webhooks each of MLflow's processes makes one, and the others cannot read what it wrote.
+webhooks=$(head -c 32 /dev/urandom | base64 | tr '+/' '-_')
+printf 'MLFLOW_FLASK_SERVER_SECRET_KEY=%s\nMLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY=%s\nPGPASSWORD=%s\n' \
+    "$(random 32)" "$webhooks" "$database" > "$part/mlflow_server.env"
 printf 'MLFLOW_TRACKING_USERNAME=admin\nMLFLOW_TRACKING_PASSWORD=%s\n' "$password" > "$part/mlflow_client.env"
 mv "$part" secrets
 echo "made docker/secrets"

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from jobs.on_ray.metrics import WorkerMetrics, keep_showing
 from jobs.on_ray.uploads import Uploads
 from jobs.pretrain.loop import KIND, Hooks, Take, run
 from jobs.tracking.runs import Sender
+from jobs.tracking.system import NodeMetrics
 from ssl_core.config import parse
 from ssl_core.distributed import current
 from storage.objects import join
@@ -68,10 +70,19 @@ def train_loop(payload: dict[str, Any]) -> None:
     collectives = current(overlap=context.get_local_world_size() < context.get_world_size())
     train = partial(run, config, hooks, device=device, cache_dir=cache_dir, collectives=collectives)
     last = ray.train.get_checkpoint()
-    if last is None:
-        train(restore=None)
-    else:
-        with last.as_directory() as folder:
-            train(restore=Path(folder))
+    with _node_metrics(context, payload["run_id"]):
+        if last is None:
+            train(restore=None)
+        else:
+            with last.as_directory() as folder:
+                train(restore=Path(folder))
     if sender is not None:
         sender.close()
+
+
+def _node_metrics(context: Any, run_id: str) -> AbstractContextManager[Any]:
+    """What the node does meanwhile, of one of its ranks."""
+    if context.get_local_rank():
+        return nullcontext()
+    is_alone = context.get_local_world_size() == context.get_world_size()
+    return NodeMetrics(run_id, "" if is_alone else f"node-{context.get_node_rank()}")

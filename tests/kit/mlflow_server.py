@@ -27,12 +27,14 @@ def environment() -> dict[str, str]:
 
 
 @contextmanager
-def mlflow_server(folder: Path) -> Iterator[str]:
+def mlflow_server(folder: Path, workers: int = 1) -> Iterator[str]:
     """Yield the server's address; its whole process group is gone afterwards."""
     (port,) = ports.find_free(1)  # below the range from which outgoing connections take theirs
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
     command += [
+        "--workers",
+        str(workers),
         "--backend-store-uri",
         f"sqlite:///{folder}/mlflow.db",
         "--artifacts-destination",

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from cryptography.fernet import Fernet
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -184,6 +185,9 @@ def test_secrets_are_made_once_and_behind_a_closed_folder(tmp_path: Path) -> Non
     password = (folder / "postgres_password").read_text()
     assert f"PGPASSWORD={password}\n" in (folder / "mlflow_server.env").read_text()
     assert password not in (folder / "mlflow_auth.ini").read_text()
+    key = re.search(r"^MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY=(.+)$", (folder / "mlflow_server.env").read_text(), re.M)
+    assert key
+    assert Fernet(key[1]).decrypt(Fernet(key[1]).encrypt(b"hook")) == b"hook"
     again = subprocess.run(["sh", script], capture_output=True, text=True, timeout=120)
     assert again.returncode == 1
     assert "already" in again.stderr

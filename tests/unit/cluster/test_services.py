@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cryptography.fernet import Fernet
 
 from cluster import processes, ray_node, services
 from cluster import state as states
@@ -30,8 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def secrets(folder: Path) -> list[str]:
-    names = ("s3_access_key", "s3_secret_key", "mlflow_password", "mlflow_cookie_key", "ray_token")
-    return [states.secret(folder, name) for name in names]
+    return [states.secret(folder, name) for name in states.SECRETS]
 
 
 def test_no_secret_on_a_command_line(folder: Path) -> None:
@@ -62,6 +62,12 @@ def test_the_mlflow_server_does_not_get_its_own_address_as_a_store(folder: Path)
     environment = services.server("mlflow", folder, "id", PORTS, 4).environment
     assert "MLFLOW_TRACKING_URI" not in environment
     assert environment["MLFLOW_S3_ENDPOINT_URL"].endswith(str(PORTS["s3"]["s3"]))
+
+
+def test_the_mlflow_server_reads_secrets_of_webhooks_that_it_wrote_before(folder: Path) -> None:
+    variable = "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY"
+    first, second = (services.server("mlflow", folder, "id", PORTS, 4).environment[variable] for _ in range(2))
+    assert Fernet(second).decrypt(Fernet(first).encrypt(b"hook")) == b"hook"
 
 
 def test_files_for_the_servers_read_back(folder: Path) -> None:
