@@ -192,10 +192,8 @@ def parse(kind: type[C], data: dict[str, Any], name: str = "config") -> C:
             remedy = "set it in the file or as key=value"
             raise ConfigError(thing, expected="a value", found="none", remedy=remedy) from error
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").partition(", unable")[0]
-        given = first.get("input")
-        # Of settings that do not fit together the message names the values; all of the group would say nothing.
-        together = isinstance(given, dict) and first["type"] == "value_error"
-        found = "settings that do not fit together" if together else repr(given)[:120]
+        is_group = isinstance(first["input"], dict) and first["type"] == "value_error"  # whose message names the values
+        found = "settings that do not fit together" if is_group else repr(first["input"])[:120]
         raise ConfigError(thing, expected=message, found=found) from error
 
 

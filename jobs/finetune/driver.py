@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
+from numpy.typing import NDArray
+
 from jobs import driver
 from jobs import labelled as split
 from jobs.configs import FinetuneJobConfig
-from jobs.finetune import heads
+from jobs.finetune import heads, previews
 from jobs.finetune.checkpoints import StoredCheckpoints
 from jobs.finetune.training import score_test, train_from
 from jobs.lease import Lease
@@ -34,7 +36,7 @@ from ssl_core.config import parse, resolved
 from ssl_core.downstream.comparison import Comparison, Training, paired_test_of, start_rows
 from ssl_core.downstream.finetune import TrainedSegmenter
 from ssl_core.downstream.heads.comparison import HeadComparison, HeadTraining
-from ssl_core.downstream.scores import CaseScore
+from ssl_core.downstream.scores import CaseScore, CaseSlice
 from storage.errors import ConfigError
 from storage.format.manifest import Manifest
 from storage.objects import join, open_store
@@ -96,9 +98,17 @@ def training_task(settings: dict[str, Any], run_id: str, task: Task) -> Training
         gpu=config.gpus_per_run > 0,
         checkpoints=_checkpoints(config, task),
     )
+    slices: dict[str, CaseSlice] = {}
+
+    def keep(volume_id: str, mask_DHW: NDArray[Any], truth_DHW: NDArray[Any]) -> None:
+        slices[volume_id] = CaseSlice.largest(mask_DHW, truth_DHW)
+
     with trained.store:
-        cases = score_test(trained, config.labelled, config.finetune, config.nsd_tolerance_mm)
+        cases = score_test(trained, config.labelled, config.finetune, config.nsd_tolerance_mm, keep)
         if task == registered_task(config):
+            picture = previews.examples(trained, config.labelled.label, cases, slices)
+            if picture is not None:
+                open_store(join(config.runs, config.name)).put(previews.EXAMPLES, picture)
             _store(config, trained, cases, run_id=run_id, parent=config.starts[start])
     return Training(start, seed, trained.history, cases, None, time.monotonic() - began, task.draw)
 
@@ -178,6 +188,9 @@ def _compare(config: FinetuneJobConfig, lease: Lease) -> int:
         trainings = _registered(config, trainings, run_id)
         comparison = _comparison(config, trainings, run_id, time.monotonic() - began)
         driver.write_result(config.runs, config.name, comparison.to_json())
+        if config.finetune.task == "segmentation":
+            own = open_store(join(config.runs, config.name))
+            through_outage(partial(previews.log, api, run_id, own, trainings), "pictures of the test cases")
     except BaseException as error:
         lease.check()  # the run in MLflow is another job's as well
         driver.end_failed(api, run_id, error)

@@ -228,3 +228,5 @@ def test_fine_tuning_keeps_what_was_done_before_its_drivers_death(
     assert "candidate" in versions[0].aliases
     keys = sorted(open_store(f"s3://runs/{name}/trainings").list())
     assert len(keys) == 4
+    artifacts = tracking.client().list_artifacts(versions[0].run_id)
+    assert {"examples.png", "scores.png"} <= {item.path for item in artifacts if item.file_size > 1000}

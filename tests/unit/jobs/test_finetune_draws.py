@@ -12,6 +12,7 @@ from jobs.configs import FinetuneJobConfig
 from jobs.configs.search import TuneConfig
 from jobs.finetune import compared
 from jobs.finetune.driver import Task, registered_task, tasks, training_task
+from jobs.finetune.previews import EXAMPLES
 from jobs.labelled import draw, draws
 from jobs.tracking import registration
 from ssl_core.bundle import write_bundle
@@ -164,8 +165,10 @@ def test_a_training_learns_from_its_own_draw_and_the_first_draws_segmenter_is_ke
         draws(manifest, same)
     other = training_task(resolved(job), "r", second)
     assert not registration.is_stored((tmp_path / "runs/n").as_uri())
+    assert not (tmp_path / "runs/n" / EXAMPLES).exists(), "of a training whose segmenter is not registered"
     one = training_task(resolved(job), "r", first)
     assert registration.is_stored((tmp_path / "runs/n").as_uri())
+    assert (tmp_path / "runs/n" / EXAMPLES).read_bytes()[:4] == b"\x89PNG"
     assert (one.draw, other.draw) == (0, 2)
     assert one.history != other.history
     assert {case.subject for case in one.cases} == {case.subject for case in other.cases}, "tested on the same subjects"
