@@ -4,6 +4,7 @@ The volume is a phantom in a store, the network has random weights, and the mask
 process of its own, whose memory is what the kernel counted.
 """
 
+import resource
 import subprocess
 import sys
 import tempfile
@@ -64,7 +65,8 @@ def bench_predict(size: Size, *, batch: int = 1, say: Say = print) -> dict[str, 
         say: Hears progress.
 
     Returns:
-        JSON-able: `machine`, `size`, `batch`, `seconds`, `peak_gib` of resident memory, `image_gib` as stored values.
+        JSON-able: `machine`, `size`, `batch`, `seconds`, `cpu_seconds` of all threads, `peak_gib` of resident memory,
+        `image_gib` as stored values, `limit_gib`.
 
     Raises:
         StackError: the prediction failed.
@@ -77,13 +79,13 @@ def bench_predict(size: Size, *, batch: int = 1, say: Say = print) -> dict[str, 
         bundle = _model(size, folder / "model")
         store, mask = (folder / "store").as_uri(), folder / "mask.nii.gz"
         words = [str(bundle), store, str(mask), "--batch", str(batch)]
-        began = time.monotonic()
+        began, cpu_before_s = time.monotonic(), _children_cpu_s()
         with subprocess.Popen([sys.executable, "-m", "jobs.cli.main", "predict", *words]) as process:
             peak = 0.0
             while process.poll() is None:
                 peak = max(peak, peak_mib(process.pid))
                 time.sleep(0.1)
-        seconds = time.monotonic() - began
+        seconds, cpu_s = time.monotonic() - began, _children_cpu_s() - cpu_before_s
         if process.returncode != 0:
             raise StackError(
                 "tomoscale predict",
@@ -94,14 +96,21 @@ def bench_predict(size: Size, *, batch: int = 1, say: Say = print) -> dict[str, 
         shape = nib.load(mask).shape  # type: ignore[attr-defined]
         assert shape == size.shape_DHW[::-1], shape
     return {
-        "machine": machine() | {"threads": torch.get_num_threads()},
+        "machine": machine(),
         "size": asdict(size),
         "batch": batch,
         "seconds": seconds,
+        "cpu_seconds": cpu_s,
         "peak_gib": peak / 1024,
         "image_gib": 2 * int(np.prod(size.shape_DHW)) / 2**30,
         "limit_gib": LIMIT_GIB,
     }
+
+
+def _children_cpu_s() -> float:
+    """Processor seconds of processes that have ended and were waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _volume(size: Size) -> DataSet:
@@ -132,7 +141,7 @@ def format_predict(result: dict[str, Any]) -> str:
         ("volume (D, H, W)", " x ".join(map(str, size["shape_DHW"])) + f", {result['image_gib']:.2f} GiB"),
         ("windows (D, H, W)", " x ".join(map(str, size["window_DHW"])) + f", {result['batch']} at once"),
         ("classes", size["classes"]),
-        ("time", f"{result['seconds'] / 60:.1f} min on {result['machine']['threads']} threads"),
+        ("time", f"{result['seconds'] / 60:.1f} min, {result['cpu_seconds'] / 60:.1f} min of processor"),
         ("memory at most", f"{result['peak_gib']:.2f} GiB, {fits} in {result['limit_gib']:.0f} GiB"),
     ]
     return table(("", ""), rows)

@@ -85,7 +85,9 @@ def _monitors() -> list[Any]:
     from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
     psutil.cpu_percent()  # the first answer is always 0
-    monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-    with suppress(RuntimeError):  # no NVIDIA driver
-        monitors.append(GPUMonitor())
+    kinds: list[Any] = [CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor]
+    monitors = []
+    for kind in kinds:
+        with suppress(RuntimeError):  # of the last, where there is no NVIDIA driver
+            monitors.append(kind())
     return monitors

@@ -155,7 +155,7 @@ def test_every_command_in_a_shell_block_parses(page: Path, capsys: pytest.Captur
             except SystemExit:
                 pytest.fail(f"{line}: {capsys.readouterr().err}")
             for value in (getattr(arguments, "config", None), getattr(arguments, "source", None)):
-                if value and value.startswith("examples/"):
+                if value and str(value).startswith(("examples/", "docs/")):
                     assert (ROOT / value).is_file(), line
 
 

@@ -17,6 +17,7 @@ def test_a_prediction_is_measured_in_a_process_of_its_own(tmp_path: Path, capsys
     assert main(["predict", "--quick", "--size", "24", "32", "40", "--classes", "3", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
     assert result["size"]["shape_DHW"] == [24, 32, 40]
+    assert result["cpu_seconds"] > 0.5
     assert 0.05 < result["peak_gib"] < prediction.LIMIT_GIB
     assert "fits in 8 GiB" in capsys.readouterr().out
     too_much = prediction.format_predict(result | {"peak_gib": 8.01})
