@@ -26,7 +26,7 @@ from storage.errors import ConfigError
 SCHEDULERS = ("asha", "halving", "hyperband", "median")
 WITHIN = 0.005
 """Dice that may be lost to the best of all trials."""
-_WANTED = "a search whose trials all ran to their end, over a grid, with `scheduler: none` and one start or several"
+_WANTED = "a search whose trials all ran to their end, over a grid, `scheduler: none`, no `compare_scratch`"
 
 
 @dataclass(frozen=True)

@@ -207,6 +207,9 @@ def test_a_worker_writes_no_checkpoint_without_the_lease(local: str, monkeypatch
         def get_local_world_size(self) -> int:
             return 2
 
+        def get_local_rank(self) -> int:
+            return 1
+
         def get_storage(self) -> "Context":
             return self
 
