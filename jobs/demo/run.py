@@ -34,6 +34,7 @@ from jobs.tracking import models as registry
 from jobs.tracking import runs as tracking
 from ssl_core.config import Config, dump_yaml, parse
 from ssl_core.downstream.comparison import Comparison
+from ssl_core.downstream.scores import dice_by_volume
 from ssl_core.downstream.search import SearchResult
 from ssl_core.methods.base import method_class
 from ssl_core.portable import Predictor
@@ -206,7 +207,7 @@ class Demo:
             shutil.rmtree(self._pulled)
         predictor = Predictor(registry.pull(uri, self._pulled))
         manifest = Manifest.open(url)
-        dice = _dice_by_volume(comparison)
+        dice = _registered_dice(comparison)
         ranked = sorted(dice, key=lambda volume: dice[volume])
         previews, captions, cases = {}, {}, {}
         with VolumeStore(url, manifest) as store:
@@ -270,13 +271,10 @@ def _refuse_too_few_labels(manifest: Manifest, url: str) -> None:
         ) from error
 
 
-def _dice_by_volume(comparison: Comparison) -> dict[str, float]:
+def _registered_dice(comparison: Comparison) -> dict[str, float]:
     """Mean Dice over labels of each test volume, of the training whose segmenter was registered."""
     registered = next(t for t in comparison.trainings if t.start == comparison.registered_start)  # its first seed
-    values: dict[str, list[float]] = {}
-    for case in registered.cases:
-        values.setdefault(case.volume_id, []).append(case.scores.dice)
-    return {volume: float(np.mean(of_labels)) for volume, of_labels in values.items()}
+    return dice_by_volume(registered.cases)
 
 
 def _data_facts(title: str, simulated: bool, url: str, ingested: IngestReport) -> DataFacts:

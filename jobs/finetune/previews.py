@@ -1,6 +1,5 @@
 """Pictures of a fine-tuning for MLflow: test cases as the registered segmenter sees them, scores of all trainings."""
 
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,9 +7,8 @@ from typing import Any
 
 from ssl_core.downstream.comparison import Training
 from ssl_core.downstream.finetune import TrainedSegmenter
-from ssl_core.downstream.scores import CaseScore, CaseSlice
+from ssl_core.downstream.scores import CaseScore, CaseSlice, dice_by_volume
 from storage.objects import ByteStore
-from storage.reading.volume_store import Crop
 
 # `jobs.pages` is imported in functions: it draws with matplotlib, which a job's start need not wait for.
 
@@ -21,7 +19,7 @@ EXAMPLES = "examples.png"
 def examples(
     trained: TrainedSegmenter, label: str, cases: Sequence[CaseScore], slices: Mapping[str, CaseSlice]
 ) -> bytes | None:
-    """PNG of the worst, the middle and the best test case by mean Dice; None where none has a Dice.
+    """PNG of the worst, the middle and the best test case by mean Dice; None without test cases.
 
     Args:
         trained: The segmenter, its store open.
@@ -29,29 +27,17 @@ def examples(
         cases: Scores of the test cases.
         slices: Of each case the slice that is shown.
     """
-    from jobs.pages.pictures import ComparedSlice, comparison_picture
+    from jobs.pages.pictures import compared_slice, comparison_picture
 
-    by_volume: dict[str, list[float]] = {}
-    for case in cases:
-        if not math.isnan(case.scores.dice):
-            by_volume.setdefault(case.volume_id, []).append(case.scores.dice)
-    mean = {name: sum(dice) / len(dice) for name, dice in by_volume.items()}
-    order = sorted(mean, key=lambda name: (mean[name], name))
+    dice = dice_by_volume(cases)
+    order = sorted(dice, key=lambda name: (dice[name], name))
     if not order:
         return None
     rows = []
     for name in dict.fromkeys((order[0], order[len(order) // 2], order[-1])):
-        record, shown = trained.store.record(name), slices[name]
-        crop = Crop(name, (shown.at, 0, 0), (1, *record.shape_DHW[1:]))
-        rows.append(
-            ComparedSlice(
-                name,
-                trained.store.read(crop)[0, 0],
-                trained.store.read(crop, label)[0, 0],
-                [(f"Dice {mean[name]:.2f}", shown.classes_HW)],
-                (record.spacing_mm[1], record.spacing_mm[2]),
-            )
-        )
+        shown = slices[name]
+        predictions = [(f"Dice {dice[name]:.2f}", shown.classes_HW)]
+        rows.append(compared_slice(trained.store, label, name, shown.at, name, predictions))
     return comparison_picture(rows)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from ssl_core.methods.parts import points as align
 from ssl_core.networks.backbone import Level
 from ssl_core.views.types import Elastic, View
+from storage.reading.volume_store import Crop, VolumeStore
 
 INK, EDGE = "#24292f", "#ffb000"
 COLOURS = ("#648fff", "#dc267f", "#ffb000", "#22c55e", "#fe6100", "#785ef0", "#5ce1e6", "#f5a3c7")
@@ -183,6 +184,25 @@ class ComparedSlice:
     truth_HW: NDArray[Any]
     predictions: Sequence[tuple[str, NDArray[Any]]]
     spacing_mm: tuple[float, float]
+
+
+def compared_slice(
+    store: VolumeStore, label: str, volume_id: str, at: int, title: str, predictions: Sequence[tuple[str, NDArray[Any]]]
+) -> ComparedSlice:
+    """Segmentations of one axial slice with its image and truth from the store.
+
+    Args:
+        store: Of the volumes.
+        label: Name of the label map.
+        volume_id: The volume.
+        at: Place of the slice along D.
+        title: Of the row.
+        predictions: Name of each segmentation and its label values, (H, W).
+    """
+    record = store.record(volume_id)
+    crop = Crop(volume_id, (at, 0, 0), (1, *record.shape_DHW[1:]))
+    image_HW, truth_HW = store.read(crop)[0, 0], store.read(crop, label)[0, 0]
+    return ComparedSlice(title, image_HW, truth_HW, predictions, (record.spacing_mm[1], record.spacing_mm[2]))
 
 
 def comparison_picture(rows: Sequence[ComparedSlice]) -> bytes:

@@ -7,14 +7,14 @@ from pathlib import Path
 from jobs.configs.study import StudyConfig
 from jobs.output import write_page
 from jobs.pages import study as page
-from jobs.pages.pictures import ComparedSlice
+from jobs.pages.pictures import ComparedSlice, compared_slice
 from jobs.study.run import to_json
 from ssl_core.config import dump_yaml
 from ssl_core.downstream.scores import METRICS
 from ssl_core.downstream.study import StudyResult
 from storage.format.manifest import Manifest
 from storage.objects import join, open_store
-from storage.reading.volume_store import Crop, VolumeStore
+from storage.reading.volume_store import VolumeStore
 
 _FOLDER = "report"
 _NAMES = ("report.md", "report.html", "result.json", "cases.csv", "config.yaml")
@@ -49,18 +49,11 @@ def examples(config: StudyConfig, result: StudyResult) -> list[ComparedSlice]:
 def _compared(store: VolumeStore, label: str, reference: str, pair: page.Contrast) -> ComparedSlice:
     name = pair.case.volume_id
     own, other = pair.cell.slices[name], pair.reference.slices[name]
-    record = store.record(name)
-    crop = Crop(name, (own.at, 0, 0), (1, *record.shape_DHW[1:]))
-    return ComparedSlice(
-        f"{name}, {pair.case.label}",
-        store.read(crop)[0, 0],
-        store.read(crop, label)[0, 0],
-        (
-            (f"{pair.cell.start}, Dice {pair.case.scores.dice:.2f}", own.classes_HW),
-            (f"{reference}, Dice {pair.dice:.2f}", other.classes_HW),
-        ),
-        (record.spacing_mm[1], record.spacing_mm[2]),
+    predictions = (
+        (f"{pair.cell.start}, Dice {pair.case.scores.dice:.2f}", own.classes_HW),
+        (f"{reference}, Dice {pair.dice:.2f}", other.classes_HW),
     )
+    return compared_slice(store, label, name, own.at, f"{name}, {pair.case.label}", predictions)
 
 
 def write(config: StudyConfig, result: StudyResult, folder: Path, command: str) -> list[Path]:

@@ -25,7 +25,7 @@ from jobs.tracking import registration
 from ssl_core.bundle import write_bundle
 from ssl_core.bundle_card import BundleFacts
 from ssl_core.config import parse
-from ssl_core.downstream.finetune import FinetuneConfig
+from ssl_core.downstream.finetune import FinetuneConfig, TrainedSegmenter
 from ssl_core.downstream.scores import CaseSlice
 from ssl_core.networks.registry import build
 from ssl_core.views.intensity import IntensityPolicy
@@ -148,16 +148,7 @@ def _supervised(task: Task, say: Say) -> dict[str, Any]:
     spec = task.cell.spec
     settings = parse(FinetuneConfig, spec["finetune"])
     with _bundle(task, spec["network"]) as like:
-        trained = train_from(
-            "none",
-            parse(LabelledConfig, spec["labelled"]),
-            settings,
-            seed=spec["seed"],
-            like=like,
-            on_epoch=_epochs(settings, say),
-            gpu=task.gpu,
-            checkpoints=_checkpoints(task),
-        )
+        trained = _trained(task, "none", parse(LabelledConfig, spec["labelled"]), settings, like, say)
     with trained.store, tempfile.TemporaryDirectory(prefix="tomoscale-supervised-") as folder:
         facts = BundleFacts(
             name="supervised",
@@ -176,16 +167,7 @@ def _tuned(task: Task, labelled: LabelledConfig, say: Say) -> dict[str, Any]:
     settings = parse(FinetuneConfig, spec["finetune"])
     with _bundle(task, spec["network"]) as like, _origin(task) as start:
         began = time.monotonic()
-        trained = train_from(
-            start,
-            labelled,
-            settings,
-            seed=spec["seed"],
-            like=like,
-            on_epoch=_epochs(settings, say),
-            gpu=task.gpu,
-            checkpoints=_checkpoints(task),
-        )
+        trained = _trained(task, start, labelled, settings, like, say)
         trained_s = time.monotonic() - began
     with trained.store:
         record = trained.store.manifest.record
@@ -223,8 +205,20 @@ _ACTIONS = {
 }
 
 
-def _epochs(settings: FinetuneConfig, say: Say) -> Callable[[int, dict[str, float]], None]:
-    return lambda epoch, metrics: say(f"epoch {epoch} of {settings.epochs}, loss {metrics['loss']:.3f}")
+def _trained(
+    task: Task, start: str, labelled: LabelledConfig, settings: FinetuneConfig, like: str, say: Say
+) -> TrainedSegmenter:
+    """A fine-tuning that says how far it is and goes on where a worker before was killed."""
+    return train_from(
+        start,
+        labelled,
+        settings,
+        seed=task.cell.spec["seed"],
+        like=like,
+        on_epoch=lambda epoch, metrics: say(f"epoch {epoch} of {settings.epochs}, loss {metrics['loss']:.3f}"),
+        gpu=task.gpu,
+        checkpoints=_checkpoints(task),
+    )
 
 
 def _checkpoints(task: Task) -> StoredCheckpoints:

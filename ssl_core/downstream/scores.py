@@ -220,6 +220,14 @@ class CaseSlice:
         return cls(int(data["at"]), values.reshape(data["size_HW"]))
 
 
+def dice_by_volume(cases: Sequence[CaseScore]) -> dict[str, float]:
+    """Mean Dice over labels of each volume."""
+    values: dict[str, list[float]] = {}
+    for case in cases:
+        values.setdefault(case.volume_id, []).append(case.scores.dice)
+    return {volume: float(np.mean(of_labels)) for volume, of_labels in values.items()}
+
+
 def mean_scores(cases: Sequence[CaseScore]) -> Scores:
     """Mean of each metric over cases, of which there must be one."""
     return _reduced(cases, np.mean)

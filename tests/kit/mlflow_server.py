@@ -10,8 +10,12 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from cluster import ports
+from jobs.tracking import runs
 
 
 def environment() -> dict[str, str]:
@@ -73,3 +77,12 @@ def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
         except (urllib.error.URLError, OSError):
             time.sleep(0.3)
     raise RuntimeError(f"MLflow did not start:\n{log.read_text(errors='replace')[-3000:]}")
+
+
+@contextmanager
+def mlflow_client(folder: Path) -> Iterator[Any]:
+    """A client of such a server, to which the process' environment points meanwhile."""
+    with mlflow_server(folder) as url, pytest.MonkeyPatch.context() as patch:
+        for key, value in {**environment(), "MLFLOW_TRACKING_URI": url}.items():
+            patch.setenv(key, value)
+        yield runs.client()

@@ -8,7 +8,7 @@ import pytest
 
 from jobs.tracking import runs as tracking
 from jobs.tracking.system import PREFIX, NodeMetrics
-from tests.kit.mlflow_server import environment, mlflow_server
+from tests.kit.mlflow_server import mlflow_client
 
 pytestmark = pytest.mark.service
 QUICK = {"sample_s": 0.05, "samples": 4}
@@ -16,10 +16,8 @@ QUICK = {"sample_s": 0.05, "samples": 4}
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as url, pytest.MonkeyPatch.context() as patch:
-        for key, value in {**environment(), "MLFLOW_TRACKING_URI": url}.items():
-            patch.setenv(key, value)
-        yield tracking.client()
+    with mlflow_client(tmp_path_factory.mktemp("mlflow")) as client:
+        yield client
 
 
 @pytest.fixture

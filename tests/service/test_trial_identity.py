@@ -12,7 +12,7 @@ from jobs.tune.journal import Journal
 from jobs.tune.live import METRIC, Live
 from jobs.tune.state import Search
 from jobs.tune.suggest import Suggestions
-from tests.kit.mlflow_server import environment, mlflow_server
+from tests.kit.mlflow_server import mlflow_client
 from tests.kit.searches import play, score, search_config
 from tests.kit.senders import send_at_once
 
@@ -22,10 +22,8 @@ STARTS = 4
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as url, pytest.MonkeyPatch.context() as patch:
-        for key, value in {**environment(), "MLFLOW_TRACKING_URI": url}.items():
-            patch.setenv(key, value)
-        yield tracking.client()
+    with mlflow_client(tmp_path_factory.mktemp("mlflow")) as client:
+        yield client
 
 
 class Mortal:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cluster import stack
-from jobs.demo.run import Demo, _dice_by_volume
+from jobs.demo.run import Demo, _registered_dice
 from ssl_core.downstream.comparison import Comparison, Training
 from ssl_core.downstream.scores import CaseScore
 from storage.errors import ConfigError
@@ -43,4 +43,4 @@ def test_predictions_are_ranked_by_the_training_whose_segmenter_was_registered()
 
     trainings = (training("other", 3, 0.1), training("pre", 3, 0.5), training("pre", 1, 0.7))
     comparison = Comparison((), trainings, None, "m", "1", "pre", 1.0, "r", 1.0)
-    assert _dice_by_volume(comparison) == pytest.approx({"v": 0.6})
+    assert _registered_dice(comparison) == pytest.approx({"v": 0.6})
