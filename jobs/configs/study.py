@@ -20,6 +20,7 @@ from jobs.ingest_config import JobName, Url
 from ssl_core.config import Config, Fingerprint, Name, parse, resolved
 from ssl_core.downstream.finetune import FinetuneConfig
 from ssl_core.downstream.inference import MOST_DRAWS
+from ssl_core.downstream.settings import TrainedParts
 
 VALIDATION = 1 << 32
 """First seed of the draws that settings are searched on; those of the test count from 0."""
@@ -53,6 +54,7 @@ class StudyStart(Config):
     )
     length: float = Field(1.0, gt=0, le=1000, description="fine-tuning steps are this many times those of the search")
     lr_scale: float = Field(1.0, ge=0, description="`finetune.encoder_lr_scale` of this start")
+    trained: TrainedParts = Field(TrainedParts(), description="`finetune.trained` of this start")
     all_labels: bool = Field(
         False, description="train on every labelled subject of the train split whatever the count: an upper bound"
     )
@@ -66,8 +68,8 @@ class StudyStart(Config):
             raise ValueError(
                 f"models:/NAME@ALIAS, models:/NAME/VERSION, a bundle's absolute folder or its URL: {self.model!r}"
             )
-        if not origins and (self.transfer != "encoder" or self.lr_scale != 1):
-            raise ValueError("no transfer and no lr_scale with random weights, which have nothing to transfer")
+        if not origins and (self.transfer != "encoder" or self.lr_scale != 1 or self.trained != TrainedParts()):
+            raise ValueError("no transfer, lr_scale and trained with random weights, which have nothing to transfer")
         return self
 
     @property
@@ -143,6 +145,11 @@ class StudyConfig(Config):
     validation: int = Field(1, ge=1, description="further subjects that a tested training's curve is measured on")
     test_limit: int | None = Field(None, ge=1, description="most test volumes; all when empty")
     nsd_tolerance_mm: float = Field(1.0, gt=0, description="tolerance of the normalised surface Dice")
+    until: Literal["search", "test"] = Field(
+        "test",
+        description="`search` ends with the scores on validation draws, records no choice and leaves the test shut; the"
+        " same study goes on from there with `test`",
+    )
     concurrent: int = Field(2, ge=1, le=1 << 16, description="cells at a time")
     cpus_per_cell: float = Field(1, gt=0, description="logical CPUs of a cell")
     gpus_per_cell: float = Field(0, ge=0, description="GPUs of a cell; without one it trains on the CPU")
@@ -183,7 +190,7 @@ class StudyConfig(Config):
         for key, counts in (("primary_labels", self.primary_labels), ("search.labels", self.search.labels)):
             if not set(counts) <= set(self.labels):
                 raise ValueError(f"{key}: counts that are among labels {list(self.labels)}, not {list(counts)}")
-        for key in ("lr", "steps_per_epoch", "encoder_lr_scale"):
+        for key in ("lr", "steps_per_epoch", "encoder_lr_scale", "trained"):
             if getattr(self.finetune, key) != FinetuneConfig.model_fields[key].default:
                 raise ValueError(f"no finetune.{key}: the search and each start say it")
         if self.finetune.schedule:
@@ -286,6 +293,7 @@ class StudyConfig(Config):
             "steps_per_epoch": -(-total // points),
             "lr": lr,
             "encoder_lr_scale": origin.lr_scale,
+            "trained": resolved(origin.trained),
         }
         if origin.transfer != "encoder":
             data["transfer"] = origin.transfer

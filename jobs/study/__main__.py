@@ -20,8 +20,7 @@ def main(argv: Sequence[str]) -> int:
     rest, folder = [*argv[:at], *argv[at + 2 :]], Path(*argv[at + 1 : at + 2])
     config = local.placed(driver.load(StudyConfig, rest, "jobs.study"), folder)
     command = " ".join(["python -m jobs.study", *argv])
-    result = local.study(config, folder, command, lambda line: print(line, flush=True))
-    print("\n".join(result.conclusion), flush=True)
+    local.study(config, folder, command, lambda line: print(line, flush=True))
     return 0
 
 

@@ -15,6 +15,7 @@ from ssl_core.config import resolved
 from ssl_core.downstream.inference import Power, power_of
 
 Grid = dict[tuple[float, int], list[float]]
+"""Validation Dice of each draw by learning rate and steps."""
 
 
 def choose(cells: Cells, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -24,16 +25,7 @@ def choose(cells: Cells, results: Mapping[str, Mapping[str, Any]]) -> dict[str, 
         cells: Of the study.
         results: Of the search, by key.
     """
-    config, grids = cells.config, dict[tuple[str, int], Grid]()
-    steps_of = {
-        (start, config.settings(start, 1.0, steps, points=1).steps_per_epoch): steps
-        for start, steps in itertools.product(config.starts, config.search.steps)
-    }
-    for cell in cells.search():
-        finetune = cell.spec["finetune"]
-        point = finetune["lr"], steps_of[cell.start, finetune["steps_per_epoch"]]
-        grid = grids.setdefault((cell.start, cell.labels), {})
-        grid.setdefault(point, []).append(score(results[cell.key]))
+    config, grids = cells.config, grids_of(cells, results)
     best = {key: best_of(grid) for key, grid in grids.items()}
     settings: dict[str, dict[str, Any]] = {}
     for start in config.starts:
@@ -62,6 +54,42 @@ def choose(cells: Cells, results: Mapping[str, Mapping[str, Any]]) -> dict[str, 
         "compared": [list(pair) for pair in config.compared],
         "power": vars(_power(config, grids, best)),
     }
+
+
+def grids_of(cells: Cells, results: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, int], Grid]:
+    """Validation scores of the search by start and count."""
+    config, grids = cells.config, dict[tuple[str, int], Grid]()
+    steps_of = {
+        (start, config.settings(start, 1.0, steps, points=1).steps_per_epoch): steps
+        for start, steps in itertools.product(config.starts, config.search.steps)
+    }
+    for cell in cells.search():
+        finetune = cell.spec["finetune"]
+        point = finetune["lr"], steps_of[cell.start, finetune["steps_per_epoch"]]
+        grid = grids.setdefault((cell.start, cell.labels), {})
+        grid.setdefault(point, []).append(score(results[cell.key]))
+    return grids
+
+
+def validation_table(cells: Cells, results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Lines of a Markdown table: each start's settings with their scores, and what they gain on the reference's best.
+
+    Numbers to choose by, not to claim with: settings were picked on these draws.
+    """
+    grids = grids_of(cells, results)
+    lines = ["| labels | start | lr | steps | validation Dice | by draw | difference by draw |", "|---" * 7 + "|"]
+    for (start, labels), grid in sorted(grids.items(), key=lambda item: item[0][1]):
+        against = grids[cells.config.reference, labels]
+        base = against[best_of(against)]
+        for (lr, steps), scores in grid.items():
+            row = f"| {labels} | {start} | {lr:g} | {steps} | {np.mean(scores):.3f} | "
+            row += " ".join(f"{score:.3f}" for score in scores)
+            if start == cells.config.reference:
+                lines.append(f"{row} | {'the best' if scores is base else ''} |")
+                continue
+            gains = [a - b for a, b in zip(scores, base, strict=True)]
+            lines.append(f"{row} | {np.mean(gains):+.3f}: {' '.join(f'{gain:+.3f}' for gain in gains)} |")
+    return lines
 
 
 def best_of(grid: Grid) -> tuple[float, int]:

@@ -46,13 +46,15 @@ def _study(config: StudyConfig, lease: Lease) -> int:
     pool = RayTasks(config.concurrent, config.cpus_per_cell, config.gpus_per_cell)
     try:
         result = run(config, Surroundings(pool, log.cell, log.choice, log.data, lease.check))
-        publish(config, result)
+        if result is not None:
+            publish(config, result)
     except BaseException as error:
         lease.check()  # the run in MLflow is another job's as well
         driver.end_failed(api, run_id, error)
         raise
     driver.end_run(api, run_id, "FINISHED")
-    print("\n".join(result.conclusion), flush=True)
+    if result is not None:
+        print("\n".join(result.conclusion), flush=True)
     return 0
 
 

@@ -9,7 +9,6 @@ from jobs.lease import Lease
 from jobs.study.pools import Inline, Pool, Processes
 from jobs.study.report import write
 from jobs.study.run import Surroundings, run
-from ssl_core.downstream.study import StudyResult
 from storage.ingest.mapping import map_threads
 
 
@@ -22,8 +21,8 @@ def placed(config: StudyConfig, folder: Path) -> StudyConfig:
     return config.model_copy(update=changes)
 
 
-def study(config: StudyConfig, folder: Path, command: str, say: Callable[[str], None]) -> StudyResult:
-    """Run a study in a few processes of this machine and write its report to the folder.
+def study(config: StudyConfig, folder: Path, command: str, say: Callable[[str], None]) -> None:
+    """Run a study in a few processes of this machine, write its report to the folder and say its conclusion.
 
     Args:
         config: The study, from `placed`.
@@ -42,6 +41,8 @@ def study(config: StudyConfig, folder: Path, command: str, say: Callable[[str], 
             result = run(config, Surroundings(pool, check=lease.check, say=say))
         finally:
             pool.close()
+        if result is None:
+            return
         for path in write(config, result, folder / config.name, command):
             say(f"report: {path}")
-    return result
+    say("\n".join(result.conclusion))

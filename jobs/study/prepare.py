@@ -17,8 +17,8 @@ from storage.format.manifest import Manifest
 from storage.objects import ByteStore
 
 KEY = "study.json"
-FREE = ("runs", "cache", "experiment", "source", "concurrent", "cpus_per_cell", "gpus_per_cell")
-"""Where a study runs and how many cells at a time, but not what comes out."""
+FREE = ("runs", "cache", "experiment", "source", "until", "concurrent", "cpus_per_cell", "gpus_per_cell")
+"""Where a study runs, how far and how many cells at a time, but not what comes out."""
 
 
 def prepare(config: StudyConfig, store: ByteStore, say: Callable[[str], None]) -> Data:

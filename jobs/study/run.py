@@ -10,7 +10,7 @@ from jobs.finetune.checkpoints import clear_all
 from jobs.study import cells as kinds
 from jobs.study import seal
 from jobs.study.cells import Cell, Cells, Data, unique
-from jobs.study.choice import choose
+from jobs.study.choice import choose, validation_table
 from jobs.study.graph import Clock, execute
 from jobs.study.pools import Pool
 from jobs.study.prepare import prepare
@@ -42,12 +42,15 @@ class Surroundings:
     say: Callable[[str], None] = field(default=lambda line: print(line, flush=True))
 
 
-def run(config: StudyConfig, around: Surroundings) -> StudyResult:
+def run(config: StudyConfig, around: Surroundings) -> StudyResult | None:
     """Pre-train and search, seal the choice, test, and say what came of it.
 
     Args:
         config: The study; its store is ingested.
         around: Where it runs.
+
+    Returns:
+        What the tests say; None where the configuration ends with the search.
 
     Raises:
         TomoscaleError: a setting cannot be run, or a cell failed; what is done stays.
@@ -58,7 +61,10 @@ def run(config: StudyConfig, around: Surroundings) -> StudyResult:
     around.on_data(data)
     cells = Cells(config, data)
     first = cells.before()
-    clock = Clock(counts(config, first), around.pool.size)
+    total = counts(config, first)
+    if config.until == "search":
+        del total[kinds.TEST]
+    clock = Clock(total, around.pool.size)
     assumed = power_of(config.draws, len(config.compared), config.sd, is_pilot=False)
     say(plan(config, data, clock))
     say(f"power, before anything is trained: {assumed.statement}")
@@ -70,6 +76,10 @@ def run(config: StudyConfig, around: Surroundings) -> StudyResult:
         return execute(part, around.pool, task_of, clock, on_done=around.on_done, check=around.check, say=around.say)
 
     results = go(first)
+    if config.until == "search":
+        say("\n".join(validation_table(cells, results)))
+        say("the test stays shut; until=test goes on from here")
+        return None
     choice = seal.seal(store, choose(cells, results))
     around.on_choice(choice)
     say(f"the choice is sealed, digest {choice['digest']}; the test is open")

@@ -59,6 +59,7 @@ def shrunk(config: StudyConfig) -> StudyConfig:
         if start["pretrain"] and "steps" in start["pretrain"].get("engine", {}):
             engine = start["pretrain"]["engine"]
             start["pretrain"]["engine"] = {**engine, "steps": min(engine["steps"], _STEPS)}
+        start["trained"]["steps"] = min(start["trained"]["steps"], 2)
         if start["supervised"]:
             start["supervised"] |= {"subjects": 2, "steps": 4}
     data |= _SIZE | {

@@ -76,8 +76,10 @@ def pretended(task: Task) -> dict[str, Any]:
 
 
 def go(config: StudyConfig, work: Any = pretended, say: Any = lambda _line: None, **around: Any) -> StudyResult:
-    """Run it in this process."""
-    return run(config, Surroundings(Inline(work), say=say, **around))
+    """Run it in this process, to its end."""
+    result = run(config, Surroundings(Inline(work), say=say, **around))
+    assert result is not None, "its configuration ends with the search"
+    return result
 
 
 def drive(runs: str, data: str, log: Path) -> None:

@@ -36,9 +36,11 @@ def cluster() -> Iterator[None]:
 
 def _through(pool: Pool, study: StudyConfig, **around: Any) -> StudyResult:
     try:
-        return run(study, Surroundings(pool, say=lambda _line: None, **around))
+        result = run(study, Surroundings(pool, say=lambda _line: None, **around))
     finally:
         pool.close()
+    assert result is not None
+    return result
 
 
 def test_each_cell_is_a_child_run_once_with_what_it_started_from(cluster: None, data: str, tmp_path: Path) -> None:

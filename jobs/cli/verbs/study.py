@@ -82,8 +82,7 @@ def _study(arguments: argparse.Namespace) -> int:
         return 0
     command = command_of(arguments)
     if arguments.local is not None:
-        result = local.study(config, arguments.local, command, _say)
-        _say("\n".join(result.conclusion))
+        local.study(config, arguments.local, command, _say)
         return 0
     return _submitted(config, arguments, command)
 
@@ -106,6 +105,8 @@ def _submitted(config: "StudyConfig", arguments: argparse.Namespace, command: st
         print(submit.submit(address, "jobs.study", config, config.name))
         return 0
     submit.run(address, "jobs.study", config, config.name, show=_say)
+    if config.until == "search":
+        return 0
     from jobs.study.report import fetch
 
     for path in fetch(config, arguments.out or Path(f"study-{config.name}"), command):

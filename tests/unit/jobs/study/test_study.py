@@ -19,7 +19,9 @@ from jobs.labelled import draw
 from jobs.study import cells as kinds
 from jobs.study import seal
 from jobs.study.cells import Cells, unique
+from jobs.study.pools import Inline
 from jobs.study.prepare import prepare
+from jobs.study.run import Surroundings, run
 from jobs.study.work import Task
 from ssl_core.config import parse, resolved
 from storage.errors import ConfigError, NotFound, RefusedInput
@@ -147,6 +149,42 @@ def test_the_test_opens_only_behind_a_recorded_choice_that_stays(data: str, runs
         seal.open_test(url, cell.spec, "pre", 1)
 
 
+def test_a_study_that_ends_with_its_search_leaves_the_test_shut_and_can_go_on(data: str, runs: str) -> None:
+    done: Counter[str] = Counter()
+
+    def counted(task: Task) -> dict[str, object]:
+        done[task.cell.kind] += 1
+        return pretended(task)
+
+    lines: list[str] = []
+    search = config(runs, data, until="search")
+    assert run(search, Surroundings(Inline(counted), say=lines.append)) is None
+    with pytest.raises(NotFound, match="before a test volume is read"):
+        _choice(search)
+    assert kinds.TEST not in done
+    table = next(line for line in lines if line.startswith("| labels"))
+    rows = [[part.strip() for part in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
+    assert len(rows) == 2 * 3 * 4, "counts x starts x settings"
+    assert [row[-1] for row in rows if row[1] == "scratch" and row[0] == "1"].count("the best") == 1
+    gains = [row[-1] for row in rows if row[:4] == ["1", "pre", "0.005", "20"]]
+    assert gains[0].startswith("+0.1"), "what the made-up scores of this start gain"
+    assert len(gains[0].split()) == 1 + 3, "a mean, and each draw"
+    searched = Counter(done)
+    go(config(runs, data), counted)
+    assert _choice(search)
+    assert done[kinds.SEARCH] == searched[kinds.SEARCH], "the search was not done again"
+
+
+def test_a_start_says_which_parts_are_trained_from_when_on(data: str, runs: str) -> None:
+    parts = {"parts": "decoder_first", "steps": 15}
+    starts = {"scratch": {}, "pre": {"pretrain": {}, "trained": parts}}
+    study = config(runs, data, starts=starts, search={"steps": [20]})
+    assert resolved(study.settings("pre", 5e-3, 20))["trained"] == {**parts, "layer_decay": 1.0}
+    assert study.settings("scratch", 5e-3, 20).trained.parts == "full"
+    with pytest.raises(ConfigError, match=r"trained\.steps \(15\) below all 10 steps"):
+        config(runs, data, starts=starts, search={"steps": [20, 10]})
+
+
 def test_a_study_of_other_settings_needs_another_name(data: str, runs: str) -> None:
     study = config(runs, data)
     prepare(study, open_store(f"{study.runs}/t"), print)
@@ -252,6 +290,8 @@ def test_a_death_between_any_two_writes_loses_nothing(data: str, runs: str) -> N
         ({"pretrain": {"name": "x"}}, "no name in pretrain"),
         ({"pretrain": {"method": {"name": "nonesuch"}}}, "nonesuch"),
         ({"starts": {"scratch": {"transfer": "encoder_decoder"}, "b": {}}}, "nothing to transfer"),
+        ({"starts": {"scratch": {"trained": {"parts": "frozen_encoder"}}, "b": {}}}, "nothing to transfer"),
+        ({"finetune": {"trained": {"parts": "frozen_encoder"}}}, "finetune.trained"),
         ({"starts": {"scratch": {}, "b": {"model": "models:/a/1", "pretrain": {}}}}, "one of model"),
         ({"search": {"labels": [3]}}, "search.labels"),
         (
