@@ -228,11 +228,11 @@ def resolved(config: Config) -> dict[str, Any]:
 
 def digest(config: Config) -> str:
     """First 16 hex digits of the SHA-256 of the resolved configuration; see `LATER`."""
-    text = json.dumps(_digested(config), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(digested(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _digested(config: Config) -> dict[str, Any]:
+def digested(config: Config) -> dict[str, Any]:
     """`resolved` without settings of `LATER` that have their default."""
     values = resolved(config)
     for name, field in type(config).model_fields.items():
@@ -240,7 +240,7 @@ def _digested(config: Config) -> dict[str, Any]:
         if field.json_schema_extra == LATER and value == field.get_default(call_default_factory=True):
             del values[name]
         elif isinstance(value, Config):
-            values[name] = _digested(value)
+            values[name] = digested(value)
     return values
 
 

@@ -14,7 +14,7 @@ import ssl_core.methods  # noqa: F401  registers the methods that `method.name` 
 from jobs.configs.groups import BackboneConfig, CheckpointConfig, ClusterConfig
 from jobs.configs.groups import LabelledConfig as LabelledConfig
 from jobs.ingest_config import LONGEST_NAME, JobName, Url
-from ssl_core.config import LATER, Config, Fingerprint, Name, parse, resolved
+from ssl_core.config import LATER, Config, Fingerprint, Name, digested, parse
 from ssl_core.downstream.settings import FinetuneConfig
 from ssl_core.methods.base import MethodConfig, method_class
 from ssl_core.superpixels.settings import Superpixels
@@ -162,7 +162,7 @@ class PretrainConfig(Config):
                 found=repr(name),
                 remedy="`tomoscale methods` lists them",
             )
-        return {"name": name, **resolved(parse(method_class(name).Config, settings, f"method {name}"))}
+        return {"name": name, **digested(parse(method_class(name).Config, settings, f"method {name}"))}
 
     @field_validator("init")
     @classmethod

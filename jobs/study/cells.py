@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from jobs.configs.study import VALIDATION, StudyConfig
-from ssl_core.config import resolved
+from ssl_core.config import digested
 from storage.objects import ByteStore, join, open_store
 
 FORMAT = 1
@@ -145,7 +145,7 @@ class Cells:
             if job.data == config.data:  # of its own data, a study shows pre-training what has no test
                 job = job.model_copy(update={"fingerprint": self.data.without_test})
             pretrain = {
-                "job": {key: value for key, value in resolved(job).items() if key not in ("runs", "experiment")}
+                "job": {key: value for key, value in digested(job).items() if key not in ("runs", "experiment")}
             }
             return Cell(PRETRAIN, pretrain, config.cache_url, start=start, seed=seed)
         if origin.supervised is not None:
@@ -153,8 +153,8 @@ class Cells:
             labelled = config.labelled(supervised.subjects, VALIDATION - 1, self.data.without_test, further=1)
             spec: dict[str, Any] = {
                 "network": self.network.key,
-                "labelled": resolved(labelled),
-                "finetune": resolved(config.settings("", supervised.lr, supervised.steps, points=1)),
+                "labelled": digested(labelled),
+                "finetune": digested(config.settings("", supervised.lr, supervised.steps, points=1)),
                 "seed": seed,
             }
             return Cell(SUPERVISED, spec, config.cache_url, (self.network.key,), start=start, seed=seed)
@@ -168,12 +168,12 @@ class Cells:
         count = data.labelled - further if config.starts[start].all_labels else labels
         point = (start, lr, steps, 1 if searching else None)
         if point not in self._settings:
-            self._settings[point] = resolved(config.settings(start, lr, steps, points=point[3]))
+            self._settings[point] = digested(config.settings(start, lr, steps, points=point[3]))
         fingerprint = data.without_test if searching else data.fingerprint
         spec: dict[str, Any] = {
             "network": self.network.key,
             "origin": origin.key if origin is not None else data.models.get(start, "none"),
-            "labelled": resolved(config.labelled(count, draw, fingerprint, further=further)),
+            "labelled": digested(config.labelled(count, draw, fingerprint, further=further)),
             "finetune": self._settings[point],
             "seed": draw,
         }
@@ -187,8 +187,8 @@ def _network(config: StudyConfig) -> Cell:
     """The untrained network that random weights take, as a bundle."""
     shared = config.pretraining(None, 0)
     spec = {
-        "backbone": resolved(shared.backbone),
-        "intensity": resolved(shared.intensity),
+        "backbone": digested(shared.backbone),
+        "intensity": digested(shared.intensity),
         "patch_DHW": list(config.finetune.patch_DHW),
     }
     return Cell(NETWORK, spec, config.cache_url)

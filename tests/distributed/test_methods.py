@@ -40,6 +40,11 @@ def test_three_ranks_equal_one_for_lrc_with_another_base(three_ranks: Ranks, set
     assert_same_on_ranks(three_ranks, "lrc", each=1, steps=2, **settings)
 
 
+def test_three_ranks_equal_one_where_aligned_tells_places(three_ranks: Ranks) -> None:
+    crops = {"size_DHW": (16, 16, 16), "flip": (0, 0, 0)}
+    assert_same_on_ranks(three_ranks, "aligned", each=1, steps=2, w_position=1.0, crops=crops)
+
+
 def _normalise(collectives: Collectives, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     whole = 3 + torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     each = shape[0] // collectives.world

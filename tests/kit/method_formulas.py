@@ -100,9 +100,24 @@ def aligned_distance(
 
 def restoration_error(method: Any, view: View, hidden: Tensor, target: Tensor | None) -> float:
     """Mean squared error over the hidden voxels that show the volume."""
-    with torch.no_grad():
-        maps = method.backbone.features(view.image_BCDHW * (~hidden).double())
-        output = method.restore(method.backbone.decode(maps)[-1])
     assert target is not None
     counted = (hidden & (view.valid_B1DHW > 0))[:, 0]
-    return slow.masked_mse(output.numpy(), target.numpy(), counted.numpy())
+    return slow.masked_mse(_decoded(method, view, hidden, method.restore), target.numpy(), counted.numpy())
+
+
+def position_error(method: Any, view: View, hidden: Tensor, shape_B3: Tensor) -> float:
+    """Mean squared error of 4 (place - 1/2) over the voxels that show the volume."""
+    output = _decoded(method, view, hidden, method.locate)
+    target = np.zeros_like(output)
+    for b in range(len(output)):
+        affine, shape = view.to_volume_B34[b].tolist(), shape_B3[b].tolist()
+        for voxel in np.ndindex(*view.size_DHW):
+            target[(b, slice(None), *voxel)] = [4 * (p - 0.5) for p in alignment.place(affine, voxel, shape)]
+    return slow.masked_mse(output, target, (view.valid_B1DHW > 0)[:, 0].numpy())
+
+
+def _decoded(method: Any, view: View, hidden: Tensor, head: nn.Module) -> np.ndarray:
+    """What a head makes of the finest decoder map of a view with hidden voxels."""
+    with torch.no_grad():
+        maps = method.backbone.features(view.image_BCDHW * (~hidden).double())
+    return outputs(head, method.backbone.decode(maps)[-1])

@@ -54,6 +54,11 @@ def trilinear(array_CDHW, k):
     return value
 
 
+def place(affine, voxel, shape):
+    """Where the centre of a view's voxel lies in its volume, a fraction of each side."""
+    return [(sum(affine[i][j] * (voxel[j] + 0.5) for j in range(3)) + affine[i][3]) / shape[i] for i in range(3)]
+
+
 def averaging_encoder(array_CDHW, axis, depth, taps):
     """`depth` averaging layers of stride 2 along one axis; of 3 taps with padding 1 (extrapolated) or of 2 taps."""
     x = np.moveaxis(np.asarray(array_CDHW, np.float64), axis + 1, -1)

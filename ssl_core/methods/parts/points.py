@@ -124,6 +124,22 @@ def to_volume(view: View, points_BM3: Tensor) -> Tensor:
     return points_BM3 @ linear_B33.transpose(1, 2) + shift_B3[:, None]
 
 
+def voxel_positions(view: View, shape_B3: Tensor) -> Tensor:
+    """Where the centre of each voxel of a view lies in its volume, as fractions of the volume's shape.
+
+    Args:
+        view: The view.
+        shape_B3: Voxels of each sample's volume.
+
+    Returns:
+        (B, 3, D, H, W), float64, in [0, 1] inside the volume.
+    """
+    size = filled(view.size_DHW, view.to_volume_B34.device)
+    points_M3 = cell_centres(view.size_DHW, size.device) * size
+    where_BM3 = to_volume(view, points_M3.expand(len(shape_B3), -1, -1)) / shape_B3[:, None]
+    return where_BM3.transpose(1, 2).unflatten(2, view.size_DHW)
+
+
 def inside(view: View, points_BM3: Tensor) -> Tensor:
     """Whether points (edge coordinates of the view) lie in it, (B, M)."""
     size = filled(view.size_DHW, points_BM3.device, points_BM3.dtype)

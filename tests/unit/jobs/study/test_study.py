@@ -23,7 +23,9 @@ from jobs.study.pools import Inline
 from jobs.study.prepare import prepare
 from jobs.study.run import Surroundings, run
 from jobs.study.work import Task
-from ssl_core.config import parse, resolved
+from ssl_core.config import LATER, parse, resolved
+from ssl_core.downstream.finetune import FinetuneConfig
+from ssl_core.methods.aligned import Aligned
 from storage.errors import ConfigError, NotFound, RefusedInput
 from storage.format.manifest import Manifest
 from storage.objects import open_store
@@ -207,6 +209,17 @@ def test_pretrainings_are_shared_by_studies_of_equal_digests(data: str, runs: st
     assert Counter(done)[kinds.PRETRAIN] == 0
     assert Counter(done)[kinds.NETWORK] == 0
     assert Counter(done)[kinds.SEARCH] == 3 * 3 * 4
+
+
+def test_a_setting_that_came_later_leaves_the_cells_of_before_what_they_were(data: str, runs: str) -> None:
+    study = config(runs, data, pretrain={"method": {"name": "aligned"}, "engine": {"steps": 5, "warmup_steps": 1}})
+    facts = prepare(study, open_store(f"{study.runs}/{study.name}"), lambda _line: None)
+    cells = Cells(study, facts).before()
+    specs = json.dumps([cell.spec for cell in cells])
+    for kind in (Aligned.Config, FinetuneConfig):
+        later = [name for name, field in kind.model_fields.items() if field.json_schema_extra == LATER]
+        assert later
+        assert not [name for name in later if f'"{name}"' in specs]
 
 
 def test_what_does_not_vary_is_done_once(data: str, runs: str) -> None:

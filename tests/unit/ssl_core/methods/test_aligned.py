@@ -5,10 +5,19 @@ import pytest
 import torch
 from torch import nn
 
+from ssl_core.config import digested
 from ssl_core.methods.parts.masking import block_mask
 from ssl_core.testing.method import context, tiny_method, trained
 from storage.errors import ConfigError
-from tests.kit.method_formulas import aligned_distance, encoder_maps, hang_over, outputs, restoration_error, values_of
+from tests.kit.method_formulas import (
+    aligned_distance,
+    encoder_maps,
+    hang_over,
+    outputs,
+    position_error,
+    restoration_error,
+    values_of,
+)
 from tests.kit.methods import (
     QUARTER,
     assert_gradient_is_the_derivative,
@@ -38,6 +47,33 @@ def test_the_loss_is_its_formula() -> None:
     assert values_of(method, batch) == pytest.approx(wanted, abs=1e-10)
 
 
+UPRIGHT = {"size_DHW": (16, 16, 16), "flip": (0, 0, 0), "scale": (0.7, 1.3), "rotate_degrees": 20.0}
+
+
+@pytest.mark.parametrize("w_restore", [1.0, 0.0])
+def test_the_place_of_each_voxel_is_told_from_what_the_decoder_sees(w_restore: float) -> None:
+    method, batch = perturbed("aligned", w_position=2.0, w_restore=w_restore, w_consistency=0.0, crops=UPRIGHT)
+    hang_over(batch)
+    views = batch.roles["global"]
+    views[1].valid_B1DHW[0, :, :5] = 0
+    errors = []
+    for v, view in enumerate(views):
+        hidden = block_mask(7, batch.sample_B, view.size_DHW, 4, 0.75, f"aligned {v}")
+        errors.append(position_error(method, view, hidden & (w_restore > 0), batch.shape_B3))
+    assert values_of(method, batch)["position"] == pytest.approx(2.0 * float(np.mean(errors)), abs=1e-10)
+
+
+def test_a_start_without_places_is_what_it_was_before_there_were_any() -> None:
+    config = changed("aligned")
+    assert "w_position" not in digested(config)
+    assert not any("locate" in key for key in tiny_method("aligned", config).state_dict())
+
+
+def test_places_of_mirrored_views_are_refused() -> None:
+    with pytest.raises(ConfigError, match="mirrored"):
+        changed("aligned", w_position=1.0)
+
+
 def test_the_gradient_is_the_derivative_of_the_loss() -> None:
     assert_gradient_is_the_derivative("aligned")
 
@@ -57,6 +93,9 @@ ABLATIONS = {
     "consistency without masks": ({"w_restore": 0.0, "ratio": 0.0}, {"consistency"}),
     "consistency of masked views": ({"consistency_sees": "masked"}, {"restoration", "consistency"}),
     "masked consistency only": ({"w_restore": 0.0, "consistency_sees": "masked"}, {"consistency"}),
+    "places too": ({"w_position": 1.0, "crops": UPRIGHT}, {"restoration", "position", "consistency"}),
+    "places only": ({"w_position": 1.0, "crops": UPRIGHT, "w_restore": 0.0, "w_consistency": 0.0}, {"position"}),
+    "places, whole": ({"w_position": 1.0, "crops": UPRIGHT, "w_restore": 0.0}, {"position", "consistency"}),
     "two levels": ({"feature_levels": (0, 2)}, {"restoration", "consistency"}),
 }
 
