@@ -45,7 +45,7 @@ class Aligned(nn.Module):
     the squared error. C = mean over `feature_levels` and both directions of the mean over shared points of
     |q(x1)[A1(m)] - sg z(x2)[A2(m)]|^2, unit vectors, in [0, 4]. P = mean over both views, their voxels inside the scan
     and the axes of the squared error of 4 (p - 1/2), p the voxel's place over the scan's length, from the masked views
-    where there are any; who always says the middle has 4/3. The target's weights follow as those of `byol` do.
+    where there are any; to say the middle always costs about 4/3. The target's weights follow as those of `byol` do.
 
     Traps: those of `mae` (intensities near 0) and `pgl` (measured feature centres); views mirrored along D or H teach
     that front and back look alike, which they do not; comparing masked views (`consistency_sees`) saves a pass and was
