@@ -162,6 +162,7 @@ class PretrainConfig(Config):
                 found=repr(name),
                 remedy="`tomoscale methods` lists them",
             )
+        # A method's later settings are left out here, as digests of the whole see a plain dictionary.
         return {"name": name, **digested(parse(method_class(name).Config, settings, f"method {name}"))}
 
     @field_validator("init")

@@ -131,9 +131,9 @@ class Aligned(nn.Module):
             self.locate = PixelHead(backbone.decoder_levels[-1], 3)
         if config.w_consistency:
             channels = [backbone.levels[i].channels for i in self.compared]
-            wide, out = config.hidden, config.out
-            self.projectors = nn.ModuleList(head([c, wide, out], dense=True, norm=config.norm) for c in channels)
-            self.predictors = nn.ModuleList(head([out, wide, out], dense=True, norm=config.norm) for _ in channels)
+            hidden, out = config.hidden, config.out
+            self.projectors = nn.ModuleList(head([c, hidden, out], dense=True, norm=config.norm) for c in channels)
+            self.predictors = nn.ModuleList(head([out, hidden, out], dense=True, norm=config.norm) for _ in channels)
             self.target_backbone, self.target_projectors = target_of(backbone), target_of(self.projectors)
 
     @classmethod
@@ -145,15 +145,15 @@ class Aligned(nn.Module):
         """Terms `restoration`, `position` and `consistency`; monitors compared features' spread and shared points."""
         config, pair = self.config, views.roles["global"][:2]  # a composition may show more
         masks = [self._mask(view, views, ctx, v) for v, view in enumerate(pair)]
-        maps: list[list[Tensor]] = []
         terms: dict[str, Tensor] = {}
         monitors: dict[str, Tensor] = {}
-        if config.w_restore or config.consistency_sees == "masked":
+        hides = config.w_restore > 0 or config.consistency_sees == "masked"
+        if hides:
             maps = [
                 self.backbone.features(torch.where(mask, 0.0, view.image_BCDHW), self.deepest)
                 for mask, view in zip(masks, pair, strict=True)
             ]
-        if config.w_position and not maps:
+        else:
             maps = [encode(self.backbone, view, ctx, self.deepest) for view in pair]
         if config.w_restore or config.w_position:
             decoded = [self.backbone.decode(features)[-1] for features in maps]
@@ -162,7 +162,7 @@ class Aligned(nn.Module):
         if config.w_position:
             terms["position"] = config.w_position * self._position(pair, views.shape_B3, decoded)
         if config.w_consistency:
-            if config.consistency_sees == "whole":
+            if hides and config.consistency_sees == "whole":
                 maps = [encode(self.backbone, view, ctx, max(self.compared)) for view in pair]
             consistency, monitors["shared_points"] = self._consistency(pair, maps, ctx, views.shape_B3)
             terms["consistency"] = config.w_consistency * consistency
