@@ -20,7 +20,7 @@ from jobs.ingest_config import JobName, Url
 from ssl_core.config import Config, Fingerprint, Name, parse, resolved
 from ssl_core.downstream.finetune import FinetuneConfig
 from ssl_core.downstream.inference import MOST_DRAWS
-from ssl_core.downstream.settings import TrainedParts
+from ssl_core.downstream.settings import TrainedParts, Transfer
 
 VALIDATION = 1 << 32
 """First seed of the draws that settings are searched on; those of the test count from 0."""
@@ -49,8 +49,8 @@ class StudyStart(Config):
         None, description="settings of its pre-training on top of the study's own; `{}` takes those as they are"
     )
     supervised: SupervisedStart | None = Field(None, description="pre-train it with labels")
-    transfer: Literal["encoder", "encoder_decoder", "all_but_head"] = Field(
-        "encoder", description="what of the pre-trained network is taken"
+    transfer: Transfer = Field(
+        "trained", description="what of the pre-trained network is taken; `trained`: the decoder where that was trained"
     )
     length: float = Field(1.0, gt=0, le=1000, description="fine-tuning steps are this many times those of the search")
     lr_scale: float = Field(1.0, ge=0, description="`finetune.encoder_lr_scale` of this start")
@@ -68,7 +68,7 @@ class StudyStart(Config):
             raise ValueError(
                 f"models:/NAME@ALIAS, models:/NAME/VERSION, a bundle's absolute folder or its URL: {self.model!r}"
             )
-        if not origins and (self.transfer != "encoder" or self.lr_scale != 1 or self.trained != TrainedParts()):
+        if not origins and (self.transfer != "trained" or self.lr_scale != 1 or self.trained != TrainedParts()):
             raise ValueError("no transfer, lr_scale and trained with random weights, which have nothing to transfer")
         return self
 
@@ -294,9 +294,8 @@ class StudyConfig(Config):
             "lr": lr,
             "encoder_lr_scale": origin.lr_scale,
             "trained": resolved(origin.trained),
+            "transfer": origin.transfer,
         }
-        if origin.transfer != "encoder":
-            data["transfer"] = origin.transfer
         return parse(FinetuneConfig, data, f"fine-tuning of {start}")
 
 

@@ -149,6 +149,8 @@ def _compare(config: FinetuneJobConfig, lease: Lease) -> int:
             start = read_start(uri)
             start.require_transfer(config.finetune.transfer)
             start.require_levels(config.finetune.deep_supervision)
+            if config.finetune.task == "segmentation":
+                print(f"{uri} brings {start.brings(config.finetune.transfer)}", flush=True)
             if config.finetune.task != "segmentation":
                 start.require_pooled(config.finetune.head.levels)
     manifest = Manifest.open(config.labelled.data, config.labelled.fingerprint)

@@ -64,7 +64,7 @@ class Start:
         Raises:
             ConfigError: no such network can be built, or it lacks tensors; names the first.
         """
-        if transfer == "encoder":  # which is in every bundle
+        if transfer in ("trained", "encoder"):  # which are in every bundle
             return
         with shapes_only():
             network = outline(self.backbone, {"out_channels": 2, **self.arguments})
@@ -74,6 +74,13 @@ class Start:
         require_weights(
             self.uri, transfer, transferred_keys(network, transfer), dict.fromkeys(names, torch.empty(0, device="meta"))
         )
+
+    def brings(self, transfer: Transfer) -> str:
+        """What a training takes over of it, in words."""
+        whole = self.has_decoder or self.kind == "segmenter"
+        if transfer == "encoder" or (transfer == "trained" and not whole):
+            return "its encoder"
+        return "all but its output layer" if transfer == "all_but_head" else "its encoder and its decoder"
 
     def require_levels(self, levels: int) -> None:
         """Refuse a network with fewer decoder levels below its output than a training would supervise.

@@ -138,10 +138,11 @@ def _require_starts(config: TuneConfig) -> None:
     transfers = config.values_of("finetune.transfer")
     levels = config.values_of("finetune.deep_supervision")
     for uri in config.encoders:
-        if uri != "none" and (set(transfers) != {"encoder"} or any(levels)):
+        if uri != "none":
             start = read_start(uri)
             for transfer in transfers:
                 start.require_transfer(transfer)
+            print(f"{uri} brings {' or '.join(dict.fromkeys(map(start.brings, transfers)))}", flush=True)
             for level in levels:
                 start.require_levels(level)
 

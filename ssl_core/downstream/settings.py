@@ -29,7 +29,7 @@ Angles are drawn for each axis by themselves, one zoom for all three. Turns are 
 are so far apart that a turned view does not fit its crop, it keeps its rotation about D only; nnU-Net turns such
 patches by any angle about D instead."""
 
-Transfer = Literal["encoder", "encoder_decoder", "all_but_head"]
+Transfer = Literal["trained", "encoder", "encoder_decoder", "all_but_head"]
 
 CHANGEABLE = (
     "lr",
@@ -115,9 +115,9 @@ class FinetuneConfig(Config):
     """How a segmenter is trained, or a head."""
 
     transfer: Transfer = Field(
-        "encoder",
-        description="What a pre-trained start brings: its encoder, its decoder too, or all but the output layer;"
-        " matched by name and shape, or refused",
+        "trained",
+        description="What a pre-trained start brings: `trained`: its encoder, and its decoder where that was trained;"
+        " or its encoder, its decoder too, all but the output layer; matched by name and shape, or refused",
     )
     channels: Literal["exact", "repeat"] = Field(
         "exact",

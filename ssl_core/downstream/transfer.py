@@ -1,6 +1,6 @@
 """What a pre-trained start brings into a segmenter: matched in every name and shape, or refused."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ class Start:
     name: str
     weights: Mapping[str, Tensor]
     rest: Mapping[str, Tensor] = field(default_factory=dict)
-    transfer: Transfer = "encoder"
+    transfer: Transfer = "trained"
 
 
 def build_segmenter(name: str, arguments: Mapping[str, Any], classes: int, seed: int, start: Start | None) -> Backbone:
@@ -50,15 +50,24 @@ def build_segmenter(name: str, arguments: Mapping[str, Any], classes: int, seed:
         torch.manual_seed(seed)
         network = build(name, **{**arguments, "out_channels": classes})
     if start is not None:
-        keys = transferred_keys(network, start.transfer)
+        keys = transferred_keys(network, start.transfer, start.rest)
         require_weights(start.name, start.transfer, keys, {**start.weights, **start.rest})
         more = {key: start.rest[key] for key in keys if key in start.rest}
         load_exact(network.net, {**start.weights, **more}, keys=keys)
     return network
 
 
-def transferred_keys(network: Backbone, transfer: Transfer) -> list[str]:
-    """Names of `network.net` that a transfer fills."""
+def transferred_keys(network: Backbone, transfer: Transfer, rest: Container[str] = ()) -> list[str]:
+    """Names of `network.net` that a transfer fills.
+
+    Args:
+        network: The segmenter.
+        transfer: What is taken over.
+        rest: What the start has beside its encoder: a whole decoder makes `trained` `encoder_decoder`, else it is
+            `encoder`.
+    """
+    if transfer == "trained":
+        transfer = "encoder_decoder" if all(key in rest for key in network.decoder_keys()) else "encoder"
     if transfer == "encoder":
         return network.encoder_keys()
     if transfer == "encoder_decoder":
@@ -109,11 +118,11 @@ def require_weights(name: str, transfer: Transfer, keys: list[str], weights: Map
         ConfigError: names the start and the first tensor that it lacks.
     """
     missing = [key for key in keys if key not in weights]
-    if transfer != "encoder" and missing:
+    if transfer in ("encoder_decoder", "all_but_head") and missing:
         raise ConfigError(
             f"transfer {transfer} of {name}",
             expected=f"a model with all {len(keys)} tensors of it",
             found=f"{len(missing)} missing, the first: {missing[0]}",
-            remedy="set transfer=encoder, or start from a segmenter or from an encoder of a method that trains a"
+            remedy="set transfer=trained, or start from a segmenter or from an encoder of a method that trains a"
             " decoder, exported with it: aligned, ibot, mae, models_genesis, supervised",
         )

@@ -8,6 +8,7 @@ import torch
 
 from jobs.configs import FinetuneJobConfig, LabelledConfig
 from jobs.configs.search import TuneConfig
+from jobs.configs.study import StudyStart
 from jobs.finetune import train_from
 from jobs.finetune.checkpoints import StoredCheckpoints
 from jobs.tracking.bundles import read_encoder, write_encoder
@@ -65,6 +66,26 @@ def test_what_was_trained_in_the_decoder_is_exported_and_starts_a_fine_tuning(pl
         assert torch.equal(network.net.state_dict()[key], random[key]), key
 
 
+def test_all_that_was_trained_is_taken_over_unless_less_is_asked_for(place: Path, tmp_path: Path) -> None:
+    assert FinetuneConfig().transfer == StudyStart(pretrain={}).transfer == "trained"
+    untrained = build_segmenter("unet", NETWORK, 2, 0, None)
+    facts = BundleFacts("m", (16, 16, 16), IntensityPolicy(), ((0, "background"), (1, "ball")))
+    segmenter = write_bundle(tmp_path / "segmenter", "segmenter", untrained, facts)
+    starts = (
+        (pretrained(place, "mae")[1], "encoder_decoder", "its encoder and its decoder"),
+        (segmenter, "encoder_decoder", "its encoder and its decoder"),
+        (pretrained(place, "simclr")[1], "encoder", "its encoder"),
+    )
+    for bundle, same, words in starts:
+        assert read_start(str(bundle)).brings("trained") == words
+        model = read_encoder(bundle)
+        one, other = (
+            build_segmenter(model.backbone, model.arguments, 3, 0, Start("s", model.weights, model.rest, transfer))
+            for transfer in ("trained", same)
+        )
+        assert all(map(torch.equal, one.net.state_dict().values(), other.net.state_dict().values())), bundle
+
+
 def test_a_bundle_with_a_decoder_is_an_encoder_to_those_who_know_no_decoder(place: Path) -> None:
     _, bundle = pretrained(place, "mae")
     assert (bundle / DECODER).exists()
@@ -79,7 +100,7 @@ def test_a_decoder_that_was_not_trained_is_refused_by_name_before_anything_runs(
     for transfer in ("encoder_decoder", "all_but_head"):
         with pytest.raises(ConfigError, match=rf"transfer {transfer} of {bundle}.*missing, the first: upcat_4"):
             read_start(str(bundle)).require_transfer(transfer)
-        with pytest.raises(ConfigError, match="transfer=encoder"):
+        with pytest.raises(ConfigError, match="transfer=trained"):
             train_from(
                 str(bundle),
                 LabelledConfig(data=(place / "store").as_uri(), label="labels", subjects=3, inner=1),
