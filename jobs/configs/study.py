@@ -26,6 +26,8 @@ VALIDATION = 1 << 32
 """First seed of the draws that settings are searched on; those of the test count from 0."""
 LONGEST_START = 60
 """Characters of a start's name, which is part of names of runs and of a legend."""
+_OF_NO_ORIGIN = ("trained", "encoder")
+"""What a start of random weights says of its transfer: the default, and the one of configurations before 0.1.0."""
 _ENDLESS = 1 << 32
 """Epochs that no warm-up outlasts."""
 
@@ -68,7 +70,8 @@ class StudyStart(Config):
             raise ValueError(
                 f"models:/NAME@ALIAS, models:/NAME/VERSION, a bundle's absolute folder or its URL: {self.model!r}"
             )
-        if not origins and (self.transfer != "trained" or self.lr_scale != 1 or self.trained != TrainedParts()):
+        takes = self.transfer not in _OF_NO_ORIGIN
+        if not origins and (takes or self.lr_scale != 1 or self.trained != TrainedParts()):
             raise ValueError("no transfer, lr_scale and trained with random weights, which have nothing to transfer")
         return self
 
@@ -193,6 +196,8 @@ class StudyConfig(Config):
         for key in ("lr", "steps_per_epoch", "encoder_lr_scale", "trained"):
             if getattr(self.finetune, key) != FinetuneConfig.model_fields[key].default:
                 raise ValueError(f"no finetune.{key}: the search and each start say it")
+        if self.finetune.transfer not in _OF_NO_ORIGIN:
+            raise ValueError("no finetune.transfer: each start says it")
         if self.finetune.schedule:
             raise ValueError("no finetune.schedule: it is of one number of epochs, and each start may have another")
         return self

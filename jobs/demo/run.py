@@ -48,6 +48,10 @@ from storage.reading.volume_store import VolumeStore
 from storage.stream.crop_stream import CropStream
 
 LABEL = "label"
+NO_ANSWER = (
+    "The demo shows the path in minutes. It cannot show whether pre-training helps: that takes longer pre-training, and"
+    " draws of\nlabelled subjects. `tomoscale study` asks it (docs/how-to-study.md)."
+)
 
 
 class Memory:
@@ -118,6 +122,7 @@ class Demo:
         if running:
             self.say(f"using the stack that is up in {self.state}")
         try:
+            self.say(NO_ANSWER)
             with self._stage("stack"):
                 info = stack.up(self.state, progress=self.say)
             for key in services.UNSET:

@@ -23,6 +23,11 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     study = verbs.add_parser("study", help="whether pre-training helps, over draws of labels", description=_TEXT)
     study.add_argument("config", nargs="?", help="YAML file; with --smoke the simulated cohort when empty")
     study.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings that replace its own")
+    study.add_argument(
+        "--propose",
+        metavar="URL",
+        help="print a study that fits a store, from its manifest alone; takes label=NAME and voxels=N",
+    )
     study.add_argument("--smoke", action="store_true", help="two starts, two counts and a few steps, in two minutes")
     study.add_argument(
         "--local", type=Path, metavar="DIR", help="run here, without a stack, with results in this folder"
@@ -65,9 +70,24 @@ def load_study(arguments: argparse.Namespace) -> "StudyConfig":
     return smoke.shrunk(config) if arguments.smoke else config
 
 
+def _proposed(arguments: argparse.Namespace) -> str:
+    """A study for a store, as YAML."""
+    from jobs.study.proposal import ProposalConfig, propose
+    from ssl_core.config import load
+    from storage.format.manifest import Manifest
+
+    use_stack(arguments)
+    changes = [word for word in (arguments.config, *arguments.overrides) if word is not None]
+    config = load(ProposalConfig, {}, changes)
+    return propose(Manifest.open(arguments.propose), arguments.propose, config)
+
+
 def _study(arguments: argparse.Namespace) -> int:
     from ssl_core.config import digest, dump_yaml
 
+    if arguments.propose is not None:
+        print(_proposed(arguments), end="")
+        return 0
     config = load_study(arguments)
     if arguments.local is not None:
         from jobs.study import local

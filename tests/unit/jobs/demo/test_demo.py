@@ -25,6 +25,21 @@ def test_a_reader_that_went_away_leaves_no_stack(tmp_path: Path, monkeypatch: py
     assert stopped == [tmp_path / "state"]
 
 
+def test_it_says_before_it_starts_what_it_cannot_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if "== stack" in line:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stack, "down", lambda state, progress: None)
+    with pytest.raises(KeyboardInterrupt):
+        Demo(out=tmp_path / "out", state=tmp_path / "state", say=say).run()
+    assert "cannot show whether pre-training helps" in said[0]
+    assert "tomoscale study" in said[0]
+
+
 def test_what_is_no_model_of_a_demo_is_not_replaced_and_said_at_once(tmp_path: Path) -> None:
     mine = tmp_path / "model" / "thesis.txt"
     mine.parent.mkdir()

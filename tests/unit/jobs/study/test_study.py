@@ -300,6 +300,7 @@ def test_a_death_between_any_two_writes_loses_nothing(data: str, runs: str) -> N
         ({"labels": [2, 1]}, "ascending"),
         ({"draws": 21}, "20"),
         ({"finetune": {"lr": 0.1}}, "finetune.lr"),
+        ({"finetune": {"transfer": "encoder_decoder"}}, "finetune.transfer"),
         ({"pretrain": {"name": "x"}}, "no name in pretrain"),
         ({"pretrain": {"method": {"name": "nonesuch"}}}, "nonesuch"),
         ({"starts": {"scratch": {"transfer": "encoder_decoder"}, "b": {}}}, "nothing to transfer"),
