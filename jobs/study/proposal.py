@@ -1,7 +1,7 @@
-"""A study that fits a data set: sizes, network and counts from the facts of its manifest, without reading a voxel.
+"""A study that fits a data set, from the facts of its manifest, and the pre-training that comes after it.
 
-Whole structures in a patch, axes halved so that voxels of the deepest map are about as long as they are wide (the rules
-of nnU-Net's planner, Isensee et al. 2021), and the recipe that helped in this project's own studies.
+Whole structures in a patch, and axes halved so that voxels of the deepest map are about as long as they are wide (the
+rules of nnU-Net's planner, Isensee et al. 2021); the recipe is what helped in this project's own studies.
 """
 
 import textwrap
@@ -12,9 +12,10 @@ import numpy as np
 import yaml
 from pydantic import Field
 
-from jobs.configs.study import StudyConfig
+from jobs.configs import PretrainConfig
+from jobs.configs.study import StudyConfig, merged
 from ssl_core.config import Config, Name, parse
-from storage.errors import RefusedInput
+from storage.errors import ConfigError, RefusedInput
 from storage.format.manifest import Manifest
 from storage.format.records import VolumeRecord
 
@@ -129,6 +130,22 @@ def propose(manifest: Manifest, url: str, config: ProposalConfig) -> str:
     return _page(fitted, data, trained, tested, len(records))
 
 
+def kept(config: StudyConfig, start: str) -> str:
+    """The pre-training of a start as a job of its own, YAML for `tomoscale pretrain`: all volumes, and no copy of it.
+
+    Raises:
+        ConfigError: no such start, or one that the study does not pre-train.
+    """
+    origin = config.starts.get(start)
+    if origin is None or origin.pretrain is None:
+        trained = ", ".join(name for name, other in config.starts.items() if other.pretrain is not None)
+        found = "no such start" if origin is None else "one that is not pre-trained by it"
+        raise ConfigError(f"start {start!r}", expected=f"one that the study pre-trains: {trained}", found=found)
+    data = {"name": _name(f"{config.name}-{start}"), "data": config.data, **merged(config.pretrain, origin.pretrain)}
+    parse(PretrainConfig, data, "the pre-training")
+    return _yaml(data)
+
+
 def _box(record: VolumeRecord, label: str) -> Lengths:
     boxes = np.array(record.label(label).boxes)  # (values, 2, 3)
     lengths = boxes[:, 1] - boxes[:, 0]
@@ -230,7 +247,11 @@ def _page(fitted: Fit, data: dict[str, Any], trained: int, tested: int, seen: in
         "A look on validation draws first, which leaves the test shut: tomoscale study CONFIG until=search",
     ]
     head = "".join(f"{textwrap.fill(note, 110, initial_indent='# ', subsequent_indent='#   ')}\n" for note in notes)
-    return head + yaml.dump(data, sort_keys=False, default_flow_style=None, width=120)
+    return head + _yaml(data)
+
+
+def _yaml(data: dict[str, Any]) -> str:
+    return str(yaml.dump(data, sort_keys=False, default_flow_style=None, width=120))
 
 
 def _bf16_kernels() -> bool:

@@ -28,6 +28,9 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         metavar="URL",
         help="print a study that fits a store, from its manifest alone; takes label=NAME and voxels=N",
     )
+    study.add_argument(
+        "--keep", metavar="START", help="print the pre-training of a start as a configuration of `tomoscale pretrain`"
+    )
     study.add_argument("--smoke", action="store_true", help="two starts, two counts and a few steps, in two minutes")
     study.add_argument(
         "--local", type=Path, metavar="DIR", help="run here, without a stack, with results in this folder"
@@ -89,6 +92,11 @@ def _study(arguments: argparse.Namespace) -> int:
         print(_proposed(arguments), end="")
         return 0
     config = load_study(arguments)
+    if arguments.keep is not None:
+        from jobs.study.proposal import kept
+
+        print(kept(config, arguments.keep), end="")
+        return 0
     if arguments.local is not None:
         from jobs.study import local
 

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from jobs.cli import main as cli
+from jobs.configs import PretrainConfig
 from jobs.configs.study import StudyConfig
 from jobs.study.proposal import ProposalConfig, fit, propose
 from ssl_core.config import load, parse
@@ -123,5 +124,17 @@ def test_the_command_prints_a_study_that_a_dry_run_takes(tmp_path: Path, capsys:
     assert load(StudyConfig, tmp_path / "study.yaml").label == "labels"
     assert cli.main(["study", str(tmp_path / "study.yaml"), "--local", str(tmp_path / "out"), "--dry-run"]) == 0
     assert "seen with 80 %" in capsys.readouterr().out
+    assert cli.main(["study", str(tmp_path / "study.yaml"), "--keep", "restoration"]) == 0
+    (tmp_path / "pretrain.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
+    job, of_study = (
+        load(PretrainConfig, tmp_path / "pretrain.yaml"),
+        load(StudyConfig, tmp_path / "study.yaml").pretraining("restoration", 0),
+    )
+    for key in ("data", "method", "backbone", "intensity", "stream"):
+        assert getattr(job, key) == getattr(of_study, key), key
+    assert (job.name, job.engine.steps) == ("store-restoration", of_study.engine.steps)
+    for start in ("scratch", "nonesuch"):
+        assert cli.main(["study", str(tmp_path / "study.yaml"), "--keep", start]) == 2
+        assert f"start {start!r}; expected one that the study pre-trains: restoration" in capsys.readouterr().err
     assert cli.main(["study", "--propose", store, "labels=x", *state]) == 2
     assert "labels" in capsys.readouterr().err
