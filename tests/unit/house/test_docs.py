@@ -148,6 +148,7 @@ def test_every_command_in_a_shell_block_parses(page: Path, capsys: pytest.Captur
     for block in blocks(page, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
+            words = words[: words.index(">")] if ">" in words else words
             if not words or Path(words[0]).name != "tomoscale" or words[1:] == ["--help"]:
                 continue
             try:
