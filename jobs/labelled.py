@@ -42,9 +42,7 @@ def draw(manifest: Manifest, config: LabelledConfig) -> Subjects:
             found=f"{len(names)}{_elsewhere(manifest, config)}",
             remedy="lower labelled.subjects, ingest more labelled volumes, or ingest with other split fractions",
         )
-    order = np.random.Generator(np.random.Philox(key=config.draws[0])).permutation(len(names))
-    drawn = [names[i] for i in order[: config.subjects]]
-    inner, train = drawn[: config.inner], drawn[config.inner :]
+    inner, train = drawn_subjects(names, config)
     test = _labelled(manifest, config, "test")
     if not test and not manifest.dataset.get(WITHOUT_TEST):
         raise RefusedInput(
@@ -59,6 +57,18 @@ def draw(manifest: Manifest, config: LabelledConfig) -> Subjects:
         inner=tuple(i for name in inner for i in by_subject[name]),
         test=tuple(test[:limit]),
     )
+
+
+def drawn_subjects(names: Sequence[str], config: LabelledConfig) -> tuple[list[str], list[str]]:
+    """Subjects that steer and subjects that train.
+
+    Args:
+        names: All labelled subjects of the train split, sorted.
+        config: How many, and the seed.
+    """
+    order = np.random.Generator(np.random.Philox(key=config.draws[0])).permutation(len(names))
+    drawn = [names[i] for i in order[: config.subjects]]
+    return drawn[: config.inner], drawn[config.inner :]
 
 
 def draws(manifest: Manifest, config: LabelledConfig) -> dict[int, Subjects]:

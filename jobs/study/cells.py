@@ -7,7 +7,7 @@ with equal digests are one cell: networks pre-trained for one study serve the ne
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -77,6 +77,9 @@ class Data:
         labelled: Labelled subjects of the train split.
         models: Version of the model behind each start that has one.
         simulated: Whether its subjects are.
+        draws: Seed of each draw of labelled subjects: no two train on the same ones. A study of before had as many
+            from 0 on, whatever they drew.
+        searched: The same of validation draws.
     """
 
     fingerprint: str
@@ -84,6 +87,8 @@ class Data:
     labelled: int
     models: dict[str, str]
     simulated: bool
+    draws: list[int] = field(default_factory=list)
+    searched: list[int] = field(default_factory=list)
 
 
 class Cells:
@@ -97,6 +102,8 @@ class Cells:
     def __init__(self, config: StudyConfig, data: Data) -> None:
         self.config, self.data = config, data
         self.network = _network(config)
+        self.draws = data.draws or list(range(config.draws))
+        self.searched = data.searched or [VALIDATION + draw for draw in range(config.search.draws)]
         # Once each: thousands of cells ask for them.
         seeds = range(config.pretrainings)
         self._origins = {(start, seed): self._origin(start, seed) for start in config.starts for seed in seeds}
@@ -110,10 +117,10 @@ class Cells:
         """Every setting of the grid for each start, searched count and validation draw, with the first pre-training."""
         config = self.config
         return [
-            self._tuned(SEARCH, start, labels, VALIDATION + draw, 0, lr, steps)
+            self._tuned(SEARCH, start, labels, draw, 0, lr, steps)
             for labels in config.searched_labels
             for start in config.starts
-            for draw in range(config.search.draws)
+            for draw in self.searched
             for lr in config.search.lr
             for steps in config.search.steps
         ]
@@ -131,7 +138,7 @@ class Cells:
         """
         config, cells = self.config, list[Cell]()
         for labels in config.labels:
-            for draw in range(config.draws):
+            for draw in self.draws:
                 for start in config.starts:
                     settings = choice["settings"][start][str(labels)]
                     for seed in range(config.seeds_of(start)):

@@ -1,12 +1,12 @@
-"""What a study fixes before its first cell: data, models, and that there are enough labelled subjects."""
+"""What a study fixes before its first cell: data, models, draws, and that there are enough labelled subjects."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jobs.configs.groups import changed
-from jobs.configs.study import StudyConfig
-from jobs.labelled import draw
+from jobs.configs.study import VALIDATION, StudyConfig
+from jobs.labelled import draw, drawn_subjects
 from jobs.pretrain.inputs import view_spec
 from jobs.study.cells import Data
 from jobs.study.seal import without_test
@@ -19,6 +19,8 @@ from storage.objects import ByteStore
 KEY = "study.json"
 FREE = ("runs", "cache", "experiment", "source", "until", "concurrent", "cpus_per_cell", "gpus_per_cell")
 """Where a study runs, how far and how many cells at a time, but not what comes out."""
+_TRIES = 1000
+"""Seeds in a row that bring no other subjects, after which there are taken to be none; our choice."""
 
 
 def prepare(config: StudyConfig, store: ByteStore, say: Callable[[str], None]) -> Data:
@@ -65,7 +67,54 @@ def _fixed(config: StudyConfig, say: Callable[[str], None]) -> Data:
         say(f"note: whether {uri} was trained on test subjects of this study, only its maker knows")
     _refuse_tested_subjects(config, manifest)
     sealed = without_test(config.data, manifest)
-    return Data(manifest.fingerprint, sealed, labelled, versions, bool(manifest.dataset.get("simulated")))
+    search = config.search
+    draws = _different(config, manifest, "draws", 0, config.draws, config.labels, config.validation)
+    searched = _different(
+        config, manifest, "search.draws", VALIDATION, search.draws, config.searched_labels, search.subjects
+    )
+    simulated = bool(manifest.dataset.get("simulated"))
+    return Data(manifest.fingerprint, sealed, labelled, versions, simulated, draws, searched)
+
+
+def _names(config: StudyConfig, manifest: Manifest) -> list[str]:
+    """Labelled subjects of the train split."""
+    subjects = manifest.subjects()
+    return sorted({subjects[row] for row in manifest.select(split="train", labelled=config.label)})
+
+
+def _different(
+    config: StudyConfig, manifest: Manifest, key: str, first: int, draws: int, counts: Sequence[int], further: int
+) -> list[int]:
+    """Seeds of draws no two of which train on the same subjects, with any count: a test would take one for two.
+
+    Args:
+        config: The study.
+        manifest: Of its volumes.
+        key: The setting that says how many.
+        first: First seed.
+        draws: How many.
+        counts: Of labels.
+        further: Subjects of a draw that do not train.
+
+    Raises:
+        RefusedInput: there are not so many.
+    """
+    names, seeds, seen, seed = _names(config, manifest), list[int](), set[frozenset[str]](), first
+    while len(seeds) < draws:
+        if seed - (seeds[-1] if seeds else first) > _TRIES:
+            raise RefusedInput(
+                f"draws of labelled subjects of {config.data}",
+                expected=f"{draws} ({key}) that train on different subjects, at {', '.join(map(str, counts))} labels",
+                found=f"{len(seeds)}, of {len(names)} subjects of which {further} only steer",
+                remedy=f"lower {key}, or ingest more labelled volumes",
+            )
+        configs = (config.labelled(count, seed, manifest.fingerprint, further=further) for count in counts)
+        sets = [frozenset(drawn_subjects(names, labelled)[1]) for labelled in configs]
+        if seen.isdisjoint(sets):
+            seeds.append(seed)
+            seen.update(sets)
+        seed += 1
+    return seeds
 
 
 def _superpixels(config: StudyConfig, say: Callable[[str], None]) -> None:
@@ -87,9 +136,7 @@ def _labelled(config: StudyConfig, manifest: Manifest) -> int:
     """
     few = config.labelled(min(config.labels), 0, manifest.fingerprint, further=config.validation)
     draw(manifest, few)
-    rows = manifest.select(split="train", labelled=config.label)
-    subjects = manifest.subjects()
-    available = len({subjects[row] for row in rows})
+    available = len(_names(config, manifest))
     needs = {
         f"{max(config.labels)} labels and validation {config.validation}": max(config.labels) + config.validation,
         f"{max(config.searched_labels)} labels and search.subjects {config.search.subjects}": max(

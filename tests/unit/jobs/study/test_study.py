@@ -8,6 +8,7 @@ import signal
 import time
 import uuid
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -333,6 +334,39 @@ def test_a_warmup_is_held_to_the_length_that_is_searched_and_not_to_another(data
 def test_too_few_labelled_subjects_are_refused_before_anything_runs(data: str, runs: str) -> None:
     with pytest.raises(RefusedInput, match="labelled subjects"):
         go(config(runs, data, labels=[1, 18]), lambda _task: pytest.fail("something ran"))
+
+
+def test_no_two_draws_train_on_the_same_subjects(data: str, runs: str) -> None:
+    """Of 18 subjects, twelve draws of one by chance alone would show some of them twice."""
+    study = config(runs, data, labels=[1, 2], draws=12, search={"draws": 12, "subjects": 2, "steps": [4]})
+    manifest = Manifest.open(data)
+    fixed = prepare(study, open_store(f"{runs}/{study.name}"), print)
+
+    def different(seeds: Iterable[int], labels: int, further: int) -> int:
+        drawn = (
+            draw(manifest, study.labelled(labels, seed, manifest.fingerprint, further=further)).train for seed in seeds
+        )
+        return len({frozenset(train) for train in drawn})
+
+    assert different(range(12), 1, study.validation) < 12, "chance alone repeats none here: take another set"
+    cells = Cells(study, fixed)
+    for labels in study.labels:
+        assert different({cell.draw for cell in cells.search()}, labels, study.search.subjects) == 12
+        assert different(cells.draws, labels, study.validation) == 12
+    again = prepare(study, open_store(f"{runs}/{study.name}"), print)
+    assert (again.draws, again.searched) == (fixed.draws, fixed.searched)
+    before = replace(fixed, draws=[], searched=[])  # as a study of before wrote it down
+    assert Cells(study, before).draws == list(range(12))
+
+
+def test_more_draws_than_differ_are_refused_before_anything_runs(data: str, runs: str) -> None:
+    with pytest.raises(
+        RefusedInput, match=r"20 \(draws\) that train on different subjects.*found 18, of 18.*lower draws"
+    ):
+        go(config(runs, data, labels=[1], draws=20), lambda _task: pytest.fail("something ran"))
+    searched = config(runs, data, labels=[1], search={"draws": 30, "subjects": 2, "steps": [4]})
+    with pytest.raises(RefusedInput, match=r"\(search.draws\).*lower search.draws"):
+        go(searched, lambda _task: pytest.fail("something ran"))
 
 
 def test_a_pool_with_subjects_of_the_test_is_refused(data: str, runs: str) -> None:
