@@ -59,7 +59,7 @@ def test_a_patch_is_one_that_the_network_takes_and_no_larger_than_was_said(name:
     study = proposed(name, voxels)
     network, patch = study.pretraining(None, 0).backbone, study.finetune.patch_DHW
     assert np.prod(patch) <= 1.5 * voxels
-    assert study.pretraining("restoration", 0).method_config.crops.size_DHW == patch  # type: ignore[attr-defined]
+    assert study.pretraining("place", 0).method_config.crops.size_DHW == patch  # type: ignore[attr-defined]
     check_crop(network.name, network.arguments, patch, "patch")
     steps = [np.broadcast_to(stride, 3) for stride in network.arguments["strides"]]
     deepest = np.array(patch) / np.prod(steps, axis=0)
@@ -124,17 +124,17 @@ def test_the_command_prints_a_study_that_a_dry_run_takes(tmp_path: Path, capsys:
     assert load(StudyConfig, tmp_path / "study.yaml").label == "labels"
     assert cli.main(["study", str(tmp_path / "study.yaml"), "--local", str(tmp_path / "out"), "--dry-run"]) == 0
     assert "seen with 80 %" in capsys.readouterr().out
-    assert cli.main(["study", str(tmp_path / "study.yaml"), "--keep", "restoration"]) == 0
+    assert cli.main(["study", str(tmp_path / "study.yaml"), "--keep", "place"]) == 0
     (tmp_path / "pretrain.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
     job, of_study = (
         load(PretrainConfig, tmp_path / "pretrain.yaml"),
-        load(StudyConfig, tmp_path / "study.yaml").pretraining("restoration", 0),
+        load(StudyConfig, tmp_path / "study.yaml").pretraining("place", 0),
     )
     for key in ("data", "method", "backbone", "intensity", "stream"):
         assert getattr(job, key) == getattr(of_study, key), key
-    assert (job.name, job.engine.steps) == ("store-restoration", of_study.engine.steps)
+    assert (job.name, job.engine.steps) == ("store-place", of_study.engine.steps)
     for start in ("scratch", "nonesuch"):
         assert cli.main(["study", str(tmp_path / "study.yaml"), "--keep", start]) == 2
-        assert f"start {start!r}; expected one that the study pre-trains: restoration" in capsys.readouterr().err
+        assert f"start {start!r}; expected one that the study pre-trains: place" in capsys.readouterr().err
     assert cli.main(["study", "--propose", store, "labels=x", *state]) == 2
     assert "labels" in capsys.readouterr().err
