@@ -227,7 +227,7 @@ def test_the_tutorials_lines_make_a_stock_network_of_monai(server: str, tmp_path
     from monai.transforms import LoadImage, Orientation
 
     encoder = write_bundle(tmp_path / "encoder", "encoder", network(3), facts(labels=()))
-    registry.register(encoder, "pgl-simulated-encoder")
+    registry.register(encoder, "aligned-simulated-encoder")
     blocks = re.findall(r"^```python\n(.*?)^```$", TUTORIAL.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     (code,) = [block for block in blocks if "safetensors" in block]
     made: dict[str, object] = {}

@@ -110,7 +110,7 @@ def test_there_is_an_example_for_each_job_that_takes_a_config() -> None:
 
 
 def test_the_first_example_needs_nothing_but_a_fresh_stack() -> None:
-    config = load(configs.PretrainConfig, ROOT / "examples/configs/pretrain_pgl.yaml")
+    config = load(configs.PretrainConfig, ROOT / "examples/configs/pretrain_aligned.yaml")
     assert config.source == "simulated"
     later = load(configs.FinetuneJobConfig, ROOT / "examples/configs/finetune.yaml")
     search = load(search_configs.TuneConfig, ROOT / "examples/configs/tune.yaml")

@@ -35,7 +35,11 @@ def test_settings_of_heads_are_not_in_the_digest_of_a_segmentation() -> None:
     sizes: dict[str, Any] = {"epochs": 3, "steps_per_epoch": 3, "batch": 2, "patch_DHW": (16, 16, 16)}
     small = FinetuneConfig(**sizes, warmup_steps=2, transfer="encoder")
     assert digest(small) == "454ed460d2a58591"
-    example = load(FinetuneJobConfig, EXAMPLES / "finetune.yaml", ["finetune.transfer=encoder"])
+    example = load(
+        FinetuneJobConfig,
+        EXAMPLES / "finetune.yaml",
+        ["finetune.transfer=encoder", "starts.pre-trained=models:/pgl-simulated-encoder@candidate"],
+    )
     assert digest(example) == "380c63636c301da7"
     heads = FinetuneConfig(task="classification")
     assert digest(heads) != digest(FinetuneConfig())
