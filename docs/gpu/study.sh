@@ -46,7 +46,9 @@ source: $source
 pretrain:
   method:
     name: aligned
-    crops: {size_DHW: [32, 32, 32], scale: [0.9, 1.2], min_overlap: 0.3, flip: [0, 0, 0]}
+    w_consistency: 0
+    w_position: 1
+    crops: {size_DHW: [32, 32, 32], scale: [0.9, 1.2], min_overlap: 0.3, flip: [0, 0, 0], intensity: strong}
   backbone:
     name: resenc
     arguments:
@@ -57,7 +59,7 @@ pretrain:
   engine: {steps: 600, warmup_steps: 60, lr: 1.0e-3, channels_last: true, deterministic: false, log_every: 50}
 starts:
   scratch: {}
-  aligned: {pretrain: {}, transfer: encoder_decoder}
+  place: {pretrain: {}}
   ibot:
     pretrain:
       method:

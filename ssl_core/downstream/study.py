@@ -192,13 +192,23 @@ def box_of(cells: Sequence[StudyCell], start: str, labels: int, metric: str = "d
     return box
 
 
-def difference(cells: Sequence[StudyCell], a: str, b: str, labels: int, metric: str = "dice") -> Box:
+def difference(
+    cells: Sequence[StudyCell], a: str, b: str, labels: int, metric: str = "dice", *, labels_of_b: int | None = None
+) -> Box:
     """a - b by draw, pre-training seed and subject; what has one training a draw stands beside each seed of the other.
+
+    Args:
+        cells: All tested trainings.
+        a: Name of the first start.
+        b: Name of the second.
+        labels: Labelled subjects of both.
+        metric: Name of the score.
+        labels_of_b: Of the second, where it has others; those of a draw contain those of fewer.
 
     Raises:
         ConfigError: the two were not tested on the same draws and subjects.
     """
-    first, second = (box_of(cells, start, labels, metric) for start in (a, b))
+    first, second = (box_of(cells, start, count, metric) for start, count in ((a, labels), (b, labels_of_b or labels)))
     seeds = {first.shape[1], second.shape[1]}
     if first.shape[::2] != second.shape[::2] or len(seeds - {1}) > 1:
         raise ConfigError(
@@ -240,6 +250,7 @@ def summarise(
     rows = [_row(cells, start, labels, choice, pretrainings) for labels in counts for start in starts]
     tests = corrected([draw_test(difference(cells, a, reference, n), a=a, b=reference, labels=n) for a, n in compared])
     ranks = [ranks_of(cells, starts, labels) for labels in counts]
+    halves = _halves(cells, compared, reference)
     scope = _scope(cells, data)
     return StudyResult(
         name=name,
@@ -252,7 +263,7 @@ def summarise(
         cells=tuple(cells),
         pretrainings=tuple(pretrainings),
         generalises=scope,
-        conclusion=conclusion(tests, rows, reference, scope),
+        conclusion=conclusion(tests, halves, reference, scope),
     )
 
 
@@ -271,7 +282,7 @@ def ranks_of(cells: Sequence[StudyCell], starts: Sequence[str], labels: int) -> 
     return Ranks(labels, {start: float(rank) for start, rank in zip(starts, ranks, strict=True)}, critical)
 
 
-def conclusion(tests: Sequence[DrawTest], rows: Sequence[StudyRow], reference: str, scope: str) -> tuple[str, ...]:
+def conclusion(tests: Sequence[DrawTest], halves: Sequence[str], reference: str, scope: str) -> tuple[str, ...]:
     """What the tests say, a sentence each, the first being the whole in one."""
     better = [test for test in tests if test.significant and test.difference > 0]
     worse = [test for test in tests if test.significant and test.difference < 0]
@@ -283,9 +294,7 @@ def conclusion(tests: Sequence[DrawTest], rows: Sequence[StudyRow], reference: s
     else:
         parts = [f"{len(better)} higher" if better else "", f"{len(worse)} lower" if worse else ""]
         head = f"Of {shared}, {' and '.join(part for part in parts if part)} with p < {LEVEL:g}."
-    lines = [head, *(sentence(test) for test in tests)]
-    lines += _halves(tests, rows, reference)
-    return (*lines, scope)
+    return (head, *(sentence(test) for test in tests), *halves, scope)
 
 
 def sentence(test: DrawTest, measure: str = "Dice") -> str:
@@ -305,18 +314,20 @@ def sentence(test: DrawTest, measure: str = "Dice") -> str:
     return f"{where} no difference between {test.a} and {test.b} is shown: {facts}."
 
 
-def _halves(tests: Sequence[DrawTest], rows: Sequence[StudyRow], reference: str) -> list[str]:
-    """Where a start that is shown to be better reaches the reference's mean with half the labels."""
-    means = {(row.start, row.labels): row.scores["dice"].mean for row in rows}
+def _halves(cells: Sequence[StudyCell], compared: Sequence[tuple[str, int]], reference: str) -> list[str]:
+    """Each compared start against the reference with twice the labels, where the study has those."""
+    counts = {cell.labels for cell in cells if cell.start == reference}
     lines = []
-    for test in tests:
-        double = means.get((reference, 2 * test.labels))
-        own = means[test.a, test.labels]
-        if test.significant and double is not None and own >= double:
-            lines.append(
-                f"{test.a} with {_count(test.labels, 'label')} reaches the mean of {reference} with"
-                f" {2 * test.labels}: {own:.3f} and {double:.3f} (no test of that was made)."
-            )
+    for start, labels in compared:
+        if 2 * labels not in counts:
+            continue
+        of = estimate(difference(cells, start, reference, labels, labels_of_b=2 * labels))
+        word = "reaches" if of.mean >= 0 else "stays below"
+        interval = "" if of.low is None or of.high is None else f"95 % interval {of.low:+.3f} to {of.high:+.3f}; "
+        lines.append(
+            f"{start} with {_count(labels, 'label')} {word} the mean of {reference} with {2 * labels}: {of.mean:+.3f}"
+            f" Dice ({interval}no test of that was made)."
+        )
     return lines
 
 

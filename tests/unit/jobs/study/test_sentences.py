@@ -1,7 +1,12 @@
-"""Sentences of fine-tuning say that they are of one draw of labelled subjects."""
+"""Sentences of fine-tuning say that they are of one draw; those of a study what half the labels come to."""
+
+import numpy as np
+import pytest
 
 from ssl_core.downstream.comparison import ONE_DRAW, Training, paired_test_of
+from ssl_core.downstream.inference import estimate, power_of
 from ssl_core.downstream.scores import CaseScore
+from ssl_core.downstream.study import StudyCell, summarise
 from tests.kit.scores import scores
 
 
@@ -20,3 +25,52 @@ def test_trainings_on_one_draw_say_that_another_may_say_otherwise() -> None:
 
 
 PAIR = (("pre", 0.02), ("none", 0.0))
+
+
+@pytest.mark.parametrize(("gain", "word"), [(0.15, "reaches"), (0.05, "stays below")])
+def test_a_start_is_held_to_the_reference_with_twice_its_labels_draw_by_draw(gain: float, word: str) -> None:
+    numbers = np.random.default_rng(0)
+    luck = numbers.normal(0, 0.05, (6, 1, 1)) + numbers.normal(0, 0.02, (6, 1, 5))
+    own = {
+        ("pre", 1): 0.5 + gain + luck + numbers.normal(0, 0.01, (6, 2, 5)),
+        ("scratch", 1): 0.5 + luck,
+        ("scratch", 2): 0.6 + luck,
+        ("pre", 2): 0.6 + luck + numbers.normal(0, 0.01, (6, 2, 5)),
+        ("scratch", 5): 0.8 + luck,
+        ("pre", 5): 0.8 + luck + numbers.normal(0, 0.01, (6, 2, 5)),
+    }
+    cells = [
+        StudyCell(
+            start,
+            labels,
+            draw,
+            seed,
+            ("a",),
+            tuple(CaseScore(f"v{i}", f"s{i}", "l", scores(dice=values[draw, seed, i])) for i in range(5)),
+            ({"loss": 1.0, "inner_dice": 0.5},),
+            10,
+            1.0,
+            0.5,
+        )
+        for (start, labels), values in own.items()
+        for draw in range(6)
+        for seed in range(values.shape[1])
+    ]
+    settings = {"lr": 1e-3, "steps": 10, "validation_dice": 0.5, "at_the_edge": []}
+    choice = {"settings": {start: {str(n): settings for n in (1, 2, 5)} for start in ("pre", "scratch")}}
+    result = summarise(
+        "t",
+        "scratch",
+        [("pre", 1), ("pre", 2)],
+        cells,
+        power=power_of(6, 2, 0.05, is_pilot=False),
+        choice=choice,
+        pretrainings=(),
+        data="made-up volumes",
+    )
+    of = estimate(own["pre", 1] - own["scratch", 2])
+    (line,) = [line for line in result.conclusion if "no test of that" in line]  # nothing has twice 2 labels
+    assert line == (
+        f"pre with 1 label {word} the mean of scratch with 2: {of.mean:+.3f} Dice (95 % interval {of.low:+.3f} to"
+        f" {of.high:+.3f}; no test of that was made)."
+    )
