@@ -17,7 +17,7 @@ from pydantic import (
 from jobs.configs import LabelledConfig, PretrainConfig, _experiment, _is_model
 from jobs.configs.groups import require_segmentation
 from jobs.ingest_config import JobName, Url
-from ssl_core.config import Config, Fingerprint, Name, parse, resolved
+from ssl_core.config import LATER, Config, Fingerprint, Name, parse, resolved
 from ssl_core.downstream.finetune import FinetuneConfig
 from ssl_core.downstream.inference import MOST_DRAWS
 from ssl_core.downstream.settings import TrainedParts, Transfer
@@ -148,6 +148,11 @@ class StudyConfig(Config):
     validation: int = Field(1, ge=1, description="further subjects that a tested training's curve is measured on")
     test_limit: int | None = Field(None, ge=1, description="most test volumes; all when empty")
     nsd_tolerance_mm: float = Field(1.0, gt=0, description="tolerance of the normalised surface Dice")
+    slices: bool = Field(
+        True,
+        description="show slices of test scans in the report; without them it may go to people who may not see scans",
+        json_schema_extra=LATER,
+    )
     until: Literal["search", "test"] = Field(
         "test",
         description="`search` ends with the scores on validation draws, records no choice and leaves the test shut; the"

@@ -17,8 +17,8 @@ from storage.format.manifest import Manifest
 from storage.objects import ByteStore
 
 KEY = "study.json"
-FREE = ("runs", "cache", "experiment", "source", "until", "concurrent", "cpus_per_cell", "gpus_per_cell")
-"""Where a study runs, how far and how many cells at a time, but not what comes out."""
+FREE = ("runs", "cache", "experiment", "source", "slices", "until", "concurrent", "cpus_per_cell", "gpus_per_cell")
+"""Where a study runs, how far, how many cells at a time and what its report shows, but not what comes out."""
 _TRIES = 1000
 """Seeds in a row that bring no other subjects, after which there are taken to be none; our choice."""
 

@@ -38,8 +38,8 @@ def files(config: StudyConfig, result: StudyResult, command: str) -> dict[str, s
 
 
 def examples(config: StudyConfig, result: StudyResult) -> list[ComparedSlice]:
-    """Slices of the cases that differ most, with image and truth from the store."""
-    pairs = page.pictured(result)
+    """Slices of the cases that differ most, with image and truth from the store; none where the study shows none."""
+    pairs = page.pictured(result) if config.slices else []
     if not pairs:
         return []
     with VolumeStore(config.data, Manifest.open(config.data, result.choice["fingerprint"])) as store:

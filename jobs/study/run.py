@@ -150,9 +150,10 @@ def forecast(config: StudyConfig) -> str:
 def plan(config: StudyConfig, data: Data, clock: Clock) -> str:
     """What will be done, in numbers."""
     parts = ", ".join(f"{number} {kind}" for kind, number in clock.total.items())
+    seeds = "1 pre-training" if config.pretrainings == 1 else f"{config.pretrainings} pre-trainings"
     return (
         f"study {config.name}: {len(config.starts)} starts, labels {', '.join(map(str, config.labels))}, {config.draws}"
-        f" draws, {config.pretrainings} pre-trainings a start, of {data.labelled} labelled subjects of"
+        f" draws, {seeds} a start, of {data.labelled} labelled subjects of"
         f" {config.data}\n{sum(clock.total.values())} cells, {clock.size} at a time: {parts}"
     )
 

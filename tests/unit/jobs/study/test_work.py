@@ -200,6 +200,9 @@ def test_the_report_shows_what_each_start_made_of_the_cases_that_differ_most(
     assert "Pre-trainings" in page
     old = replace(result, cells=tuple(replace(cell, slices={}) for cell in result.cells))
     assert examples(study, old) == []
+    without = study.model_copy(update={"slices": False})
+    assert examples(without, result) == []
+    assert files(without, result, "tomoscale study x.yaml")["report.html"].count("data:image/png") == 4
 
 
 def test_a_fine_tuning_that_died_is_gone_on_with_and_leaves_nothing(
