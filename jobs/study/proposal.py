@@ -4,6 +4,7 @@ Whole structures in a patch, and axes halved so that voxels of the deepest map a
 rules of nnU-Net's planner, Isensee et al. 2021); the recipe is what helped in this project's own studies.
 """
 
+import math
 import textwrap
 from dataclasses import dataclass
 from typing import Any
@@ -125,13 +126,13 @@ def propose(manifest: Manifest, url: str, config: ProposalConfig) -> str:
             f"label {label!r} of {url}", expected="volumes with a voxel above 0", found="background alone in all seen"
         )
     fitted = fit(records, label, voxels)
-    data = _study(fitted, url, label, trained, voxels)
+    data = _study(fitted, url, config, trained, records[0].channels)
     parse(StudyConfig, data, "the proposed study")
     return _page(fitted, data, trained, tested, len(records))
 
 
 def kept(config: StudyConfig, start: str) -> str:
-    """The pre-training of a start as a job of its own, YAML for `tomoscale pretrain`: all volumes, and no copy of it.
+    """The pre-training of a start as a job of its own, YAML for `tomoscale pretrain`.
 
     Raises:
         ConfigError: no such start, or one that the study does not pre-train.
@@ -185,17 +186,18 @@ def _coarser(structure_mm: Any, spacing: Any, voxels: int) -> Any:
     return np.maximum(spacing, np.ceil(high * 10) / 10)
 
 
-def _study(fitted: Fit, url: str, label: str, trained: int, voxels: int) -> dict[str, Any]:
+def _study(fitted: Fit, url: str, config: ProposalConfig, trained: int, channels: int) -> dict[str, Any]:
     further = max(1, min(8, trained // 3))
-    counts = [count for count in _COUNTS if count <= trained - further] or [1]
-    large = voxels >= _LARGE
+    counts = [count for count in _COUNTS if count <= trained - further]
+    different = min(math.comb(trained, count) for count in counts)  # draws that train on other subjects
+    large = config.voxels >= _LARGE
     precision = {"precision": "bf16"} if not large and _bf16_kernels() else {}
     strides = [list(stride) if len(set(stride)) > 1 else stride[0] for stride in fitted.strides]
     crops = {"size_DHW": list(fitted.patch_DHW), "scale": [0.8, 1.2], "min_overlap": 0.3, "flip": [0, 0, 0]}
     return {
         "name": _name(url),
         "data": url,
-        "label": label,
+        "label": config.label,
         "pretrain": {
             "method": {
                 "name": "aligned",
@@ -206,6 +208,7 @@ def _study(fitted: Fit, url: str, label: str, trained: int, voxels: int) -> dict
             "backbone": {
                 "name": "dynunet",
                 "arguments": {
+                    **({"in_channels": channels} if channels > 1 else {}),
                     "filters": [32, 64, 128, 256] if large else [8, 16, 32, 64],
                     "strides": strides,
                     "kernel_size": [3] * len(strides),
@@ -216,10 +219,16 @@ def _study(fitted: Fit, url: str, label: str, trained: int, voxels: int) -> dict
         },
         "starts": {"scratch": {}, "place": {"pretrain": {}}},
         "labels": counts,
-        "draws": 8,
+        "draws": min(8, different),
         "pretrainings": 2,
         "primary_labels": counts[:2],
-        "search": {"lr": [2e-3, 5e-3, 1e-2], "steps": [300], "draws": 3, "subjects": further, "labels": counts[:1]},
+        "search": {
+            "lr": [2e-3, 5e-3, 1e-2],
+            "steps": [300],
+            "draws": min(3, different),
+            "subjects": further,
+            "labels": counts[:1],
+        },
         "finetune": {
             "epochs": 4,
             "batch": 4,

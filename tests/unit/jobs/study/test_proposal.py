@@ -1,5 +1,6 @@
 """A study that is proposed for a data set fits it, and is one that could run."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,14 @@ import yaml
 from jobs.cli import main as cli
 from jobs.configs import PretrainConfig
 from jobs.configs.study import StudyConfig
+from jobs.study.prepare import prepare
 from jobs.study.proposal import ProposalConfig, fit, propose
 from ssl_core.config import load, parse
 from ssl_core.networks.outline import check_crop
 from storage.errors import ConfigError, RefusedInput
 from storage.format.manifest import Manifest
 from storage.format.records import LabelRecord, VolumeRecord
+from storage.objects import open_store
 from tests.kit.phantoms import write_phantoms
 from tests.kit.records import record
 
@@ -100,6 +103,23 @@ def test_counts_leave_subjects_to_search_on() -> None:
         assert max(study.labels) + study.search.subjects <= train
         assert study.labels[0] == 1
     assert proposed("tiny", 24_000, train=40).labels == (1, 2, 5, 10)
+
+
+@pytest.mark.parametrize("train", [3, 5, 30])
+def test_as_many_draws_are_proposed_as_there_are_that_differ(train: int, tmp_path: Path) -> None:
+    store = open_store(f"file://{tmp_path}/store")
+    manifest = Manifest.from_records(records("tiny", train=train), {"name": "set"})
+    manifest.write(store)
+    study = parse(StudyConfig, yaml.safe_load(propose(manifest, store.url, ProposalConfig())))
+    data = prepare(study, open_store(f"file://{tmp_path}/study"), print)
+    assert len(data.draws) == study.draws == {3: 3, 5: 5, 30: 8}[train]
+
+
+def test_a_network_takes_as_many_channels_as_the_volumes_have() -> None:
+    stats = record().stats * 2
+    two = [replace(each, channels=2, stats=stats) for each in records("tiny")]
+    text = propose(Manifest.from_records(two, {"name": "set"}), "memory://set", ProposalConfig())
+    assert parse(StudyConfig, yaml.safe_load(text)).pretraining(None, 0).backbone.arguments["in_channels"] == 2
 
 
 def test_what_cannot_be_proposed_is_refused_with_the_reason() -> None:
