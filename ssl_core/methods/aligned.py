@@ -57,8 +57,8 @@ class Aligned(nn.Module):
     the encoder.
 
     Use it first for segmentation with few labels. Ablations: a weight of 0 takes its part out with its cost;
-    `feature_levels` picks the levels; `consistency_sees` = masked compares the maps that restore. In this project's studies
-    of CHAOS and left atria `w_position` = 1 with `w_consistency` = 0 and strong intensity changes gained most.
+    `feature_levels` picks the levels; `consistency_sees` = masked compares the maps that restore. In this project's
+    studies of CHAOS and left atria `w_position` = 1 with `w_consistency` = 0 and strong intensity changes gained most.
     """
 
     class Config(MethodConfig):
