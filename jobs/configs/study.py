@@ -27,7 +27,7 @@ VALIDATION = 1 << 32
 LONGEST_START = 60
 """Characters of a start's name, which is part of names of runs and of a legend."""
 _OF_NO_ORIGIN = ("trained", "encoder")
-"""What a start of random weights says of its transfer: the default, and the one of configurations before 0.1.0."""
+"""What a start of random weights says of its transfer: the default, and what was the default before."""
 _ENDLESS = 1 << 32
 """Epochs that no warm-up outlasts."""
 

@@ -151,7 +151,7 @@ def _compare(config: FinetuneJobConfig, lease: Lease) -> int:
             start.require_levels(config.finetune.deep_supervision)
             if config.finetune.task == "segmentation":
                 print(f"{uri} brings {start.brings(config.finetune.transfer)}", flush=True)
-            if config.finetune.task != "segmentation":
+            else:
                 start.require_pooled(config.finetune.head.levels)
     manifest = Manifest.open(config.labelled.data, config.labelled.fingerprint)
     for line in _notes(config, manifest):

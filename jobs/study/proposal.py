@@ -286,7 +286,7 @@ def _spread(count: int) -> list[int]:
 
 
 def _name(url: str) -> str:
-    words = "".join(c if c.isalnum() or c == "-" else "-" for c in url.rstrip("/").rpartition("/")[2]).strip("-")
+    words = "".join(c if c.isascii() and c.isalnum() else "-" for c in url.rstrip("/").rpartition("/")[2]).strip("-")
     return words.lower() or "study"
 
 

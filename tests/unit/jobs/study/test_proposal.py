@@ -61,7 +61,7 @@ def proposed(name: str, voxels: int, **sizes: int) -> StudyConfig:
 def test_a_patch_is_one_that_the_network_takes_and_no_larger_than_was_said(name: str, voxels: int) -> None:
     study = proposed(name, voxels)
     network, patch = study.pretraining(None, 0).backbone, study.finetune.patch_DHW
-    assert np.prod(patch) <= 1.5 * voxels
+    assert np.prod(patch) <= voxels
     assert study.pretraining("place", 0).method_config.crops.size_DHW == patch  # type: ignore[attr-defined]
     check_crop(network.name, network.arguments, patch, "patch")
     steps = [np.broadcast_to(stride, 3) for stride in network.arguments["strides"]]
