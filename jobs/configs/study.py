@@ -86,6 +86,13 @@ class StudySearch(Config):
 
     lr: tuple[float, ...] = Field((2e-3, 5e-3, 1e-2), description="`finetune.lr`: the values tried")
     steps: tuple[int, ...] = Field((100, 300), description="optimizer steps of a fine-tuning: the values tried")
+    widen: int = Field(
+        0,
+        ge=0,
+        le=8,
+        description="how often a start whose best rate lies at an end of those tried gets one more beyond it",
+        json_schema_extra=LATER,
+    )
     draws: int = Field(2, ge=1, le=64, description="draws of labelled subjects that each setting is tried on")
     subjects: int = Field(4, ge=1, description="further subjects of the train split that a setting is scored on")
     labels: tuple[int, ...] = Field(

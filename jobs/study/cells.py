@@ -5,6 +5,7 @@ with equal digests are one cell: networks pre-trained for one study serve the ne
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -108,10 +109,17 @@ class Cells:
         seeds = range(config.pretrainings)
         self._origins = {(start, seed): self._origin(start, seed) for start in config.starts for seed in seeds}
         self._settings: dict[Any, dict[str, Any]] = {}
+        points = itertools.product(config.starts, config.searched_labels)
+        self._rates = {point: [*config.search.lr] for point in points}
 
     def origin(self, start: str, seed: int) -> Cell | None:
         """The cell that trains what a start begins with; None for random weights and for a model that there is."""
         return self._origins[start, seed]
+
+    def widen(self, rates: Mapping[tuple[str, int], float]) -> None:
+        """Search one more learning rate, by start and searched count."""
+        for point, lr in rates.items():
+            self._rates[point].append(lr)
 
     def search(self) -> list[Cell]:
         """Every setting of the grid for each start, searched count and validation draw, with the first pre-training."""
@@ -121,7 +129,7 @@ class Cells:
             for labels in config.searched_labels
             for start in config.starts
             for draw in self.searched
-            for lr in config.search.lr
+            for lr in self._rates[start, labels]
             for steps in config.search.steps
         ]
 

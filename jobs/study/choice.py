@@ -39,7 +39,7 @@ def choose(cells: Cells, results: Mapping[str, Mapping[str, Any]]) -> dict[str, 
                 "whole_steps": whole.epochs * whole.steps_per_epoch,
                 "searched_at": at,
                 "validation_dice": float(np.mean(grids[start, at][lr, steps])),
-                "at_the_edge": edges(config, lr, steps),
+                "at_the_edge": edges(grids[start, at], lr, steps),
             }
     return {
         "study": {key: value for key, value in resolved(config).items() if key not in FREE},
@@ -97,14 +97,26 @@ def best_of(grid: Grid) -> tuple[float, int]:
     return max(grid, key=lambda point: (float(np.mean(grid[point])), -point[1], -point[0]))
 
 
-def edges(config: StudyConfig, lr: float, steps: int) -> list[str]:
+def edges(grid: Grid, lr: float, steps: int) -> list[str]:
     """Which of the values lie at an end of what was tried, where a further one might be better."""
+    rates, lengths = ({point[i] for point in grid} for i in (0, 1))
     lines = []
-    if len(config.search.lr) > 1 and lr in (min(config.search.lr), max(config.search.lr)):
+    if len(rates) > 1 and lr in (min(rates), max(rates)):
         lines.append("lr")
-    if len(config.search.steps) > 1 and steps == max(config.search.steps):
+    if len(lengths) > 1 and steps == max(lengths):
         lines.append("steps")
     return lines
+
+
+def beyond(cells: Cells, results: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, int], float]:
+    """The next learning rate of each start and count whose best one lies at an end, a step of that end further."""
+    further = {}
+    for key, grid in grids_of(cells, results).items():
+        lr, steps = best_of(grid)
+        if "lr" in edges(grid, lr, steps):
+            nearest = min({rate for rate, _ in grid} - {lr}, key=lambda rate: abs(math.log(rate / lr)))
+            further[key] = float(f"{lr * lr / nearest:.3g}")
+    return further
 
 
 def _power(config: StudyConfig, grids: Mapping[tuple[str, int], Grid], best: Mapping[Any, tuple[float, int]]) -> Power:

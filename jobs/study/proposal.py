@@ -224,6 +224,7 @@ def _study(fitted: Fit, url: str, config: ProposalConfig, trained: int, channels
         "primary_labels": counts[:2],
         "search": {
             "lr": [2e-3, 5e-3, 1e-2],
+            "widen": 2,
             "steps": [300],
             "draws": min(3, different),
             "subjects": further,

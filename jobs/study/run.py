@@ -10,7 +10,7 @@ from jobs.finetune.checkpoints import clear_all
 from jobs.study import cells as kinds
 from jobs.study import seal
 from jobs.study.cells import Cell, Cells, Data, unique
-from jobs.study.choice import choose, validation_table
+from jobs.study.choice import beyond, choose, validation_table
 from jobs.study.graph import Clock, execute
 from jobs.study.pools import Pool
 from jobs.study.prepare import prepare
@@ -76,6 +76,16 @@ def run(config: StudyConfig, around: Surroundings) -> StudyResult | None:
         return execute(part, around.pool, task_of, clock, on_done=around.on_done, check=around.check, say=around.say)
 
     results = go(first)
+    for _ in range(config.search.widen):
+        rates = beyond(cells, results)
+        if not rates:
+            break
+        cells.widen(rates)
+        further = [cell for cell in unique(cells.search()) if cell.key not in results]
+        clock.total[kinds.SEARCH] += len(further)
+        named = ", ".join(f"{start} at {labels} labels: {lr:g}" for (start, labels), lr in rates.items())
+        say(f"the best learning rate lies at an end of those tried; one more of {named}")
+        results |= go(further)
     if config.until == "search":
         say("\n".join(validation_table(cells, results)))
         say("the test stays shut; until=test goes on from here")
@@ -139,11 +149,13 @@ def forecast(config: StudyConfig) -> str:
     search, starts = config.search, config.starts.values()
     trained = sum(start.pretrain is not None or start.supervised is not None for start in starts)
     settings = len(search.lr) * len(search.steps)
+    more = search.widen * len(search.steps)
+    widest = f", and up to {more} more where the best rate lies at an end" if more else ""
     searched = len(starts) * len(config.searched_labels) * search.draws * settings
     power = power_of(config.draws, len(config.compared), config.sd, is_pilot=False)
     return (
         f"at most {trained * config.pretrainings} pre-trainings; {searched} trainings of the search, {settings}"
-        f" settings for each start; {counts(config, [])[kinds.TEST]} tested trainings\n{power.statement}"
+        f" settings for each start{widest}; {counts(config, [])[kinds.TEST]} tested trainings\n{power.statement}"
     )
 
 

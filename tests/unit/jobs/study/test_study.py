@@ -90,6 +90,51 @@ def test_every_start_is_searched_with_the_same_grid_and_tested_with_its_best(dat
     assert result.power.is_pilot
 
 
+@pytest.mark.parametrize(
+    ("lr", "tried", "best"),
+    [
+        ([1e-3, 2e-3], [1e-3, 2e-3, 4e-3, 8e-3], 4e-3),  # upwards, twice
+        ([8e-3, 2e-2], [8e-3, 2e-2, 3.2e-3, 1.28e-3], 3.2e-3),  # downwards, twice
+        ([4e-3, 5e-3, 6e-3], [4e-3, 5e-3, 6e-3], 5e-3),
+        ([1e-4, 2e-4], [1e-4, 2e-4, 4e-4, 8e-4], 8e-4),  # no further than was said
+        ([1e-3], [1e-3], 1e-3),  # one rate is what its user wants
+    ],
+)
+def test_no_best_rate_lies_at_an_end_while_the_search_may_widen(
+    data: str, runs: str, lr: list[float], tried: list[float], best: float
+) -> None:
+    study = config(runs, data, search={"lr": lr, "widen": 2, "steps": [10, 20], "draws": 3, "subjects": 2})
+    result = go(study)
+    for grid in result.choice["grids"].values():
+        assert sorted({rate for rate, _, _ in grid}) == sorted(tried)
+        assert len(grid) == 2 * len(tried)
+    for counts in result.choice["settings"].values():
+        assert {one["lr"] for one in counts.values()} == {best}
+        at_the_end = len(tried) > 1 and best in (min(tried), max(tried))
+        assert all(("lr" in one["at_the_edge"]) == at_the_end for one in counts.values())
+    assert go(study).choice == result.choice, "gone on with, from what is stored"
+
+
+def test_a_search_of_random_weights_alone_widens_where_they_want_more(data: str, runs: str) -> None:
+    """Each start by its own scores: one that is content is not tried further, nor is one that is not held back."""
+
+    def work(task: Task) -> dict[str, object]:
+        content = task.cell.start == "pre" and task.cell.kind == kinds.SEARCH
+        result = pretended(task)
+        if content:  # best at 2e-3
+            lr = task.cell.spec["finetune"]["lr"]
+            result["history"] = [{"loss": 1.0, "inner_dice": 0.5 - abs(lr - 2e-3)}]
+        return result
+
+    lines = list[str]()
+    search = {"lr": [1e-3, 2e-3, 3e-3], "widen": 1, "steps": [10], "draws": 2, "subjects": 2, "labels": [1]}
+    result = go(config(runs, data, search=search), work, lines.append)
+    tried = {key: sorted(rate for rate, _, _ in grid) for key, grid in result.choice["grids"].items()}
+    wider = [1e-3, 2e-3, 3e-3, 4.5e-3]
+    assert tried == {"scratch, 1 labels": wider, "same, 1 labels": wider, "pre, 1 labels": [1e-3, 2e-3, 3e-3]}
+    assert any("one more of scratch at 1 labels: 0.0045, same at 1 labels: 0.0045" in line for line in lines)
+
+
 def test_a_difference_is_told_with_what_it_generalises_to(data: str, runs: str) -> None:
     result = go(config(runs, data))
     assert [(t.a, t.labels, t.draws, t.pretrainings, t.subjects) for t in result.tests] == [
