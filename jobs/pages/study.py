@@ -11,14 +11,22 @@ from ssl_core.downstream.scores import METRICS, CaseScore, Metric
 from ssl_core.downstream.study import StudyCell, StudyResult, StudyRow
 
 Table = tuple[tuple[str, ...], Sequence[tuple[str, ...]]]
+UNTESTED = "Of the differences from the reference only the comparisons are tested; the others have intervals alone."
 
 
 def scores_table(result: StudyResult) -> Table:
-    """Metrics with their intervals by start and count."""
+    """Metrics with their intervals by start and count, and Dice against the reference."""
     tolerance = float(result.choice["study"]["nsd_tolerance_mm"])
-    head = ("labels", "start", *(metric.heading(tolerance) for metric in METRICS))
+    dice, *others = METRICS
+    head = ("labels", "start", "Dice", "against the reference", *(metric.heading(tolerance) for metric in others))
     rows = [
-        (str(row.labels), row.start, *(_interval(row.scores[metric.name], metric) for metric in METRICS))
+        (
+            str(row.labels),
+            row.start,
+            _interval(row.scores[dice.name], dice),
+            "-" if row.gain is None else _signed(row.gain.mean, row.gain.low, row.gain.high),
+            *(_interval(row.scores[metric.name], metric) for metric in others),
+        )
         for row in result.rows
     ]
     return head, rows
@@ -32,7 +40,7 @@ def tests_table(tests: Sequence[DrawTest]) -> Table:
             str(test.labels),
             test.a,
             test.b,
-            _difference(test),
+            _signed(test.difference, test.low, test.high),
             " ".join(f"{x:+.3f}" for x in test.by_draw),
             f"{test.p_draws:.2g}",
             f"{test.p_crossed:.2g}",
@@ -176,7 +184,7 @@ def markdown(result: StudyResult, command: str) -> str:
         "\n".join(f"- {line}" for line in result.conclusion),
         f"Power, stated before the test was opened: {result.power.statement}",
         "## Scores",
-        "Mean, and 95 % interval over draws, pre-trainings and test subjects.",
+        f"Mean, and 95 % interval over draws, pre-trainings and test subjects. {UNTESTED}",
         _markdown(scores_table(result)),
         "## Tests",
         _markdown(tests_table(result.tests)),
@@ -221,7 +229,8 @@ def html(result: StudyResult, command: str, config: str, examples: Sequence[Comp
             charts.efficiency(result), "Dice by labelled subjects: a dot a draw, the mean and its 95 % interval."
         ),
         differences=Picture(
-            charts.differences(result), "Difference of each draw, the mean (diamond) and its 95 % interval."
+            charts.differences(result),
+            "Difference of each draw, the mean (diamond) and its 95 % interval; an open diamond was not tested.",
         ),
         ranks=Picture(
             charts.ranks(result),
@@ -230,6 +239,7 @@ def html(result: StudyResult, command: str, config: str, examples: Sequence[Comp
         ),
         curves=Picture(charts.curves(result), "Dice on further subjects while fine-tuning, mean over draws and seeds."),
         scores=scores_table(result),
+        untested=UNTESTED,
         tests=_without(tests_table(result.tests), "by draw"),  # which the chart shows
         cost=cost_table(result),
         settings=settings_table(result),
@@ -272,10 +282,10 @@ def _interval(value: Estimate, metric: Metric) -> str:
     return f"{metric.text(value.mean)} ({metric.text(value.low)} to {metric.text(value.high)})"
 
 
-def _difference(test: DrawTest) -> str:
-    if test.low is None or test.high is None:
-        return f"{test.difference:+.3f}"
-    return f"{test.difference:+.3f} ({test.low:+.3f} to {test.high:+.3f})"
+def _signed(difference: float, low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return f"{difference:+.3f}"
+    return f"{difference:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def _gain(row: StudyRow, reference: StudyRow) -> str:

@@ -1,21 +1,29 @@
 """Charts of a study: label efficiency, differences by draw, ranks with a critical difference, learning curves."""
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from jobs.pages.charts import COLOURS, INK, chart
+from ssl_core.downstream.inference import Estimate
 from ssl_core.downstream.study import Ranks, StudyResult
 
 _MORE = ("#b0406a", "#3f8f8f", "#8c7a2f", "#6b7280", "#4653b5", "#a85a2a", "#2f8f5f", "#7a3f3f")
+_EVERY = (*COLOURS, *_MORE)
 
 
 def colours(starts: Sequence[str]) -> dict[str, str]:
     """A colour for each start, the same in every chart."""
-    every = (*COLOURS, *_MORE)
-    return {start: every[number % len(every)] for number, start in enumerate(starts)}
+    return {start: _EVERY[number % len(_EVERY)] for number, start in enumerate(starts)}
+
+
+def dash(number: int) -> Literal["-", "--"]:
+    """Line of a start that has the colour of an earlier one, or not."""
+    return "-" if number < len(_EVERY) else "--"
 
 
 def starts_of(result: StudyResult) -> list[str]:
@@ -24,16 +32,18 @@ def starts_of(result: StudyResult) -> list[str]:
 
 
 def efficiency(result: StudyResult) -> bytes:
-    """PNG of Dice over the count of labels: mean, 95 % interval, and a dot for each draw."""
+    """PNG of Dice by count of labels, by start where there is one count: mean, 95 % interval, a dot for each draw."""
     starts = starts_of(result)
     colour, counts = colours(starts), sorted({row.labels for row in result.rows})
+    if len(counts) == 1:
+        return _by_start(result, colour)
     drawing, axis = plt.subplots(figsize=(8.4, 4.2))
     for number, start in enumerate(starts):
         rows = [row for row in result.rows if row.start == start]
         # Side by side: equal counts would lie on one another.
         x = np.arange(len(counts)) + 0.5 * ((number + 0.5) / len(starts) - 0.5)
         means = [row.scores["dice"].mean for row in rows]
-        axis.plot(x, means, color=colour[start], lw=1.6, marker="o", ms=4.5, label=start, zorder=3)
+        axis.plot(x, means, color=colour[start], ls=dash(number), lw=1.6, marker="o", ms=4.5, label=start, zorder=3)
         for at, row in zip(x, rows, strict=True):
             axis.scatter([at] * len(row.by_draw), row.by_draw, s=10, color=colour[start], alpha=0.45, lw=0, zorder=2)
             dice = row.scores["dice"]
@@ -42,25 +52,24 @@ def efficiency(result: StudyResult) -> bytes:
     axis.set_xticks(range(len(counts)), [str(count) for count in counts])
     axis.set_xlabel("labelled subjects")
     axis.set_ylabel("Dice on test subjects")
-    _legend(axis, len(starts))
-    return chart(drawing, [axis])
+    return chart(drawing, [axis], top=_legend(drawing, axis))
 
 
 def differences(result: StudyResult) -> bytes:
-    """PNG of each comparison: a dot for the difference of each draw, the mean and its 95 % interval."""
-    tests = result.tests
+    """PNG of each start against the reference: a dot for each draw, the mean and its 95 % interval."""
+    base = {row.labels: row.by_draw for row in result.rows if row.start == result.reference}
+    tested = {(test.a, test.labels) for test in result.tests}
     colour = colours(starts_of(result))
-    drawing, axis = plt.subplots(figsize=(8.4, 1.2 + 0.34 * len(tests)))
-    for number, test in enumerate(tests):
-        y = len(tests) - 1 - number
-        axis.scatter(test.by_draw, [y] * test.draws, s=16, color=colour[test.a], alpha=0.6, lw=0, zorder=2)
-        if test.low is not None and test.high is not None:
-            axis.plot([test.low, test.high], [y, y], color=INK, lw=1.4, zorder=3)
-        axis.plot([test.difference], [y], marker="D", ms=5, color=INK, zorder=4)
+    rows = [(row, row.gain) for row in result.rows if row.gain is not None]
+    drawing, axis = plt.subplots(figsize=(8.4, 1.2 + 0.3 * len(rows)))
+    for y, (row, gain) in enumerate(reversed(rows)):
+        by_draw = [a - b for a, b in zip(row.by_draw, base[row.labels], strict=True)]
+        face = INK if (row.start, row.labels) in tested else "white"
+        _line(axis, y, by_draw, gain, colour[row.start], face)
     axis.axvline(0, color="#9aa3af", lw=1)
-    names = [f"{test.a}, {test.labels} label{'s' if test.labels > 1 else ''}" for test in reversed(tests)]
-    axis.set_yticks(range(len(tests)), names)
-    axis.set_ylim(-0.6, len(tests) - 0.4)  # or the outermost lie on the frame
+    names = [f"{row.start}, {row.labels} label{'s' if row.labels > 1 else ''}" for row, _ in reversed(rows)]
+    axis.set_yticks(range(len(rows)), names)
+    axis.set_ylim(-0.6, len(rows) - 0.4)  # or the outermost lie on the frame
     axis.set_xlabel(f"Dice minus that of {result.reference}")
     return chart(drawing, [axis], grid="x")
 
@@ -86,16 +95,34 @@ def curves(result: StudyResult) -> bytes:
     for axis in axes.flat[len(counts) :]:
         axis.set_axis_off()
     for axis, labels in zip(axes.flat[: len(counts)], counts, strict=True):
-        for start in starts:
+        for number, start in enumerate(starts):
             group = [cell for cell in result.cells if (cell.start, cell.labels) == (start, labels)]
             dice = np.mean([[point["inner_dice"] for point in cell.history] for cell in group], axis=0)
             steps = group[0].steps * (np.arange(len(dice)) + 1) / len(dice)
-            axis.plot(steps, dice, color=colour[start], lw=1.6, marker="o", ms=2.5, label=start)
+            axis.plot(steps, dice, color=colour[start], ls=dash(number), lw=1.6, marker="o", ms=2.5, label=start)
         axis.set_title(f"{labels} label{'s' if labels > 1 else ''}", fontsize=10, color=INK)
         axis.set_xlabel("optimizer step")
     axes[0, 0].set_ylabel("Dice, further subjects")
-    _legend(axes[0, 0], len(starts))
-    return chart(drawing, list(axes.flat[: len(counts)]))
+    return chart(drawing, list(axes.flat[: len(counts)]), top=_legend(drawing, axes[0, 0]))
+
+
+def _by_start(result: StudyResult, colour: Mapping[str, str]) -> bytes:
+    """Where there is one count: a line a start, in their order."""
+    drawing, axis = plt.subplots(figsize=(8.4, 1.2 + 0.3 * len(result.rows)))
+    for y, row in enumerate(reversed(result.rows)):
+        _line(axis, y, row.by_draw, row.scores["dice"], colour[row.start], INK)
+    axis.set_yticks(range(len(result.rows)), [row.start for row in reversed(result.rows)])
+    axis.set_ylim(-0.6, len(result.rows) - 0.4)
+    labels = result.rows[0].labels
+    axis.set_xlabel(f"Dice on test subjects, {labels} labelled subject{'s' if labels > 1 else ''}")
+    return chart(drawing, [axis], grid="x")
+
+
+def _line(axis: Axes, y: int, by_draw: Sequence[float], value: Estimate, colour: str, face: str) -> None:
+    axis.scatter(by_draw, [y] * len(by_draw), s=16, color=colour, alpha=0.6, lw=0, zorder=2)
+    if value.low is not None and value.high is not None:
+        axis.plot([value.low, value.high], [y, y], color=INK, lw=1.4, zorder=3)
+    axis.plot([value.mean], [y], marker="D", ms=5, mec=INK, mfc=face, zorder=4)
 
 
 def _ranks(axis: Axes, panel: Ranks, colour: Mapping[str, str]) -> None:
@@ -135,5 +162,12 @@ def cliques(values: Sequence[float], critical: float) -> list[tuple[float, float
     return [(values[a], values[b]) for a, b in runs]
 
 
-def _legend(axis: Axes, starts: int) -> None:
-    axis.legend(frameon=False, fontsize=8.5, ncols=2 if starts > 5 else 1)
+def _legend(drawing: Figure, axis: Axes) -> float:
+    """Above the axes, which it must not cover, on a figure grown by it; returns where the axes end, of the height."""
+    handles, names = axis.get_legend_handles_labels()
+    columns = min(len(names), 5)
+    width, height = drawing.get_size_inches()
+    grown = height + 0.1 + 0.2 * -(-len(names) // columns)
+    drawing.set_size_inches(width, grown)
+    drawing.legend(handles, names, frameon=False, fontsize=8.5, ncols=columns, loc="upper center")
+    return float(height / grown)

@@ -88,6 +88,7 @@ class StudyRow:
         labels: Labelled subjects.
         scores: By name of the metric, its mean over draws, seeds and subjects with a 95 % interval over all three.
         by_draw: Mean Dice of each draw.
+        gain: Dice minus that of the reference on the same draws and subjects; None of the reference. No test.
         lr: Learning rate of the recorded choice.
         steps: Steps of it.
         minutes: Of one fine-tuning, mean.
@@ -99,6 +100,7 @@ class StudyRow:
     labels: int
     scores: Mapping[str, Estimate]
     by_draw: tuple[float, ...]
+    gain: Estimate | None
     lr: float
     steps: int
     minutes: float
@@ -247,7 +249,7 @@ def summarise(
     """
     starts = list(dict.fromkeys(cell.start for cell in cells))
     counts = sorted({cell.labels for cell in cells})
-    rows = [_row(cells, start, labels, choice, pretrainings) for labels in counts for start in starts]
+    rows = [_row(cells, start, reference, labels, choice, pretrainings) for labels in counts for start in starts]
     tests = corrected([draw_test(difference(cells, a, reference, n), a=a, b=reference, labels=n) for a, n in compared])
     ranks = [ranks_of(cells, starts, labels) for labels in counts]
     halves = _halves(cells, compared, reference)
@@ -347,6 +349,7 @@ def _scope(cells: Sequence[StudyCell], data: str) -> str:
 def _row(
     cells: Sequence[StudyCell],
     start: str,
+    reference: str,
     labels: int,
     choice: Mapping[str, Any],
     pretrainings: Sequence[StudyPretraining],
@@ -359,6 +362,7 @@ def _row(
         labels=labels,
         scores={metric.name: estimate(box_of(cells, start, labels, metric.name)) for metric in METRICS},
         by_draw=tuple(float(x) for x in box_of(cells, start, labels).mean((1, 2))),
+        gain=None if start == reference else estimate(difference(cells, start, reference, labels)),
         lr=float(settings["lr"]),
         steps=group[0].steps,
         minutes=float(np.mean([cell.seconds for cell in group])) / 60,

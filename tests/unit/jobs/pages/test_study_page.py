@@ -6,7 +6,7 @@ import uuid
 import pytest
 
 from jobs.pages import study as page
-from jobs.pages.study_charts import cliques
+from jobs.pages.study_charts import cliques, colours, dash
 from ssl_core.downstream.study import StudyResult
 from tests.kit.phantoms import write_phantoms
 from tests.kit.studies import config, go
@@ -39,6 +39,38 @@ def test_the_page_is_one_file_and_says_what_the_markdown_says(result: StudyResul
         assert cell in html
     assert result.choice["digest"] in html
     assert result.choice["digest"] in markdown
+
+
+def test_every_start_stands_beside_the_reference_and_only_the_tested_have_p(result: StudyResult) -> None:
+    gains = {(row.start, row.labels): row.gain for row in result.rows}
+    assert {key for key, gain in gains.items() if gain is None} == {("scratch", 1), ("scratch", 2)}
+    for test in result.tests:
+        gain = gains[test.a, test.labels]
+        assert gain is not None
+        assert (gain.mean, gain.low, gain.high) == pytest.approx((test.difference, test.low, test.high))
+    assert {test.a for test in result.tests} == {"pre"}
+    same = gains["same", 2]
+    assert same is not None
+    assert same.mean == pytest.approx(0.001), "the mean of its two seeds"
+    head, rows = page.scores_table(result)
+    column = [row[head.index("against the reference")] for row in rows if row[:2] == ("2", "same")]
+    assert column[0].startswith("+0.001 (")
+    assert page.UNTESTED in page.markdown(result, COMMAND)
+    assert page.UNTESTED in page.html(result, COMMAND, "")
+
+
+def test_charts_of_one_count_and_of_more_starts_than_colours_are_drawn() -> None:
+    data, runs = (f"memory://study-page-{uuid.uuid4().hex}" for _ in range(2))
+    write_phantoms(data, 16, shape=(8, 8, 8))
+    many = {f"start {i}": {"pretrain": {"engine": {"lr": 1e-4 * (i + 1)}}} for i in range(14)}
+    starts = {"scratch": {}, **many}
+    settings = {"labels": [1], "draws": 2, "pretrainings": 1, "starts": starts, "primary": ["start 3"]}
+    one = go(config(runs, data, search={"lr": [5e-3], "steps": [10], "draws": 1, "subjects": 1}, **settings))
+    text = page.html(one, COMMAND, "")
+    assert text.count("data:image/png") == 4
+    names = list(starts)
+    looks = {(colours(names)[name], dash(number)) for number, name in enumerate(names)}
+    assert len(looks) == len(names), "none looks like another"
 
 
 def test_bars_join_ranks_within_the_critical_difference() -> None:
