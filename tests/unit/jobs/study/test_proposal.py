@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from storage.errors import ConfigError, RefusedInput
 from storage.format.manifest import Manifest
 from storage.format.records import LabelRecord, VolumeRecord
 from storage.objects import open_store
+from tests.kit import ROOT
 from tests.kit.phantoms import write_phantoms
 from tests.kit.records import record
 
@@ -28,6 +30,7 @@ SETS: dict[str, tuple[Triple, tuple[float, float, float], Boxes]] = {
     "slices far apart": ((36, 256, 256), (7.7, 1.25, 1.25), (((4, 50, 40), (30, 190, 180)),)),
     "a whole body": ((600, 512, 512), (1, 0.8, 0.8), (((100, 100, 100), (300, 350, 380)), ((0, 0, 0), (40, 40, 40)))),
     "flat": ((12, 320, 320), (4, 0.6, 0.6), (((2, 100, 100), (10, 180, 200)),)),
+    "a heart": ((22, 36, 48), (2.5, 2.5, 2.5), (((2, 3, 0), (20, 32, 47)),)),
     "tiny": ((9, 10, 11), (1, 1, 1), (((2, 2, 2), (7, 7, 7)),)),
 }
 
@@ -95,6 +98,21 @@ def test_where_a_patch_does_not_hold_the_structure_the_comment_names_a_spacing_t
         ProposalConfig(voxels=60_000),
     )
     assert "spacing_mm" not in small
+
+
+def test_the_tutorial_shows_what_is_proposed() -> None:
+    page = (ROOT / "docs/tutorial-own-data.md").read_text(encoding="utf-8")
+    shown = page.partition("```yaml\n")[2].partition("```")[0]
+    manifest = Manifest.from_records(records("a heart", train=70), {"name": "set"})
+    printed = propose(manifest, "s3://volumes/mine", ProposalConfig())
+    # bf16 is proposed where the processor has it, so not everywhere.
+    assert _without_precision(yaml.safe_load(printed)) == _without_precision(yaml.safe_load(shown))
+
+
+def _without_precision(study: dict[str, Any]) -> dict[str, Any]:
+    for group in (study["pretrain"]["engine"], study["finetune"]):
+        group.pop("precision", None)
+    return study
 
 
 def test_counts_leave_subjects_to_search_on() -> None:
