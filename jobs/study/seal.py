@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jobs.configs import LabelledConfig
+from jobs.configs.study import StudyConfig
 from jobs.labelled import WITHOUT_TEST
-from ssl_core.config import parse
+from ssl_core.config import digest, parse
 from storage.errors import ConfigError, NotFound, RefusedInput
 from storage.format.manifest import Manifest
 from storage.objects import ByteStore, open_store
@@ -52,7 +53,7 @@ def seal(store: ByteStore, choice: Mapping[str, Any]) -> dict[str, Any]:
     if store.put(KEY, json.dumps(sealed, indent=1).encode(), if_absent=True):
         return sealed
     before = read(store)
-    if before["digest"] != sealed["digest"]:
+    if _held(before) != _held(sealed):
         raise RefusedInput(
             f"{store.url}/{KEY}",
             expected=f"the choice that the test was opened with, digest {before['digest']}",
@@ -115,6 +116,13 @@ def open_test(url: str, spec: Mapping[str, Any], start: str, labels: int) -> Lab
             remedy="run the study under another name for other settings",
         )
     return parse(LabelledConfig, labelled, "labelled subjects")
+
+
+def _held(choice: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a choice must stay, the same for a version that has more settings (`ssl_core.config.LATER`)."""
+    kept = {key: value for key, value in choice.items() if key not in ("digest", "study")}
+    # A choice that was read has lists where one that was made has tuples.
+    return {**json.loads(json.dumps(kept)), "study": digest(parse(StudyConfig, choice["study"], "the recorded study"))}
 
 
 def _digest(choice: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Studies around their cells: pairing, nesting, the search, the seal, and going on after a death at any point."""
 
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -195,6 +196,21 @@ def test_the_test_opens_only_behind_a_recorded_choice_that_stays(data: str, runs
     store.put(seal.KEY, json.dumps({**other, "digest": choice["digest"]}).encode())
     with pytest.raises(RefusedInput, match="changed after it was recorded"):
         seal.open_test(url, cell.spec, "pre", 1)
+
+
+def test_a_sealed_choice_of_an_earlier_version_stays_the_choice(data: str, runs: str) -> None:
+    """It lacks settings that came later; that is no other choice, and what it does have may not change."""
+    study = config(runs, data)
+    first, store = go(study), open_store(f"{study.runs}/t")
+    choice = {key: value for key, value in _choice(study).items() if key != "digest"}
+    del choice["study"]["search"]["widen"]  # type: ignore[index]
+    digest = hashlib.sha256(json.dumps(choice, sort_keys=True).encode()).hexdigest()[:16]
+    store.put(seal.KEY, json.dumps({**choice, "digest": digest}).encode())
+    again = go(study)
+    assert again.choice["digest"] == digest != first.choice["digest"]
+    assert (again.rows, again.tests) == (first.rows, first.tests)
+    with pytest.raises(RefusedInput, match="proves nothing"):
+        seal.seal(store, {**choice, "study": choice["study"] | {"validation": 2}})  # type: ignore[operator]
 
 
 def test_a_study_that_ends_with_its_search_leaves_the_test_shut_and_can_go_on(data: str, runs: str) -> None:
