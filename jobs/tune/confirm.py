@@ -27,7 +27,7 @@ from jobs.tracking import runs as tracking
 from jobs.tracking.outage import through_outage
 from jobs.tune.outcome import best_of
 from ssl_core.bundle_card import amend
-from ssl_core.config import parse, resolved
+from ssl_core.config import digested, parse, resolved
 from ssl_core.downstream.comparison import Training, subject_dice
 from ssl_core.downstream.confirmation import Confirmation, Scored, confirmed
 from ssl_core.downstream.scores import METRICS, mean_scores
@@ -149,7 +149,7 @@ def confirm(
     sides = {BEST: (_name_of(result), dict(result.best), _size(result, result.best_trial))}
     sides[REFERENCE] = _reference(result)
     draws = tuple(config.labelled.draws[0] + 1 + i for i in range(config.confirm.draws))
-    _seal(store, {"sides": sides, "draws": draws, "confirm": resolved(config.confirm.model_copy(update=_FREE))})
+    _seal(store, {"sides": sides, "draws": draws, "confirm": digested(config.confirm.model_copy(update=_FREE))})
     todo: list[Work] = []
     done: dict[tuple[str, int, int], Training] = {}
     for place, draw in enumerate(draws):
