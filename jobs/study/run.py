@@ -83,7 +83,7 @@ def run(config: StudyConfig, around: Surroundings) -> StudyResult | None:
         cells.widen(rates)
         further = [cell for cell in unique(cells.search()) if cell.key not in results]
         clock.total[kinds.SEARCH] += len(further)
-        named = ", ".join(f"{start} at {labels} labels: {lr:g}" for (start, labels), lr in rates.items())
+        named = ", ".join(f"{start}, {labels} labelled: {lr:g}" for (start, labels), lr in rates.items())
         say(f"the best learning rate lies at an end of those tried; one more of {named}")
         results |= go(further)
     if config.until == "search":

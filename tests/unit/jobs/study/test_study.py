@@ -133,7 +133,7 @@ def test_a_search_of_random_weights_alone_widens_where_they_want_more(data: str,
     tried = {key: sorted(rate for rate, _, _ in grid) for key, grid in result.choice["grids"].items()}
     wider = [1e-3, 2e-3, 3e-3, 4.5e-3]
     assert tried == {"scratch, 1 labels": wider, "same, 1 labels": wider, "pre, 1 labels": [1e-3, 2e-3, 3e-3]}
-    assert any("one more of scratch at 1 labels: 0.0045, same at 1 labels: 0.0045" in line for line in lines)
+    assert any("one more of scratch, 1 labelled: 0.0045, same, 1 labelled: 0.0045" in line for line in lines)
 
 
 def test_a_difference_is_told_with_what_it_generalises_to(data: str, runs: str) -> None:
