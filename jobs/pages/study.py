@@ -290,9 +290,9 @@ def _signed(difference: float, low: float | None, high: float | None) -> str:
 
 def _gain(row: StudyRow, reference: StudyRow) -> str:
     extra = row.minutes + row.pretraining_minutes - reference.minutes
-    if row is reference or extra <= 0:
+    if row.gain is None or extra <= 0:
         return "-"
-    return f"{(row.scores['dice'].mean - reference.scores['dice'].mean) / extra:+.4f}"
+    return f"{row.gain.mean / extra:+.4f}"
 
 
 def _markdown(table: Table) -> str:
