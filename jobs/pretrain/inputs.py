@@ -35,6 +35,12 @@ def view_spec(config: PretrainConfig) -> ViewSpec:
     return spec
 
 
+def reads_labels(config: PretrainConfig) -> bool:
+    """Whether the job's method learns from label maps: any map but super-pixels, which are made of the voxels."""
+    views = view_spec(config)
+    return not set(views.maps) <= {settings.name for settings in views.superpixels}
+
+
 def stream_spec(config: PretrainConfig) -> StreamSpec:
     """The stream that the method's views need."""
     views = view_spec(config)

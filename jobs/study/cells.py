@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from jobs.configs.study import VALIDATION, StudyConfig
+from jobs.pretrain.inputs import reads_labels
 from ssl_core.config import digested
 from storage.objects import ByteStore, join, open_store
 
@@ -81,6 +82,9 @@ class Data:
         draws: Seed of each draw of labelled subjects: no two train on the same ones. A study of before had as many
             from 0 on, whatever they drew.
         searched: The same of validation draws.
+        unscored: Of `without_test` without the subjects that settings are scored on: all that exists for a start that
+            learns from labels, or its settings would be chosen by scores on what it has learned. Empty where there is
+            no such start, and in a study of before.
     """
 
     fingerprint: str
@@ -90,6 +94,7 @@ class Data:
     simulated: bool
     draws: list[int] = field(default_factory=list)
     searched: list[int] = field(default_factory=list)
+    unscored: str = ""
 
 
 class Cells:
@@ -155,17 +160,19 @@ class Cells:
 
     def _origin(self, start: str, seed: int) -> Cell | None:
         config, origin = self.config, self.config.starts[start]
+        with_labels = self.data.unscored or self.data.without_test
         if origin.pretrain is not None:
             job = config.pretraining(start, seed)
             if job.data == config.data:  # of its own data, a study shows pre-training what has no test
-                job = job.model_copy(update={"fingerprint": self.data.without_test})
+                fingerprint = with_labels if reads_labels(job) else self.data.without_test
+                job = job.model_copy(update={"fingerprint": fingerprint})
             pretrain = {
                 "job": {key: value for key, value in digested(job).items() if key not in ("runs", "experiment")}
             }
             return Cell(PRETRAIN, pretrain, config.cache_url, start=start, seed=seed)
         if origin.supervised is not None:
             supervised = origin.supervised
-            labelled = config.labelled(supervised.subjects, VALIDATION - 1, self.data.without_test, further=1)
+            labelled = config.labelled(supervised.subjects, VALIDATION - 1, with_labels, further=1)
             spec: dict[str, Any] = {
                 "network": self.network.key,
                 "labelled": digested(labelled),

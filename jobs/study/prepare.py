@@ -1,13 +1,13 @@
 """What a study fixes before its first cell: data, models, draws, and that there are enough labelled subjects."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from jobs.configs.groups import changed
 from jobs.configs.study import VALIDATION, StudyConfig
 from jobs.labelled import draw, drawn_subjects
-from jobs.pretrain.inputs import view_spec
+from jobs.pretrain.inputs import reads_labels, view_spec
 from jobs.study.cells import Data
 from jobs.study.seal import without_test
 from jobs.tracking.starts import named, read_start, version_of
@@ -33,7 +33,7 @@ def prepare(config: StudyConfig, store: ByteStore, say: Callable[[str], None]) -
 
     Raises:
         ConfigError: a study of this name has other settings, or a model is of another network.
-        RefusedInput: too few labelled subjects, or subjects of the test in what is pre-trained on.
+        RefusedInput: too few labelled subjects, or a start would learn from subjects that it is scored on.
         NotFound: no such manifest or model.
     """
     plain = {name: StudyConfig.model_fields[name].get_default() for name in FREE}
@@ -65,15 +65,23 @@ def _fixed(config: StudyConfig, say: Callable[[str], None]) -> Data:
         with named(f"starts.{name}.model"):
             read_start(uri).require_network(network.name, network.arguments)
         say(f"note: whether {uri} was trained on test subjects of this study, only its maker knows")
-    _refuse_tested_subjects(config, manifest)
-    sealed = without_test(config.data, manifest)
     search = config.search
     draws = _different(config, manifest, "draws", 0, config.draws, config.labels, config.validation)
     searched = _different(
         config, manifest, "search.draws", VALIDATION, search.draws, config.searched_labels, search.subjects
     )
-    simulated = bool(manifest.dataset.get("simulated"))
-    return Data(manifest.fingerprint, sealed, labelled, versions, simulated, draws, searched)
+    scored = _scored(config, manifest, searched)
+    _refuse_scored_subjects(config, manifest, scored)
+    return Data(
+        fingerprint=manifest.fingerprint,
+        without_test=without_test(config.data, manifest),
+        labelled=labelled,
+        models=versions,
+        simulated=bool(manifest.dataset.get("simulated")),
+        draws=draws,
+        searched=searched,
+        unscored=without_test(config.data, manifest, scored) if scored else "",
+    )
 
 
 def _names(config: StudyConfig, manifest: Manifest) -> list[str]:
@@ -117,6 +125,37 @@ def _different(
     return seeds
 
 
+def _scored(config: StudyConfig, manifest: Manifest, searched: Sequence[int]) -> set[str]:
+    """Subjects that settings are scored on, which a start must not have learned the labels of; none without such a one.
+
+    Raises:
+        RefusedInput: the others are too few for such a start.
+    """
+    needs = {
+        f"starts.{name}": 1 if start.supervised is None else start.supervised.subjects + 1
+        for name, start in config.starts.items()
+        if start.supervised is not None or (start.pretrain is not None and reads_labels(config.pretraining(name, 0)))
+    }
+    if not needs:
+        return set()
+    names, further = _names(config, manifest), config.search.subjects
+    scored = {
+        subject
+        for seed in searched
+        for subject in drawn_subjects(names, config.labelled(1, seed, manifest.fingerprint, further=further))[0]
+    }
+    for key, need in needs.items():
+        if need > len(names) - len(scored):
+            raise RefusedInput(
+                f"labelled subjects of {config.data} that no setting is scored on",
+                expected=f"{need} in the train split, for {key}, which learns from labels",
+                found=f"{len(names) - len(scored)} of {len(names)}: {config.search.draws} search.draws of {further}"
+                " search.subjects take the others",
+                remedy="lower search.draws, search.subjects or that start's subjects, or ingest more labelled volumes",
+            )
+    return scored
+
+
 def _superpixels(config: StudyConfig, say: Callable[[str], None]) -> None:
     """Made before the manifest is fixed, so that all starts read one."""
     jobs = [config.pretraining(name, 0) for name, start in config.starts.items() if start.pretrain is not None]
@@ -143,10 +182,6 @@ def _labelled(config: StudyConfig, manifest: Manifest) -> int:
             config.searched_labels
         )
         + config.search.subjects,
-    } | {
-        f"starts.{name}.supervised.subjects {start.supervised.subjects} and 1": start.supervised.subjects + 1
-        for name, start in config.starts.items()
-        if start.supervised is not None
     }
     for words, need in needs.items():
         if need > available:
@@ -159,8 +194,8 @@ def _labelled(config: StudyConfig, manifest: Manifest) -> int:
     return available
 
 
-def _refuse_tested_subjects(config: StudyConfig, manifest: Manifest) -> None:
-    """Refuse a pre-training on another store, or another split, that has subjects of the test.
+def _refuse_scored_subjects(config: StudyConfig, manifest: Manifest, scored: Collection[str]) -> None:
+    """Refuse a pre-training on another store, or another split, that has subjects of the test, or learns from `scored`.
 
     Raises:
         ConfigError: a split of the study's own store that is not there without the test.
@@ -183,11 +218,12 @@ def _refuse_tested_subjects(config: StudyConfig, manifest: Manifest) -> None:
             continue
         other = Manifest.open(job.data, job.fingerprint)
         names = other.subjects()
-        both = sorted(tested & {names[row] for row in other.select(split=job.stream.split)})
+        barred = tested.union(scored) if reads_labels(job) else tested
+        both = sorted(barred & {names[row] for row in other.select(split=job.stream.split)})
         if both:
             raise RefusedInput(
                 f"pre-training data {job.data} of start {name!r}",
-                expected="no subject of the study's test",
+                expected="no subject of the study's test, nor with labels one that settings are scored on",
                 found=f"{len(both)} of them, the first: {both[0]}",
                 remedy="ingest the pool without them, or with the same split",
             )

@@ -6,7 +6,7 @@ choice is written once, and every tested training reads its settings and the who
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from jobs.configs import LabelledConfig
@@ -20,17 +20,18 @@ from storage.objects import ByteStore, open_store
 KEY = "choice.json"
 
 
-def without_test(data: str, manifest: Manifest) -> str:
+def without_test(data: str, manifest: Manifest, scored: Collection[str] = ()) -> str:
     """Write the manifest without its test split beside it, the published one staying; returns its fingerprint.
 
     Args:
         data: URL of the store.
         manifest: The whole one.
+        scored: Further subjects that it is to be without.
 
     Raises:
         StoreError: the store cannot be written.
     """
-    records = [record for record in manifest.records() if record.split != "test"]
+    records = [record for record in manifest.records() if record.split != "test" and record.subject not in scored]
     facts = {**manifest.dataset, WITHOUT_TEST: manifest.fingerprint}
     sealed = Manifest.from_records(records, facts)
     try:

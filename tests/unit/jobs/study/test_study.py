@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jobs.configs import LabelledConfig
 from jobs.configs.study import StudyConfig
 from jobs.labelled import draw
 from jobs.study import cells as kinds
@@ -428,6 +429,56 @@ def test_more_draws_than_differ_are_refused_before_anything_runs(data: str, runs
     searched = config(runs, data, labels=[1], search={"draws": 30, "subjects": 2, "steps": [4]})
     with pytest.raises(RefusedInput, match=r"\(search.draws\).*lower search.draws"):
         go(searched, lambda _task: pytest.fail("something ran"))
+
+
+LEARNS_LABELS = {"pretrain": {"method": {"name": "supervised", "label": "labels"}}}
+
+
+def test_no_start_learns_the_labels_that_its_settings_are_scored_on(data: str, runs: str) -> None:
+    starts = {"scratch": {}, "pre": {"pretrain": {}}, "few": {"supervised": {"subjects": 4, "steps": 2}}}
+    study = config(runs, data, starts=starts | {"all": LEARNS_LABELS})
+    facts = prepare(study, open_store(f"{study.runs}/t"), lambda _line: None)
+    cells = Cells(study, facts)
+
+    def seen(start: str) -> set[str]:
+        origin = cells.origin(start, 0)
+        assert origin is not None
+        if "labelled" in origin.spec:
+            config = parse(LabelledConfig, origin.spec["labelled"])
+            manifest = Manifest.open(data, config.fingerprint)
+            drawn = draw(manifest, config)
+            return {manifest.record(row).subject for row in (*drawn.train, *drawn.inner)}
+        return set(Manifest.open(data, origin.spec["job"]["fingerprint"]).subjects())
+
+    scored = set()
+    for cell in cells.search():
+        labelled = parse(LabelledConfig, cell.spec["labelled"])
+        manifest = Manifest.open(data, labelled.fingerprint)
+        scored |= {manifest.record(row).subject for row in draw(manifest, labelled).inner}
+    assert len(scored) > study.search.subjects
+    assert len(seen("few")) == 5
+    assert not seen("few") & scored
+    assert not seen("all") & scored
+    assert len(seen("all") | scored) == len(seen("pre")) == 18, "a start without labels may see every image"
+    before = replace(facts, unscored="")  # as a study of before goes on
+    assert {str(cell.spec).count(facts.unscored) for cell in Cells(study, before).before()} == {0}
+
+
+def test_a_start_that_would_learn_them_is_refused_before_anything_runs(data: str, runs: str) -> None:
+    starts: dict[str, object] = {"scratch": {}, "few": {"supervised": {"subjects": 14, "steps": 2}}}
+    words = r"15 in the train split, for starts.few.*found 1\d of 18: 3 search.draws of 2.*lower search.draws"
+    with pytest.raises(RefusedInput, match=words):
+        go(config(runs, data, starts=starts), lambda _task: pytest.fail("something ran"))
+    pool = f"{runs}/pool"
+    Manifest.from_records([record for record in Manifest.open(data).records() if record.split == "train"]).write(
+        open_store(pool)
+    )
+    pretrain = {**LEARNS_LABELS["pretrain"], "data": pool}
+    with pytest.raises(RefusedInput, match="nor with labels one that settings are scored on"):
+        go(
+            config(runs, data, starts={"scratch": {}, "pool": {"pretrain": pretrain}}),
+            lambda _task: pytest.fail("something ran"),
+        )
 
 
 def test_a_pool_with_subjects_of_the_test_is_refused(data: str, runs: str) -> None:
