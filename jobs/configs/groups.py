@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from jobs.ingest_config import Url
-from ssl_core.config import LATER, Config, Fingerprint, Name, flatten, resolved
+from ssl_core.config import LATER, Config, Fingerprint, Name, digested, flatten, resolved
 from ssl_core.downstream.inference import MOST_DRAWS
 from ssl_core.networks import backbone_names
 from ssl_core.networks.registry import check_arguments
@@ -26,7 +26,8 @@ def changed(config: Config, before: Mapping[str, Any], free: Collection[str]) ->
         free: Keys of the first level.
     """
     now, then = flatten(resolved(config)) if before else {}, flatten(before)
-    keys = [key for key in {**then, **now} if key.partition(".")[0] not in free and now.get(key) != then.get(key)]
+    known = {**then, **flatten(digested(config))}  # without settings that came later and have their default
+    keys = [key for key in known if key.partition(".")[0] not in free and now.get(key) != then.get(key)]
     return {key: f"{key}={now.get(key)} (was {then.get(key)})" for key in keys}
 
 

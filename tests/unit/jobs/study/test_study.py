@@ -252,10 +252,15 @@ def test_a_start_says_which_parts_are_trained_from_when_on(data: str, runs: str)
 
 def test_a_study_of_other_settings_needs_another_name(data: str, runs: str) -> None:
     study = config(runs, data)
-    prepare(study, open_store(f"{study.runs}/t"), print)
-    prepare(config(runs, data, concurrent=7), open_store(f"{study.runs}/t"), print)
-    with pytest.raises(ConfigError, match=r"draws=7 \(was 6\)"):
-        prepare(config(runs, data, draws=7), open_store(f"{study.runs}/t"), print)
+    store = open_store(f"{study.runs}/t")
+    prepare(study, store, print)
+    prepare(config(runs, data, concurrent=7), store, print)
+    note = json.loads(store.get("study.json"))
+    del note["config"]["search"]["widen"], note["config"]["finetune"]["head"]  # as a version without them wrote it
+    store.put("study.json", json.dumps(note).encode())
+    prepare(study, store, print)
+    with pytest.raises(ConfigError, match=r"found draws=7 \(was 6\);"):
+        prepare(config(runs, data, draws=7), store, print)
 
 
 def test_pretrainings_are_shared_by_studies_of_equal_digests(data: str, runs: str) -> None:
