@@ -110,6 +110,16 @@ def _configured(kind: "type[C]", fields: dict[str, Any], group: str, settings: S
     """A job's configuration; what is said of wrong settings leaves their group out, as the command line does."""
     from ssl_core.config import load
 
+    known = getattr(kind.model_fields[group].annotation, "model_fields", {})
+    for item in settings:
+        key = item.partition("=")[0]
+        if key in kind.model_fields and key not in known:
+            raise ConfigError(
+                f"setting {key!r}",
+                expected=f"one of the {group}",
+                found="what the command itself says, by its verb or an argument",
+                remedy="`tomoscale data --help` lists the verbs, and each verb's own --help its arguments",
+            )
     try:
         return load(kind, fields, [f"{group}.{item}" for item in settings])
     except ConfigError as error:

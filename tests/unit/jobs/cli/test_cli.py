@@ -169,6 +169,15 @@ def test_settings_of_super_pixels_may_stand_after_options_too(store: str, capsys
         assert "did you mean 'scale'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("setting", ["append=true", "source=/scans"])
+def test_what_a_verb_says_is_no_setting_of_a_policy(setting: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once it was `unknown key 'append'; did you mean 'append'?`."""
+    assert cli.main(["data", "ingest", "simulated", "memory://x", setting]) == 2
+    err = capsys.readouterr().err
+    assert f"setting '{setting.partition('=')[0]}'; expected one of the policy; found what the command itself" in err
+    assert "`tomoscale data --help` lists the verbs" in err
+
+
 @pytest.mark.parametrize("verb", ["data ingest", "data append", "pretrain"])
 def test_settings_are_not_called_required(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
