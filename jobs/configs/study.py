@@ -145,6 +145,12 @@ class StudyConfig(Config):
         (), description="starts whose tests share the level (Holm); all but the reference when empty"
     )
     primary_labels: tuple[int, ...] = Field((), description="counts of labels of those tests; all when empty")
+    halves: bool = Field(
+        False,
+        description="test each of them also against the reference with twice its labels, where `labels` has that count;"
+        " these tests share the level too",
+        json_schema_extra=LATER,
+    )
     sd: float = Field(
         0.05, gt=0, description="assumed standard deviation of a difference in Dice between draws, for the power"
     )
@@ -202,6 +208,8 @@ class StudyConfig(Config):
         strange = [name for name in self.primary if name not in self.starts or name == self.reference]
         if strange:
             raise ValueError(f"primary: names of starts other than the reference, not {', '.join(strange)}")
+        if self.halves and not self.halved:
+            raise ValueError(f"halves: a count whose double is among labels {list(self.labels)}")
         for key, counts in (("primary_labels", self.primary_labels), ("search.labels", self.search.labels)):
             if not set(counts) <= set(self.labels):
                 raise ValueError(f"{key}: counts that are among labels {list(self.labels)}, not {list(counts)}")
@@ -272,6 +280,16 @@ class StudyConfig(Config):
         """Pairs of a start and a count of labels whose tests share the level."""
         starts = self.primary or tuple(name for name in self.starts if name != self.reference)
         return tuple((start, count) for count in self.primary_labels or self.labels for start in starts)
+
+    @property
+    def halved(self) -> tuple[tuple[str, int], ...]:
+        """Those of `compared` that are also tested against the reference with twice their labels."""
+        return tuple((start, count) for start, count in self.compared if self.halves and 2 * count in self.labels)
+
+    @property
+    def comparisons(self) -> int:
+        """Tests that share the level."""
+        return len(self.compared) + len(self.halved)
 
     def labelled(self, labels: int, draw: int, fingerprint: str, *, further: int) -> LabelledConfig:
         """The subjects of a cell. The same draw with fewer labels has some of the same subjects.

@@ -39,7 +39,7 @@ def tests_table(tests: Sequence[DrawTest]) -> Table:
         (
             str(test.labels),
             test.a,
-            test.b,
+            test.b if test.labels_of_b is None else f"{test.b}, {test.labels_of_b} labels",
             _signed(test.difference, test.low, test.high),
             " ".join(f"{x:+.3f}" for x in test.by_draw),
             f"{test.p_draws:.2g}",

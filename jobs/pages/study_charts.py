@@ -58,18 +58,25 @@ def efficiency(result: StudyResult) -> bytes:
 def differences(result: StudyResult) -> bytes:
     """PNG of each start against the reference: a dot for each draw, the mean and its 95 % interval."""
     base = {row.labels: row.by_draw for row in result.rows if row.start == result.reference}
-    tested = {(test.a, test.labels) for test in result.tests}
+    halves = [test for test in result.tests if test.labels_of_b is not None]
+    tested = {(test.a, test.labels) for test in result.tests if test not in halves}
     colour = colours(starts_of(result))
     rows = [(row, row.gain) for row in result.rows if row.gain is not None]
-    drawing, axis = plt.subplots(figsize=(8.4, 1.2 + 0.3 * len(rows)))
-    for y, (row, gain) in enumerate(reversed(rows)):
+    height = len(rows) + len(halves)
+    drawing, axis = plt.subplots(figsize=(8.4, 1.2 + 0.3 * height))
+    names = []
+    for row, gain in rows:
         by_draw = [a - b for a, b in zip(row.by_draw, base[row.labels], strict=True)]
         face = INK if (row.start, row.labels) in tested else "white"
-        _line(axis, y, by_draw, gain, colour[row.start], face)
+        names.append(f"{row.start}, {row.labels} label{'s' if row.labels > 1 else ''}")
+        _line(axis, height - len(names), by_draw, gain, colour[row.start], face)
+    for test in halves:
+        mean = Estimate(test.difference, test.low, test.high)
+        names.append(f"{test.a}, {test.labels}, against {test.labels_of_b} labels")
+        _line(axis, height - len(names), test.by_draw, mean, colour[test.a], INK)
     axis.axvline(0, color="#9aa3af", lw=1)
-    names = [f"{row.start}, {row.labels} label{'s' if row.labels > 1 else ''}" for row, _ in reversed(rows)]
-    axis.set_yticks(range(len(rows)), names)
-    axis.set_ylim(-0.6, len(rows) - 0.4)  # or the outermost lie on the frame
+    axis.set_yticks(range(height), names[::-1])
+    axis.set_ylim(-0.6, height - 0.4)  # or the outermost lie on the frame
     axis.set_xlabel(f"Dice minus that of {result.reference}")
     return chart(drawing, [axis], grid="x")
 

@@ -52,6 +52,8 @@ def choose(cells: Cells, results: Mapping[str, Mapping[str, Any]]) -> dict[str, 
             for (start, labels), grid in grids.items()
         },
         "compared": [list(pair) for pair in config.compared],
+        # Not there without any, or a choice that was recorded before there were halves would be another one.
+        **({"halved": [list(pair) for pair in config.halved]} if config.halved else {}),
         "power": vars(_power(config, grids, best)),
     }
 
@@ -122,10 +124,12 @@ def beyond(cells: Cells, results: Mapping[str, Mapping[str, Any]]) -> dict[tuple
 def _power(config: StudyConfig, grids: Mapping[tuple[str, int], Grid], best: Mapping[Any, tuple[float, int]]) -> Power:
     """From the differences of validation draws where there are three or more, else from the assumption."""
     spreads = []
-    for start, labels in config.compared:
-        at = config.nearest_searched(labels)
-        a, b = (np.array(grids[name, at][best[name, at]]) for name in (start, config.reference))
+    sides = [((start, labels), (config.reference, labels)) for start, labels in config.compared]
+    sides += [((start, labels), (config.reference, 2 * labels)) for start, labels in config.halved]
+    for pair in sides:
+        keys = [(name, config.nearest_searched(labels)) for name, labels in pair]
+        a, b = (np.array(grids[key][best[key]]) for key in keys)
         if len(a) > 2:
             spreads.append(float(np.var(a - b, ddof=1)))
     sd = math.sqrt(float(np.mean(spreads))) if spreads else 0.0
-    return power_of(config.draws, len(config.compared), sd or config.sd, is_pilot=sd > 0)
+    return power_of(config.draws, config.comparisons, sd or config.sd, is_pilot=sd > 0)

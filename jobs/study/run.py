@@ -65,7 +65,7 @@ def run(config: StudyConfig, around: Surroundings) -> StudyResult | None:
     if config.until == "search":
         del total[kinds.TEST]
     clock = Clock(total, around.pool.size)
-    assumed = power_of(config.draws, len(config.compared), config.sd, is_pilot=False)
+    assumed = power_of(config.draws, config.comparisons, config.sd, is_pilot=False)
     say(plan(config, data, clock))
     say(f"power, before anything is trained: {assumed.statement}")
 
@@ -122,6 +122,7 @@ def outcome(cells: Cells, choice: dict[str, Any], results: dict[str, dict[str, A
         config.reference,
         config.compared,
         trainings,
+        halved=config.halved,
         power=Power(**choice["power"]),
         choice=choice,
         pretrainings=pretrainings,
@@ -152,7 +153,7 @@ def forecast(config: StudyConfig) -> str:
     more = search.widen * len(search.steps)
     widest = f", and up to {more} more where the best rate lies at an end" if more else ""
     searched = len(starts) * len(config.searched_labels) * search.draws * settings
-    power = power_of(config.draws, len(config.compared), config.sd, is_pilot=False)
+    power = power_of(config.draws, config.comparisons, config.sd, is_pilot=False)
     return (
         f"at most {trained * config.pretrainings} pre-trainings; {searched} trainings of the search, {settings}"
         f" settings for each start{widest}; {counts(config, [])[kinds.TEST]} tested trainings\n{power.statement}"

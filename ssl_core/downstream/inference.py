@@ -48,12 +48,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class DrawTest:
-    """Start a against start b with one number of labels.
+    """Start a against start b.
 
     Attributes:
         a: Name of the first start.
         b: Name of the second.
-        labels: Labelled subjects.
+        labels: Labelled subjects of a, and of b where `labels_of_b` is None.
         draws: Draws of labelled subjects.
         pretrainings: Pre-trainings, or trainings where those of a draw differ in their seeds; 1 where neither start has
             several.
@@ -68,6 +68,7 @@ class DrawTest:
         least_p: Smallest p that so many draws can give.
         corrected: `p` after Holm's correction over all comparisons of the study.
         compared: How many comparisons that are.
+        labels_of_b: Labelled subjects of b where it has others.
     """
 
     a: str
@@ -86,6 +87,7 @@ class DrawTest:
     least_p: float
     corrected: float
     compared: int
+    labels_of_b: int | None = None
 
     @property
     def significant(self) -> bool:
@@ -293,7 +295,7 @@ def power_of(draws: int, comparisons: int, sd: float, *, is_pilot: bool) -> Powe
     return Power(draws, comparisons, sd, is_pilot, least_p(draws) * comparisons, difference_seen)
 
 
-def draw_test(box_DSN: NDArray[Any], *, a: str, b: str, labels: int) -> DrawTest:
+def draw_test(box_DSN: NDArray[Any], *, a: str, b: str, labels: int, labels_of_b: int | None = None) -> DrawTest:
     """Test of a - b over draws, pre-training seeds and test subjects, not corrected yet; see `corrected`.
 
     Args:
@@ -301,6 +303,7 @@ def draw_test(box_DSN: NDArray[Any], *, a: str, b: str, labels: int) -> DrawTest
         a: Name of the first start.
         b: Name of the second.
         labels: Labelled subjects.
+        labels_of_b: Of the second, where it has others.
 
     Raises:
         ConfigError: no box, an empty one, or a value that is not finite.
@@ -329,6 +332,7 @@ def draw_test(box_DSN: NDArray[Any], *, a: str, b: str, labels: int) -> DrawTest
         least_p=least_p(draws),
         corrected=p,
         compared=1,
+        labels_of_b=labels_of_b,
     )
 
 

@@ -1,7 +1,7 @@
 """Frozen dataclasses of a result, read back from JSON by the names of their fields."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
 from storage.errors import RefusedInput
@@ -17,10 +17,15 @@ def from_fields(kind: type[R], data: Mapping[str, Any]) -> R:
         data: As read from JSON; lists become tuples.
 
     Raises:
-        RefusedInput: a field has no entry.
+        RefusedInput: a field has no entry, and no default.
     """
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    missing = [name for name in names if name not in data]
+    members = fields(kind)  # type: ignore[arg-type]
+    names = [member.name for member in members]
+    missing = [
+        member.name
+        for member in members
+        if member.name not in data and member.default is MISSING and member.default_factory is MISSING
+    ]
     if missing:
         raise RefusedInput(
             f"result, {kind.__name__}",
@@ -28,4 +33,5 @@ def from_fields(kind: type[R], data: Mapping[str, Any]) -> R:
             found=f"no {', '.join(missing)}",
             remedy="it was written by another version: run that job again under another name",
         )
-    return kind(**{name: tuple(v) if isinstance(v := data[name], list) else v for name in names})
+    known = {name: data[name] for name in names if name in data}
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in known.items()})

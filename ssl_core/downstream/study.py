@@ -227,6 +227,7 @@ def summarise(
     compared: Sequence[tuple[str, int]],
     cells: Sequence[StudyCell],
     *,
+    halved: Sequence[tuple[str, int]] = (),
     power: Power,
     choice: Mapping[str, Any],
     pretrainings: Sequence[StudyPretraining],
@@ -239,6 +240,7 @@ def summarise(
         reference: The start that others are tested against.
         compared: Pairs of a start and a count whose tests share the level.
         cells: All tested trainings.
+        halved: Further such pairs, which are tested against the reference with twice their labels.
         power: As stated before the test was opened.
         choice: The sealed choice.
         pretrainings: All of them.
@@ -250,9 +252,12 @@ def summarise(
     starts = list(dict.fromkeys(cell.start for cell in cells))
     counts = sorted({cell.labels for cell in cells})
     rows = [_row(cells, start, reference, labels, choice, pretrainings) for labels in counts for start in starts]
-    tests = corrected([draw_test(difference(cells, a, reference, n), a=a, b=reference, labels=n) for a, n in compared])
+    tests = corrected(
+        [_test(cells, start, reference, labels) for start, labels in compared]
+        + [_test(cells, start, reference, labels, 2 * labels) for start, labels in halved]
+    )
     ranks = [ranks_of(cells, starts, labels) for labels in counts]
-    halves = _halves(cells, compared, reference)
+    halves = _halves(cells, [pair for pair in compared if pair not in halved], reference)
     scope = _scope(cells, data)
     return StudyResult(
         name=name,
@@ -267,6 +272,11 @@ def summarise(
         generalises=scope,
         conclusion=conclusion(tests, halves, reference, scope),
     )
+
+
+def _test(cells: Sequence[StudyCell], a: str, b: str, labels: int, labels_of_b: int | None = None) -> DrawTest:
+    box_DSN = difference(cells, a, b, labels, labels_of_b=labels_of_b)
+    return draw_test(box_DSN, a=a, b=b, labels=labels, labels_of_b=labels_of_b)
 
 
 def ranks_of(cells: Sequence[StudyCell], starts: Sequence[str], labels: int) -> Ranks:
@@ -302,6 +312,7 @@ def conclusion(tests: Sequence[DrawTest], halves: Sequence[str], reference: str,
 def sentence(test: DrawTest, measure: str = "Dice") -> str:
     """One comparison in words, of a measure whose larger values are better."""
     where = f"With {_count(test.labels, 'label')}"
+    b = test.b if test.labels_of_b is None else f"{test.b} with {test.labels_of_b}"
     facts = f"{test.difference:+.3f} {measure}"
     if test.low is not None and test.high is not None:
         facts += f" (95 % interval {test.low:+.3f} to {test.high:+.3f}; "
@@ -310,10 +321,10 @@ def sentence(test: DrawTest, measure: str = "Dice") -> str:
     facts += f"p = {test.p:.2g}, corrected {test.corrected:.2g}; {_count(test.draws, 'draw')})"
     if test.significant:
         word = "higher" if test.difference > 0 else "lower"
-        return f"{where} {test.a} scores {word} than {test.b}: {facts}."
+        return f"{where} {test.a} scores {word} than {b}: {facts}."
     if not test.attainable:
-        return f"{where} {test.a} minus {test.b} is {facts}; so few draws cannot show that one is better."
-    return f"{where} no difference between {test.a} and {test.b} is shown: {facts}."
+        return f"{where} {test.a} minus {b} is {facts}; so few draws cannot show that one is better."
+    return f"{where} no difference between {test.a} and {b} is shown: {facts}."
 
 
 def _halves(cells: Sequence[StudyCell], compared: Sequence[tuple[str, int]], reference: str) -> list[str]:

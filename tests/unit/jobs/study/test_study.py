@@ -132,6 +132,11 @@ def test_a_difference_is_told_with_what_it_generalises_to(data: str, runs: str) 
     assert "6 draws of labelled subjects, 2 pre-trainings a start, and 4 test subjects" in result.conclusion[-1]
     assert "not of other data" in result.conclusion[-1]
     one = go(config(f"{runs}/one", data, primary=["pre"]))
+    halved = go(config(f"{runs}/halved", data, primary=["pre"], halves=True))
+    assert "halved" not in one.choice, "which a version without halves wrote so too"
+    assert halved.choice["halved"] == [["pre", 1]]
+    assert halved.power.comparisons == len(halved.tests) == 2
+    assert halved.tests[1].labels_of_b == 2
     assert one.conclusion[1].startswith("With 1 label pre scores higher than scratch: +0.101 Dice")
     few = go(config(f"{runs}/few", data, draws=5, primary=["pre"]))
     assert not any("higher" in line for line in few.conclusion)
@@ -360,6 +365,7 @@ def test_a_death_between_any_two_writes_loses_nothing(data: str, runs: str) -> N
         ({"finetune": {"trained": {"parts": "frozen_encoder"}}}, "finetune.trained"),
         ({"starts": {"scratch": {}, "b": {"model": "models:/a/1", "pretrain": {}}}}, "one of model"),
         ({"search": {"labels": [3]}}, "search.labels"),
+        ({"labels": [1, 3], "primary_labels": [], "halves": True}, "halves"),
         (
             {"finetune": {"warmup_steps": 20}, "search": {"steps": [300, 20]}},
             "fine-tuning of scratch; expected warmup_steps",

@@ -1,5 +1,6 @@
 """Inference over draws, pre-training seeds and test subjects: simulations with known variances, and closed forms."""
 
+import json
 from itertools import product
 
 import numpy as np
@@ -8,6 +9,7 @@ from scipy import stats
 
 from ssl_core.downstream.inference import (
     MOST_DRAWS,
+    DrawTest,
     corrected,
     crossed_estimate,
     crossed_p,
@@ -19,7 +21,8 @@ from ssl_core.downstream.inference import (
     least_p,
     sign_flip_p,
 )
-from storage.errors import ConfigError
+from ssl_core.downstream.records import from_fields
+from storage.errors import ConfigError, RefusedInput
 
 DRAW, SEED, SUBJECT = (0,), (1,), (2,)
 CELL = (0, 1, 2)
@@ -153,3 +156,13 @@ def test_what_did_not_vary_is_left_out() -> None:
     for wrong in (np.ones((3, 3)), np.ones((0, 3, 3)), np.full((2, 2, 2), np.nan)):
         with pytest.raises(ConfigError, match="values of a study"):
             estimate(wrong)
+
+
+def test_a_test_stored_by_a_version_without_halves_is_read() -> None:
+    test = draw_test(np.arange(24.0).reshape(2, 3, 4), a="a", b="b", labels=1)
+    stored = json.loads(json.dumps(vars(test)))
+    del stored["labels_of_b"]
+    assert from_fields(DrawTest, stored) == test
+    del stored["labels"]
+    with pytest.raises(RefusedInput, match="no labels;"):
+        from_fields(DrawTest, stored)
