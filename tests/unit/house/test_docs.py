@@ -15,6 +15,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from docs.studies_chart import PICTURE, comparisons
 from docs.update import ARCHITECTURE, MARKED, NODES, REFERENCE, TABLES, disasters, rooms, table
 from jobs import configs
 from jobs.cli import main as cli
@@ -237,6 +238,14 @@ def test_the_rooms_on_the_page_are_those_that_the_test_holds() -> None:
 def test_the_table_of_disasters_is_what_was_measured() -> None:
     (written,) = re.findall(MARKED.format("nodes"), read(NODES), re.DOTALL)
     assert written == disasters(), "bring it up to date: python docs/update.py"
+
+
+def test_the_picture_of_the_studies_shows_every_tested_comparison() -> None:
+    drawn, shown = read(PICTURE), comparisons()
+    assert {one.labels for one in shown} >= {1, 2, 5, 10}
+    missing = [one.title for one in shown if one.title not in drawn or one.figures not in drawn]
+    assert not missing, "bring it up to date: python docs/studies_chart.py"
+    assert drawn.count(" draws x ") == len(shown)
 
 
 def test_unknown_keys_are_refused_as_the_reference_says() -> None:
