@@ -68,6 +68,7 @@ def shrunk(config: StudyConfig) -> StudyConfig:
         "labels": data["labels"][:2],
         "primary": [],
         "primary_labels": [],
+        "halves": False,
         "pretrain": merged(data["pretrain"], _SHORT),
         "finetune": {**data["finetune"], "epochs": 2, "warmup_steps": 2},
     }

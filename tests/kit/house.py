@@ -78,7 +78,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "certificate",
         "replay": "configs tracking driver pinning certificate pretrain",
         "nodes": "output on_ray driver",
-        "plan": "configs output tracking driver labelled pretrain",
+        "plan": "configs output tracking driver labelled pretrain finetune study",
         "torchrun": "configs output lease tracking driver certificate pretrain",
         "finetune": "configs output lease on_ray tracking pages driver labelled pinning",
         "tune": "configs ingest_config output lease on_ray tracking pages driver labelled pinning finetune",

@@ -3,6 +3,7 @@
 import argparse
 import os
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,11 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         "--dry-run",
         action="store_true",
         help="check and print the configuration, what it would do and what it could show; run nothing",
+    )
+    study.add_argument(
+        "--measure",
+        action="store_true",
+        help="take a few real steps of every part here and say how long the study would take; run nothing else",
     )
     study.add_argument("--no-wait", action="store_true", help="submit and return")
     add_state(study)
@@ -107,12 +113,26 @@ def _study(arguments: argparse.Namespace) -> int:
         from jobs.study.run import forecast
 
         _say(forecast(config))
+    if arguments.measure:
+        _measure(config, arguments)
+    if arguments.dry_run or arguments.measure:
         return 0
     command = command_of(arguments)
     if arguments.local is not None:
         local.study(config, arguments.local, command, _say)
         return 0
     return _submitted(config, arguments, command)
+
+
+def _measure(config: "StudyConfig", arguments: argparse.Namespace) -> None:
+    from jobs.ingestion import ensure_data
+    from jobs.plan import study as plan
+    from storage.ingest.mapping import map_threads
+
+    use_stack(arguments)
+    ensure_data(config.data, config.source, map_threads)
+    parts = plan.measured(config, say=lambda line: print(line, file=sys.stderr, flush=True))
+    _say(plan.text(parts, config.concurrent))
 
 
 def command_of(arguments: argparse.Namespace) -> str:
