@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jobs.output import table
+from jobs.watch.progress import duration
 from ssl_core.config import Config
 from storage.format.notes import note_kinds
 from storage.ingest.deidentify import load_salt
@@ -106,7 +107,7 @@ def describe(report: Preview) -> str:
         ("subjects of each split", splits),
         ("files", f"{report.bytes_in / 1e6:,.1f} MB"),
         ("stored before compression", f"at most {report.bytes_stored / 1e6:,.1f} MB"),
-        (f"time on {cores} cores", f"about {_duration(report.seconds(cores))}"),
+        (f"time on {cores} cores", f"about {duration(report.seconds(cores))}"),
     ]
     lines = outline(report.discovery)
     lines += ["", table(("an ingest would store", ""), rows)] if report.volumes else []
@@ -134,9 +135,3 @@ def span(values: Any) -> str:
         return "-"
     low, middle, high = values.min(0), np.median(values, 0), values.max(0)
     return " x ".join(f"{a:g}..{c:g} (median {b:g})" for a, b, c in zip(low, middle, high, strict=True))
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -21,6 +21,7 @@ from jobs.study.cells import Cell, Cells, unique
 from jobs.study.prepare import prepare
 from jobs.study.work import Task, perform
 from jobs.tracking import registration
+from jobs.watch.progress import duration
 from ssl_core.config import parse
 from ssl_core.downstream.finetune import FinetuneConfig
 from storage.format.manifest import Manifest
@@ -139,13 +140,6 @@ def text(parts: list[Part], concurrent: int) -> str:
     return "\n".join(lines)
 
 
-def duration(seconds: float) -> str:
-    """In the unit that a person would take."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
-
-
 def _span(least: float, most: float) -> str:
     low, high = duration(least), duration(most)
     return f"about {low}" if low == high else f"about {low}, up to {high}"
@@ -213,7 +207,7 @@ def _tuned(config: StudyConfig, cells: Cells, finetuning: Finetuning) -> list[Pa
     for steps, count in sorted(Counter(_steps(cell) for cell in unique(cells.search())).items()):
         seconds = finetuning.seconds(steps, search.subjects)
         parts.append(Part(f"search, {steps} steps", count, seconds, step_s))
-        more = search.widen * count // len(search.lr)
+        more = search.widen * count // len(search.lr) if len(search.lr) > 1 else 0
         if more:
             parts.append(Part(f"search of further rates, {steps} steps", more, seconds, step_s, is_possible=True))
     tests = Counter[float]()

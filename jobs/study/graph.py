@@ -8,6 +8,7 @@ from jobs.study import cells as kinds
 from jobs.study.cells import Cell, stored
 from jobs.study.pools import Pool
 from jobs.study.work import Task, score
+from jobs.watch.progress import duration
 
 Result = dict[str, Any]
 
@@ -58,8 +59,7 @@ class Clock:
         words = f"{self.done}/{every}"
         if self.done >= every:
             return words
-        minutes = left / 60
-        amount = f"{left:.0f} s" if left < 90 else f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+        amount = duration(left)
         if not self.unknown:
             return f"{words}, about {amount} left"
         nobody_knows = f"how long {', '.join(self.unknown)} take is not known yet"

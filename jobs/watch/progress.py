@@ -77,17 +77,22 @@ def duration(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
-# Pre-training; ingest and whatever else has a bar, which is a plain line in a log; trainings of a fine-tuning.
+# Pre-training; ingest and whatever else has a bar, which is a plain line in a log; trainings of a fine-tuning and cells
+# of a study.
 _LINES = (
     re.compile(r"\bstep (\d+)/(\d+)(?: \([\d.]+ %(?:, ([^)]+) left)?\))?"),
     re.compile(r"^[a-z][\w -]*: (\d+)/(\d+)(?: \w+)?(?:, ([\d.]+ s) left)?", re.IGNORECASE),
-    re.compile(r"\((\d+)/(\d+)\)$"),
+    re.compile(r"\((\d+)/(\d+)(?:, about ([^()]+) left|[,;] [^()]+)?\)$"),
 )
+# How far one cell of a study is, which is indented, says nothing of the study.
+_OF_A_PART = re.compile(r"^(?:\x1b\[\d+m)?(?:\([^)]*pid=\d+[^)]*\)(?:\x1b\[0m)? )?  \S")
 
 
 def progress_in(log: str) -> Progress | None:
     """The last progress in a log; None where it says nothing of it."""
     for line in reversed(log.splitlines()):
+        if _OF_A_PART.match(line):
+            continue
         for pattern in _LINES:
             match = pattern.search(line.rstrip())
             if match and 0 <= int(match[1]) <= int(match[2]):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from jobs.configs.study import StudyConfig
-from jobs.plan.study import Part, duration, measured, text
+from jobs.plan.study import Part, measured, text
 from jobs.study import cells as kinds
 from jobs.study.cells import Cells, unique
 from jobs.study.prepare import prepare
@@ -128,4 +128,3 @@ def test_the_table_says_what_the_parts_come_to() -> None:
     assert lines[-1] == "One after another: about 22 min, up to 23 min."
     assert text(parts, 2).splitlines()[-1].startswith("2 at a time: about 11 min, up to 12 min, if")
     assert text(parts[:2], 1).splitlines()[-1] == "One after another: about 22 min."
-    assert [duration(s) for s in (4, 89, 91, 5000, 5400)] == ["4 s", "89 s", "2 min", "83 min", "1.5 h"]

@@ -33,6 +33,9 @@ def test_a_start_from_a_checkpoint_counts_its_own_steps() -> None:
     assert pace.at(910).left == "90 s"
 
 
+_OF_A_CELL = "  pre-training a seed 0: step 200/550 (36.4 %, 5 min left)  loss 0.1"
+
+
 @pytest.mark.parametrize(
     ("log", "progress"),
     [
@@ -45,6 +48,14 @@ def test_a_start_from_a_checkpoint_counts_its_own_steps() -> None:
         ("step 3/9 (33.3 %)  loss 1\nresumed at step 2\nstep 2/9 (22.2 %)  loss 1", Progress(2, 9)),
         ("ingest: 3/16 volumes, 5 s left, 1.2 MB/s", Progress(3, 16, "5 s")),
         ("lrc seed 1: test Dice 0.731, 12 s (3/8)", Progress(3, 8)),
+        (f"search a: validation Dice 0.535, 37 s (43/70, about 34 min left)\n{_OF_A_CELL}", Progress(43, 70, "34 min")),
+        (f"{_OF_A_CELL}\n\x1b[36m(perform pid=7)\x1b[0m {_OF_A_CELL}", None),
+        (
+            "pre-training a: loss 0.4, 9 s (5/9, 31 min left and more: how long test take is not known yet)",
+            Progress(5, 9),
+        ),
+        ("network: 2 s (1/9; how long pretrain, test take is not known yet)", Progress(1, 9)),
+        ("test a 1 labels draw 0 seed 0: test Dice 0.545, 119 s (9/9)", Progress(9, 9)),
         ("used 12 of 16 volumes (split train)\nhttp://127.0.0.1:80/a/1/2", None),
         ("2026/11/29 05:00:00 INFO mlflow: something", None),
         ("", None),
