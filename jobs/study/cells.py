@@ -59,14 +59,13 @@ class Cell:
             return "network"
         if self.kind in (PRETRAIN, SUPERVISED):
             return f"pre-training {self.start} seed {self.seed}"
+        labels = f"{self.labels} label" if self.labels == 1 else f"{self.labels} labels"
         if self.kind == SEARCH:
             settings = self.spec["finetune"]
             steps = settings["epochs"] * settings["steps_per_epoch"]
             draw = self.draw - VALIDATION
-            return (
-                f"search {self.start} {self.labels} labels validation draw {draw} lr {settings['lr']:g} {steps} steps"
-            )
-        return f"test {self.start} {self.labels} labels draw {self.draw} seed {self.seed}"
+            return f"search {self.start} {labels} validation draw {draw} lr {settings['lr']:g} {steps} steps"
+        return f"test {self.start} {labels} draw {self.draw} seed {self.seed}"
 
 
 @dataclass(frozen=True)

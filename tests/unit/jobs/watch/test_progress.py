@@ -55,7 +55,7 @@ _OF_A_CELL = "  pre-training a seed 0: step 200/550 (36.4 %, 5 min left)  loss 0
             Progress(5, 9),
         ),
         ("network: 2 s (1/9; how long pretrain, test take is not known yet)", Progress(1, 9)),
-        ("test a 1 labels draw 0 seed 0: test Dice 0.545, 119 s (9/9)", Progress(9, 9)),
+        ("test a 1 label draw 0 seed 0: test Dice 0.545, 119 s (9/9)", Progress(9, 9)),
         ("used 12 of 16 volumes (split train)\nhttp://127.0.0.1:80/a/1/2", None),
         ("2026/11/29 05:00:00 INFO mlflow: something", None),
         ("", None),
