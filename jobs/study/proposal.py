@@ -261,6 +261,7 @@ def _page(fitted: Fit, data: dict[str, Any], trained: int, tested: int, seen: in
         "The network learns to restore hidden blocks and to tell where in the scan each voxel lies. Take w_position out"
         " where scans show different parts of the body.",
         "300 steps of fine-tuning save time. On two sets 900 gained for each start: search.steps=[300,900] tries both.",
+        "How long it would take on this machine: tomoscale study CONFIG --measure",
         "A look on validation draws first, which leaves the test shut: tomoscale study CONFIG until=search",
     ]
     head = "".join(f"{textwrap.fill(note, 110, initial_indent='# ', subsequent_indent='#   ')}\n" for note in notes)
