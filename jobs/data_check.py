@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.output import table
-from jobs.watch.progress import duration
+from jobs.output import duration, table
 from ssl_core.config import Config
 from storage.format.notes import note_kinds
 from storage.ingest.deidentify import load_salt

@@ -46,6 +46,24 @@ def columns() -> int:
     return min(120, shutil.get_terminal_size((100, 24)).columns)
 
 
+def duration(seconds: float) -> str:
+    """Two units at most: `45 s`, `12 min`, `3 h 05 min`, `2 d 4 h`.
+
+    >>> duration(11100)
+    '3 h 05 min'
+    """
+    whole = round(max(0.0, seconds))
+    if whole < 100:
+        return f"{whole} s"
+    minutes = round(whole / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(minutes / 60)
+    return f"{hours // 24} d {hours % 24} h"
+
+
 def last_line(error: BaseException) -> str:
     """The last line that says something; of a remote traceback or a list of causes, the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" #")]
@@ -145,7 +163,7 @@ class Progress:
         if done >= self._total:
             left = f", {now:.1f} s"
         else:  # the first second says nothing of the rest
-            left = f", {now / done * (self._total - done):.0f} s left" if done and now > 1 else ""
+            left = f", {duration(now / done * (self._total - done))} left" if done and now > 1 else ""
         tail = f", {extra}" if extra else ""
         if self._live:
             filled = int(24 * done / max(1, self._total))

@@ -14,14 +14,13 @@ from jobs.configs import PretrainConfig
 from jobs.configs.study import StudyConfig
 from jobs.finetune import device_for, score_test, train_from
 from jobs.labelled import draw
-from jobs.output import table
+from jobs.output import duration, table
 from jobs.plan.measure import WARM_UP, measure
 from jobs.study import cells as kinds
 from jobs.study.cells import Cell, Cells, unique
 from jobs.study.prepare import prepare
 from jobs.study.work import Task, perform
 from jobs.tracking import registration
-from jobs.watch.progress import duration
 from ssl_core.config import parse
 from ssl_core.downstream.finetune import FinetuneConfig
 from storage.format.manifest import Manifest

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
+from jobs.output import duration
 from jobs.study import cells as kinds
 from jobs.study.cells import Cell, stored
 from jobs.study.pools import Pool
 from jobs.study.work import Task, score
-from jobs.watch.progress import duration
 
 Result = dict[str, Any]
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from jobs.output import duration
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -59,29 +61,11 @@ class Pace:
         return Progress(done, self._total, left)
 
 
-def duration(seconds: float) -> str:
-    """Two units at most: `45 s`, `12 min`, `3 h 05 min`, `2 d 4 h`.
-
-    >>> duration(11100)
-    '3 h 05 min'
-    """
-    whole = round(max(0.0, seconds))
-    if whole < 100:
-        return f"{whole} s"
-    minutes = round(whole / 60)
-    if minutes < 100:
-        return f"{minutes} min"
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    hours = round(minutes / 60)
-    return f"{hours // 24} d {hours % 24} h"
-
-
 # Pre-training; ingest and whatever else has a bar, which is a plain line in a log; trainings of a fine-tuning and cells
 # of a study.
 _LINES = (
     re.compile(r"\bstep (\d+)/(\d+)(?: \([\d.]+ %(?:, ([^)]+) left)?\))?"),
-    re.compile(r"^[a-z][\w -]*: (\d+)/(\d+)(?: \w+)?(?:, ([\d.]+ s) left)?", re.IGNORECASE),
+    re.compile(r"^[a-z][\w -]*: (\d+)/(\d+)(?: \w+)?(?:, ([^,]+) left)?", re.IGNORECASE),
     re.compile(r"\((\d+)/(\d+)(?:, about ([^()]+) left|[,;] [^()]+)?\)$"),
 )
 # How far one cell of a study is, which is indented, says nothing of the study.

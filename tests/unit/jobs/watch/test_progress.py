@@ -2,7 +2,8 @@
 
 import pytest
 
-from jobs.watch.progress import Pace, Progress, duration, progress_in
+from jobs.output import duration
+from jobs.watch.progress import Pace, Progress, progress_in
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,7 @@ _OF_A_CELL = "  pre-training a seed 0: step 200/550 (36.4 %, 5 min left)  loss 0
         ("step 5/120  loss 1.0  of a release before", Progress(5, 120)),
         ("step 3/9 (33.3 %)  loss 1\nresumed at step 2\nstep 2/9 (22.2 %)  loss 1", Progress(2, 9)),
         ("ingest: 3/16 volumes, 5 s left, 1.2 MB/s", Progress(3, 16, "5 s")),
+        ("ingest: 3/16 volumes, 3 h 05 min left, 1.2 MB/s", Progress(3, 16, "3 h 05 min")),
         ("lrc seed 1: test Dice 0.731, 12 s (3/8)", Progress(3, 8)),
         (f"search a: validation Dice 0.535, 37 s (43/70, about 34 min left)\n{_OF_A_CELL}", Progress(43, 70, "34 min")),
         (f"{_OF_A_CELL}\n\x1b[36m(perform pid=7)\x1b[0m {_OF_A_CELL}", None),
