@@ -226,7 +226,7 @@ def _study(fitted: Fit, url: str, config: ProposalConfig, trained: int, channels
             "lr": [2e-3, 5e-3, 1e-2],
             "widen": 2,
             "steps": [300],
-            "draws": min(3, different),
+            "draws": min(4, different),
             "subjects": further,
             "labels": counts[:1],
         },
