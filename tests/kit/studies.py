@@ -44,6 +44,27 @@ def config(runs: str, data: str, **changes: Any) -> StudyConfig:
     )
 
 
+def trainable(runs: str, data: str, **changes: Any) -> StudyConfig:
+    """One count and two draws, of a tiny network whose cells can really be done."""
+    network = {"n_blocks_per_stage": [1, 1], "features_per_stage": [4, 8], "n_conv_per_stage_decoder": [1]}
+    crops = {"size_DHW": [8, 8, 8], "min_overlap": 0.3}
+    plain = {
+        "pretrain": {
+            "method": {"name": "simclr", "crops": crops, "hidden": 8, "out": 4},
+            "backbone": {"name": "resenc", "arguments": network},
+            "stream": {"global_batch": 2, "lanes": 4},
+            "engine": {"steps": 4, "warmup_steps": 1, "checkpoint_every": 2, "log_every": 1},
+        },
+        "starts": {"scratch": {}, "pre": {"pretrain": {}}, "labels": {"supervised": {"subjects": 2, "steps": 2}}},
+        "labels": [1],
+        "draws": 2,
+        "pretrainings": 1,
+        "search": {"lr": [5e-3], "steps": [2], "draws": 1, "subjects": 1},
+        "finetune": {"epochs": 1, "batch": 1, "patch_DHW": [8, 8, 8], "warmup_steps": 0},
+    }
+    return config(runs, data, **plain | changes)
+
+
 def pretended(task: Task) -> dict[str, Any]:
     """What a cell might have come to, written as a real one is; the tested ones pass the seal first."""
     cell, store = task.cell, open_store(task.cell.place)

@@ -17,7 +17,7 @@ from storage.format.manifest import Manifest
 from storage.objects import open_store
 from storage.reading.volume_store import VolumeStore
 from tests.kit.phantoms import write_phantoms
-from tests.kit.studies import config
+from tests.kit.studies import trainable
 
 STARTS = {
     "scratch": {},
@@ -36,29 +36,16 @@ def data() -> str:
     return url
 
 
-def _config(data: str, **changes: Any) -> StudyConfig:
-    network = {"n_blocks_per_stage": [1, 1], "features_per_stage": [4, 8], "n_conv_per_stage_decoder": [1]}
-    crops = {"size_DHW": [8, 8, 8], "min_overlap": 0.3}
-    plain = {
-        "pretrain": {
-            "method": {"name": "simclr", "crops": crops, "hidden": 8, "out": 4},
-            "backbone": {"name": "resenc", "arguments": network},
-            "stream": {"global_batch": 2, "lanes": 4},
-            "engine": {"steps": 60, "warmup_steps": 1, "checkpoint_every": 30, "log_every": 1},
-        },
-        "starts": STARTS,
-        "labels": [1, 2],
-        "draws": 3,
-        "search": {"lr": [1e-3, 5e-3], "widen": 1, "steps": [40, 80], "draws": 1, "subjects": 2},
-        "finetune": {"epochs": 1, "batch": 1, "patch_DHW": [8, 8, 8], "warmup_steps": 5},
-    }
-    return config(f"memory://study-times-{uuid.uuid4().hex}", data, **plain | changes)
+def _study(data: str, **changes: Any) -> StudyConfig:
+    return trainable(f"memory://study-times-{uuid.uuid4().hex}", data, **changes)
 
 
 def test_parts_are_the_trainings_of_the_study_and_leave_nothing_behind(
     data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study, seen, lines = _config(data), set[str](), list[str]()
+    search = {"lr": [1e-3, 5e-3], "widen": 1, "steps": [40, 80], "draws": 1, "subjects": 2}
+    study = _study(data, starts=STARTS, labels=[1, 2], draws=3, pretrainings=2, search=search)
+    seen, lines = set[str](), list[str]()
     read = VolumeStore.read_volume
 
     def noted(self: VolumeStore, volume_id: str, *arguments: Any, **settings: Any) -> Any:
@@ -69,7 +56,7 @@ def test_parts_are_the_trainings_of_the_study_and_leave_nothing_behind(
     parts = measured(study, say=lines.append, steps=2)
     found = [(part.title, part.cells, part.is_possible) for part in parts]
     assert found == [
-        ("pre-training pre, 60 steps", 2, False),  # of both starts that have it
+        ("pre-training pre, 4 steps", 2, False),  # of both starts that have it
         ("pre-training labels, 30 steps", 2, False),
         ("search, 40 steps", 16, False),  # four starts, two counts, two rates
         ("search of further rates, 40 steps", 8, True),
@@ -97,7 +84,7 @@ def test_parts_are_the_trainings_of_the_study_and_leave_nothing_behind(
 def test_times_of_a_study_are_those_of_its_trainings(data: str) -> None:
     starts = {"scratch": {}, "pre": {"pretrain": {"engine": {"steps": 400}}}}
     search = {"lr": [1e-3], "steps": [200], "draws": 1, "subjects": 2}
-    study = _config(data, starts=starts, labels=[1], search=search)
+    study = _study(data, starts=starts, search=search)
     cells = Cells(study, prepare(study, open_store(f"{study.runs}/t"), lambda _line: None))
     tries = []
     for _ in range(3):

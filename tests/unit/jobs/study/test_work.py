@@ -28,31 +28,11 @@ from ssl_core.downstream.study import StudyResult
 from storage.objects import open_store
 from storage.reading.volume_store import VolumeStore
 from tests.kit.phantoms import write_phantoms
-from tests.kit.studies import config, go
+from tests.kit.studies import go, trainable
 
 SHAPE = (16, 16, 16)
-NETWORK = {"n_blocks_per_stage": [1, 1], "features_per_stage": [4, 8], "n_conv_per_stage_decoder": [1]}
 READ: list[tuple[str, str, bool]] = []
 """Kind of the cell, volume, and whether the choice was recorded by then."""
-
-
-def _config(runs: str, data: str, **changes: Any) -> StudyConfig:
-    crops = {"size_DHW": [8, 8, 8], "min_overlap": 0.3}
-    plain = {
-        "pretrain": {
-            "method": {"name": "simclr", "crops": crops, "hidden": 8, "out": 4},
-            "backbone": {"name": "resenc", "arguments": NETWORK},
-            "stream": {"global_batch": 2, "lanes": 4},
-            "engine": {"steps": 4, "warmup_steps": 1, "checkpoint_every": 2, "log_every": 1},
-        },
-        "starts": {"scratch": {}, "pre": {"pretrain": {}}, "labels": {"supervised": {"subjects": 2, "steps": 2}}},
-        "labels": [1],
-        "draws": 2,
-        "pretrainings": 1,
-        "search": {"lr": [5e-3], "steps": [2], "draws": 1, "subjects": 1},
-        "finetune": {"epochs": 1, "batch": 1, "patch_DHW": [8, 8, 8], "warmup_steps": 0},
-    }
-    return config(runs, data, **plain | changes)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +44,7 @@ def data() -> str:
 
 @pytest.fixture(scope="module")
 def study(data: str) -> StudyConfig:
-    return _config(f"memory://study-work-{uuid.uuid4().hex}", data)
+    return trainable(f"memory://study-work-{uuid.uuid4().hex}", data)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +121,7 @@ def test_a_pretraining_goes_on_from_its_last_checkpoint(
         put(*arguments)
         raise Killed
 
-    other = _config(tmp_path.as_uri(), data)
+    other = trainable(tmp_path.as_uri(), data)
     cell = next(c for c in _cells(other, result) if c.kind == kinds.PRETRAIN)
     task = Task(cell, other.cache_url, f"{other.runs}/{other.name}", 1, False)
     monkeypatch.setattr(pretraining, "_put", dying)
