@@ -44,7 +44,8 @@ def test_parts_are_the_trainings_of_the_study_and_leave_nothing_behind(
     data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     search = {"lr": [1e-3, 5e-3], "widen": 1, "steps": [40, 80], "draws": 1, "subjects": 2}
-    study = _study(data, starts=STARTS, labels=[1, 2], draws=3, pretrainings=2, search=search)
+    finetune = {"epochs": 1, "batch": 1, "patch_DHW": [8, 8, 8], "warmup_steps": 20}  # more than are timed
+    study = _study(data, starts=STARTS, labels=[1, 2], draws=3, pretrainings=2, search=search, finetune=finetune)
     seen, lines = set[str](), list[str]()
     read = VolumeStore.read_volume
 
