@@ -8,14 +8,14 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from jobs.pages.charts import COLOURS, INK, plt  # noqa: E402  a script of this folder is not on the path of the packages
+
 STUDIES = ROOT / "docs/benchmarks/studies"
 PICTURE = ROOT / "docs/studies.svg"
-INK, FAINT = "#3b4350", "#9aa3af"
-COLOURS = ("#2f6f9f", "#c2703d", "#5b8c5a")
+FAINT = "#9aa3af"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def comparisons() -> list[Comparison]:
 
 def svg(rows: list[Comparison]) -> str:
     """A line a comparison: mean, 95 % interval; filled where the corrected p is below 0.05."""
-    colours = dict(zip(sorted({row.data for row in rows}), COLOURS, strict=True))
+    colours = dict(zip(sorted({row.data for row in rows}), COLOURS, strict=False))
     counts = sorted({row.labels for row in rows})
     height = len(rows) + len(counts)
     drawing, axis = plt.subplots(figsize=(11, 0.9 + 0.25 * height))
