@@ -108,7 +108,8 @@ def _study(arguments: argparse.Namespace) -> int:
 
         config = local.placed(config, arguments.local)
     check_starts(config, arguments)
-    print(f"{dump_yaml(config)}# digest {digest(config)}", flush=True)
+    if arguments.dry_run or not arguments.measure:
+        print(f"{dump_yaml(config)}# digest {digest(config)}", flush=True)
     if arguments.dry_run:
         from jobs.study.run import forecast
 

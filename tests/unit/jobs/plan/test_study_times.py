@@ -3,16 +3,19 @@
 import os
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jobs.cli.main import main
 from jobs.configs.study import StudyConfig
 from jobs.plan.study import Part, measured, text
 from jobs.study import cells as kinds
 from jobs.study.cells import Cells, unique
 from jobs.study.prepare import prepare
 from jobs.study.work import Task, perform
+from ssl_core.config import dump_yaml
 from storage.format.manifest import Manifest
 from storage.objects import open_store
 from storage.reading.volume_store import VolumeStore
@@ -104,6 +107,15 @@ def test_times_of_a_study_are_those_of_its_trainings(data: str) -> None:
         if all(0.5 < ratio < 2 for ratio in ratios):
             return
     raise AssertionError(f"planned / real: {tries}")
+
+
+def test_the_command_prints_the_table_alone(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "study.yaml"
+    config.write_text(dump_yaml(_study(data)), encoding="utf-8")
+    assert main(["study", str(config), "--measure", "--state", str(tmp_path / "state")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["trainings", "a", "step", "one", "all"]
+    assert lines[-1].startswith(("One after another: about ", "2 at a time: about "))
 
 
 def test_the_table_says_what_the_parts_come_to() -> None:
