@@ -243,7 +243,7 @@ class StudyConfig(Config):
             ConfigError: a setting is wrong, or is the study's to give.
         """
         extra = (self.starts[start].pretrain or {}) if start is not None else {}
-        where = f"starts.{start}.pretrain" if start is not None and extra else "pretrain"
+        where = self.pretraining_key(start)
         for key in ("name", "runs", "experiment", "source", "model"):
             for group in (self.pretrain, extra):
                 if key in group:
@@ -253,6 +253,11 @@ class StudyConfig(Config):
         data["engine"] = {**data["engine"], "seed": seed}
         data["cluster"] = {**data.get("cluster", {}), "workers": 1, "min_workers": None}
         return parse(PretrainConfig, data, where)
+
+    def pretraining_key(self, start: str | None) -> str:
+        """Where the configuration says how a start is pre-trained."""
+        own = start is not None and self.starts[start].pretrain
+        return f"starts.{start}.pretrain" if own else "pretrain"
 
     def seeds_of(self, start: str) -> int:
         """Pre-trainings of a start: random weights and a model that there is have one."""

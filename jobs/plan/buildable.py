@@ -9,8 +9,11 @@ import torch
 
 from jobs.configs import FinetuneJobConfig, PretrainConfig
 from jobs.configs.search import TuneConfig
+from jobs.configs.study import StudyConfig
 from jobs.plan.one_rank import OneRank
+from jobs.tracking.starts import named
 from ssl_core.downstream.deep_supervision import require_levels
+from ssl_core.downstream.settings import FinetuneConfig
 from ssl_core.methods.base import StepContext, method_class
 from ssl_core.networks.batch_norm import bind
 from ssl_core.networks.outline import NEEDS_NUMBERS, check_crop, outline, shapes_only
@@ -20,10 +23,11 @@ from ssl_core.views.types import RoleSpec, View, ViewBatch, ViewSpec
 from storage.errors import ConfigError
 
 
-def require_buildable(config: PretrainConfig | TuneConfig | FinetuneJobConfig) -> None:
+def require_buildable(config: PretrainConfig | TuneConfig | FinetuneJobConfig | StudyConfig) -> None:
     """Refuse a job whose network cannot be built, or whose method cannot work on it with these crops.
 
-    Of a search and a fine-tuning, the networks of those starts that are folders of bundles here are asked.
+    Of a search and a fine-tuning, the networks of those starts that are folders of bundles here are asked. Of a study,
+    every pre-training and the patch of its fine-tuning.
 
     Raises:
         ConfigError: names the setting.
@@ -31,14 +35,28 @@ def require_buildable(config: PretrainConfig | TuneConfig | FinetuneJobConfig) -
     if isinstance(config, PretrainConfig):
         _require_method(config)
         return
+    if isinstance(config, StudyConfig):
+        _require_study(config)
+        return
     for uri in config.encoders if isinstance(config, TuneConfig) else config.starts.values():
         if (path := Path(uri) / "architecture.json").is_file():
             network = json.loads(path.read_text(encoding="utf-8"))
-            check_crop(
-                network["backbone"], network["backbone_arguments"], config.finetune.patch_DHW, "finetune.patch_DHW"
-            )
-            if levels := config.finetune.deep_supervision:
-                require_levels(network["backbone"], network["backbone_arguments"], levels)
+            _require_finetuning(network["backbone"], network["backbone_arguments"], config.finetune)
+
+
+def _require_finetuning(name: str, arguments: Mapping[str, Any], finetune: FinetuneConfig) -> None:
+    check_crop(name, arguments, finetune.patch_DHW, "finetune.patch_DHW")
+    if finetune.deep_supervision:
+        require_levels(name, arguments, finetune.deep_supervision)
+
+
+def _require_study(config: StudyConfig) -> None:
+    network = config.pretraining(None, 0).backbone
+    _require_finetuning(network.name, network.arguments, config.finetune)
+    for name, start in config.starts.items():
+        if start.pretrain is not None:
+            with named(config.pretraining_key(name)):
+                _require_method(config.pretraining(name, 0))
 
 
 def _require_method(config: PretrainConfig) -> None:

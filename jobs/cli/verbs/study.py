@@ -92,12 +92,14 @@ def _proposed(arguments: argparse.Namespace) -> str:
 
 
 def _study(arguments: argparse.Namespace) -> int:
-    from ssl_core.config import digest, dump_yaml
-
     if arguments.propose is not None:
         print(_proposed(arguments), end="")
         return 0
+    from jobs.plan.buildable import require_buildable
+    from ssl_core.config import digest, dump_yaml
+
     config = load_study(arguments)
+    require_buildable(config)
     if arguments.keep is not None:
         from jobs.study.proposal import kept
 

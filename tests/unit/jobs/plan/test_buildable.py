@@ -9,6 +9,7 @@ import yaml
 
 from jobs.cli import main as cli
 from jobs.configs import FinetuneJobConfig, PretrainConfig
+from jobs.configs.study import StudyConfig, merged
 from jobs.plan.buildable import require_buildable
 from ssl_core.bundle import write_bundle
 from ssl_core.bundle_card import BundleFacts
@@ -58,6 +59,8 @@ def test_arguments_that_build_no_network_are_refused_by_their_key(
 def test_every_example_can_be_built() -> None:
     for path in sorted((ROOT / "examples/configs").glob("pretrain*.yaml")):
         require_buildable(parse(PretrainConfig, yaml.safe_load(path.read_text(encoding="utf-8"))))
+    for path in sorted((ROOT / "examples/configs").glob("study*.yaml")):
+        require_buildable(parse(StudyConfig, yaml.safe_load(path.read_text(encoding="utf-8"))))
 
 
 @pytest.mark.parametrize("name", method_names())
@@ -94,6 +97,44 @@ def test_a_patch_that_the_network_of_a_bundle_cannot_take_is_refused(tmp_path: P
     require_buildable(parse(FinetuneJobConfig, {**settings, "finetune": {"patch_DHW": [16, 24, 32]}}))
     with pytest.raises(ConfigError, match=r"^finetune\.patch_DHW; expected sizes that are multiples of \(4, 4, 4\)"):
         require_buildable(parse(FinetuneJobConfig, {**settings, "finetune": {"patch_DHW": [16, 22, 32]}}))
+
+
+ODD = {"pretrain": {"method": {"local": {"size_DHW": [12, 16, 16]}}}}
+AT = r"method\.local\.size_DHW with .*multiples of \(8, 8, 8\); found \(12, 16, 16\)"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"finetune": {"patch_DHW": [8, 18, 16]}}, r"^finetune\.patch_DHW; expected sizes that are multiples of \(8"),
+        ({"finetune": {"deep_supervision": 5}}, r"^finetune\.deep_supervision"),
+        (ODD, f"^pretrain: {AT}"),
+        ({"starts": {"p": ODD}}, rf"^starts\.p\.pretrain: {AT}"),
+    ],
+    ids=["patch", "levels", "crops of all", "crops of one"],
+)
+def test_every_pretraining_of_a_study_is_asked_before_its_first(
+    wrong: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"size_DHW": [16, 16, 16]}
+    network = {"filters": [4, 8, 8, 8], "strides": [1, 2, 2, 2], "kernel_size": [3, 3, 3, 3]}
+    method = {"name": "pcrlv2", "crops": sizes, "local": sizes}
+    study = {
+        "name": "x",
+        "data": "s3://a/b",
+        "label": "label",
+        "pretrain": {"method": method, "backbone": {"name": "dynunet", "arguments": network}},
+        "starts": {"scratch": {}, "p": {"pretrain": {}}},
+        "labels": [1],
+        "finetune": {"patch_DHW": [16, 16, 16]},
+    }
+    require_buildable(parse(StudyConfig, study))
+    with pytest.raises(ConfigError, match=message) as raised:
+        require_buildable(parse(StudyConfig, merged(study, wrong)))
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(merged(study, wrong)), encoding="utf-8")
+    assert cli.main(["study", str(path), "--dry-run"]) == 2
+    assert str(raised.value) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", [["plan", "pretrain"], ["plan"], ["pretrain"]], ids=" ".join)
