@@ -41,6 +41,7 @@ class Part:
         seconds: One of them.
         step_s: One of its optimizer steps, seconds.
         is_possible: Whether they are only done where the search has to go on.
+        segmenting_s: Share of `seconds` in which volumes are segmented and scored.
     """
 
     title: str
@@ -48,6 +49,7 @@ class Part:
     seconds: float
     step_s: float
     is_possible: bool = False
+    segmenting_s: float = 0.0
 
     @property
     def all_s(self) -> float:
@@ -69,9 +71,11 @@ class Finetuning:
     step_s: float
     volume_s: float
 
-    def seconds(self, steps: int, volumes: int) -> float:
-        """Of one with so many steps and volumes to score."""
-        return self.begin_s + steps * self.step_s + volumes * self.volume_s
+    def part(self, title: str, cells: int, steps: int, volumes: int, is_possible: bool = False) -> Part:
+        """So many of them, each with so many steps and volumes to score."""
+        segmenting_s = volumes * self.volume_s
+        seconds = self.begin_s + steps * self.step_s + segmenting_s
+        return Part(title, cells, seconds, self.step_s, is_possible, segmenting_s)
 
 
 def measured(
@@ -121,6 +125,7 @@ def text(parts: list[Part], concurrent: int) -> str:
             part.title,
             ("up to " if part.is_possible else "") + str(part.cells),
             f"{1000 * part.step_s:.0f} ms",
+            duration(part.segmenting_s) if part.segmenting_s else "-",
             duration(part.seconds),
             duration(part.all_s),
         )
@@ -129,13 +134,16 @@ def text(parts: list[Part], concurrent: int) -> str:
     least = sum(part.all_s for part in parts if not part.is_possible)
     most = sum(part.all_s for part in parts)
     lines = [
-        table(("", "trainings", "a step", "one", "all"), rows),
+        table(("", "trainings", "a step", "segmenting", "one", "all"), rows),
         "",
         f"One after another: {_span(least, most)}.",
     ]
     if concurrent > 1:
         shared = _span(least / concurrent, most / concurrent)
         lines.append(f"{concurrent} at a time: {shared}, if they do not slow one another.")
+    segmenting = sum(part.cells * part.segmenting_s for part in parts if not part.is_possible)
+    if segmenting > least / 2:
+        lines.append("Most of it segments volumes: ingest them to another store at a coarser spacing, and it takes less.")
     return "\n".join(lines)
 
 
@@ -150,7 +158,7 @@ def _pretraining(
     title, count = f"pre-training {cell.start}", config.seeds_of(cell.start)
     if cell.kind == kinds.SUPERVISED:
         total = _steps(cell)
-        return Part(f"{title}, {total} steps", count, finetuning.seconds(total, 1), finetuning.step_s)
+        return finetuning.part(f"{title}, {total} steps", count, total, 1)
     job = parse(PretrainConfig, cell.spec["job"], title)
     share = {"cpus_per_worker": config.cpus_per_cell, "gpu": config.gpus_per_cell > 0}
     found = measure(job.model_copy(update={"cluster": job.cluster.model_copy(update=share)}), steps=steps, clock=clock)
@@ -196,7 +204,7 @@ def _of_length(config: StudyConfig, steps: int) -> FinetuneConfig:
 
 def _tuned(config: StudyConfig, cells: Cells, finetuning: Finetuning) -> list[Part]:
     """Search and test. Which length the search will choose nobody knows, so the test may take that of the longest."""
-    search, step_s = config.search, finetuning.step_s
+    search = config.search
     whole = cells.data.fingerprint
     subjects = draw(
         Manifest.open(config.data, whole), config.labelled(config.labels[0], cells.draws[0], whole, further=1)
@@ -204,20 +212,21 @@ def _tuned(config: StudyConfig, cells: Cells, finetuning: Finetuning) -> list[Pa
     scored = config.finetune.epochs * config.validation + len(subjects.test)
     parts = []
     for steps, count in sorted(Counter(_steps(cell) for cell in unique(cells.search())).items()):
-        seconds = finetuning.seconds(steps, search.subjects)
-        parts.append(Part(f"search, {steps} steps", count, seconds, step_s))
+        parts.append(finetuning.part(f"search, {steps} steps", count, steps, search.subjects))
         more = search.widen * count // len(search.lr) if len(search.lr) > 1 else 0
         if more:
-            parts.append(Part(f"search of further rates, {steps} steps", more, seconds, step_s, is_possible=True))
+            title = f"search of further rates, {steps} steps"
+            parts.append(finetuning.part(title, more, steps, search.subjects, is_possible=True))
     tests = Counter[float]()
     for name, start in config.starts.items():
         tests[start.length] += config.seeds_of(name) * config.draws * len(config.labels)
     for length, count in sorted(tests.items()):
         least, most = (round(steps * length) for steps in (min(search.steps), max(search.steps)))
-        parts.append(Part(f"test, {least} steps", count, finetuning.seconds(least, scored), step_s))
+        parts.append(finetuning.part(f"test, {least} steps", count, least, scored))
         if most > least:
             title = f"test, {most} rather than {least} steps"
-            parts.append(Part(title, count, (most - least) * step_s, step_s, is_possible=True))
+            seconds = (most - least) * finetuning.step_s
+            parts.append(Part(title, count, seconds, finetuning.step_s, is_possible=True))
     return parts
 
 

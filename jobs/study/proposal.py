@@ -34,6 +34,8 @@ _MARGIN = 1.1
 _HELD = 0.8
 """Share of a structure's length below which the comment names a coarser spacing."""
 _COUNTS = (1, 2, 5, 10)
+_SCORED = 8
+"""Most subjects that a setting is scored on; of few, all that two labels leave."""
 
 
 class ProposalConfig(Config):
@@ -109,8 +111,10 @@ def propose(manifest: Manifest, url: str, config: ProposalConfig) -> str:
     label, voxels = config.label, config.voxels
     rows = manifest.select(split="train", labelled=label)
     subjects = manifest.subjects()
-    trained = len({subjects[row] for row in rows})
-    tested = len({subjects[row] for row in manifest.select(split="test", labelled=label)})
+    trained, tested, idle = (
+        len({subjects[row] for row in manifest.select(split=split, labelled=label)})
+        for split in ("train", "test", "val")
+    )
     if trained < 3 or not tested:
         names = sorted({name for row in _spread(len(manifest)) for name in _label_names(manifest, row)})
         raise RefusedInput(
@@ -128,7 +132,7 @@ def propose(manifest: Manifest, url: str, config: ProposalConfig) -> str:
     fitted = fit(records, label, voxels)
     data = _study(fitted, url, config, trained, records[0].channels)
     parse(StudyConfig, data, "the proposed study")
-    return _page(fitted, data, trained, tested, len(records))
+    return _page(fitted, data, trained, tested, idle, len(records))
 
 
 def kept(config: StudyConfig, start: str) -> str:
@@ -187,8 +191,7 @@ def _coarser(structure_mm: Any, spacing: Any, voxels: int) -> Any:
 
 
 def _study(fitted: Fit, url: str, config: ProposalConfig, trained: int, channels: int) -> dict[str, Any]:
-    further = max(1, min(8, trained // 3))
-    counts = [count for count in _COUNTS if count <= trained - further]
+    counts = [count for count in _COUNTS if count <= trained - max(1, min(_SCORED, trained // 3))]
     different = min(math.comb(trained, count) for count in counts)  # draws that train on other subjects
     large = config.voxels >= _LARGE
     precision = {"precision": "bf16"} if not large and _bf16_kernels() else {}
@@ -227,7 +230,7 @@ def _study(fitted: Fit, url: str, config: ProposalConfig, trained: int, channels
             "widen": 2,
             "steps": [300],
             "draws": min(4, different),
-            "subjects": further,
+            "subjects": min(_SCORED, trained - max(counts[:2])),
             "labels": counts[:1],
         },
         "finetune": {
@@ -242,7 +245,7 @@ def _study(fitted: Fit, url: str, config: ProposalConfig, trained: int, channels
     }
 
 
-def _page(fitted: Fit, data: dict[str, Any], trained: int, tested: int, seen: int) -> str:
+def _page(fitted: Fit, data: dict[str, Any], trained: int, tested: int, idle: int, seen: int) -> str:
     held = ", ".join(f"{share:.0%}" for share in fitted.held_DHW)
     spacing, coarser = (" x ".join(f"{mm:g}" for mm in each) for each in (fitted.spacing_mm, fitted.coarser_mm))
     box = " x ".join(f"{length:.0f}" for length in fitted.structure_DHW)
@@ -251,6 +254,11 @@ def _page(fitted: Fit, data: dict[str, Any], trained: int, tested: int, seen: in
         f"Voxels are {spacing} mm (D x H x W). The box about the largest class has {box} of them, or fewer, in nine of"
         f" ten of the {seen} volumes whose facts were seen; a patch holds {held} of its length along D, H, W.",
     ]
+    if idle:
+        notes += [
+            f"{idle} labelled subjects of the val split take no part: settings are searched in the train split. To use them,"
+            " ingest to another store with 'split=[0.7,0,0.3]'.",
+        ]
     if min(fitted.held_DHW) < _HELD:
         sizes = ",".join(f"{mm:g}" for mm in fitted.coarser_mm)
         notes += [

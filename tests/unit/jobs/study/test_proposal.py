@@ -115,12 +115,25 @@ def _without_precision(study: dict[str, Any]) -> dict[str, Any]:
     return study
 
 
-def test_counts_leave_subjects_to_search_on() -> None:
-    for train in (3, 4, 9, 40):
+def test_counts_leave_subjects_to_search_on_and_settings_are_scored_on_all_that_there_are() -> None:
+    scored = {}
+    for train in (3, 4, 9, 11, 40):
         study = proposed("tiny", 24_000, train=train)
-        assert max(study.labels) + study.search.subjects <= train
+        assert max(study.labels) < train
+        assert max(study.labels[:2]) + study.search.subjects <= train
         assert study.labels[0] == 1
+        scored[train] = study.search.subjects
+    assert scored == {3: 1, 4: 2, 9: 7, 11: 8, 40: 8}
     assert proposed("tiny", 24_000, train=40).labels == (1, 2, 5, 10)
+
+
+def test_labelled_subjects_that_no_part_of_the_study_reads_are_named() -> None:
+    some = records("tiny", train=20, test=5)
+    some[3], some[4] = (replace(each, split="val") for each in some[3:5])
+    text = propose(Manifest.from_records(some, {"name": "set"}), "memory://set", ProposalConfig())
+    assert "18 labelled subjects to train and search, 5 to test" in text
+    assert "2 labelled subjects of the val split take no part" in text
+    assert "val split" not in propose(Manifest.from_records(records("tiny")), "memory://set", ProposalConfig())
 
 
 @pytest.mark.parametrize("train", [3, 5, 30])
