@@ -143,7 +143,7 @@ def text(parts: list[Part], concurrent: int) -> str:
         lines.append(f"{concurrent} at a time: {shared}, if they do not slow one another.")
     segmenting = sum(part.cells * part.segmenting_s for part in parts if not part.is_possible)
     if segmenting > least / 2:
-        lines.append("Most of it segments volumes: ingest them to another store at a coarser spacing, and it takes less.")
+        lines.append("Most of it segments volumes. At a coarser spacing, ingested to another store, it takes less.")
     return "\n".join(lines)
 
 

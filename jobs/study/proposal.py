@@ -256,8 +256,8 @@ def _page(fitted: Fit, data: dict[str, Any], trained: int, tested: int, idle: in
     ]
     if idle:
         notes += [
-            f"{idle} labelled subjects of the val split take no part: settings are searched in the train split. To use them,"
-            " ingest to another store with 'split=[0.7,0,0.3]'.",
+            f"{idle} labelled subjects of the val split take no part: settings are searched in the train split. To use"
+            " them, ingest to another store with 'split=[0.7,0,0.3]'.",
         ]
     if min(fitted.held_DHW) < _HELD:
         sizes = ",".join(f"{mm:g}" for mm in fitted.coarser_mm)
