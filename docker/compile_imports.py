@@ -1,7 +1,7 @@
-"""Write the bytecode of what the image's commands import, and of nothing else.
+"""Write the bytecode of what the commands import, and of nothing else: in the image, and in the environment of `make`.
 
 The root file system is read-only where the image runs, so that bytecode which is not there is made anew by every
-process. That of all packages would be 430 MB.
+process. That of all packages would be 430 MB, and two minutes of a processor.
 """
 
 import importlib
