@@ -12,6 +12,8 @@ from ssl_core.downstream.study import StudyCell, StudyResult, StudyRow
 
 Table = tuple[tuple[str, ...], Sequence[tuple[str, ...]]]
 UNTESTED = "Of the differences from the reference only the comparisons are tested; the others have intervals alone."
+_LEAST_EXTRA = 0.1
+"""Share of the reference's minutes that a start takes beyond them before a gain is divided by it; less is noise."""
 
 
 def scores_table(result: StudyResult) -> Table:
@@ -290,7 +292,7 @@ def _signed(difference: float, low: float | None, high: float | None) -> str:
 
 def _gain(row: StudyRow, reference: StudyRow) -> str:
     extra = row.minutes + row.pretraining_minutes - reference.minutes
-    if row.gain is None or extra <= 0:
+    if row.gain is None or extra < _LEAST_EXTRA * reference.minutes:
         return "-"
     return f"{row.gain.mean / extra:+.4f}"
 

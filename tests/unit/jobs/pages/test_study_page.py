@@ -2,6 +2,7 @@
 
 import re
 import uuid
+from dataclasses import replace
 
 import pytest
 
@@ -39,6 +40,26 @@ def test_the_page_is_one_file_and_says_what_the_markdown_says(result: StudyResul
         assert cell in html
     assert result.choice["digest"] in html
     assert result.choice["digest"] in markdown
+
+
+@pytest.mark.parametrize(("minutes", "shown"), [(2.0, "+0.0500"), (1.02, "-"), (0.98, "-")])
+def test_a_gain_by_the_minute_is_said_only_of_minutes_that_a_clock_can_tell_apart(
+    result: StudyResult, minutes: float, shown: str
+) -> None:
+    times = {"scratch": 1.0, "same": minutes}
+    rows = tuple(
+        replace(
+            row,
+            minutes=times.get(row.start, 1.0),
+            pretraining_minutes=0.0,
+            gain=row.gain and replace(row.gain, mean=0.05),
+        )
+        for row in result.rows
+    )
+    head, table = page.cost_table(replace(result, rows=rows))
+    assert {row[-1] for row in table if row[1] == "same"} == {shown}
+    assert {row[-1] for row in table if row[1] == "scratch"} == {"-"}
+    assert head[-1] == "Dice gained per extra minute"
 
 
 def test_every_start_stands_beside_the_reference_and_only_the_tested_have_p(result: StudyResult) -> None:
