@@ -41,7 +41,7 @@ class Part:
         seconds: One of them.
         step_s: One of its optimizer steps, seconds.
         is_possible: Whether they are only done where the search has to go on.
-        segmenting_s: Share of `seconds` in which volumes are segmented and scored.
+        segmenting_s: Those of `seconds` in which volumes are segmented and scored.
     """
 
     title: str
