@@ -14,6 +14,7 @@ from jinja2 import UndefinedError
 from jobs.output import to_json
 from jobs.pages import report
 from jobs.pages.html import page as html_page
+from jobs.pages.html import prose
 from jobs.pages.summary import DataFacts, DemoSummary, PredictedCase, Predictions, PretrainFacts
 from ssl_core.downstream.comparison import Comparison, StartRow, Training, subject_dice
 from ssl_core.downstream.paired_test import PairedTrainings
@@ -139,6 +140,13 @@ def page(data: DemoSummary) -> str:
 @pytest.fixture(scope="module")
 def html() -> str:
     return page(summary())
+
+
+def test_words_between_backticks_are_code_and_nothing_else_is_markup() -> None:
+    assert prose(f"`tomoscale study` goes over draws {NASTY}") == (
+        "<code>tomoscale study</code> goes over draws &lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;"
+    )
+    assert prose("one ` alone") == "one ` alone"
 
 
 def test_the_page_is_well_formed_and_loads_nothing_from_elsewhere(html: str) -> None:
